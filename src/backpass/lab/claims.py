@@ -1,0 +1,108 @@
+"""A claim, its measurement over paired runs, and its verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from backpass.lab.statistics import Interval, paired_interval
+
+__all__ = ["FEWEST_PAIRS", "Claim", "Direction", "Verdict", "judge", "verdict"]
+
+Verdict = Literal["holds", "does not hold", "undecided"]
+Direction = Literal["higher", "lower"]
+
+FEWEST_PAIRS = 3
+"""No verdict rests on fewer paired runs than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A statement, what was measured of it, and what the measurement says.
+
+    Attributes:
+        id: unique in its experiment.
+        statement: the claim in words, as if it were true.
+        quantity: what ``estimate`` and ``interval`` measure, with its unit.
+        verdict: ``holds``, ``does not hold`` or ``undecided``.
+        estimate: the mean paired difference; ``nan`` where a run diverged.
+        interval: its 95 % interval.
+        n: the number of pairs.
+        reference: where the claim comes from, with the published value where there is one.
+        note: what a reader must know beside the numbers, for instance which runs diverged.
+    """
+
+    id: str
+    statement: str
+    quantity: str
+    verdict: Verdict
+    estimate: float
+    interval: tuple[float, float]
+    n: int
+    reference: str | None = None
+    note: str = ""
+
+
+def verdict(difference: Interval, direction: Direction) -> Verdict:
+    """What an interval of a difference says of "the difference is above (or below) zero".
+
+    ``holds`` where the whole interval lies on the claimed side of zero, ``does not hold`` where it lies on the other side, and ``undecided``
+    where it contains zero, rests on fewer than `FEWEST_PAIRS` pairs, or is not finite because a run diverged.
+    """
+    low, high = difference.low, difference.high
+    if difference.n < FEWEST_PAIRS or not (math.isfinite(low) and math.isfinite(high)) or low <= 0 <= high:
+        return "undecided"
+    return "holds" if (low > 0) == (direction == "higher") else "does not hold"
+
+
+def judge(
+    id: str,  # noqa: A002  (the field's name in result.json)
+    statement: str,
+    *,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    direction: Direction,
+    quantity: str,
+    reference: str | None = None,
+    seeds: Sequence[int] = (),
+) -> Claim:
+    """Measure ``ours - theirs`` over paired runs and give the verdict.
+
+    Args:
+        id: unique in its experiment.
+        statement: the claim in words.
+        ours: one value per pair, of what the claim is about.
+        theirs: one value per pair, of what it is compared with.
+        direction: whether the claim says that ours is ``higher`` or ``lower``.
+        quantity: what the values measure, with the unit.
+        reference: where the claim comes from.
+        seeds: the pairs' seeds, to name the runs that diverged.
+
+    Raises:
+        BackpassError: the two sides differ in length, or are empty.
+    """
+    difference = paired_interval(ours, theirs)
+    names = list(seeds) or list(range(len(ours)))
+    lost = [
+        name
+        for name, a, b in zip(names, ours, theirs, strict=True)
+        if not (math.isfinite(a) and math.isfinite(b))
+    ]
+    note = ""
+    if lost:
+        note = f"a run diverged in {len(lost)} of {len(ours)} pairs (seed {', '.join(map(str, lost))})"
+    elif difference.n < FEWEST_PAIRS:
+        note = f"fewer than {FEWEST_PAIRS} pairs: no verdict"
+    return Claim(
+        id=id,
+        statement=statement,
+        quantity=quantity,
+        verdict=verdict(difference, direction),
+        estimate=difference.mean,
+        interval=(difference.low, difference.high),
+        n=difference.n,
+        reference=reference,
+        note=note,
+    )

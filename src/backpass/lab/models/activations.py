@@ -1,0 +1,32 @@
+"""Activations by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from backpass.errors import UnknownNameError
+
+__all__ = ["activation"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+def activation(name: str) -> nn.Module:
+    """A fresh activation module.
+
+    Raises:
+        UnknownNameError: no activation has this name.
+    """
+    if name not in _ACTIVATIONS:
+        raise UnknownNameError("activation", name, _ACTIVATIONS)
+    return _ACTIVATIONS[name]()

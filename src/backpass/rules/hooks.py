@@ -1,0 +1,49 @@
+"""Module hooks under an identifier of our own.
+
+PyTorch numbers hooks by a running counter, and compiled code guards on the number: attaching a rule again would
+compile the model again. The same identifier for the same place lets compiled code serve every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+from torch import nn
+
+__all__ = ["free_identifier", "identifiers", "insert", "remove"]
+
+_PREFIX = "backpass-"
+
+
+def free_identifier(model: nn.Module) -> str:
+    """The first identifier that no module of the model uses."""
+    used = {name for module in model.modules() for name in identifiers(module)}
+    return next(name for n in count() if (name := f"{_PREFIX}{n}") not in used)
+
+
+def identifiers(module: nn.Module) -> Iterator[str]:
+    """The identifiers of our hooks on this very module, in the order of attachment."""
+    return (name for name in module._forward_pre_hooks if str(name).startswith(_PREFIX))  # type: ignore[misc]
+
+
+def insert(module: nn.Module, identifier: str, enter: Callable[..., Any], leave: Callable[..., Any]) -> None:
+    """Call ``enter`` last before the forward, and ``leave`` first after it, also after an exception."""
+    hooks: Any = module
+    hooks._forward_pre_hooks[identifier] = enter
+    hooks._forward_pre_hooks_with_kwargs[identifier] = True
+    hooks._forward_hooks[identifier] = leave
+    hooks._forward_hooks.move_to_end(identifier, last=False)
+    hooks._forward_hooks_always_called[identifier] = True
+
+
+def remove(module: nn.Module, identifier: str) -> None:
+    """Take away what `insert` put there."""
+    for hooks in (
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks,
+        module._forward_hooks_always_called,
+    ):
+        hooks.pop(identifier, None)  # type: ignore[call-overload]
