@@ -69,7 +69,11 @@ class Interception(TorchFunctionMode):
         self.calls_of: dict[str, list[str]] = {}
 
     def __torch_function__(
-        self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: TorchFunction,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         rule = self.attached.rule
         name = rule.functions.get(func)
@@ -79,11 +83,14 @@ class Interception(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return rule.replace(func, args, kwargs or {})
 
-    def enter(self, path: str, key: str) -> None:
-        """Note that a module begins to run."""
+    def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...]) -> None:
+        """Note that a call of a module begins."""
         self.running.append(ModuleCall(path, key))
         if not torch.compiler.is_dynamo_compiling():
             self.calls_of.setdefault(path, []).append(key)
+
+    def leave(self, call: ModuleCall, finished: bool) -> None:
+        """Note that a module's call ends, ``finished`` unless by an exception."""
 
     def take(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Number one call as a site; whether the rule selects it."""
@@ -97,12 +104,16 @@ class Interception(TorchFunctionMode):
         shape = tuple(x.shape) if isinstance(x, Tensor) else ()
         fields = (index, inner.path, name, call, shape, key)
         self.seen.append(fields)
-        taken = self.first <= index < self.stop and self.attached.rule.selects(Site(*fields))
+        taken = self.selects(index, fields)
         if taken:
             self.taken.append(index)
             if not torch.compiler.is_dynamo_compiling():
                 self._refuse_checkpointed_function(inner, name)
         return taken
+
+    def selects(self, index: int, fields: SiteFields) -> bool:
+        """Whether the rule acts on this site."""
+        return self.first <= index < self.stop and self.attached.rule.selects(Site(*fields))
 
     def _refuse_checkpointed_function(self, inner: ModuleCall, name: str) -> None:
         """A recomputation calls the checkpointed function, not the module around it: no hook would run then."""
@@ -111,7 +122,9 @@ class Interception(TorchFunctionMode):
         else:
             top = torch._C._autograd._top_saved_tensors_default_hooks(True)
             checkpointed = (
-                top is not None and top != inner.saved_tensor_hooks and top[0].__module__ == "torch.utils.checkpoint"
+                top is not None
+                and top != inner.saved_tensor_hooks
+                and top[0].__module__ == "torch.utils.checkpoint"
             )
         if checkpointed:
             raise BackpassError(
@@ -140,16 +153,21 @@ class ModuleCalls:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note the call, and begin the interception where this is the outermost one."""
         mode = self._current()
-        if mode is not None and self.path == "" and not torch.compiler.is_dynamo_compiling() and not _calls_itself(module):
+        if (
+            mode is not None
+            and self.path == ""
+            and not torch.compiler.is_dynamo_compiling()
+            and not _calls_itself(module)
+        ):
             # A call that Ctrl-C cut short: PyTorch runs no hook then.
             pop_modes(self.attached)
             mode = None
         if mode is None:
             if not self.attached.idle:
-                torch._C._push_on_torch_function_stack(self._begin(args, kwargs))  # type: ignore[attr-defined]
+                torch._C._push_on_torch_function_stack(self._begin(module, args, kwargs))  # type: ignore[attr-defined]
         else:
             outer = mode.running[-1]
-            mode.enter(self.path, f"{outer.key}/{self.path}#{outer.count(self.path)}")
+            mode.enter(module, self.path, f"{outer.key}/{self.path}#{outer.count(self.path)}", args)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, run after an exception too: end what `enter` began, and nothing else."""
@@ -157,24 +175,26 @@ class ModuleCalls:
         # Where another pre-hook failed before ours, there is nothing of this module to end.
         if mode is None or mode.running[-1].path != self.path:
             return
-        mode.running.pop()
+        call = mode.running.pop()
         if not mode.running:
             torch._C._pop_torch_function_stack()  # type: ignore[attr-defined]
+        mode.leave(call, finished=output is not None)  # a call that an exception ended has no output
+        if not mode.running:
             if torch.compiler.is_dynamo_compiling():
                 self.attached.last_call = (mode.seen, mode.taken)
                 _verify_while_tracing(self.attached.token, len(mode.seen), len(mode.taken))
-            elif mode.whole and output is not None:  # without an output the call ended in an exception
+            elif mode.whole and output is not None:
                 self.attached.record(mode)
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
         attached = self.attached
         if self.path:
             first, stop, key = attached.resume(self.path)
         else:
             resolve = _resolve_while_tracing if torch.compiler.is_dynamo_compiling() else _resolve
             (first, stop), key = resolve(attached.token, *args, **kwargs), ""
-        mode = attached.rule.interception(attached, first, stop, whole=not self.path)
-        mode.enter(self.path, key)
+        mode = attached.rule.intercept(attached, first, stop, whole=not self.path)
+        mode.enter(module, self.path, key, args)
         return mode
 
     def _current(self) -> Interception | None:

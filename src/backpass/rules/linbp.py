@@ -13,7 +13,9 @@ from torch.autograd import forward_ad
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.activations import ACTIVATIONS, activation_of, is_in_place
-from backpass.rules.rule import EVERYTHING, Rule, no_site
+from backpass.rules.interception import Interception
+from backpass.rules.residual import ResidualInterception
+from backpass.rules.rule import EVERYTHING, Attached, Rule, no_site
 from backpass.rules.sites import Site, SiteTable
 from backpass.rules.wrappers import named_modules
 
@@ -26,7 +28,9 @@ class _LinearBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], slope: float) -> Tensor:
+    def forward(
+        x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], slope: float
+    ) -> Tensor:
         return compute(x, *parameters)
 
     @staticmethod
@@ -103,7 +107,11 @@ class LinBP(Rule):
                 raise BackpassError(f"a fraction {name} lies in [0, 1], got {place!r}; an index is an int.")
         if self.where is not None and not callable(self.where):
             raise BackpassError(f"where is a function of a Site that gives a bool, got {self.where!r}.")
-        if isinstance(self.slope, bool) or not isinstance(self.slope, int | float) or not math.isfinite(self.slope):
+        if (
+            isinstance(self.slope, bool)
+            or not isinstance(self.slope, int | float)
+            or not math.isfinite(self.slope)
+        ):
             raise BackpassError(f"slope is a finite number, got {self.slope!r}.")
         if self.residual not in ("plain", "renormalized"):
             raise UnknownNameError("residual", str(self.residual), ("plain", "renormalized"))
@@ -121,13 +129,20 @@ class LinBP(Rule):
 
     def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
         """The site indices from ``start`` to ``stop``."""
-        if all(place is None or (isinstance(place, int) and place >= 0) for place in (self.start, self.stop)):
+        if self.residual == "plain" and all(
+            place is None or (isinstance(place, int) and place >= 0) for place in (self.start, self.stop)
+        ):
             return self.start or EVERYTHING[0], EVERYTHING[1] if self.stop is None else self.stop  # type: ignore
         table = sites()
         first, stop = _index(self.start, table, 0), _index(self.stop, table, len(table))
         if not 0 <= first < min(stop, len(table)):
             raise no_site(self, len(table), table)
         return first, stop
+
+    def intercept(self, attached: Attached, first: int, stop: int, whole: bool) -> Interception:
+        """The mode of this rule: it follows residual blocks where their gradient is renormalized."""
+        mode = ResidualInterception if self.residual == "renormalized" else Interception
+        return mode(attached, first, stop, whole)
 
     def replace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The activation with a linear backward."""

@@ -46,7 +46,6 @@ class Rule(ABC):
 
     name: ClassVar[str]
     functions: ClassVar[Mapping[TorchFunction, str]]
-    interception: ClassVar[type[Interception]] = Interception
     needs_site: ClassVar[bool] = True
 
     @abstractmethod
@@ -60,6 +59,10 @@ class Rule(ABC):
     def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
         """First site index the rule may act on, and one past the last; ``sites()`` costs a forward pass."""
         return EVERYTHING
+
+    def intercept(self, attached: Attached, first: int, stop: int, whole: bool) -> Interception:
+        """The mode for one call of the model (``whole``) or of a part of it."""
+        return Interception(attached, first, stop, whole)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that the rule's settings do not fit.
@@ -110,6 +113,7 @@ class Attached:
         self._calls_of: dict[str, list[str]] = {}
         self._ranges: dict[bool, tuple[int, int, int | None]] = {}
         self._probing = False
+        self._probed = SiteTable()
         self._announce()
         for path, module in modules if rule.functions else ():
             calls = ModuleCalls(self, path)
@@ -194,6 +198,7 @@ class Attached:
                 finally:
                     self._probing = False
                 total = len(table)
+                self._probed = table
                 return table
 
             first, stop = self.rule.range(sites)
@@ -239,8 +244,17 @@ class Attached:
         if not self._numbering:
             self._numbering = {fields[-1]: fields[0] for fields in self.last_call[0]}
         if key not in self._numbering:
-            raise BackpassError(f"site {key!r} was not in the last whole call of the model: call the model again.")
+            raise BackpassError(
+                f"site {key!r} was not in the last whole call of the model: call the model again."
+            )
         return self._numbering[key]
+
+    def selected_inside(self, path: str, first: int, stop: int) -> bool:
+        """Whether the rule selects a site in the module of this path, as far as a probe of the model showed."""
+        return any(
+            first <= site.index < stop and site.inside(path) and self.rule.selects(site)
+            for site in self._probed
+        )
 
     def record(self, mode: Interception) -> None:
         """Take note of a whole call that ended, and see that the rule acted where it should.
