@@ -1,10 +1,11 @@
 """Rules: replacement backward passes for some torch functions at chosen sites of a model."""
 
+from backpass.rules.attached import Attached, attachments
 from backpass.rules.linbp import LinBP
 from backpass.rules.listing import list_sites
-from backpass.rules.rule import BP, Attached, Rule, attachments
+from backpass.rules.registry import RULES, parse_rule
+from backpass.rules.rule import BP, Rule
 from backpass.rules.sites import Site, SiteTable
-from backpass.rules.text import RULES, format_rule, parse_rule
 from backpass.rules.wrappers import unwrap
 
 __all__ = [
@@ -16,7 +17,6 @@ __all__ = [
     "Site",
     "SiteTable",
     "attachments",
-    "format_rule",
     "list_sites",
     "parse_rule",
     "unwrap",

@@ -74,9 +74,7 @@ def _everywhere(activation: Activation) -> dict[Callable[..., Any], Activation]:
     return {function: activation for function in found if callable(function)}
 
 
-_BY_FUNCTION = {
-    function: activation for named in _NAMED for function, activation in _everywhere(named).items()
-}
+_BY_FUNCTION = {function: activation for named in _NAMED for function, activation in _everywhere(named).items()}
 
 ACTIVATIONS: Mapping[Callable[..., Any], str] = {
     function: activation.name for function, activation in _BY_FUNCTION.items()

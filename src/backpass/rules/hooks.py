@@ -6,26 +6,26 @@ compile the model again. The same identifier for the same place lets compiled co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
 from torch import nn
 
-__all__ = ["free_identifier", "identifiers", "insert", "remove"]
+__all__ = ["free_identifier", "insert", "of", "remove"]
 
 _PREFIX = "backpass-"
 
 
 def free_identifier(model: nn.Module) -> str:
     """The first identifier that no module of the model uses."""
-    used = {name for module in model.modules() for name in identifiers(module)}
+    used = {name for module in model.modules() for name in map(str, module._forward_pre_hooks)}
     return next(name for n in count() if (name := f"{_PREFIX}{n}") not in used)
 
 
-def identifiers(module: nn.Module) -> Iterator[str]:
-    """The identifiers of our hooks on this very module, in the order of attachment."""
-    return (name for name in module._forward_pre_hooks if str(name).startswith(_PREFIX))  # type: ignore[misc]
+def of(module: nn.Module) -> list[Any]:
+    """Our ``enter`` hooks on this very module, in the order of insertion."""
+    return [hook for name, hook in module._forward_pre_hooks.items() if str(name).startswith(_PREFIX)]
 
 
 def insert(module: nn.Module, identifier: str, enter: Callable[..., Any], leave: Callable[..., Any]) -> None:

@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakValueDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from backpass.errors import BackpassError
-from backpass.rules.sites import Site
+from backpass.rules.dynamo import outside_compiled_frames
+from backpass.rules.numbering import Numbering, resolve, resolve_while_tracing, verify_while_tracing
+from backpass.rules.redefinition import TorchFunction
+from backpass.rules.sites import Site, SiteFields
 
-if TYPE_CHECKING:
-    from backpass.rules.rule import Attached
-
-__all__ = ["Interception", "ModuleCalls", "guard_module_hooks", "pop_modes"]
-
-TorchFunction = Callable[..., Any]
-SiteFields = tuple[int, str, str, int, tuple[int, ...], str]
-Function = TypeVar("Function", bound=Callable[..., Any])
-LastCall = tuple[list[SiteFields], list[int]]
+__all__ = ["Intercept", "Interception", "ModuleCall", "ModuleCalls", "pop_modes"]
 
 
 class ModuleCall:
@@ -56,9 +50,9 @@ class Interception(TorchFunctionMode):
     ``seen`` and ``taken`` hold plain tuples, the fields of `Site`, because a compiled region can rebuild those.
     """
 
-    def __init__(self, attached: Attached, first: int, stop: int, whole: bool) -> None:
+    def __init__(self, numbering: Numbering, first: int, stop: int, whole: bool) -> None:
         super().__init__()
-        self.attached = attached
+        self.numbering = numbering
         self.first = first
         self.stop = stop
         self.whole = whole
@@ -66,7 +60,7 @@ class Interception(TorchFunctionMode):
         self.calls: dict[str, int] = {}
         self.seen: list[SiteFields] = []
         self.taken: list[int] = []
-        self.calls_of: dict[str, list[str]] = {}
+        self.keys: dict[str, list[str]] = {}
 
     def __torch_function__(
         self,
@@ -75,19 +69,17 @@ class Interception(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        rule = self.attached.rule
+        rule, kwargs = self.numbering.rule, kwargs or {}
         name = rule.functions.get(func)
-        if name is None:
-            return func(*args, **(kwargs or {}))
-        if not self.take(name, args, kwargs or {}):
-            return func(*args, **(kwargs or {}))
-        return rule.replace(func, args, kwargs or {})
+        if name is None or not self.take(name, args, kwargs):
+            return func(*args, **kwargs)
+        return rule.replace(func, args, kwargs)
 
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...]) -> None:
         """Note that a call of a module begins."""
         self.running.append(ModuleCall(path, key))
         if not torch.compiler.is_dynamo_compiling():
-            self.calls_of.setdefault(path, []).append(key)
+            self.keys.setdefault(path, []).append(key)
 
     def leave(self, call: ModuleCall, finished: bool) -> None:
         """Note that a module's call ends, ``finished`` unless by an exception."""
@@ -96,7 +88,7 @@ class Interception(TorchFunctionMode):
         """Number one call as a site; whether the rule selects it."""
         inner = self.running[-1]
         key = f"{inner.key}:{name}#{inner.count(name + '()')}"
-        index = len(self.seen) if self.whole else self.attached.index_of(key)
+        index = len(self.seen) if self.whole else self.numbering.index_of(key)
         place = f"{inner.path}:{name}"
         call = self.calls.get(place, 0)
         self.calls[place] = call + 1
@@ -113,7 +105,7 @@ class Interception(TorchFunctionMode):
 
     def selects(self, index: int, fields: SiteFields) -> bool:
         """Whether the rule acts on this site."""
-        return self.first <= index < self.stop and self.attached.rule.selects(Site(*fields))
+        return self.first <= index < self.stop and self.numbering.rule.selects(Site(*fields))
 
     def _refuse_checkpointed_function(self, inner: ModuleCall, name: str) -> None:
         """A recomputation calls the checkpointed function, not the module around it: no hook would run then."""
@@ -122,9 +114,7 @@ class Interception(TorchFunctionMode):
         else:
             top = torch._C._autograd._top_saved_tensors_default_hooks(True)
             checkpointed = (
-                top is not None
-                and top != inner.saved_tensor_hooks
-                and top[0].__module__ == "torch.utils.checkpoint"
+                top is not None and top != inner.saved_tensor_hooks and top[0].__module__ == "torch.utils.checkpoint"
             )
         if checkpointed:
             raise BackpassError(
@@ -143,64 +133,67 @@ def _called_from_checkpoint() -> bool:
     return False
 
 
+Intercept = Callable[[Numbering, int, int, bool], Interception]
+
+
 class ModuleCalls:
     """The pair of hooks of one module in an attached model."""
 
-    def __init__(self, attached: Attached, path: str) -> None:
-        self.attached = attached
+    def __init__(self, numbering: Numbering, intercept: Intercept, path: str) -> None:
+        self.numbering = numbering
+        self.intercept = intercept
         self.path = path
 
+    @outside_compiled_frames
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note the call, and begin the interception where this is the outermost one."""
         mode = self._current()
-        if (
-            mode is not None
-            and self.path == ""
-            and not torch.compiler.is_dynamo_compiling()
-            and not _calls_itself(module)
-        ):
-            # A call that Ctrl-C cut short: PyTorch runs no hook then.
-            pop_modes(self.attached)
+        if mode is not None and self._is_stale(module):
+            pop_modes(self.numbering)
             mode = None
-        if mode is None:
-            if not self.attached.idle:
-                torch._C._push_on_torch_function_stack(self._begin(module, args, kwargs))  # type: ignore[attr-defined]
-        else:
+        if mode is not None:
             outer = mode.running[-1]
             mode.enter(module, self.path, f"{outer.key}/{self.path}#{outer.count(self.path)}", args)
+        elif not self.numbering.idle:
+            torch._C._push_on_torch_function_stack(self._begin(module, args, kwargs))
 
+    @outside_compiled_frames
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, run after an exception too: end what `enter` began, and nothing else."""
         mode = self._current()
         # Where another pre-hook failed before ours, there is nothing of this module to end.
         if mode is None or mode.running[-1].path != self.path:
             return
+        finished = output is not None  # a call that an exception ended has no output
         call = mode.running.pop()
         if not mode.running:
-            torch._C._pop_torch_function_stack()  # type: ignore[attr-defined]
-        mode.leave(call, finished=output is not None)  # a call that an exception ended has no output
-        if not mode.running:
+            torch._C._pop_torch_function_stack()
+        mode.leave(call, finished)
+        if not mode.running and mode.whole and finished:
             if torch.compiler.is_dynamo_compiling():
-                self.attached.last_call = (mode.seen, mode.taken)
-                _verify_while_tracing(self.attached.token, len(mode.seen), len(mode.taken))
-            elif mode.whole and output is not None:
-                self.attached.record(mode)
+                self.numbering.last_call = (mode.seen, mode.taken)
+                verify_while_tracing(self.numbering.token, len(mode.seen), len(mode.taken))
+            else:
+                self.numbering.record(mode.seen, mode.taken, mode.keys)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
-        attached = self.attached
         if self.path:
-            first, stop, key = attached.resume(self.path)
+            first, stop, key = self.numbering.resume(self.path)
         else:
-            resolve = _resolve_while_tracing if torch.compiler.is_dynamo_compiling() else _resolve
-            (first, stop), key = resolve(attached.token, *args, **kwargs), ""
-        mode = attached.rule.intercept(attached, first, stop, whole=not self.path)
+            resolve_now = resolve_while_tracing if torch.compiler.is_dynamo_compiling() else resolve
+            (first, stop), key = resolve_now(self.numbering.token, module.training, *args, **kwargs), ""
+        mode = self.intercept(self.numbering, first, stop, not self.path)
         mode.enter(module, self.path, key, args)
         return mode
+
+    def _is_stale(self, module: nn.Module) -> bool:
+        """Whether the mode is left over from a call that Ctrl-C cut short: PyTorch runs no hook then."""
+        return not self.path and not torch.compiler.is_dynamo_compiling() and not _calls_itself(module)
 
     def _current(self) -> Interception | None:
         for depth in range(torch._C._len_torch_function_stack() - 1, -1, -1):
             mode = torch._C._get_function_stack_at(depth)
-            if isinstance(mode, Interception) and mode.attached is self.attached:
+            if isinstance(mode, Interception) and mode.numbering is self.numbering:
                 return mode
         return None
 
@@ -214,67 +207,9 @@ def _calls_itself(module: nn.Module) -> bool:
     return running > 1
 
 
-def pop_modes(attached: Attached) -> None:
-    """Take the interceptions of ``attached`` off this thread's stack of modes, wherever they lie."""
-    stack = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]  # type: ignore[attr-defined]
+def pop_modes(numbering: Numbering) -> None:
+    """Take the interceptions of ``numbering`` off this thread's stack of modes, wherever they lie."""
+    stack = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
     for mode in reversed(stack):
-        if not (isinstance(mode, Interception) and mode.attached is attached):
-            torch._C._push_on_torch_function_stack(mode)  # type: ignore[attr-defined]
-
-
-_BY_TOKEN: WeakValueDictionary[str, Attached] = WeakValueDictionary()
-
-
-def announce(attached: Attached) -> None:
-    """Make ``attached`` known to a trace of its model."""
-    _BY_TOKEN[attached.token] = attached
-
-
-def _resolve(token: str, *args: Any, **kwargs: Any) -> tuple[int, int]:
-    return _BY_TOKEN[token].resolve(args, kwargs)
-
-
-def _constant_while_tracing(function: Function) -> Function:
-    """Dynamo runs the function while it traces; the graph takes the answer as a constant."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_constant_while_tracing
-def _resolve_while_tracing(token: str, *args: Any, **kwargs: Any) -> tuple[int, int]:
-    return _resolve(token, *args, **kwargs)
-
-
-@_constant_while_tracing
-def _verify_while_tracing(token: str, seen: int, taken: int) -> None:
-    _BY_TOKEN[token].verify(seen, taken)
-
-
-def guard_module_hooks() -> None:
-    """Let compiled code notice that module hooks came or went.
-
-    By default Dynamo does not look at empty hook dictionaries again, so code compiled before a rule was attached, or
-    after it was removed, would go on without it. Code compiled under the default is dropped once.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return
-    from torch._dynamo import config, reset
-
-    if config.skip_nnmodule_hook_guards:
-        config.skip_nnmodule_hook_guards = False
-        reset()
-
-
-def _run_outside_compiled_frames(*functions: Callable[..., Any]) -> None:
-    """Dynamo may inline these functions, but must not compile them as frames of their own.
-
-    The hooks of a compiled model's outermost module run outside the graph; they push and pop modes, which a frame
-    compiled by itself cannot do.
-    """
-    frames = torch._C._dynamo.eval_frame
-    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
-    for function in functions:
-        frames.set_code_exec_strategy(function.__code__, skip)
-
-
-_run_outside_compiled_frames(ModuleCalls.enter, ModuleCalls.leave)
+        if not (isinstance(mode, Interception) and mode.numbering is numbering):
+            torch._C._push_on_torch_function_stack(mode)

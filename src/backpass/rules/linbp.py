@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.rules.activations import ACTIVATIONS, activation_of, is_in_place
+from backpass.rules.activations import ACTIVATIONS, Activation, activation_of, is_in_place
+from backpass.rules.attached import Attached
 from backpass.rules.interception import Interception
+from backpass.rules.redefinition import EVERYTHING, no_site
 from backpass.rules.residual import ResidualInterception
-from backpass.rules.rule import EVERYTHING, Attached, Rule, no_site
+from backpass.rules.rule import Rule
 from backpass.rules.sites import Site, SiteTable
 from backpass.rules.wrappers import named_modules
 
@@ -28,9 +30,7 @@ class _LinearBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], slope: float
-    ) -> Tensor:
+    def forward(x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], slope: float) -> Tensor:
         return compute(x, *parameters)
 
     @staticmethod
@@ -38,7 +38,7 @@ class _LinearBackward(torch.autograd.Function):
         ctx.dtype, ctx.slope = inputs[0].dtype, inputs[3]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return (grad if ctx.slope == 1.0 else grad * ctx.slope).to(ctx.dtype), None, None, None
 
 
@@ -46,7 +46,7 @@ class _LinearBothWays(_LinearBackward):
     """The same with a forward-mode derivative; apart, because Dynamo refuses a Function that has one."""
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:
         return tangent * ctx.slope
 
 
@@ -64,7 +64,7 @@ class _ValueAndGradientPath(torch.autograd.Function):
         ctx.dtype, ctx.slope = inputs[0].dtype, inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return (grad * ctx.slope).to(ctx.dtype), grad, None
 
 
@@ -107,11 +107,7 @@ class LinBP(Rule):
                 raise BackpassError(f"a fraction {name} lies in [0, 1], got {place!r}; an index is an int.")
         if self.where is not None and not callable(self.where):
             raise BackpassError(f"where is a function of a Site that gives a bool, got {self.where!r}.")
-        if (
-            isinstance(self.slope, bool)
-            or not isinstance(self.slope, int | float)
-            or not math.isfinite(self.slope)
-        ):
+        if isinstance(self.slope, bool) or not isinstance(self.slope, int | float) or not math.isfinite(self.slope):
             raise BackpassError(f"slope is a finite number, got {self.slope!r}.")
         if self.residual not in ("plain", "renormalized"):
             raise UnknownNameError("residual", str(self.residual), ("plain", "renormalized"))
@@ -139,24 +135,28 @@ class LinBP(Rule):
             raise no_site(self, len(table), table)
         return first, stop
 
-    def intercept(self, attached: Attached, first: int, stop: int, whole: bool) -> Interception:
-        """The mode of this rule: it follows residual blocks where their gradient is renormalized."""
-        mode = ResidualInterception if self.residual == "renormalized" else Interception
-        return mode(attached, first, stop, whole)
+    def attach(self, model: nn.Module) -> Attached:
+        """As `Rule.attach`; where their gradient is renormalized, residual blocks are followed."""
+        return Attached(self, model, ResidualInterception if self.residual == "renormalized" else Interception)
 
-    def replace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def replace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The activation with a linear backward."""
         activation, x, parameters = activation_of(func, args, kwargs)
         if not (torch.is_grad_enabled() and x.is_floating_point()):
-            return func(*args, **kwargs)  # type: ignore[no-any-return]
-        weights = [p for p in parameters if isinstance(p, Tensor) and p.requires_grad]
-        if weights:
-            y = _ValueAndGradientPath.apply(x, activation.compute(x.detach(), *parameters), float(self.slope))
-        else:
-            forward_mode = not torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0
-            function = _LinearBothWays if forward_mode else _LinearBackward
-            y = function.apply(x, activation.compute, parameters, float(self.slope))
-        return x.copy_(y) if is_in_place(func, args, kwargs) else y  # type: ignore[no-any-return]
+            return func(*args, **kwargs)
+        y = _linear(activation, x, parameters, float(self.slope))
+        return x.copy_(y) if is_in_place(func, args, kwargs) else y
+
+
+def _linear(activation: Activation, x: Tensor, parameters: tuple[Any, ...], slope: float) -> Tensor:
+    """The activation of x; dL/dx = slope dL/dy, and the parameters keep their own gradient."""
+    apply: Callable[..., Tensor]
+    if any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
+        apply = _ValueAndGradientPath.apply
+        return apply(x, activation.compute(x.detach(), *parameters), slope)
+    forward_mode = not torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0
+    apply = (_LinearBothWays if forward_mode else _LinearBackward).apply
+    return apply(x, activation.compute, parameters, slope)
 
 
 def _index(place: int | float | str | None, table: SiteTable, default: int) -> int:

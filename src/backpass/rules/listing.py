@@ -8,7 +8,7 @@ from torch import nn
 
 from backpass.errors import UnknownNameError
 from backpass.rules.activations import ACTIVATIONS
-from backpass.rules.rule import probe
+from backpass.rules.attached import probe
 from backpass.rules.sites import SiteTable
 from backpass.rules.wrappers import unwrap
 

@@ -10,6 +10,7 @@ once as a *twin* with plain backward and constant weights, so that weights recei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from backpass.errors import BackpassError
-from backpass.rules.interception import Interception, ModuleCall, TorchFunction
+from backpass.rules.interception import Interception, ModuleCall
+from backpass.rules.redefinition import TorchFunction
 
 __all__ = ["ResidualInterception"]
 
@@ -49,7 +51,7 @@ class _Renormalize(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, linear: Tensor, plain: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, linear: Tensor, plain: Tensor) -> Any:
         each = tuple(range(1, linear.dim()))
         norm = torch.linalg.vector_norm(linear, dim=each, keepdim=True)
         goal = torch.linalg.vector_norm(plain, dim=each, keepdim=True)
@@ -68,7 +70,7 @@ class _BothGradients(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, grad
 
 
@@ -86,7 +88,8 @@ class _Block:
     def split(self) -> tuple[Tensor, Tensor]:
         """The block's input as the branch and its twin see it."""
         if self.ends is None:
-            self.ends = _Renormalize.apply(self.z)
+            split: Callable[[Tensor], tuple[Tensor, Tensor]] = _Renormalize.apply
+            self.ends = split(self.z)
         return self.ends
 
     def linear(self, x: Any) -> Any:
@@ -127,7 +130,7 @@ class ResidualInterception(Interception):
         """Note a module's call, and a block where its branch holds a site that the rule may act on."""
         super().enter(module, path, key, args)
         if any(hasattr(module, name) for name in _SKIPS) and torch.is_grad_enabled():
-            ours = self.attached.selected_inside(path, self.first, self.stop)
+            ours = self.numbering.selects_inside(path)
             if ours and args and isinstance(args[0], Tensor):
                 if torch.compiler.is_dynamo_compiling():
                     raise BackpassError(
@@ -187,13 +190,12 @@ class ResidualInterception(Interception):
             block.owns(branch) and block.is_skip(skip) for branch, skip in (args[:2], args[1::-1])
         )
 
-    def _sum(
-        self, block: _Block, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
-        operands = [_BothGradients.apply(x, block.twin(x)) if block.owns(x) else x for x in args[:2]]
+    def _sum(self, block: _Block, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        join: Callable[[Tensor, Tensor], Tensor] = _BothGradients.apply
+        operands = [join(x, block.twin(x)) if block.owns(x) else x for x in args[:2]]
         block.summed = True
         out = torch.add(*operands, **kwargs)
-        return args[0].copy_(out) if func in _SUMS_IN_PLACE else out  # type: ignore[no-any-return]
+        return args[0].copy_(out) if func in _SUMS_IN_PLACE else out
 
     def _twice(
         self, block: _Block, func: TorchFunction, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

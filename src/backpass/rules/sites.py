@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["Site", "SiteTable"]
+__all__ = ["Site", "SiteFields", "SiteTable"]
+
+SiteFields = tuple[int, str, str, int, tuple[int, ...], str]
+"""The fields of a `Site` as a plain tuple, which compiled code can rebuild."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,8 @@ class SiteTable(list[Site]):
 
     def __str__(self) -> str:
         rows = [self._HEADER] + [
-            (str(s.index), s.module or "(model)", s.function, str(s.call), "x".join(map(str, s.shape)))
-            for s in self
+            (str(s.index), s.module or "(model)", s.function, str(s.call), "x".join(map(str, s.shape))) for s in self
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(self._HEADER))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The text form of a rule, as the command line and the reports write it: ``linbp:start=-2,slope=0.5``."""
+"""The text form of settings, as the command line and the reports write it: ``linbp:start=-2,slope=0.5``."""
 
 from __future__ import annotations
 
@@ -6,62 +6,49 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from backpass.errors import BackpassError, UnknownNameError
-from backpass.rules.linbp import LinBP
-from backpass.rules.rule import BP, Rule
+from backpass.errors import BackpassError
 
-__all__ = ["RULES", "format_rule", "parse_rule"]
-
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (BP, LinBP)}
-"""The rules by name."""
+__all__ = ["format_settings", "read_settings"]
 
 _CONSTANTS = {"none": None, "true": True, "false": False}
 _BARE = re.compile(r"[A-Za-z_][\w.\-/]*")
 _SETTING = re.compile(r"\s*(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|[^,']*)\s*(?:,|$)")
 
 
-def parse_rule(text: str) -> Rule:
-    """The rule that a text form names; the inverse of `format_rule`.
+def read_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of ``name`` or ``name:setting=value,...``; the inverse of `format_settings`.
 
-    Args:
-        text: ``name`` or ``name:setting=value,...``; a value is an int, a float, ``none``, ``true``, ``false``, or a
-            word; a word with other characters stands in single quotes (``start='0.1'``).
+    A value is an int, a float, ``none``, ``true``, ``false``, or a word; a word with other characters stands in
+    single quotes (``start='0.1'``).
 
     Raises:
-        UnknownNameError: no rule, or no setting of the rule, has that name.
-        BackpassError: the text has another form, or a value is out of its range.
+        BackpassError: the text has another form.
     """
     name, _, rest = text.strip().partition(":")
-    if name not in RULES:
-        raise UnknownNameError("rule", name, RULES)
-    rule = RULES[name]
-    known = [field.name for field in fields(rule)]
     settings: dict[str, Any] = {}
     position = 0
     while position < len(rest):
         match = _SETTING.match(rest, position)
         if match is None:
             raise BackpassError(
-                f"cannot read {rest[position:]!r} in rule {text!r}: expected setting=value, several with commas between."
+                f"cannot read {rest[position:]!r} in {text!r}: expected setting=value, several with commas between."
             )
         setting, value = match.groups()
-        if setting not in known:
-            raise UnknownNameError(f"setting of rule {name!r}", setting, known)
         if setting in settings:
-            raise BackpassError(f"setting {setting!r} stands twice in rule {text!r}.")
+            raise BackpassError(f"setting {setting!r} stands twice in {text!r}.")
         settings[setting] = _read(value.strip())
         position = match.end()
-    return rule(**settings)
+    return name, settings
 
 
-def format_rule(rule: Rule) -> str:
-    """The text form of a rule: its name and the settings that differ from their defaults."""
-    settings = [
+def format_settings(name: str, settings: Any) -> str:
+    """The name, and the fields of the dataclass ``settings`` that differ from their defaults."""
+    changed = [
         f"{field.name}={_write(value)}"
-        for field in fields(rule)
-        if (value := getattr(rule, field.name)) != field.default
+        for field in fields(settings)
+        if (value := getattr(settings, field.name)) != field.default
     ]
-    return f"{rule.name}:{','.join(settings)}" if settings else rule.name
+    return f"{name}:{','.join(changed)}" if changed else name
 
 
 def _read(value: str) -> Any:

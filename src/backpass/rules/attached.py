@@ -1,0 +1,136 @@
+"""A rule in force on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import count
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakKeyDictionary, ref
+
+from torch import nn
+
+from backpass.errors import BackpassError
+from backpass.rules import hooks
+from backpass.rules.dynamo import guard_module_hooks
+from backpass.rules.interception import Intercept, Interception, ModuleCalls, pop_modes
+from backpass.rules.numbering import Numbering
+from backpass.rules.redefinition import Redefinition, TorchFunction
+from backpass.rules.sites import Site, SiteTable
+from backpass.rules.undisturbed import undisturbed
+from backpass.rules.wrappers import named_modules, refuse_scripted, unwrap
+
+__all__ = ["Attached", "attachments", "probe"]
+
+
+class Attached(Numbering):
+    """A rule in force on a model: ``with rule.attach(model) as attached: ...``.
+
+    A copy of the model (deepcopy, pickle) carries the rule along; `attachments` finds it there.
+
+    Attributes:
+        rule: the rule.
+        sites: the sites that the rule re-defined in the last whole call of the model.
+        seen: all sites of the rule's functions in that call.
+    """
+
+    def __init__(self, rule: Redefinition, model: nn.Module, intercept: Intercept = Interception) -> None:
+        model = unwrap(model)
+        refuse_scripted(model)
+        rule.check(model)
+        super().__init__(rule)
+        self._identifier = hooks.free_identifier(model)
+        self._model = ref(model)
+        # A rule that re-defines nothing costs nothing.
+        modules = list(named_modules(model)) if rule.functions else []
+        self._hooked = [ref(module) for _, module in modules]
+        for path, module in modules:
+            calls = ModuleCalls(self, intercept, path)
+            hooks.insert(module, self._identifier, calls.enter, calls.leave)
+        self.announce(self._token())
+        guard_module_hooks()
+
+    @property
+    def model(self) -> nn.Module:
+        """The attached model, without wrappers.
+
+        Raises:
+            BackpassError: the model is gone; the rule does not keep it alive.
+        """
+        model = self._model()
+        if model is None:
+            raise BackpassError("the model of this attached rule is gone: keep a reference to the model.")
+        return model
+
+    def remove(self) -> None:
+        """Give the model its own backward again; a second call does nothing."""
+        for reference in self._hooked:
+            module = reference()
+            if module is not None:
+                hooks.remove(module, self._identifier)
+        self._hooked.clear()
+        pop_modes(self)
+        guard_module_hooks()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Attached({self.rule!r}, {type(self._model()).__name__}, {len(self.sites)} sites)"
+
+    def probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SiteTable:
+        """The sites of the model for these arguments, by one more call that leaves no lasting effect."""
+        return probe(self.model, self.rule.functions, args, kwargs)
+
+    def _token(self) -> str:
+        serial = _SERIAL.setdefault(self.model, next(_COUNTER))
+        return f"{serial} {self._identifier} {self.rule!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        hooked = [module for reference in self._hooked if (module := reference()) is not None]
+        return {**self.__dict__, "_model": self._model(), "_hooked": hooked}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._model = ref(state["_model"])
+        self._hooked = [ref(module) for module in state["_hooked"]]
+        self.announce(self._token())
+
+
+_COUNTER = count()
+_SERIAL: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def attachments(model: nn.Module) -> list[Attached]:
+    """The rules in force on a model, in the order in which they were attached."""
+    return [enter.__self__.numbering for enter in hooks.of(unwrap(model))]
+
+
+class _Listing(Redefinition):
+    """Sees the sites of some functions and changes nothing."""
+
+    name = "listing"
+    needs_site = False
+
+    def __init__(self, functions: Mapping[TorchFunction, str]) -> None:
+        self.functions = functions  # type: ignore[misc]
+
+    def selects(self, site: Site) -> bool:
+        return False
+
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+
+def probe(
+    model: nn.Module, functions: Mapping[TorchFunction, str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SiteTable:
+    """The sites of ``functions`` in one call of ``model(*args, **kwargs)``, which leaves no lasting effect."""
+    with Attached(_Listing(functions), model) as listing, undisturbed(model, args, kwargs) as (copies, named):
+        model(*copies, **named)
+        return listing.seen

@@ -1,0 +1,166 @@
+"""The numbers of an attached model's sites: which range a rule acts on, and what the last call showed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+from weakref import WeakValueDictionary
+
+from backpass.errors import BackpassError
+from backpass.rules.dynamo import constant_while_tracing
+from backpass.rules.redefinition import Redefinition, no_site
+from backpass.rules.sites import Site, SiteFields, SiteTable
+
+__all__ = ["Numbering", "resolve", "resolve_while_tracing", "verify_while_tracing"]
+
+
+class Numbering(ABC):
+    """The site numbers of one attached model.
+
+    Attributes:
+        token: names the model and the rule; the same each time that this rule is attached to this model, so that
+            compiled code, which finds the numbering by it, serves again.
+        idle: whether the model is being called just to find its sites.
+        last_call: the sites of the last whole call, and the indices of those that the rule re-defined.
+    """
+
+    def __init__(self, rule: Redefinition) -> None:
+        self.rule = rule
+        self.token = ""
+        self.idle = False
+        self.last_call: tuple[list[SiteFields], list[int]] = ([], [])
+        self._index: dict[str, int] = {}
+        self._keys: dict[str, list[str]] = {}
+        self._probed = SiteTable()
+        self._resolved: tuple[int, int, int | None] | None = None
+        self._training: bool | None = None
+
+    @property
+    def seen(self) -> SiteTable:
+        """The sites of the rule's functions in the last whole call of the model."""
+        return SiteTable(Site(*fields) for fields in self.last_call[0])
+
+    @property
+    def sites(self) -> SiteTable:
+        """Those of them that the rule re-defined."""
+        seen, taken = self.last_call
+        return SiteTable(Site(*seen[index]) for index in taken)
+
+    @abstractmethod
+    def probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SiteTable:
+        """The sites of the model for these arguments."""
+
+    def announce(self, token: str) -> None:
+        """Be found under ``token``."""
+        self.token = token
+        _BY_TOKEN[token] = self
+
+    def resolve(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+        """The range of site indices for a whole call of the model with these arguments."""
+        if self._resolved is None or training != self._training:
+            total: int | None = None
+
+            def sites() -> SiteTable:
+                nonlocal total
+                self.idle = True
+                try:
+                    self._probed = self.probe(args, kwargs)
+                finally:
+                    self.idle = False
+                total = len(self._probed)
+                return self._probed
+
+            self._resolved, self._training = (*self.rule.range(sites), total), training
+        return self._resolved[:2]
+
+    def resume(self, path: str) -> tuple[int, int, str]:
+        """Range and key for a call of a part of the model by itself, as activation checkpointing makes it.
+
+        Raises:
+            BackpassError: no whole call came before, or several of its calls could be meant.
+        """
+        if self._resolved is None or path not in self._keys:
+            raise BackpassError(
+                f"module {path!r} was called by itself, but {self.rule} numbers its sites in a call of the whole "
+                "model: call the model once first, or attach the rule to that module."
+            )
+        seen, taken = self.last_call
+        patterns = {
+            tuple(
+                (key.removeprefix(start), index in taken)
+                for index, *_, key in seen
+                if key.startswith((start + "/", start + ":"))
+            )
+            for start in self._keys[path]
+        }
+        if len(patterns) != 1:
+            raise BackpassError(
+                f"module {path!r} ran {len(self._keys[path])} times in the last whole call, with different sites "
+                "selected, so a call of it by itself is ambiguous: select by `where` or a module path instead."
+            )
+        return *self._resolved[:2], self._keys[path][0]
+
+    def index_of(self, key: str) -> int:
+        """The site index that a key had in the last whole call.
+
+        Raises:
+            BackpassError: the last whole call had no such site.
+        """
+        if not self._index:
+            self._index = {fields[-1]: fields[0] for fields in self.last_call[0]}
+        if key not in self._index:
+            raise BackpassError(f"site {key!r} was not in the last whole call of the model: call the model again.")
+        return self._index[key]
+
+    def selects_inside(self, path: str) -> bool:
+        """Whether the rule selects a site in the module of this path, as far as a probe of the model showed."""
+        first, stop, _ = self._resolved or (0, 0, None)
+        return any(
+            first <= site.index < stop and site.inside(path) and self.rule.selects(site) for site in self._probed
+        )
+
+    def record(self, seen: list[SiteFields], taken: list[int], keys: dict[str, list[str]]) -> None:
+        """Take note of a whole call that ended, and see that the rule acted where it should.
+
+        Raises:
+            NoSiteError: the rule acted nowhere.
+            BackpassError: the number of sites is not what the range was resolved for.
+        """
+        self.last_call, self._keys, self._index = (seen, taken), keys, {}
+        self.verify(len(seen), len(taken))
+
+    def verify(self, seen: int, taken: int) -> None:
+        """See that a call with this many sites, and this many re-defined, is what the rule means.
+
+        Raises:
+            NoSiteError, BackpassError: as `record`.
+        """
+        total = self._resolved[2] if self._resolved else None
+        if total is not None and total != seen:
+            self._resolved = None
+            raise BackpassError(
+                f"the model had {total} sites when {self.rule} was resolved and {seen} in this call, so its range is "
+                "not the one meant: count from the front (start=3) or use `where`; or attach the rule anew per call."
+            )
+        if self.rule.needs_site and not taken:
+            raise no_site(self.rule, seen, self.seen)
+
+
+_BY_TOKEN: WeakValueDictionary[str, Numbering] = WeakValueDictionary()
+
+
+def resolve(token: str, training: bool, /, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    """`Numbering.resolve` of the numbering with this token."""
+    return _BY_TOKEN[token].resolve(training, args, kwargs)
+
+
+@constant_while_tracing
+def resolve_while_tracing(token: str, training: bool, /, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    """The same while Dynamo traces, with the real arguments."""
+    return _BY_TOKEN[token].resolve(training, args, kwargs)
+
+
+@constant_while_tracing
+def verify_while_tracing(token: str, seen: int, taken: int) -> None:
+    """`Numbering.verify` of the numbering with this token, while Dynamo traces."""
+    _BY_TOKEN[token].verify(seen, taken)
