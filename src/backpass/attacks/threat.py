@@ -71,7 +71,7 @@ class Linf(Threat):
         return z.clamp_(*self.bounds)
 
     def start(self, x: Tensor, key: Tensor) -> Tensor:
-        """x + eps * U(-1, 1) per pixel."""
+        """Per pixel, x + eps * U(-1, 1)."""
         return self.project(x, uniform(key, x).mul_(2.0 * self.eps).sub_(self.eps).add_(x))
 
     def direction(self, gradient: Tensor) -> Tensor:
@@ -105,14 +105,14 @@ class L2(Threat):
         return torch.where(per_sample(outside, x), scaled, z).clamp_(*self.bounds)
 
     def start(self, x: Tensor, key: Tensor) -> Tensor:
-        """x + eps * u**(1/D) * n / |n|_2: uniform in the ball of dimension D."""
+        """Uniform in the ball of dimension D: x + eps * u**(1/D) * n / |n|_2."""
         direction = self.direction(normal(key, x))
         # The radius has its own stream: the bits of the direction are those of the key itself.
         radius = uniform(key.bitwise_not(), key.to(x.dtype)).pow_(1.0 / x[0].numel()).mul_(self.eps)
         return self.project(x, direction.mul_(per_sample(radius, x)).add_(x))
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """g / |g|_2, and 0 where g is 0."""
+        """The unit vector g / |g|_2, and 0 where g is 0."""
         flat = gradient.flatten(1)
         tiny = torch.finfo(gradient.dtype).tiny
         # The squares of a confident network's gradient underflow; scaling by the largest entry first does not.
@@ -122,7 +122,8 @@ class L2(Threat):
 
     def size(self, delta: Tensor) -> Tensor:
         """(sum_i delta_i^2)^(1/2)."""
-        return torch.linalg.vector_norm(delta.double().flatten(1), dim=1)
+        size: Tensor = torch.linalg.vector_norm(delta.double().flatten(1), dim=1)
+        return size
 
     def slack(self, x: Tensor) -> float:
         """The roundings of D entries of x + delta add up in quadrature."""

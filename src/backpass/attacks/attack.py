@@ -1,0 +1,173 @@
+"""What every attack shares: its settings, the checks, the guard, restarts and the verdict."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backpass.attacks.checks import check_images, check_labels, check_model, check_radius
+from backpass.attacks.guard import leave_no_trace
+from backpass.attacks.jobs import ActiveSet, Jobs, batch_sizes, pad
+from backpass.attacks.losses import Loss, make_objective
+from backpass.attacks.oracle import LogitsSelector, Oracle
+from backpass.attacks.restarts import Best, further_restarts
+from backpass.attacks.result import Result
+from backpass.attacks.threat import make_threat, per_sample
+from backpass.errors import BackpassError
+
+__all__ = ["Attack", "Found"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What one search ends with: images z (B, ...), and (B, K) the halvings where the attack has them."""
+
+    z: Tensor
+    halvings: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """An attack is its settings; calling it searches for x_adv, ||x_adv - x|| <= eps, that the model mistakes.
+
+    The model is evaluated in eval mode and left as it was found. It is called as it stands, so that a rule attached
+    to it acts on the gradients. The random draws of a sample come from (seed, its index, restart) alone.
+
+    Args:
+        eps: radius of the ball, in the units of x, at least 0.
+        norm: ``"linf"`` or ``"l2"``.
+        loss: what to raise: ``"ce"``, ``"dlr"``, ``"margin"``, or a callable (logits (N, C), y (N,)) -> (N,).
+        targeted: y is the class to lead each sample to; the loss is then lowered.
+        bounds: (lo, hi), the valid pixel range.
+        seed: of all random draws.
+        early_stop: a fooled sample leaves the batch, and restarts run on the others only. If False, every sample
+            has every step of every restart, and the success of the largest loss is returned.
+        dtype: search under autocast to this type; the verdict stays in full precision.
+        eot: forward passes over which gradients are averaged; a success must then hold in each of `eot` more.
+        logits: where the logits are in the model's output: a key, an index, or a function of it.
+
+    Raises:
+        BackpassError: a setting is out of range.
+        UnknownNameError: no norm or loss has this name.
+    """
+
+    eps: float = 8 / 255
+    norm: str = "linf"
+    loss: str | Loss = "ce"
+    targeted: bool = False
+    bounds: tuple[float, float] = (0.0, 1.0)
+    seed: int = 0
+    early_stop: bool = True
+    dtype: torch.dtype | None = None
+    eot: int = 1
+    logits: LogitsSelector = None
+
+    def __post_init__(self) -> None:
+        """Refuses settings that cannot be meant."""
+        make_threat(self.norm, self.eps, self.bounds)
+        make_objective(self.loss, self.targeted)
+        check_radius("eps", self.eps, self.norm, self.bounds)
+        if self.eot < 1:
+            raise BackpassError(f"eot must be at least 1, the number of draws to average over; got {self.eot}.")
+        if self.dtype not in (None, torch.bfloat16, torch.float16):
+            raise BackpassError(f"dtype must be torch.bfloat16, torch.float16 or None; got {self.dtype}.")
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, indices: Tensor | None = None, batch_size: int | None = None
+    ) -> Result:
+        """Attacks a batch.
+
+        Args:
+            model: maps (N, ...) to logits (N, C).
+            x: (N, ...) float32 or float64 in [lo, hi].
+            y: (N,) integer labels; where `targeted`, the classes to reach.
+            indices: (N,) integers that name the samples' random draws, for instance their places in the data set;
+                0, 1, ... by default.
+            batch_size: the most samples to search at a time; all by default. The answer does not depend on it.
+
+        Returns:
+            The images and the plain model's verdict on them.
+
+        Raises:
+            BackpassError: x, y, indices or model cannot be meant; the message says what to do.
+        """
+        check_images(x, self.bounds)
+        check_labels(x, y)
+        check_model(model, x)
+        if indices is not None:
+            check_labels(x, indices, "indices")
+        if batch_size is not None and batch_size < 1:
+            raise BackpassError(f"batch_size must be at least 1; got {batch_size}.")
+        capacity = batch_size or len(x)
+        with leave_no_trace(model):
+            # A clone made here is an ordinary tensor, even if the caller is under inference_mode.
+            x = (x.clone() if x.is_inference() else x).detach()
+            y = y.clone().long()
+            index = torch.arange(len(x), device=x.device) if indices is None else indices.clone().long()
+            threat = make_threat(self.norm, self.eps, self.bounds)
+            objective = make_objective(self.loss, self.targeted)
+            oracle = Oracle(
+                model,
+                objective,
+                threat,
+                targeted=self.targeted,
+                logits=self.logits,
+                eot=self.eot,
+                dtype=self.dtype,
+            )
+            parts = []
+            for rows in torch.split(torch.arange(len(x), device=x.device), capacity):
+                whole = len(rows) == len(x)
+                batch = (x, y, index) if whole else (x[rows], y[rows], index[rows])
+                parts.append(self._attack(oracle, *batch, capacity))
+        best = parts[0] if len(parts) == 1 else Best.concatenate(parts)
+        return Result(
+            x_adv=best.z,
+            success=best.verdict.success,
+            loss=-best.verdict.value if self.targeted else best.verdict.value,
+            prediction=best.verdict.prediction,
+            gradients=oracle.gradients,
+            forwards=oracle.forwards,
+            halvings=best.halvings,
+        )
+
+    @property
+    def _rounds(self) -> int:
+        """How many restarts, the first included."""
+        return 1
+
+    @abstractmethod
+    def _search(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> Found:
+        """Searches for all jobs (B) in lockstep; returns a feasible image for each."""
+
+    def _attack(self, oracle: Oracle, x: Tensor, y: Tensor, index: Tensor, capacity: int) -> Best:
+        """All restarts of one batch (N, ...), N <= capacity."""
+        sizes = batch_sizes(capacity)
+        rows = torch.arange(len(x), device=x.device)
+        best = self._run(oracle, Jobs(x, y, index, rows, torch.zeros_like(rows)), sizes)
+        for row, restart in further_restarts(best, self._rounds, capacity, self.early_stop):
+            found = self._run(oracle, Jobs(x[row], y[row], index[row], row, restart), sizes)
+            for r in torch.unique(restart):
+                same = restart == r
+                best.improve(row[same], found[same], keep_first=self.early_stop)
+        return best
+
+    def _run(self, oracle: Oracle, jobs: Jobs, sizes: list[int]) -> Best:
+        """One search in lockstep, in a batch of one of the sizes, and the verdict on what it found."""
+        real = len(jobs)
+        filled = pad(torch.arange(real, device=jobs.y.device), sizes)
+        if len(filled) > real:
+            jobs = jobs[filled]
+        found = self._search(oracle, jobs, ActiveSet(jobs, real, sizes, self.early_stop))
+        z = found.z.detach()
+        finite = z.flatten(1).isfinite().all(1)
+        if not bool(finite.all()):
+            logger.warning("%d of %d searches met a gradient that is not finite", int((~finite).sum()), real)
+            z = torch.where(per_sample(finite, z), z, jobs.x)
+        return Best(z, oracle.judge(z, jobs), found.halvings)[:real]

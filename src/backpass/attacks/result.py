@@ -1,0 +1,35 @@
+"""What an attack hands back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Result"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """The images found, and the verdict of the plain model on them.
+
+    Attributes:
+        x_adv: (N, ...) the adversarial images, inside the ball around x and inside the bounds.
+        success: (N,) bool. The model, in eval mode and in float32 (float64 where it is float64), on `x_adv`
+            predicts another class than y (targeted: predicts y), its logits are finite, and `x_adv` is inside the
+            ball and the bounds. With ``eot > 1``, in every one of that many forward passes.
+        loss: (N,) the attack's loss at `x_adv` and y, by the same forward pass.
+        prediction: (N,) int64, the class that the model sees in `x_adv`.
+        gradients: sample gradients computed, of all restarts together: one pass over a batch of B counts B.
+        forwards: sample forward passes without a gradient, the final verdict included.
+        halvings: APGD only, (N, K) int64: for each of its K checkpoints, the iteration at which the sample's step
+            was halved there, or -1 where it was not (also when the sample had left, already fooled).
+    """
+
+    x_adv: Tensor
+    success: Tensor
+    loss: Tensor
+    prediction: Tensor
+    gradients: int
+    forwards: int
+    halvings: Tensor | None = None

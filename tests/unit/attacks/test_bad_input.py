@@ -1,0 +1,129 @@
+"""Promise 5: every bad input gets the message that names the mistake and the way out."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from backpass.attacks import PGD
+from backpass.errors import BackpassError, UnknownNameError
+
+
+class Answers(nn.Module):
+    """A linear model whose logits pass through a function."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.linear, self.change = nn.Linear(4, 3), change
+
+    def forward(self, x):
+        return self.change(self.linear(x.flatten(1)))
+
+
+def poisoned() -> nn.Module:
+    model = Answers(lambda z: z)
+    nn.init.constant_(model.linear.weight, torch.nan)
+    return model
+
+
+X = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2, 0, 1])
+OK = Answers(lambda z: z)
+
+CALLS = {
+    "normalised images": (OK, X * 2.64 / X.max(), Y, r"max is 2\.64: did you normalise before the model\?"),
+    "images below the bounds": (OK, X - 1, Y, r"min is -0\.\d+: did you normalise"),
+    "NaN images": (OK, X / 0 * 0, Y, "x contains NaN"),
+    "uint8 images": (OK, (X * 255).byte(), Y, r"got torch\.uint8: convert with x\.float\(\) / 255"),
+    "half images": (OK, X.half(), Y, r"got torch\.float16: search in half precision with dtype="),
+    "array": (OK, X.numpy(), Y, r"got ndarray\. Use torch\.as_tensor"),
+    "empty batch": (OK, X[:0], Y[:0], "an empty batch"),
+    "label too large": (OK, X, Y + 1, "label 3 is out of range: the model has 3 classes, 0 to 2"),
+    "label negative": (OK, X, Y - 1, "at least 0; the least of y is -1"),
+    "one-hot labels": (OK, X, torch.eye(3)[Y].long(), r"shape \(5,\); got \(5, 3\)\. One-hot labels need argmax"),
+    "float labels": (OK, X, Y.float(), r"got torch\.float32\. Use y\.long\(\)"),
+    "too few labels": (OK, X, Y[:4], r"one label per image, shape \(5,\); got \(4,\)"),
+    "NaN weights": (poisoned(), X, Y, "logits are not finite: its weights hold NaN"),
+    "tuple of logits": (Answers(lambda z: (z, z)), X, Y, "got tuple. Select it with logits="),
+    "dict of logits": (Answers(lambda z: {"out": z}), X, Y, r"got dict with keys \['out'\]\. Select it with logits="),
+    "logits of one class": (Answers(lambda z: z[:, 0]), X, Y, r"shape \(5, C\) with C >= 2; got \(5,\)"),
+    "logits per pixel": (Answers(lambda z: z[..., None]), X, Y, r"got \(5, 3, 1\)"),
+    "detached logits": (Answers(lambda z: z.detach()), X, Y, "do not depend differentiably on x"),
+    "model on another device": (nn.Linear(4, 3, device="meta"), X, Y, "x is on cpu, the model on meta"),
+    "labels on another device": (OK, X, Y.to("meta"), "x is on cpu, y on meta"),
+    "model in float64": (Answers(lambda z: z).double(), X, Y, r"convert the images with x\.to\(torch\.float64\)"),
+    "model in bfloat16": (Answers(lambda z: z).bfloat16(), X, Y, r"pass dtype=torch\.bfloat16 to the attack"),
+    "not a module": (lambda x: x, X, Y, "must be a torch.nn.Module"),
+}
+
+SETTINGS = {
+    "eps": ({"eps": 8}, r"eps=8 exceeds the pixel range .* Did you mean 8/255\?"),
+    "step": ({"step": 2}, r"step=2 exceeds the pixel range .* Did you mean 2/255\?"),
+    "negative eps": ({"eps": -0.1}, "eps must be a finite number, at least 0; got -0.1"),
+    "NaN eps": ({"eps": float("nan")}, "eps must be a finite number"),
+    "no steps": ({"steps": 0}, "steps and restarts must be at least 1; got steps=0"),
+    "bounds": ({"bounds": (1.0, 0.0)}, r"bounds must be two finite numbers \(lo, hi\) with lo < hi"),
+    "eot": ({"eot": 0}, "eot must be at least 1"),
+    "dtype": ({"dtype": torch.int8}, r"dtype must be torch\.bfloat16, torch\.float16 or None; got torch\.int8"),
+    "norm": ({"norm": "linfty"}, r"unknown norm 'linfty'\. Did you mean 'linf'\?"),
+    "loss": ({"loss": "cee"}, r"unknown loss 'cee'\. Did you mean 'ce'\?"),
+}
+
+
+@pytest.mark.parametrize(("model", "x", "y", "message"), CALLS.values(), ids=CALLS.keys())
+def test_a_bad_call_says_what_was_expected_what_came_and_what_to_do(model, x, y, message):
+    with pytest.raises(BackpassError, match=message):
+        PGD(steps=1)(model, x, y)
+
+
+@pytest.mark.parametrize(("settings", "message"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_bad_setting_is_refused_when_it_is_made(settings, message):
+    with pytest.raises(BackpassError, match=message):
+        PGD(**settings)
+
+
+def test_an_unknown_name_is_an_error_of_its_own():
+    with pytest.raises(UnknownNameError):
+        PGD(norm="l3")
+
+
+def test_settings_are_frozen_and_keyword_only():
+    with pytest.raises(AttributeError):
+        PGD().eps = 0.1
+    with pytest.raises(TypeError):
+        PGD(0.1)
+
+
+def test_a_loss_that_is_reduced_is_refused():
+    with pytest.raises(BackpassError, match=r"one value per sample, shape \(5,\); got \(\)"):
+        PGD(loss=lambda logits, y: logits.sum())(OK, X, Y)
+
+
+def test_a_key_that_the_output_lacks_is_refused():
+    with pytest.raises(BackpassError, match="logits='aux' is not in the model's output, a dict"):
+        PGD(logits="aux")(Answers(lambda z: {"out": z}), X, Y)
+
+
+def test_dlr_needs_three_classes():
+    with pytest.raises(BackpassError, match="needs at least 3 classes; the model has 2"):
+        PGD(loss="dlr")(Answers(lambda z: z[:, :2]), X, Y % 2)
+
+
+def test_outputs_that_look_like_probabilities_are_warned_of(caplog):
+    with caplog.at_level(logging.WARNING, logger="backpass"):
+        PGD(steps=1)(Answers(lambda z: z.softmax(1)), X, Y)
+    assert "look like probabilities" in caplog.text
+    caplog.clear()
+    PGD(steps=1)(OK, X, Y)
+    assert caplog.text == ""
+
+
+def test_a_gradient_that_is_not_finite_costs_the_sample_and_not_the_bounds(caplog):
+    # The derivative of sqrt is infinite at 0, and 0 * inf is NaN: the logits themselves are finite.
+    model = Answers(lambda z: z + 0 * (z * 0).sqrt().sum())
+    result = PGD(steps=2, norm="l2", early_stop=False, restarts=1)(model, X, Y)
+    assert result.x_adv.isfinite().all()
+    assert "gradient that is not finite" in caplog.text
