@@ -48,8 +48,9 @@ class Claim:
 def verdict(difference: Interval, direction: Direction) -> Verdict:
     """What an interval of a difference says of "the difference is above (or below) zero".
 
-    ``holds`` where the whole interval lies on the claimed side of zero, ``does not hold`` where it lies on the other side, and ``undecided``
-    where it contains zero, rests on fewer than `FEWEST_PAIRS` pairs, or is not finite because a run diverged.
+    ``holds`` where the whole interval lies on the claimed side of zero, ``does not hold`` where it lies on
+    the other side, and ``undecided`` where it contains zero, rests on fewer than `FEWEST_PAIRS` pairs, or is
+    not finite because a run diverged.
     """
     low, high = difference.low, difference.high
     if difference.n < FEWEST_PAIRS or not (math.isfinite(low) and math.isfinite(high)) or low <= 0 <= high:
@@ -85,14 +86,10 @@ def judge(
     """
     difference = paired_interval(ours, theirs)
     names = list(seeds) or list(range(len(ours)))
-    lost = [
-        name
-        for name, a, b in zip(names, ours, theirs, strict=True)
-        if not (math.isfinite(a) and math.isfinite(b))
-    ]
+    lost = [name for name, a, b in zip(names, ours, theirs, strict=True) if not (math.isfinite(a) and math.isfinite(b))]
     note = ""
     if lost:
-        note = f"a run diverged in {len(lost)} of {len(ours)} pairs (seed {', '.join(map(str, lost))})"
+        note = f"a run diverged in {len(lost)} of {len(ours)} pairs, seed {', '.join(map(str, lost))}"
     elif difference.n < FEWEST_PAIRS:
         note = f"fewer than {FEWEST_PAIRS} pairs: no verdict"
     return Claim(

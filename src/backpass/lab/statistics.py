@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 from backpass.errors import BackpassError
 
-__all__ = ["LEVEL", "Interval", "mean_interval", "paired_interval", "student_cdf", "student_quantile"]
+__all__ = [
+    "LEVEL",
+    "Interval",
+    "geometric_interval",
+    "mean_interval",
+    "paired_interval",
+    "student_cdf",
+    "student_quantile",
+]
 
 LEVEL = 0.95
 """The level of every interval in a report."""
@@ -26,7 +34,8 @@ class Interval(NamedTuple):
 def student_cdf(t: float, freedom: int) -> float:
     r"""The distribution function of Student's t for a whole number of degrees of freedom.
 
-    The finite series in :math:`\theta = \arctan(t/\sqrt\nu)` (Abramowitz and Stegun 26.7.3 and 26.7.4), exact up to rounding.
+    The finite series in :math:`\theta = \arctan(t/\sqrt\nu)` (Abramowitz and Stegun 26.7.3 and 26.7.4), exact
+    up to rounding.
 
     Raises:
         BackpassError: ``freedom`` is below 1.
@@ -87,6 +96,18 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = student_quantile(0.5 + level / 2, n - 1) * deviation / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def geometric_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    r"""The geometric mean :math:`\exp\overline{\ln v}` with its interval; for what is drawn on a logarithmic axis.
+
+    Raises:
+        BackpassError: a value is not positive, or as `mean_interval`.
+    """
+    if any(value <= 0 for value in values):
+        raise BackpassError(f"a geometric mean needs positive values, got {min(values)}.")
+    mean, low, high, n = mean_interval([math.log(value) for value in values], level)
+    return Interval(math.exp(mean), math.exp(low), math.exp(high), n)
 
 
 def paired_interval(ours: Sequence[float], theirs: Sequence[float], level: float = LEVEL) -> Interval:

@@ -29,9 +29,7 @@ def mlp(widths: Sequence[int] = (64, 128, 128, 128, 10), activation: str = "relu
         UnknownNameError: no activation has this name.
     """
     if len(widths) < 2 or min(widths) < 1:
-        raise BackpassError(
-            f"an MLP needs at least an input and an output width, all positive, got {tuple(widths)}."
-        )
+        raise BackpassError(f"an MLP needs at least an input and an output width, all positive, got {tuple(widths)}.")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for index, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
         layers[f"linear{index}"] = nn.Linear(fan_in, fan_out)

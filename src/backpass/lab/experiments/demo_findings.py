@@ -1,0 +1,113 @@
+"""What the demo's numbers support and what they do not, in sentences made from verdicts and estimates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from backpass.lab.claims import Claim, Verdict
+from backpass.lab.experiments.demo import Measured
+from backpass.lab.experiments.demo_claims import diverged, label
+from backpass.lab.result import Finding
+from backpass.lab.statistics import Interval
+from backpass.lab.wording import interval_text, listing
+
+__all__ = ["findings"]
+
+
+def findings(measured: Measured, judged: Sequence[Claim]) -> list[Finding]:
+    """The findings, in the order in which a reader asks.
+
+    Args:
+        measured: the numbers.
+        judged: the claims of `demo_claims.claims` on these numbers.
+    """
+    demo = measured.demo
+    by_id = {claim.id: claim for claim in judged}
+    small, best = min(demo.rates), measured.best_rate
+    found = [_balance(judged)]
+    for rule in demo.rules[1:]:
+        early, end, accuracy = (by_id[f"{key}-small-rate-{rule}"] for key in ("early", "end", "accuracy"))
+        at_best, unit = by_id[f"end-best-rate-{rule}"], by_id[f"end-unit-step-{rule}"]
+        found.append(
+            Finding(
+                f"Learning with {label(rule)}",
+                f"At the small rate {small:g} the training loss is {_told(early)} after {demo.early} epochs and "
+                f"{_told(end)} after {demo.epochs}; test accuracy is {_told(accuracy)}. At BP's best rate {best:g} the "
+                f"final training loss is {_told(at_best)}. With every step scaled to the same length, so that only "
+                f"directions differ, it is {_told(unit)}.",
+            )
+        )
+    found.append(_stability(measured))
+    for rule in demo.rules[1:]:
+        found.append(_attack(rule, [by_id[f"attack-{eps:g}-{rule}"] for eps in demo.eps], demo.eps))
+    found.append(
+        Finding(
+            "What this cannot say",
+            f"This is one small network ({demo.model}), one small data set and plain SGD; the intervals are over "
+            f"{demo.seeds} seeds of weights and batches, not over images, and {len(judged)} claims were tested at "
+            "once. It is no evidence about deep networks, or about transfer to other models, for which linear "
+            "backpropagation was proposed.",
+        )
+    )
+    return found
+
+
+def _balance(judged: Sequence[Claim]) -> Finding:
+    """How many claims in favour of LinBP came out how, for learning and for attack."""
+
+    def counted(topic: str, chosen: list[Claim]) -> str:
+        verdicts = [claim.verdict for claim in chosen]
+        return (
+            f"{topic}: {verdicts.count('holds')} of {len(chosen)} hold, {verdicts.count('does not hold')} do not, "
+            f"{verdicts.count('undecided')} are undecided"
+        )
+
+    attacks = [claim for claim in judged if claim.id.startswith("attack-")]
+    learning = [claim for claim in judged if claim not in attacks]
+    return Finding(
+        "In short",
+        f"Every claim below says that linear backpropagation does better than plain. "
+        f"{counted('On learning', learning)}. {counted('On white-box attack', attacks)}.",
+    )
+
+
+def _told(claim: Claim) -> str:
+    """Lower or higher than BP's and by how much, or that the two cannot be told apart or compared."""
+    if math.isnan(claim.estimate):
+        return f"not comparable with BP's ({claim.note})"
+    numbers = interval_text(Interval(claim.estimate, *claim.interval, claim.n), signed=True)
+    if claim.verdict == "undecided":
+        return f"not told apart from BP's ({numbers})"
+    return f"{'higher' if claim.estimate > 0 else 'lower'} than BP's ({numbers})"
+
+
+def _stability(measured: Measured) -> Finding:
+    demo = measured.demo
+    lost = [
+        f"{count} of {demo.seeds} runs of {label(rule)} at rate {rate:g}"
+        for rule in demo.rules
+        for rate in demo.rates
+        if (count := diverged(measured.runs[rule, rate]))
+    ]
+    return Finding("Stability", f"Diverged: {listing(lost)}; no other run." if lost else "No run diverged at any rate.")
+
+
+def _attack(rule: str, judged: Sequence[Claim], eps: Sequence[float]) -> Finding:
+    def where(verdict: Verdict) -> str:
+        return listing([f"{e:g}" for e, claim in zip(eps, judged, strict=True) if claim.verdict == verdict])
+
+    parts = []
+    if more := where("holds"):
+        parts.append(f"more images at eps {more}")
+    if fewer := where("does not hold"):
+        parts.append(f"fewer images at eps {fewer}")
+    if unclear := where("undecided"):
+        parts.append(f"as many, as far as {judged[0].n} seeds can tell, at eps {unclear}")
+    largest = max(judged, key=lambda claim: abs(claim.estimate))
+    numbers = interval_text(Interval(largest.estimate, *largest.interval, largest.n), signed=True)
+    return Finding(
+        f"White-box attack, gradients of {label(rule)}",
+        f"Compared with plain gradients, PGD fools {listing(parts)}. The largest difference is {numbers} percentage "
+        "points.",
+    )

@@ -1,0 +1,93 @@
+"""One self-contained HTML page of a result, and the same numbers as JSON beside it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from backpass.lab.claims import Claim
+from backpass.lab.files import write_atomically
+from backpass.lab.plots import inline_svg
+from backpass.lab.result import Cell, Result, Series
+from backpass.lab.statistics import Interval
+from backpass.lab.wording import number, setting
+
+__all__ = ["page", "write_report"]
+
+
+def page(result: Result) -> str:
+    """The page: plain HTML with its own style and SVG plots; it loads nothing and runs no script.
+
+    Every number of a table stands in a ``<data value="...">`` element that holds it unrounded.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    templates = Environment(
+        loader=PackageLoader("backpass.lab"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    templates.filters.update(cell=_cell, setting=setting)
+    return templates.get_template("report.html").render(
+        result=result,
+        plots=[
+            {"series": series, "svg": Markup(inline_svg(series)), "rows": _numbers(series)}  # noqa: S704
+            for series in result.series
+        ],
+        claims=[{"claim": claim, "estimate": _estimate(claim)} for claim in result.claims],
+        verdicts=_count(result),
+    )
+
+
+def write_report(result: Result, out: Path) -> tuple[Path, Path]:
+    """Write ``report.html`` and ``result.json`` into the folder ``out``, each whole or not at all.
+
+    Returns:
+        The paths of the page and of the JSON.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    html, numbers = page(result), result.as_json()  # both, before anything is written
+    return write_atomically(out / "report.html", html), write_atomically(out / "result.json", numbers)
+
+
+def _estimate(claim: Claim) -> Interval:
+    return Interval(claim.estimate, *claim.interval, claim.n)
+
+
+def _count(result: Result) -> dict[str, int]:
+    verdicts = [claim.verdict for claim in result.claims]
+    return {verdict: verdicts.count(verdict) for verdict in ("holds", "does not hold", "undecided")}
+
+
+def _numbers(series: Series) -> list[list[Cell]]:
+    """The table under a plot: a row for every place that some curve has, a column for every curve."""
+    places = sorted({x for curve in series.curves for x in curve.x})
+    columns = [dict(zip(curve.x, curve.intervals, strict=True)) for curve in series.curves]
+    return [[x, *(column.get(x, "") for column in columns)] for x in places]
+
+
+def _cell(value: Cell, *, signed: bool = False) -> Any:
+    """A cell's HTML: words as they are, numbers rounded inside an element that carries them whole."""
+    from markupsafe import Markup
+
+    def datum(x: float) -> Markup:
+        return Markup('<data value="{}">{}</data>').format(repr(x), number(x, signed=signed))
+
+    if isinstance(value, str):
+        return Markup.escape(value)
+    if isinstance(value, int):
+        return Markup('<data value="{}">{}</data>').format(value, f"{value:,}")
+    if isinstance(value, float):
+        return Markup('<data value="{}">{}</data>').format(repr(value), f"{value:g}")
+    if math.isnan(value.low):
+        return datum(value.mean)
+    return Markup('<span class="interval">{} <span class="ends">[{}, {}]</span></span>').format(
+        datum(value.mean), datum(value.low), datum(value.high)
+    )

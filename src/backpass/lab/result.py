@@ -1,0 +1,153 @@
+"""What an experiment found: numbers, claims and the circumstances, as data and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from backpass.lab.claims import Claim
+from backpass.lab.statistics import Interval, geometric_interval, mean_interval
+from backpass.version import __version__
+
+__all__ = ["Cell", "Curve", "Finding", "Result", "Series", "Table", "environment", "plain"]
+
+Cell = str | int | float | Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line of a plot, measured once per seed.
+
+    Attributes:
+        label: its name in the legend.
+        x: the places, (points,).
+        runs: the values, (seeds, points); ``nan`` from where a run diverged.
+        geometric: whether the mean over the seeds is the geometric one, as suits a logarithmic axis.
+    """
+
+    label: str
+    x: Sequence[float]
+    runs: Sequence[Sequence[float]]
+    geometric: bool = False
+
+    @property
+    def intervals(self) -> list[Interval]:
+        """Mean and interval over the seeds at every place; ``nan`` where any run has diverged."""
+        interval = geometric_interval if self.geometric else mean_interval
+        return [interval(values) for values in zip(*self.runs, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One plot: what is measured against what, and a sentence for those who cannot see it."""
+
+    id: str
+    title: str
+    description: str
+    x_label: str
+    y_label: str
+    curves: Sequence[Curve]
+    log_x: bool = False
+    log_y: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Numbers in rows; every row has one cell per column."""
+
+    id: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence or two on one topic, made from the numbers."""
+
+    topic: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Everything that a report shows.
+
+    Attributes:
+        experiment: its name.
+        title: a heading.
+        question: what was asked and how, in a few sentences.
+        scale: the size of the run, for instance ``quick`` or ``standard``.
+        findings: what the numbers support and what they do not.
+        environment: versions, seeds, data, device.
+        settings: everything that was chosen.
+        series: the plots.
+        tables: numbers that are not plotted.
+        claims: the claims with their verdicts.
+    """
+
+    experiment: str
+    title: str
+    question: str
+    scale: str
+    findings: Sequence[Finding]
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    series: Sequence[Series]
+    claims: Sequence[Claim]
+    tables: Sequence[Table] = field(default_factory=tuple)
+
+    def as_json(self) -> str:
+        """The result as JSON; a number that is not finite is ``null``."""
+        content = asdict(self)
+        for series, ours in zip(content["series"], self.series, strict=True):
+            for curve, source in zip(series["curves"], ours.curves, strict=True):
+                intervals = source.intervals
+                curve["mean"] = [i.mean for i in intervals]
+                curve["interval"] = [(i.low, i.high) for i in intervals]
+        return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """``value`` with sequences as lists, intervals as objects and every number JSON can carry."""
+    if isinstance(value, Interval):
+        return {name: plain(part) for name, part in value._asdict().items()}
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def environment(*, device: str, threads: int, data: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """The circumstances that every report names.
+
+    Args:
+        device: where it ran.
+        threads: of torch's CPU operations.
+        data: one line about the data.
+        seeds: of the runs.
+    """
+    versions = {"backpass": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "scikit-learn", "matplotlib"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "platform": f"{sys.platform} {platform.machine()}",
+        "device": device,
+        "threads": threads,
+        "data": data,
+        "seeds": list(seeds),
+    }
