@@ -162,16 +162,20 @@ def sites(
         raise BackpassError(f"the input shape of {model!r} is not known: give one, as in --input-shape 3x224x224.")
     x = torch.zeros(1, *shape)
     network.eval()
-    table = list_sites(network, x)
+    try:
+        table = list_sites(network, x)
+    except RuntimeError as error:
+        raise BackpassError(f"{model!r} does not take an input of shape {tuple(x.shape)}: {error}") from error
     acts: set[int] = set()
     if rule is not None:
         with parse_rule(rule).attach(network) as attached:
             network(x)
             acts = {site.index for site in attached.sites}
     header, *lines = str(table).splitlines()
+    width = max(map(len, [header, *lines]))
     typer.echo(header)
     for site, line in zip(table, lines, strict=True):
-        typer.echo(f"{line}  <- {rule}" if site.index in acts else line)
+        typer.echo(f"{line:<{width}}  <- {rule}" if site.index in acts else line)
 
 
 def _claims_table(result: Result) -> Table:

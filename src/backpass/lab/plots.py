@@ -25,6 +25,7 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": _INK,
+    "axes.facecolor": "none",
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "xtick.color": _INK,
@@ -82,7 +83,8 @@ def _render(series: Sequence[Series], *, size: tuple[float, float], background: 
     salt = "+".join(one.id for one in series)  # clip paths and markers get the same ids in every run
     style: Any = {**_STYLE, "svg.hashsalt": salt}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained", facecolor=background)
+        figure = Figure(figsize=size, facecolor=background)
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
         panels = figure.subplots(1, len(series), squeeze=False)[0]
         for panel, one in zip(panels, series, strict=True):
             _draw(panel, one, titled=len(series) > 1)
@@ -110,8 +112,8 @@ def _draw(axes: Any, series: Series, *, titled: bool) -> None:
             axis.set_major_formatter("{x:g}")
     if all(isinstance(x, int) for curve in series.curves for x in curve.x):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if series.log_x:
-        ticks = sorted({x for curve in series.curves for x in curve.x})
+    ticks = sorted({x for curve in series.curves for x in curve.x})
+    if len(ticks) <= _MANY_POINTS:
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
 

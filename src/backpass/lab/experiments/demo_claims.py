@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from backpass.lab.claims import Claim, Direction, judge
 from backpass.lab.experiments.demo import Measured
@@ -37,57 +38,61 @@ def claims(measured: Measured) -> list[Claim]:
     plain, small, best = demo.rules[0], min(demo.rates), measured.best_rate
     found: list[Claim] = []
 
-    def loss(key: str, epoch: int, rate: float | None, when: str, reference: str | None) -> None:
+    def compare(
+        key: str,
+        statement: str,
+        values: Callable[[str], Sequence[float]],
+        direction: Direction,
+        quantity: str,
+        reference: str | None,
+    ) -> None:
         for rule in demo.rules[1:]:
             found.append(
                 judge(
                     f"{key}-{rule}",
-                    f"{label(rule)}: lower training loss than {label(plain)} {when}",
-                    ours=[run.losses[epoch] for run in measured.runs[rule, rate]],
-                    theirs=[run.losses[epoch] for run in measured.runs[plain, rate]],
-                    direction="lower",
-                    quantity="training loss, difference in nats",
+                    f"{label(rule)}: {statement}",
+                    ours=values(rule),
+                    theirs=values(plain),
+                    direction=direction,
+                    quantity=quantity,
                     reference=reference,
                     seeds=range(demo.seeds),
                 )
             )
 
-    def higher(key: str, statement: str, ours: Sequence[float], theirs: Sequence[float], reference: str) -> None:
-        direction: Direction = "higher"
-        quantity = "percentage points"
-        found.append(
-            judge(
-                key,
-                statement,
-                ours=ours,
-                theirs=theirs,
-                direction=direction,
-                quantity=quantity,
-                reference=reference,
-                seeds=range(demo.seeds),
-            )
+    for key, epoch, rate, when, reference in (
+        ("early-small-rate", demo.early, small, f"after {demo.early} epochs, at the small rate {small:g}", _TRAINING),
+        ("end-small-rate", demo.epochs, small, f"in the end, at the small rate {small:g}", _TRAINING),
+        ("end-best-rate", demo.epochs, best, f"in the end, at BP's best rate {best:g}", _LARGE_RATE),
+        ("end-unit-step", demo.epochs, None, "in the end, with steps of equal length", None),
+    ):
+        losses = partial(_losses, measured, epoch=epoch, rate=rate)
+        compare(key, f"lower training loss than BP {when}", losses, "lower", "training loss, in nats", reference)
+    for key, rate, when in (
+        ("accuracy-small-rate", small, f"at the small rate {small:g}"),
+        ("accuracy-best-rate", best, f"at BP's best rate {best:g}"),
+    ):
+        accuracies = partial(_accuracies, measured, rate=rate)
+        compare(key, f"higher test accuracy than BP, {when}", accuracies, "higher", "percentage points", _ACCURACY)
+    for eps in demo.eps:
+        compare(
+            f"attack-{eps:g}",
+            f"PGD with its gradients fools more images at eps {eps:g}",
+            partial(_fooled, measured, eps=eps),
+            "higher",
+            "percentage points",
+            _ATTACK,
         )
-
-    loss("early-small-rate", demo.early, small, f"after {demo.early} epochs at the small rate {small:g}", _TRAINING)
-    loss("end-small-rate", demo.epochs, small, f"at the end at the small rate {small:g}", _TRAINING)
-    loss("end-best-rate", demo.epochs, best, f"at the end at BP's best rate {best:g}", _LARGE_RATE)
-    loss("end-unit-step", demo.epochs, None, "at the end with steps of equal length", None)
-    for key, rate, words in (("small", small, "the small rate"), ("best", best, "BP's best rate")):
-        for rule in demo.rules[1:]:
-            higher(
-                f"accuracy-{key}-rate-{rule}",
-                f"{label(rule)}: higher test accuracy than {label(plain)} at {words} {rate:g}",
-                [run.accuracy for run in measured.runs[rule, rate]],
-                [run.accuracy for run in measured.runs[plain, rate]],
-                _ACCURACY,
-            )
-    for rule in demo.rules[1:]:
-        for eps in demo.eps:
-            higher(
-                f"attack-{eps:g}-{rule}",
-                f"{label(rule)}: PGD with its gradients fools more images at eps {eps:g}",
-                measured.fooled[rule, eps],
-                measured.fooled[plain, eps],
-                _ATTACK,
-            )
     return found
+
+
+def _losses(measured: Measured, rule: str, *, epoch: int, rate: float | None) -> list[float]:
+    return [run.losses[epoch] for run in measured.runs[rule, rate]]
+
+
+def _accuracies(measured: Measured, rule: str, *, rate: float) -> list[float]:
+    return [run.accuracy for run in measured.runs[rule, rate]]
+
+
+def _fooled(measured: Measured, rule: str, *, eps: float) -> list[float]:
+    return measured.fooled[rule, eps]

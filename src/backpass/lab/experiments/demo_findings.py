@@ -76,10 +76,12 @@ def _told(claim: Claim) -> str:
     """Lower or higher than BP's and by how much, or that the two cannot be told apart or compared."""
     if math.isnan(claim.estimate):
         return f"not comparable with BP's ({claim.note})"
-    numbers = interval_text(Interval(claim.estimate, *claim.interval, claim.n), signed=True)
     if claim.verdict == "undecided":
-        return f"not told apart from BP's ({numbers})"
-    return f"{'higher' if claim.estimate > 0 else 'lower'} than BP's ({numbers})"
+        return "not told apart from BP's"
+    low, high = claim.interval
+    if claim.estimate > 0:
+        return f"higher than BP's by {interval_text(Interval(claim.estimate, low, high, claim.n))}"
+    return f"lower than BP's by {interval_text(Interval(-claim.estimate, -high, -low, claim.n))}"
 
 
 def _stability(measured: Measured) -> Finding:

@@ -27,7 +27,7 @@ def find(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
         The network, and the shape of one input without the batch axis, or ``None``.
 
     Raises:
-        UnknownNameError: the lab has no network of this name, or the user's module no such attribute.
+        UnknownNameError: the lab has no network of this name, or the user's module none of that name.
         BackpassError: the user's module cannot be imported, or gives no ``nn.Module``.
     """
     if ":" not in name:
@@ -41,7 +41,8 @@ def find(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     except (ImportError, ValueError) as error:
         raise BackpassError(f"cannot import {path!r} of {name!r}: {error}.") from error
     if not hasattr(module, attribute):
-        raise UnknownNameError(f"attribute of module {path!r}", attribute, [n for n in vars(module) if n[0] != "_"])
+        own = [n for n, v in vars(module).items() if isinstance(v, nn.Module) or getattr(v, "__module__", "") == path]
+        raise UnknownNameError(f"network of module {path!r}", attribute, own)
     found = getattr(module, attribute)
     try:
         model = found if isinstance(found, nn.Module) or not callable(found) else found()

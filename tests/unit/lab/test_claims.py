@@ -1,0 +1,81 @@
+"""Planted effects are found with their sign, planted nulls are not, and nothing is decided without evidence."""
+
+import math
+
+import pytest
+import torch
+
+from backpass.lab.claims import judge, verdict
+from backpass.lab.statistics import Interval
+
+
+def _judge(ours, theirs, direction="higher"):
+    return judge("id", "a claim", ours=ours, theirs=theirs, direction=direction, quantity="points")
+
+
+def _normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(3.0, "holds"), (-3.0, "does not hold")])
+def test_planted_effects_are_found_with_their_sign(shift, expected):
+    base, noise = _normal(200, 5, seed=0), _normal(200, 5, seed=1)
+    verdicts = [_judge((b + shift + n).tolist(), b.tolist()).verdict for b, n in zip(base, noise, strict=True)]
+    assert verdicts.count(expected) >= 190  # the test's power is 99.8 % for three standard deviations and 5 pairs
+    opposite = [_judge((b + shift + n).tolist(), b.tolist(), "lower").verdict for b, n in zip(base, noise, strict=True)]
+    assert opposite.count(expected) == 0
+
+
+def test_planted_nulls_are_decided_at_the_stated_error_rate():
+    base, noise = _normal(1000, 5, seed=2), _normal(1000, 5, seed=3)
+    verdicts = [_judge((b + n).tolist(), b.tolist()).verdict for b, n in zip(base, noise, strict=True)]
+    decided = 1 - verdicts.count("undecided") / len(verdicts)
+    assert abs(decided - 0.05) < 4 * math.sqrt(0.05 * 0.95 / len(verdicts))
+
+
+def test_the_claim_carries_its_paired_difference():
+    claim = _judge([1.0, 2.5, 3.0], [0.0, 1.0, 2.0])
+    assert claim.estimate == pytest.approx(7 / 6)
+    assert claim.interval[0] < claim.estimate < claim.interval[1]
+    assert (claim.n, claim.verdict, claim.note) == (3, "holds", "")
+
+
+def test_two_pairs_give_no_verdict_however_clear():
+    claim = _judge([10.0, 10.001], [0.0, 0.0])
+    assert claim.interval[0] > 0
+    assert claim.verdict == "undecided"
+    assert "fewer than 3 pairs" in claim.note
+
+
+def test_a_diverged_run_leaves_the_claim_undecided_and_is_named():
+    claim = judge(
+        "id",
+        "a claim",
+        ours=[1.0, math.nan, 1.0, 1.0],
+        theirs=[0.0] * 4,
+        direction="higher",
+        quantity="points",
+        seeds=[10, 11, 12, 13],
+    )
+    assert claim.verdict == "undecided"
+    assert math.isnan(claim.estimate)
+    assert claim.note == "a run diverged in 1 of 4 pairs, seed 11"
+
+
+def test_no_difference_at_all_is_undecided():
+    assert _judge([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "higher", "lower"),
+    [
+        (0.1, 0.2, "holds", "does not hold"),
+        (-0.2, -0.1, "does not hold", "holds"),
+        (-0.1, 0.2, "undecided", "undecided"),
+        (0.0, 0.2, "undecided", "undecided"),
+    ],
+)
+def test_the_verdict_follows_from_where_the_interval_lies(low, high, higher, lower):
+    interval = Interval((low + high) / 2, low, high, 5)
+    assert verdict(interval, "higher") == higher
+    assert verdict(interval, "lower") == lower
