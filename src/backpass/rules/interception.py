@@ -73,7 +73,7 @@ class Interception(TorchFunctionMode):
         name = rule.functions.get(func)
         if name is None or not self.take(name, args, kwargs):
             return func(*args, **kwargs)
-        return rule.replace(func, args, kwargs)
+        return self.replace(func, args, kwargs)
 
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...]) -> None:
         """Note that a call of a module begins."""
@@ -102,6 +102,10 @@ class Interception(TorchFunctionMode):
             if not torch.compiler.is_dynamo_compiling():
                 self._refuse_checkpointed_function(inner, name)
         return taken
+
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The value of a selected call, with the rule's backward."""
+        return self.numbering.rule.replace(func, args, kwargs)
 
     def selects(self, index: int, fields: SiteFields) -> bool:
         """Whether the rule acts on this site."""
