@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["constant_while_tracing", "guard_module_hooks", "outside_compiled_frames"]
+__all__ = ["constant_while_tracing", "guard_module_hooks", "outside_compiled_frames", "show_to_modes"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,3 +44,14 @@ def guard_module_hooks() -> None:
     if config.skip_nnmodule_hook_guards:
         config.skip_nnmodule_hook_guards = False
         reset()
+
+
+def show_to_modes(functions: Iterable[Callable[..., Any]]) -> None:
+    """Let Dynamo hand these functions to torch function modes, as eager PyTorch does.
+
+    Its own list lacks some, for instance ``F.tanh``, ``F.hardswish`` and ``torch.relu_``.
+    """
+    if "torch._dynamo" in sys.modules:
+        from torch._dynamo.variables.torch import get_overridable_functions
+
+        get_overridable_functions().update(functions)

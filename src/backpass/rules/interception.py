@@ -47,7 +47,10 @@ class ModuleCall:
 class Interception(TorchFunctionMode):
     """One call of an attached model: numbers its sites and hands those that the rule selects to the rule.
 
-    ``seen`` and ``taken`` hold plain tuples, the fields of `Site`, because a compiled region can rebuild those.
+    Attributes:
+        seen: the sites, as plain tuples because a compiled region can rebuild those.
+        taken: the indices of the sites that the rule re-defined.
+        yielded: how many selected sites a rule further in re-defined.
     """
 
     def __init__(self, numbering: Numbering, first: int, stop: int, whole: bool) -> None:
@@ -60,6 +63,7 @@ class Interception(TorchFunctionMode):
         self.calls: dict[str, int] = {}
         self.seen: list[SiteFields] = []
         self.taken: list[int] = []
+        self.yielded = 0
         self.keys: dict[str, list[str]] = {}
 
     def __torch_function__(
@@ -69,11 +73,23 @@ class Interception(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        rule, kwargs = self.numbering.rule, kwargs or {}
-        name = rule.functions.get(func)
-        if name is None or not self.take(name, args, kwargs):
+        kwargs = kwargs or {}
+        name = self.numbering.rule.functions.get(func)
+        if name is None:
             return func(*args, **kwargs)
+        site = self.number(name, args, kwargs)
+        if not self.selects(site):
+            return func(*args, **kwargs)
+        self.taken.append(site[0])
+        if not torch.compiler.is_dynamo_compiling():
+            self._refuse_checkpointed_function(self.running[-1], name)
+        for outer in _interceptions():
+            outer.yield_to_inner(func, args, kwargs)
         return self.replace(func, args, kwargs)
+
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The selected call with the rule's backward."""
+        return self.numbering.rule.replace(func, args, kwargs)
 
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...]) -> None:
         """Note that a call of a module begins."""
@@ -84,8 +100,8 @@ class Interception(TorchFunctionMode):
     def leave(self, call: ModuleCall, finished: bool) -> None:
         """Note that a module's call ends, ``finished`` unless by an exception."""
 
-    def take(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Number one call as a site; whether the rule selects it."""
+    def number(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SiteFields:
+        """Number one call as a site."""
         inner = self.running[-1]
         key = f"{inner.key}:{name}#{inner.count(name + '()')}"
         index = len(self.seen) if self.whole else self.numbering.index_of(key)
@@ -94,22 +110,19 @@ class Interception(TorchFunctionMode):
         self.calls[place] = call + 1
         x = args[0] if args else kwargs.get("input")
         shape = tuple(x.shape) if isinstance(x, Tensor) else ()
-        fields = (index, inner.path, name, call, shape, key)
-        self.seen.append(fields)
-        taken = self.selects(index, fields)
-        if taken:
-            self.taken.append(index)
-            if not torch.compiler.is_dynamo_compiling():
-                self._refuse_checkpointed_function(inner, name)
-        return taken
+        site = (index, inner.path, name, call, shape, key)
+        self.seen.append(site)
+        return site
 
-    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The value of a selected call, with the rule's backward."""
-        return self.numbering.rule.replace(func, args, kwargs)
-
-    def selects(self, index: int, fields: SiteFields) -> bool:
+    def selects(self, site: SiteFields) -> bool:
         """Whether the rule acts on this site."""
-        return self.first <= index < self.stop and self.numbering.rule.selects(Site(*fields))
+        return self.first <= site[0] < self.stop and self.numbering.rule.selects(Site(*site))
+
+    def yield_to_inner(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Number a call that a rule further in re-defines: the numbers stay those of the model."""
+        name = self.numbering.rule.functions.get(func)
+        if name is not None:
+            self.yielded += self.selects(self.number(name, args, kwargs))
 
     def _refuse_checkpointed_function(self, inner: ModuleCall, name: str) -> None:
         """A recomputation calls the checkpointed function, not the module around it: no hook would run then."""
@@ -135,6 +148,13 @@ def _called_from_checkpoint() -> bool:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             return True
     return False
+
+
+def _interceptions() -> list[Interception]:
+    """Those running in this thread, the innermost first."""
+    depths = range(torch._C._len_torch_function_stack() - 1, -1, -1)
+    modes = [torch._C._get_function_stack_at(depth) for depth in depths]
+    return [mode for mode in modes if isinstance(mode, Interception)]
 
 
 Intercept = Callable[[Numbering, int, int, bool], Interception]
@@ -176,9 +196,10 @@ class ModuleCalls:
         if not mode.running and mode.whole and finished:
             if torch.compiler.is_dynamo_compiling():
                 self.numbering.last_call = (mode.seen, mode.taken)
-                verify_while_tracing(self.numbering.token, len(mode.seen), len(mode.taken))
+                verify_while_tracing(self.numbering.token, len(mode.seen), len(mode.taken) + mode.yielded)
             else:
                 self.numbering.record(mode.seen, mode.taken, mode.keys)
+                self.numbering.verify(len(mode.seen), len(mode.taken) + mode.yielded)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
         if self.path:
@@ -195,9 +216,8 @@ class ModuleCalls:
         return not self.path and not torch.compiler.is_dynamo_compiling() and not _calls_itself(module)
 
     def _current(self) -> Interception | None:
-        for depth in range(torch._C._len_torch_function_stack() - 1, -1, -1):
-            mode = torch._C._get_function_stack_at(depth)
-            if isinstance(mode, Interception) and mode.numbering is self.numbering:
+        for mode in _interceptions():
+            if mode.numbering is self.numbering:
                 return mode
         return None
 

@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from backpass.errors import BackpassError
-from backpass.rules.dynamo import constant_while_tracing
+from backpass.rules.dynamo import constant_while_tracing, show_to_modes
 from backpass.rules.redefinition import Redefinition, no_site
 from backpass.rules.sites import Site, SiteFields, SiteTable
 
@@ -57,6 +57,7 @@ class Numbering(ABC):
 
     def resolve(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
         """The range of site indices for a whole call of the model with these arguments."""
+        show_to_modes(self.rule.functions)
         if self._resolved is None or training != self._training:
             total: int | None = None
 
@@ -120,20 +121,15 @@ class Numbering(ABC):
         )
 
     def record(self, seen: list[SiteFields], taken: list[int], keys: dict[str, list[str]]) -> None:
-        """Take note of a whole call that ended, and see that the rule acted where it should.
-
-        Raises:
-            NoSiteError: the rule acted nowhere.
-            BackpassError: the number of sites is not what the range was resolved for.
-        """
+        """Take note of a whole call that ended."""
         self.last_call, self._keys, self._index = (seen, taken), keys, {}
-        self.verify(len(seen), len(taken))
 
-    def verify(self, seen: int, taken: int) -> None:
-        """See that a call with this many sites, and this many re-defined, is what the rule means.
+    def verify(self, seen: int, selected: int) -> None:
+        """See that a call with this many sites, and this many selected, is what the rule means.
 
         Raises:
-            NoSiteError, BackpassError: as `record`.
+            NoSiteError: no site was selected.
+            BackpassError: the number of sites is not what the range was resolved for.
         """
         total = self._resolved[2] if self._resolved else None
         if total is not None and total != seen:
@@ -142,7 +138,7 @@ class Numbering(ABC):
                 f"the model had {total} sites when {self.rule} was resolved and {seen} in this call, so its range is "
                 "not the one meant: count from the front (start=3) or use `where`; or attach the rule anew per call."
             )
-        if self.rule.needs_site and not taken:
+        if self.rule.needs_site and not selected:
             raise no_site(self.rule, seen, self.seen)
 
 
@@ -161,6 +157,6 @@ def resolve_while_tracing(token: str, training: bool, /, *args: Any, **kwargs: A
 
 
 @constant_while_tracing
-def verify_while_tracing(token: str, seen: int, taken: int) -> None:
+def verify_while_tracing(token: str, seen: int, selected: int) -> None:
     """`Numbering.verify` of the numbering with this token, while Dynamo traces."""
-    _BY_TOKEN[token].verify(seen, taken)
+    _BY_TOKEN[token].verify(seen, selected)

@@ -25,20 +25,16 @@ def undisturbed(
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    versions = [_version(buffer) for _, _, buffer, _ in before]
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     devices = {t.device for t in (*model.parameters(), *tensors) if t.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
             yield args, kwargs
     finally:
-        for (module, name, buffer, saved), version in zip(before, versions, strict=True):
+        for module, name, buffer, saved in before:
             module._buffers[name] = buffer
             # An untouched buffer may be saved for a backward pass that is still to come: writing would spoil it.
-            if version is None or _version(buffer) != version:
+            # Its version does not tell: batch norm moves its running statistics without a trace.
+            if not torch.equal(buffer, saved):
                 with torch.no_grad():
                     buffer.copy_(saved)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
