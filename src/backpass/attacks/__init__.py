@@ -1,7 +1,12 @@
 """Adversarial attacks that leave no trace; rules attached to the model act on their gradients."""
 
+from backpass.attacks.apgd import APGD
 from backpass.attacks.attack import Attack
+from backpass.attacks.autoattack import AutoAttack
+from backpass.attacks.fab import FAB
+from backpass.attacks.fgsm import FGSM, IFGSM, MIFGSM
 from backpass.attacks.pgd import PGD
 from backpass.attacks.result import Result
+from backpass.attacks.square import Square
 
-__all__ = ["PGD", "Attack", "Result"]
+__all__ = ["APGD", "FAB", "FGSM", "IFGSM", "MIFGSM", "PGD", "Attack", "AutoAttack", "Result", "Square"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -11,25 +10,14 @@ from torch import Tensor, nn
 
 from backpass.attacks.checks import check_images, check_labels, check_model, check_radius
 from backpass.attacks.guard import leave_no_trace
-from backpass.attacks.jobs import ActiveSet, Jobs, batch_sizes, pad
 from backpass.attacks.losses import Loss, make_objective
 from backpass.attacks.oracle import LogitsSelector, Oracle
-from backpass.attacks.restarts import Best, further_restarts
+from backpass.attacks.restarts import Best
 from backpass.attacks.result import Result
-from backpass.attacks.threat import make_threat, per_sample
+from backpass.attacks.threat import make_threat
 from backpass.errors import BackpassError
 
-__all__ = ["Attack", "Found"]
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What one search ends with: images z (B, ...), and (B, K) the halvings where the attack has them."""
-
-    z: Tensor
-    halvings: Tensor | None = None
+__all__ = ["Attack"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,37 +125,6 @@ class Attack(ABC):
             halvings=best.halvings,
         )
 
-    @property
-    def _rounds(self) -> int:
-        """How many restarts, the first included."""
-        return 1
-
     @abstractmethod
-    def _search(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> Found:
-        """Searches for all jobs (B) in lockstep; returns a feasible image for each."""
-
     def _attack(self, oracle: Oracle, x: Tensor, y: Tensor, index: Tensor, capacity: int) -> Best:
-        """All restarts of one batch (N, ...), N <= capacity."""
-        sizes = batch_sizes(capacity)
-        rows = torch.arange(len(x), device=x.device)
-        best = self._run(oracle, Jobs(x, y, index, rows, torch.zeros_like(rows)), sizes)
-        for row, restart in further_restarts(best, self._rounds, capacity, self.early_stop):
-            found = self._run(oracle, Jobs(x[row], y[row], index[row], row, restart), sizes)
-            for r in torch.unique(restart):
-                same = restart == r
-                best.improve(row[same], found[same], keep_first=self.early_stop)
-        return best
-
-    def _run(self, oracle: Oracle, jobs: Jobs, sizes: list[int]) -> Best:
-        """One search in lockstep, in a batch of one of the sizes, and the verdict on what it found."""
-        real = len(jobs)
-        filled = pad(torch.arange(real, device=jobs.y.device), sizes)
-        if len(filled) > real:
-            jobs = jobs[filled]
-        found = self._search(oracle, jobs, ActiveSet(jobs, real, sizes, self.early_stop))
-        z = found.z.detach()
-        finite = z.flatten(1).isfinite().all(1)
-        if not bool(finite.all()):
-            logger.warning("%d of %d searches met a gradient that is not finite", int((~finite).sum()), real)
-            z = torch.where(per_sample(finite, z), z, jobs.x)
-        return Best(z, oracle.judge(z, jobs), found.halvings)[:real]
+        """The best images for one batch x (N, ...), y (N,), N <= capacity; index: (N,) names the random draws."""

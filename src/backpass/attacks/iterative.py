@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from backpass.attacks.attack import Attack, Found
 from backpass.attacks.checks import check_radius
 from backpass.attacks.jobs import ActiveSet, Jobs
 from backpass.attacks.noise import make_key, uniform
 from backpass.attacks.oracle import Oracle
+from backpass.attacks.search import Found, SearchAttack
 from backpass.errors import BackpassError
 
 __all__ = ["Iterative"]
@@ -21,7 +21,7 @@ _START, _VIEW = 1, 2  # what a draw is for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Iterative(Attack):
+class Iterative(SearchAttack):
     """z_{k+1} = project(z_k + step * direction(grad loss(view_k(z_k)))), z_0 = x or a random point.
 
     Args:
@@ -54,7 +54,12 @@ class Iterative(Attack):
     @property
     def _rounds(self) -> int:
         # Without a random draw every restart would repeat the first.
-        return self.restarts if self.random_start or self.noise else 1
+        return self.restarts if self._random else 1
+
+    @property
+    def _random(self) -> bool:
+        """Whether restarts differ."""
+        return self.random_start or self.noise > 0
 
     @abstractmethod
     def _direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:

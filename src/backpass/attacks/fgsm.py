@@ -1,0 +1,94 @@
+"""The fast gradient sign method and its iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backpass.attacks.diversity import Diversity
+from backpass.attacks.iterative import Iterative
+from backpass.attacks.jobs import ActiveSet, Jobs
+from backpass.attacks.oracle import Oracle
+from backpass.attacks.search import Found, SearchAttack
+from backpass.attacks.threat import per_sample
+from backpass.errors import BackpassError
+
+__all__ = ["FGSM", "IFGSM", "MIFGSM"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM(SearchAttack):
+    """One step to the edge of the ball, x + eps * sign(grad loss(x)); for l_2, x + eps * g / |g|_2.
+
+    A sample that the model mistakes as it is stays as it is, unless `early_stop` is off.
+    Source: Goodfellow, Shlens, Szegedy, Explaining and harnessing adversarial examples (2015), section 4.
+    """
+
+    def _search(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> Found:
+        logits, _, gradient = oracle.gradient(jobs.x, jobs)
+        keep = active.retire(jobs.x, active.fooled(oracle, jobs.x, jobs, logits))
+        if active.done:
+            return Found(active.finish(jobs.x))
+        if keep is not None:
+            gradient, jobs = gradient[keep], jobs[keep]
+        step = oracle.threat.direction(gradient).mul_(self.eps).add_(jobs.x)
+        return Found(active.finish(oracle.threat.project(jobs.x, step)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IFGSM(Iterative):
+    """The basic iterative method: FGSM in small steps from x, projected after each.
+
+    Source: Kurakin, Goodfellow, Bengio, Adversarial examples in the physical world (2017), section 2.2.
+    """
+
+    def _direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return oracle.threat.direction(gradient), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MIFGSM(Iterative):
+    """Iterative FGSM with momentum, m <- decay * m + g / |g|_1, z <- project(z + step * direction(m)).
+
+    Args:
+        decay: of the momentum, at least 0.
+        diversity: probability that the gradient is taken at a randomly shrunk and padded image (Xie et al., Improving
+            transferability of adversarial examples with input diversity, 2019, section 3.3); images (N, C, H, W).
+        resize: the least side of the shrunk image, as a fraction in (0, 1].
+
+    Source: Dong et al., Boosting adversarial attacks with momentum (2018), algorithm 1.
+    """
+
+    decay: float = 1.0
+    diversity: float = 0.0
+    resize: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Refuses settings that cannot be meant."""
+        super().__post_init__()
+        if self.decay < 0 or not 0 <= self.diversity <= 1 or not 0 < self.resize <= 1:
+            raise BackpassError(
+                "decay must be at least 0, diversity in [0, 1] and resize in (0, 1]; "
+                f"got decay={self.decay}, diversity={self.diversity}, resize={self.resize}."
+            )
+
+    @property
+    def _random(self) -> bool:
+        return super()._random or self.diversity > 0
+
+    def _view(self, jobs: Jobs, iteration: int) -> Callable[[Tensor], Tensor] | None:
+        noisy = super()._view(jobs, iteration)
+        if not self.diversity:
+            return noisy
+        diverse = Diversity(self.diversity, self.resize).draw(self.seed, jobs, iteration)
+        return diverse if noisy is None else lambda z: diverse(noisy(z))
+
+    def _direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        length = gradient.abs().flatten(1).sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        momentum = gradient / per_sample(length, gradient)
+        if memory is not None:
+            momentum = momentum.add_(memory, alpha=self.decay)
+        return oracle.threat.direction(momentum), momentum

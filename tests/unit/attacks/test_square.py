@@ -1,0 +1,73 @@
+"""Square attack: its windows and pyramids, its acceptance, and that it asks for no gradient."""
+
+import pytest
+import torch
+from torch import nn
+
+from backpass.attacks import Square
+from backpass.attacks.square import _pyramid, _two_pyramids, _Window, window_share
+from backpass.errors import BackpassError
+
+
+def test_the_window_shrinks_at_the_papers_share_of_the_queries():
+    shares = [window_share(q, 10_000, 0.8) for q in (0, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)]
+    assert shares == [0.8 / 2**k for k in range(10)]
+
+
+def test_a_window_is_a_square_inside_the_image():
+    place = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
+    window = _Window.at(torch.empty(200, 3, 8, 10), place, 3)
+    assert window.mask.shape == (200, 1, 8, 10)
+    assert (window.mask.sum((1, 2, 3)) == 9).all()
+    assert window.mask.any(0).all()  # every pixel can be reached
+    patch = torch.arange(1.0, 10.0).view(3, 3)
+    placed = window.place(patch)
+    assert torch.equal(placed[5][window.mask[5]], patch.flatten())
+
+
+def test_pyramids_rise_to_the_middle_and_have_norm_one():
+    eta = _pyramid(5, 5, torch.empty(0, dtype=torch.float64))
+    # n = 2: the levels are 1/9, 1/9 + 1/4 and 1/9 + 1/4 + 1.
+    ratio = eta[2] / eta[0, 0]
+    torch.testing.assert_close(ratio, torch.tensor([4, 13, 49, 13, 4], dtype=torch.float64) / 4)
+    two = _two_pyramids(5, torch.empty(0))
+    assert two.norm().item() == pytest.approx(1)
+    assert (two[:, :2] > 0).all()
+    assert (two[:, 2:] < 0).all()
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.15), ("l2", 0.8)])
+def test_more_queries_never_lower_the_loss_and_fool_more(cnn, held_out, norm, eps):
+    x, y = held_out.x[:100], held_out.y[:100]
+    few, many = (Square(eps=eps, norm=norm, queries=q, early_stop=False)(cnn, x, y) for q in (1, 60))
+    assert bool((many.loss >= few.loss).all())
+    assert many.success.sum() > few.success.sum()
+    assert many.gradients == 0
+
+
+def test_an_l2_proposal_uses_the_whole_ball(cnn, held_out):
+    x = held_out.x[:32] * 0.2 + 0.4  # far from the bounds, which would cut the proposal
+    result = Square(eps=0.3, norm="l2", queries=30, early_stop=False)(cnn, x, held_out.y[:32])
+    torch.testing.assert_close((result.x_adv - x).flatten(1).norm(dim=1), torch.full((32,), 0.3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.15), ("l2", 0.8)])
+def test_the_answer_is_that_of_any_batch_size(cnn, held_out, norm, eps):
+    cnn, x, y = cnn.double(), held_out.x[:16].double(), held_out.y[:16]
+    attack = Square(eps=eps, norm=norm, queries=20, restarts=2)
+    whole, part = attack(cnn, x, y), attack(cnn, x, y, batch_size=7)
+    torch.testing.assert_close(part.x_adv, whole.x_adv, atol=1e-9, rtol=0)
+
+
+def test_it_fools_a_model_without_gradients(mlp, held_out):
+    class Masked(nn.Module):
+        def forward(self, x):
+            return mlp((x * 15).round().detach() / 15)
+
+    x, y = held_out.x[:64], held_out.y[:64]
+    assert Square(eps=0.2, queries=50)(Masked(), x, y).success.float().mean() > 0.3
+
+
+def test_it_wants_images():
+    with pytest.raises(BackpassError, match=r"Square moves windows of images \(N, C, H, W\); got \(2, 4\)"):
+        Square(queries=2)(nn.Linear(4, 3), torch.rand(2, 4), torch.tensor([0, 1]))
