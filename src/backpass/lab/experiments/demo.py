@@ -15,7 +15,7 @@ from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.data import Split, load_digits
 from backpass.lab.experiments.fit import Run, fit, gradient
 from backpass.lab.models import MODELS, build
-from backpass.lab.statistics import mean_interval
+from backpass.lab.statistics import geometric_interval
 from backpass.rules import parse_rule
 
 __all__ = ["SCALES", "Demo", "Measured", "measure"]
@@ -46,7 +46,7 @@ class Demo:
     model: str = "mlp"
     seeds: int = 5
     rules: tuple[str, ...] = ("bp", "linbp:start=-2", "linbp")
-    rates: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
+    rates: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
     unit_step: float = 0.05
     epochs: int = 20
     batch: int = 64
@@ -76,7 +76,8 @@ class Measured:
         demo: the settings.
         data: one line about the data.
         runs: by (rule, rate), and by (rule, None) for steps of unit length times ``unit_step``.
-        best_rate: the rate at which the first rule's mean training loss ends lowest.
+        best_rates: by rule, the rate at which no run diverged and the final training loss has the lowest upper end of its
+            interval; ``None`` where some run diverged at every rate.
         lengths: by rule, the length of the gradient at the initial weights.
         cosines: by rule, its cosine with the first rule's gradient there.
         attacked: how many held-out images each attacked network classifies correctly.
@@ -88,7 +89,7 @@ class Measured:
     demo: Demo
     data: str
     runs: dict[tuple[str, float | None], list[Run]]
-    best_rate: float
+    best_rates: dict[str, float | None]
     lengths: dict[str, list[float]]
     cosines: dict[str, list[float]]
     attacked: list[int]
@@ -156,13 +157,16 @@ def _measure(demo: Demo, progress: Progress, began: float) -> Measured:
                 if rule == plain and rate is not None:
                     trained[rate].append(model)
                 clock.tick(f"training, seed {seed}: {rule}")
-    best = _best_rate(demo, runs)
-    attacked, fooled = _attack(demo, split, trained[best], clock)
+    best = {rule: _best_rate(demo, rule, runs) for rule in demo.rules}
+    rate = best[plain]
+    if rate is None:
+        raise BackpassError(f"{plain} diverged at every rate of {demo.rates}: choose smaller rates.")
+    attacked, fooled = _attack(demo, split, trained[rate], clock)
     return Measured(
         demo=demo,
         data=split.description,
         runs=runs,
-        best_rate=best,
+        best_rates=best,
         lengths=lengths,
         cosines=cosines,
         attacked=attacked,
@@ -172,13 +176,11 @@ def _measure(demo: Demo, progress: Progress, began: float) -> Measured:
     )
 
 
-def _best_rate(demo: Demo, runs: dict[tuple[str, float | None], list[Run]]) -> float:
-    """The rate at which the first rule's training loss ends lowest in the mean, none of its runs diverged."""
-    ends = {rate: mean_interval([run.losses[-1] for run in runs[demo.rules[0], rate]]).mean for rate in demo.rates}
+def _best_rate(demo: Demo, rule: str, runs: dict[tuple[str, float | None], list[Run]]) -> float | None:
+    """By the interval's upper end, not the mean: one lucky run at an unstable rate does not make it the best."""
+    ends = {rate: geometric_interval([run.losses[-1] for run in runs[rule, rate]]).high for rate in demo.rates}
     finite = {rate: loss for rate, loss in ends.items() if math.isfinite(loss)}
-    if not finite:
-        raise BackpassError(f"{demo.rules[0]} diverged at every rate of {demo.rates}: choose smaller rates.")
-    return min(finite, key=finite.__getitem__)
+    return min(finite, key=finite.__getitem__, default=None)
 
 
 def _attack(

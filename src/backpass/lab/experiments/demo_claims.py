@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 from backpass.lab.claims import Claim, Direction, judge
 from backpass.lab.experiments.demo import Measured
 from backpass.lab.experiments.fit import Run
 
 __all__ = ["claims", "diverged", "label"]
+
+Rate = float | None | Literal["own"]
+"""A learning rate, ``None`` for steps of equal length, or each rule's own best rate."""
+
+OWN: Literal["own"] = "own"
 
 _TRAINING = "Li et al., arXiv 2112.11018, Figure 5: lower loss under LinBP, above all early"
 _ACCURACY = "Li et al., arXiv 2112.11018, Figure 5: higher accuracy under LinBP"
@@ -35,7 +42,8 @@ def diverged(runs: Sequence[Run]) -> int:
 def claims(measured: Measured) -> list[Claim]:
     """Every claim for every rule but the first, each against the first, paired over the seeds."""
     demo = measured.demo
-    plain, small, best = demo.rules[0], min(demo.rates), measured.best_rate
+    plain, small = demo.rules[0], min(demo.rates)
+    best = measured.best_rates[plain]
     found: list[Claim] = []
 
     def compare(
@@ -64,15 +72,16 @@ def claims(measured: Measured) -> list[Claim]:
         ("early-small-rate", demo.early, small, f"after {demo.early} epochs, at the small rate {small:g}", _TRAINING),
         ("end-small-rate", demo.epochs, small, f"in the end, at the small rate {small:g}", _TRAINING),
         ("end-best-rate", demo.epochs, best, f"in the end, at BP's best rate {best:g}", _LARGE_RATE),
+        ("end-own-rate", demo.epochs, OWN, "in the end, each at its own best rate", _TRAINING),
         ("end-unit-step", demo.epochs, None, "in the end, with steps of equal length", None),
     ):
         losses = partial(_losses, measured, epoch=epoch, rate=rate)
         compare(key, f"lower training loss than BP {when}", losses, "lower", "training loss, in nats", reference)
-    for key, rate, when in (
+    for key, at, when in (
         ("accuracy-small-rate", small, f"at the small rate {small:g}"),
-        ("accuracy-best-rate", best, f"at BP's best rate {best:g}"),
+        ("accuracy-own-rate", OWN, "each at its own best rate"),
     ):
-        accuracies = partial(_accuracies, measured, rate=rate)
+        accuracies = partial(_accuracies, measured, rate=at)
         compare(key, f"higher test accuracy than BP, {when}", accuracies, "higher", "percentage points", _ACCURACY)
     for eps in demo.eps:
         compare(
@@ -86,12 +95,22 @@ def claims(measured: Measured) -> list[Claim]:
     return found
 
 
-def _losses(measured: Measured, rule: str, *, epoch: int, rate: float | None) -> list[float]:
-    return [run.losses[epoch] for run in measured.runs[rule, rate]]
+def _runs(measured: Measured, rule: str, rate: Rate) -> list[Run] | None:
+    """The runs at a rate; none for the own best rate of a rule that diverged at every rate."""
+    if rate == OWN:
+        rate = measured.best_rates[rule]
+        return None if rate is None else measured.runs[rule, rate]
+    return measured.runs[rule, rate]
 
 
-def _accuracies(measured: Measured, rule: str, *, rate: float) -> list[float]:
-    return [run.accuracy for run in measured.runs[rule, rate]]
+def _losses(measured: Measured, rule: str, *, epoch: int, rate: Rate) -> list[float]:
+    runs = _runs(measured, rule, rate)
+    return [math.nan] * measured.demo.seeds if runs is None else [run.losses[epoch] for run in runs]
+
+
+def _accuracies(measured: Measured, rule: str, *, rate: Rate) -> list[float]:
+    runs = _runs(measured, rule, rate)
+    return [math.nan] * measured.demo.seeds if runs is None else [run.accuracy for run in runs]
 
 
 def _fooled(measured: Measured, rule: str, *, eps: float) -> list[float]:

@@ -24,18 +24,21 @@ def findings(measured: Measured, judged: Sequence[Claim]) -> list[Finding]:
     """
     demo = measured.demo
     by_id = {claim.id: claim for claim in judged}
-    small, best = min(demo.rates), measured.best_rate
+    small, best = min(demo.rates), measured.best_rates[demo.rules[0]]
     found = [_balance(judged)]
     for rule in demo.rules[1:]:
         early, end, accuracy = (by_id[f"{key}-small-rate-{rule}"] for key in ("early", "end", "accuracy"))
-        at_best, unit = by_id[f"end-best-rate-{rule}"], by_id[f"end-unit-step-{rule}"]
+        at_best, own, unit = (by_id[f"end-{key}-{rule}"] for key in ("best-rate", "own-rate", "unit-step"))
+        own_accuracy, own_rate = by_id[f"accuracy-own-rate-{rule}"], measured.best_rates[rule]
         found.append(
             Finding(
                 f"Learning with {label(rule)}",
                 f"At the small rate {small:g} the training loss is {_told(early)} after {demo.early} epochs and "
                 f"{_told(end)} after {demo.epochs}; test accuracy is {_told(accuracy)}. At BP's best rate {best:g} the "
-                f"final training loss is {_told(at_best)}. With every step scaled to the same length, so that only "
-                f"directions differ, it is {_told(unit)}.",
+                f"final training loss is {_told(at_best)}. With each at its own best rate "
+                f"({own_rate or 'none'} for this rule), it is {_told(own)}, and test accuracy is "
+                f"{_told(own_accuracy)}. With every step scaled to the same length, so that only directions differ, "
+                f"the final training loss is {_told(unit)}.",
             )
         )
     found.append(_stability(measured))
@@ -86,13 +89,16 @@ def _told(claim: Claim) -> str:
 
 def _stability(measured: Measured) -> Finding:
     demo = measured.demo
-    lost = [
-        f"{count} of {demo.seeds} runs of {label(rule)} at rate {rate:g}"
+    lost = {
+        rule: [
+            f"{count} of {demo.seeds} at rate {rate:g}"
+            for rate in demo.rates
+            if (count := diverged(measured.runs[rule, rate]))
+        ]
         for rule in demo.rules
-        for rate in demo.rates
-        if (count := diverged(measured.runs[rule, rate]))
-    ]
-    return Finding("Stability", f"Diverged: {listing(lost)}; no other run." if lost else "No run diverged at any rate.")
+    }
+    words = "; ".join(f"{label(rule)}: {listing(parts)}" for rule, parts in lost.items() if parts)
+    return Finding("Stability", f"Runs that diverged: {words}." if words else "No run diverged at any rate.")
 
 
 def _attack(rule: str, judged: Sequence[Claim], eps: Sequence[float]) -> Finding:

@@ -51,7 +51,9 @@ def _settings(measured: Measured) -> dict[str, object]:
     return {
         **chosen,
         "optimiser": "SGD without momentum or weight decay",
-        "best rate": f"{measured.best_rate:g}: of the rates, where BP's mean training loss ends lowest; chosen for BP",
+        "best rates": ", ".join(f"{label(rule)} {rate or 'none'}" for rule, rate in measured.best_rates.items())
+        + "; of the rates at which no run diverged, the one whose final training loss has the lowest upper end of its "
+        "interval, over these same seeds",
         "diverged": f"a training loss that is not finite or above {DIVERGED_ABOVE:g} times its first value",
         "attack": "PGD, l_inf, pixel range [0, 1], step eps/4, one uniform random start, cross-entropy",
         "attacked images": f"held-out and classified correctly, by seed: {', '.join(map(str, measured.attacked))}",
@@ -60,7 +62,7 @@ def _settings(measured: Measured) -> dict[str, object]:
 
 def _series(measured: Measured) -> list[Series]:
     demo = measured.demo
-    small, best = min(demo.rates), measured.best_rate
+    small, best = min(demo.rates), measured.best_rates[demo.rules[0]]
     return [
         _learning(measured, "small-rate", small, f"Learning at a small rate ({small:g})"),
         _learning(measured, "best-rate", best, f"Learning at BP's best rate ({best:g})", log_y=True),
