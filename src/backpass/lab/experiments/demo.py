@@ -76,8 +76,8 @@ class Measured:
         demo: the settings.
         data: one line about the data.
         runs: by (rule, rate), and by (rule, None) for steps of unit length times ``unit_step``.
-        best_rates: by rule, the rate at which no run diverged and the final training loss has the lowest upper end of its
-            interval; ``None`` where some run diverged at every rate.
+        best_rates: by rule, the rate at which no run diverged and the interval of the final training loss has the
+            lowest upper end; ``None`` where some run diverged at every rate.
         lengths: by rule, the length of the gradient at the initial weights.
         cosines: by rule, its cosine with the first rule's gradient there.
         attacked: how many held-out images each attacked network classifies correctly.

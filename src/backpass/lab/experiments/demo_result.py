@@ -47,12 +47,14 @@ def describe(measured: Measured) -> Result:
 
 
 def _settings(measured: Measured) -> dict[str, object]:
-    chosen = {name: value for name, value in asdict(measured.demo).items() if name not in ("scale", "seeds")}
+    chosen = {
+        name.replace("_", " "): value for name, value in asdict(measured.demo).items() if name not in ("scale", "seeds")
+    }
     return {
         **chosen,
         "optimiser": "SGD without momentum or weight decay",
-        "best rates": ", ".join(f"{label(rule)} {rate or 'none'}" for rule, rate in measured.best_rates.items())
-        + "; of the rates at which no run diverged, the one whose final training loss has the lowest upper end of its "
+        "best rates": "; ".join(f"{label(rule)}: {rate or 'none'}" for rule, rate in measured.best_rates.items())
+        + ". Of the rates at which no run diverged, the one whose final training loss has the lowest upper end of its "
         "interval, over these same seeds",
         "diverged": f"a training loss that is not finite or above {DIVERGED_ABOVE:g} times its first value",
         "attack": "PGD, l_inf, pixel range [0, 1], step eps/4, one uniform random start, cross-entropy",
