@@ -79,6 +79,7 @@ def _render(series: Sequence[Series], *, size: tuple[float, float], background: 
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     salt = "+".join(one.id for one in series)  # clip paths and markers get the same ids in every run
     style: Any = {**_STYLE, "svg.hashsalt": salt}
@@ -89,6 +90,9 @@ def _render(series: Sequence[Series], *, size: tuple[float, float], background: 
         for panel, one in zip(panels, series, strict=True):
             _draw(panel, one, titled=len(series) > 1)
         handles, labels = panels[0].get_legend_handles_labels()
+        if background != "none":  # a page explains the crosses below its plots; a picture must by itself
+            handles.append(Line2D([], [], linestyle="none", marker="x", markeredgewidth=1.8, color=_INK))
+            labels.append("a run diverged")
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
         stream = io.StringIO()
         canvas: Any = FigureCanvasSVG(figure)

@@ -178,6 +178,7 @@ def test_a_picture_is_one_small_svg_that_stands_alone():
     assert 'xmlns="http://www.w3.org/2000/svg"' in svg
     assert "<title>Loss &amp; more</title>" in svg
     assert len(svg) < 200_000
+    assert "a run diverged" in svg
     assert "var(--" not in svg
 
 
