@@ -105,7 +105,7 @@ def test_autoattack_leaves_no_more_robust_than_torchattacks_autoattack(norm, rob
     ours = right & ~AutoAttack(eps=eps, norm=norm, steps=50, queries=1000)(robust, x, y).success
     attack = torchattacks.AutoAttack(robust, norm=norm.capitalize(), eps=eps, n_classes=10, seed=0)
     for part in attack._autoattack.attacks:  # the same budget for both
-        part.steps = 50 if hasattr(part, "steps") else None
+        part.steps = 50
         part.n_queries = 1000
     theirs = robust(attack(x, y)).argmax(1) == y
     assert right.float().mean() > 0.2

@@ -3,10 +3,33 @@
 from backpass.attacks.apgd import APGD
 from backpass.attacks.attack import Attack
 from backpass.attacks.autoattack import AutoAttack
+from backpass.attacks.evaluation import evaluate
 from backpass.attacks.fab import FAB
 from backpass.attacks.fgsm import FGSM, IFGSM, MIFGSM
 from backpass.attacks.pgd import PGD
+from backpass.attacks.report import Rate, Report
 from backpass.attacks.result import Result
+from backpass.attacks.saving import Saved, load, save
 from backpass.attacks.square import Square
+from backpass.attacks.transferability import TransferReport, transfer
 
-__all__ = ["APGD", "FAB", "FGSM", "IFGSM", "MIFGSM", "PGD", "Attack", "AutoAttack", "Result", "Square"]
+__all__ = [
+    "APGD",
+    "FAB",
+    "FGSM",
+    "IFGSM",
+    "MIFGSM",
+    "PGD",
+    "Attack",
+    "AutoAttack",
+    "Rate",
+    "Report",
+    "Result",
+    "Saved",
+    "Square",
+    "TransferReport",
+    "evaluate",
+    "load",
+    "save",
+    "transfer",
+]

@@ -98,17 +98,7 @@ class Attack(ABC):
             x = (x.clone() if x.is_inference() else x).detach()
             y = y.clone().long()
             index = torch.arange(len(x), device=x.device) if indices is None else indices.clone().long()
-            threat = make_threat(self.norm, self.eps, self.bounds)
-            objective = make_objective(self.loss, self.targeted)
-            oracle = Oracle(
-                model,
-                objective,
-                threat,
-                targeted=self.targeted,
-                logits=self.logits,
-                eot=self.eot,
-                dtype=self.dtype,
-            )
+            oracle = self.ask(model)
             parts = []
             for rows in torch.split(torch.arange(len(x), device=x.device), capacity):
                 whole = len(rows) == len(x)
@@ -123,6 +113,18 @@ class Attack(ABC):
             gradients=oracle.gradients,
             forwards=oracle.forwards,
             halvings=best.halvings,
+        )
+
+    def ask(self, model: nn.Module) -> Oracle:
+        """The model as this attack sees it."""
+        return Oracle(
+            model,
+            make_objective(self.loss, self.targeted),
+            make_threat(self.norm, self.eps, self.bounds),
+            targeted=self.targeted,
+            logits=self.logits,
+            eot=self.eot,
+            dtype=self.dtype,
         )
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backpass.attacks.checks import check_first_logits, check_logits
 from backpass.attacks.jobs import Jobs
-from backpass.attacks.losses import Objective
+from backpass.attacks.losses import Objective, ce
 from backpass.attacks.threat import Threat
 from backpass.errors import BackpassError
 
@@ -94,7 +94,7 @@ class Oracle:
         z = z.detach().requires_grad_()
         total: Pass | None = None
         for _ in range(self.eot):
-            logits = self._forward(z if view is None else view(z), jobs, self._precision(z))
+            logits = self._forward(z if view is None else view(z), jobs.y, self._precision(z))
             value = objective(logits, jobs.y, jobs.target)
             if not value.requires_grad:
                 raise BackpassError(
@@ -108,10 +108,18 @@ class Oracle:
         assert total is not None  # noqa: S101 -- eot >= 1
         return total if self.eot == 1 else Pass(*(t / self.eot for t in total))
 
+    def probe(self, x: Tensor, y: Tensor) -> Pass:
+        """One gradient pass at x itself, in full precision, on the cross-entropy: how the model behaves here."""
+        z = x.detach().requires_grad_()
+        logits = self._forward(z, y, torch.autocast(z.device.type, enabled=False))
+        value = ce(logits, y.long())
+        gradient = torch.autograd.grad(value.sum(), z)[0] if value.requires_grad else torch.zeros_like(x)
+        return Pass(logits.detach(), value.detach(), gradient)
+
     def forward(self, z: Tensor, jobs: Jobs) -> Tensor:
         """Logits (B, C) without a gradient, in the search's precision, averaged over `eot` passes."""
         with torch.no_grad():
-            draws = [self._forward(z, jobs, self._precision(z)) for _ in range(self.eot)]
+            draws = [self._forward(z, jobs.y, self._precision(z)) for _ in range(self.eot)]
         self.forwards += len(z) * self.eot
         return draws[0] if self.eot == 1 else torch.stack(draws).mean(0)
 
@@ -124,23 +132,26 @@ class Oracle:
     def judge(self, z: Tensor, jobs: Jobs) -> Verdict:
         """The plain model's verdict in float32 (float64 where z is), ball and bounds re-checked."""
         success = self.threat.contains(jobs.x, z)
+        for _ in range(self.eot):
+            logits = self.plain(z, jobs.y)
+            success = success & self.fooled(logits, jobs.y)
+        return Verdict(success, self.objective(logits, jobs.y, jobs.target), logits.argmax(1))
+
+    def plain(self, z: Tensor, y: Tensor) -> Tensor:
+        """Logits (B, C) of the plain model: no gradient, no autocast."""
+        self.forwards += len(z)
         with torch.no_grad():
-            for _ in range(self.eot):
-                logits = self._forward(z, jobs, torch.autocast(z.device.type, enabled=False))
-                success = success & self.fooled(logits, jobs.y)
-            value = self.objective(logits, jobs.y, jobs.target)
-        self.forwards += len(z) * self.eot
-        return Verdict(success, value, logits.argmax(1))
+            return self._forward(z, y, torch.autocast(z.device.type, enabled=False))
 
     def _precision(self, z: Tensor) -> AbstractContextManager[object]:
         return nullcontext() if self.dtype is None else torch.autocast(z.device.type, self.dtype)
 
-    def _forward(self, z: Tensor, jobs: Jobs, precision: AbstractContextManager[object]) -> Tensor:
+    def _forward(self, z: Tensor, y: Tensor, precision: AbstractContextManager[object]) -> Tensor:
         with precision:
             output = self.model(z)
         logits = check_logits(_select(output, self.select), len(z)).to(z.dtype)
         if not self._seen:
-            check_first_logits(logits.detach(), jobs.y)
+            check_first_logits(logits.detach(), y)
             self._seen = True
         return logits
 

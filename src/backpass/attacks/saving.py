@@ -1,0 +1,133 @@
+"""Adversarial images on disk: in floats and as the 8-bit image that a file can hold, both verified."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backpass.attacks.attack import Attack
+from backpass.attacks.guard import leave_no_trace
+from backpass.attacks.jobs import Jobs
+from backpass.attacks.result import Result
+from backpass.attacks.shards import describe, read_tensors, write_tensors
+from backpass.attacks.threat import Threat, make_threat
+from backpass.errors import BackpassError
+from backpass.version import __version__
+
+__all__ = ["Saved", "load", "save", "to_uint8"]
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """Adversarial images as they were saved.
+
+    Attributes:
+        x_adv: (N, ...) floats inside the bounds.
+        x_uint8: (N, ...) uint8, rounded inside the ball where the grid has a point there.
+        y: (N,) labels, or the classes led to.
+        success: (N,) bool, of `x_adv`.
+        success_uint8: (N,) bool, of `x_uint8`, judged anew by the plain model after the rounding.
+        settings: the attack's name and settings.
+        versions: of torch and backpass.
+    """
+
+    x_adv: Tensor
+    x_uint8: Tensor
+    y: Tensor
+    success: Tensor
+    success_uint8: Tensor
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def success_rate(self) -> float:
+        """The share of the float images that fool the model."""
+        return float(self.success.double().mean())
+
+    @property
+    def success_rate_uint8(self) -> float:
+        """The share of the 8-bit images that fool the model."""
+        return float(self.success_uint8.double().mean())
+
+    @property
+    def images_uint8(self) -> Tensor:
+        """(N, ...) the 8-bit images in the bounds' floats, as a model takes them."""
+        return from_uint8(self.x_uint8, tuple(self.settings["bounds"]), self.x_adv.dtype)
+
+
+def from_uint8(image: Tensor, bounds: tuple[float, float], dtype: torch.dtype) -> Tensor:
+    """Lo + (hi - lo) q / 255, q: uint8."""
+    lo, hi = bounds
+    return (image.to(dtype) / 255 * (hi - lo) + lo).clamp_(lo, hi)
+
+
+def to_uint8(x: Tensor, z: Tensor, threat: Threat) -> Tensor:
+    """The grid's nearest point to z (N, ...) and, where that leaves the ball, the one towards x.
+
+    If x is itself an 8-bit image, rounding towards it shortens every coordinate of z - x, so that the result is
+    in the ball whatever the norm.
+    """
+    lo, hi = threat.bounds
+    grid_x, grid_z = ((t.double() - lo) / (hi - lo) * 255 for t in (x, z))
+    # Floats put 8-bit values a little off the grid; that little must not count as a step towards x.
+    inward = torch.where(grid_z > grid_x, (grid_z + 1e-4).floor(), (grid_z - 1e-4).ceil())
+    nearest = grid_z.round().clamp_(0, 255).to(torch.uint8)
+    inside = threat.contains(x, from_uint8(nearest, threat.bounds, x.dtype))
+    return torch.where(inside.view(-1, *(1,) * (x.dim() - 1)), nearest, inward.clamp_(0, 255).to(torch.uint8))
+
+
+def save(path: str | PathLike[str], model: nn.Module, x: Tensor, y: Tensor, result: Result, attack: Attack) -> Saved:
+    """Saves the images of a result, in floats and rounded to 8 bits, and judges the rounded ones.
+
+    Args:
+        path: the file, which is replaced at once or not at all.
+        model: that was attacked.
+        x: (N, ...) the original images.
+        y: (N,) as they were given to the attack.
+        result: of ``attack(model, x, y)``.
+        attack: its settings, which go into the file.
+
+    Returns:
+        What `load` will return.
+    """
+    threat = make_threat(attack.norm, attack.eps, attack.bounds)
+    rounded = to_uint8(x, result.x_adv, threat)
+    rows = torch.arange(len(x), device=x.device)
+    with leave_no_trace(model):
+        jobs = Jobs(x, y.long(), rows, rows, torch.zeros_like(rows))
+        z = from_uint8(rounded, attack.bounds, x.dtype)
+        oracle = attack.ask(model)
+        judged = threat.contains(x, z)
+        for _ in range(attack.eot):
+            judged = judged & oracle.fooled(oracle.plain(z, jobs.y), jobs.y)
+    saved = Saved(
+        x_adv=result.x_adv.cpu(),
+        x_uint8=rounded.cpu(),
+        y=y.cpu(),
+        success=result.success.cpu(),
+        success_uint8=judged.cpu(),
+        settings=describe(attack, strict=False),
+        versions={"backpass": __version__, "torch": torch.__version__},
+    )
+    tensors = {name: value for name, value in vars(saved).items() if isinstance(value, Tensor)}
+    notes = json.dumps({"settings": saved.settings, "versions": saved.versions})
+    write_tensors(Path(path), {**tensors, "notes": notes})
+    return saved
+
+
+def load(path: str | PathLike[str]) -> Saved:
+    """Reads what `save` wrote, without running code from the file.
+
+    Raises:
+        BackpassError: the file holds something else.
+    """
+    content = read_tensors(Path(path))
+    if "notes" not in content:
+        raise BackpassError(f"{path} holds no saved adversarial images: write them with backpass.attacks.save.")
+    return Saved(**json.loads(content.pop("notes")), **content)
