@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +16,7 @@ from backpass.rules.dynamo import guard_module_hooks
 from backpass.rules.interception import Intercept, Interception, ModuleCalls, pop_modes
 from backpass.rules.numbering import Numbering
 from backpass.rules.redefinition import Redefinition, TorchFunction
-from backpass.rules.sites import Site, SiteTable
+from backpass.rules.sites import SiteTable
 from backpass.rules.undisturbed import undisturbed
 from backpass.rules.wrappers import named_modules, refuse_scripted, unwrap
 
@@ -46,7 +46,7 @@ class Attached(Numbering):
         self._hooked = [ref(module) for _, module in modules]
         for path, module in modules:
             calls = ModuleCalls(self, intercept, path)
-            hooks.insert(module, self._identifier, calls.enter, calls.leave)
+            hooks.insert(module, self._identifier, calls.enter, calls.leave, with_kwargs=not path)
         self.announce(self._token())
         guard_module_hooks()
 
@@ -120,8 +120,8 @@ class _Listing(Redefinition):
     def __init__(self, functions: Mapping[TorchFunction, str]) -> None:
         self.functions = functions  # type: ignore[misc]
 
-    def selects(self, site: Site) -> bool:
-        return False
+    def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
+        return 0, 0
 
     def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)

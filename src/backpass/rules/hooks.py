@@ -28,11 +28,14 @@ def of(module: nn.Module) -> list[Any]:
     return [hook for name, hook in module._forward_pre_hooks.items() if str(name).startswith(_PREFIX)]
 
 
-def insert(module: nn.Module, identifier: str, enter: Callable[..., Any], leave: Callable[..., Any]) -> None:
+def insert(
+    module: nn.Module, identifier: str, enter: Callable[..., Any], leave: Callable[..., Any], with_kwargs: bool
+) -> None:
     """Call ``enter`` last before the forward, and ``leave`` first after it, also after an exception."""
     hooks: Any = module
     hooks._forward_pre_hooks[identifier] = enter
-    hooks._forward_pre_hooks_with_kwargs[identifier] = True
+    if with_kwargs:
+        hooks._forward_pre_hooks_with_kwargs[identifier] = True
     hooks._forward_hooks[identifier] = leave
     hooks._forward_hooks.move_to_end(identifier, last=False)
     hooks._forward_hooks_always_called[identifier] = True

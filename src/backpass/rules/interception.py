@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 
 from backpass.errors import BackpassError
 from backpass.rules.dynamo import outside_compiled_frames
 from backpass.rules.numbering import Numbering, resolve, resolve_while_tracing, verify_while_tracing
 from backpass.rules.redefinition import TorchFunction
-from backpass.rules.sites import Site, SiteFields
+from backpass.rules.sites import Seen, Site
 
 __all__ = ["Intercept", "Interception", "ModuleCall", "ModuleCalls", "pop_modes"]
 
@@ -33,7 +34,7 @@ class ModuleCall:
         self.path = path
         self.key = key
         self.calls: dict[str, int] = {}
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_dynamo_compiling():
             self.grad_enabled = torch.is_grad_enabled()
             self.saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
@@ -48,7 +49,7 @@ class Interception(TorchFunctionMode):
     """One call of an attached model: numbers its sites and hands those that the rule selects to the rule.
 
     Attributes:
-        seen: the sites, as plain tuples because a compiled region can rebuild those.
+        seen: what was noted of the sites, as plain tuples because a compiled region can rebuild those.
         taken: the indices of the sites that the rule re-defined.
         yielded: how many selected sites a rule further in re-defined.
     """
@@ -60,8 +61,7 @@ class Interception(TorchFunctionMode):
         self.stop = stop
         self.whole = whole
         self.running: list[ModuleCall] = []
-        self.calls: dict[str, int] = {}
-        self.seen: list[SiteFields] = []
+        self.seen: list[Seen] = []
         self.taken: list[int] = []
         self.yielded = 0
         self.keys: dict[str, list[str]] = {}
@@ -77,14 +77,16 @@ class Interception(TorchFunctionMode):
         name = self.numbering.rule.functions.get(func)
         if name is None:
             return func(*args, **kwargs)
-        site = self.number(name, args, kwargs)
-        if not self.selects(site):
+        caller = self.running[-1]
+        index = self.number(caller, name, args, kwargs)
+        if not self.accepts(index, caller, name):
             return func(*args, **kwargs)
-        self.taken.append(site[0])
-        if not torch.compiler.is_dynamo_compiling():
-            self._refuse_checkpointed_function(self.running[-1], name)
-        for outer in _interceptions():
-            outer.yield_to_inner(func, args, kwargs)
+        self.taken.append(index)
+        if not is_dynamo_compiling():
+            self._refuse_checkpointed_function(caller, name)
+        if torch._C._len_torch_function_stack():
+            for outer in _interceptions():
+                outer.yield_to_inner(func, args, kwargs)
         return self.replace(func, args, kwargs)
 
     def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,35 +96,38 @@ class Interception(TorchFunctionMode):
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...]) -> None:
         """Note that a call of a module begins."""
         self.running.append(ModuleCall(path, key))
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_dynamo_compiling():
             self.keys.setdefault(path, []).append(key)
 
     def leave(self, call: ModuleCall, finished: bool) -> None:
         """Note that a module's call ends, ``finished`` unless by an exception."""
 
-    def number(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SiteFields:
-        """Number one call as a site."""
-        inner = self.running[-1]
-        key = f"{inner.key}:{name}#{inner.count(name + '()')}"
-        index = len(self.seen) if self.whole else self.numbering.index_of(key)
-        place = f"{inner.path}:{name}"
-        call = self.calls.get(place, 0)
-        self.calls[place] = call + 1
+    def number(self, caller: ModuleCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Note one call as a site; its index."""
+        if not self.whole:
+            return self.numbering.site_at(f"{caller.key}:{name}#{caller.count(name + '()')}").index
         x = args[0] if args else kwargs.get("input")
-        shape = tuple(x.shape) if isinstance(x, Tensor) else ()
-        site = (index, inner.path, name, call, shape, key)
-        self.seen.append(site)
-        return site
+        self.seen.append((caller.path, caller.key, name, x.shape if isinstance(x, Tensor) else ()))
+        return len(self.seen) - 1
 
-    def selects(self, site: SiteFields) -> bool:
-        """Whether the rule acts on this site."""
-        return self.first <= site[0] < self.stop and self.numbering.rule.selects(Site(*site))
+    def accepts(self, index: int, caller: ModuleCall, name: str) -> bool:
+        """Whether the rule selects this site."""
+        if not self.first <= index < self.stop:
+            return False
+        where = self.numbering.rule.where
+        if where is None:
+            return True
+        if not self.whole:
+            return bool(where(self.numbering.seen[index]))
+        before = [seen for seen in self.seen[:-1] if seen[0] == caller.path and seen[2] == name]
+        return bool(where(Site(index, caller.path, name, len(before), tuple(self.seen[-1][3]))))
 
     def yield_to_inner(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Number a call that a rule further in re-defines: the numbers stay those of the model."""
         name = self.numbering.rule.functions.get(func)
         if name is not None:
-            self.yielded += self.selects(self.number(name, args, kwargs))
+            caller = self.running[-1]
+            self.yielded += self.accepts(self.number(caller, name, args, kwargs), caller, name)
 
     def _refuse_checkpointed_function(self, inner: ModuleCall, name: str) -> None:
         """A recomputation calls the checkpointed function, not the module around it: no hook would run then."""
@@ -157,6 +162,8 @@ def _interceptions() -> list[Interception]:
     return [mode for mode in modes if isinstance(mode, Interception)]
 
 
+NOTHING: dict[str, Any] = {}
+
 Intercept = Callable[[Numbering, int, int, bool], Interception]
 
 
@@ -169,10 +176,11 @@ class ModuleCalls:
         self.path = path
 
     @outside_compiled_frames
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] = NOTHING) -> None:
         """Forward pre-hook: note the call, and begin the interception where this is the outermost one."""
         mode = self._current()
-        if mode is not None and self._is_stale(module):
+        if mode is not None and not self.path and not is_dynamo_compiling() and not _calls_itself(module):
+            # Ctrl-C cut a call short: PyTorch runs no hook then.
             pop_modes(self.numbering)
             mode = None
         if mode is not None:
@@ -194,7 +202,7 @@ class ModuleCalls:
             torch._C._pop_torch_function_stack()
         mode.leave(call, finished)
         if not mode.running and mode.whole and finished:
-            if torch.compiler.is_dynamo_compiling():
+            if is_dynamo_compiling():
                 self.numbering.last_call = (mode.seen, mode.taken)
                 verify_while_tracing(self.numbering.token, len(mode.seen), len(mode.taken) + mode.yielded)
             else:
@@ -205,17 +213,19 @@ class ModuleCalls:
         if self.path:
             first, stop, key = self.numbering.resume(self.path)
         else:
-            resolve_now = resolve_while_tracing if torch.compiler.is_dynamo_compiling() else resolve
+            resolve_now = resolve_while_tracing if is_dynamo_compiling() else resolve
             (first, stop), key = resolve_now(self.numbering.token, module.training, *args, **kwargs), ""
         mode = self.intercept(self.numbering, first, stop, not self.path)
         mode.enter(module, self.path, key, args)
         return mode
 
-    def _is_stale(self, module: nn.Module) -> bool:
-        """Whether the mode is left over from a call that Ctrl-C cut short: PyTorch runs no hook then."""
-        return not self.path and not torch.compiler.is_dynamo_compiling() and not _calls_itself(module)
-
     def _current(self) -> Interception | None:
+        depth = torch._C._len_torch_function_stack()
+        if not depth:
+            return None
+        top = torch._C._get_function_stack_at(depth - 1)
+        if isinstance(top, Interception) and top.numbering is self.numbering:
+            return top
         for mode in _interceptions():
             if mode.numbering is self.numbering:
                 return mode

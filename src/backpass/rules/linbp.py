@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.activations import ACTIVATIONS, Activation, activation_of, is_in_place
@@ -27,6 +28,19 @@ __all__ = ["LinBP"]
 class _LinearBackward(torch.autograd.Function):
     """y = s(x) forward, dL/dx = slope dL/dy backward; keeps no tensor."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], slope: float) -> Any:
+        ctx.dtype, ctx.slope = x.dtype, slope
+        return compute(x, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _times(grad, ctx.slope, ctx.dtype), None, None, None
+
+
+class _LinearUnderTransforms(torch.autograd.Function):
+    """The same for torch.func and torch.compile, which want the context set up apart; in eager calls it is slower."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -39,15 +53,21 @@ class _LinearBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return (grad if ctx.slope == 1.0 else grad * ctx.slope).to(ctx.dtype), None, None, None
+        return _times(grad, ctx.slope, ctx.dtype), None, None, None
 
 
-class _LinearBothWays(_LinearBackward):
+class _LinearBothWays(_LinearUnderTransforms):
     """The same with a forward-mode derivative; apart, because Dynamo refuses a Function that has one."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:
         return tangent * ctx.slope
+
+
+def _times(grad: Tensor, slope: float, dtype: torch.dtype) -> Tensor:
+    if slope != 1.0:
+        grad = grad * slope
+    return grad if grad.dtype == dtype else grad.to(dtype)
 
 
 class _ValueAndGradientPath(torch.autograd.Function):
@@ -65,7 +85,7 @@ class _ValueAndGradientPath(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return (grad * ctx.slope).to(ctx.dtype), grad, None
+        return _times(grad, ctx.slope, ctx.dtype), grad, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +139,6 @@ class LinBP(Rule):
             if isinstance(place, str) and place not in paths:
                 raise UnknownNameError("module", place, [path for path in paths if path])
 
-    def selects(self, site: Site) -> bool:
-        """Whether ``where`` accepts the site."""
-        return self.where is None or bool(self.where(site))
-
     def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
         """The site indices from ``start`` to ``stop``."""
         if self.residual == "plain" and all(
@@ -150,13 +166,19 @@ class LinBP(Rule):
 
 def _linear(activation: Activation, x: Tensor, parameters: tuple[Any, ...], slope: float) -> Tensor:
     """The activation of x; dL/dx = slope dL/dy, and the parameters keep their own gradient."""
-    apply: Callable[..., Tensor]
     if any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
-        apply = _ValueAndGradientPath.apply
-        return apply(x, activation.compute(x.detach(), *parameters), slope)
-    forward_mode = not torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0
-    apply = (_LinearBothWays if forward_mode else _LinearBackward).apply
-    return apply(x, activation.compute, parameters, slope)
+        two_paths: Callable[..., Tensor] = _ValueAndGradientPath.apply
+        return two_paths(x, activation.compute(x.detach(), *parameters), slope)
+    one_path: Callable[..., Tensor] = _function().apply
+    return one_path(x, activation.compute, parameters, slope)
+
+
+def _function() -> type[torch.autograd.Function]:
+    if is_dynamo_compiling():
+        return _LinearUnderTransforms
+    if forward_ad._current_level >= 0:
+        return _LinearBothWays
+    return _LinearUnderTransforms if torch._C._are_functorch_transforms_active() else _LinearBackward
 
 
 def _index(place: int | float | str | None, table: SiteTable, default: int) -> int:

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 from backpass.errors import BackpassError
 from backpass.rules.dynamo import constant_while_tracing, show_to_modes
 from backpass.rules.redefinition import Redefinition, no_site
-from backpass.rules.sites import Site, SiteFields, SiteTable
+from backpass.rules.sites import Seen, Site, SiteTable, sites_of
 
 __all__ = ["Numbering", "resolve", "resolve_while_tracing", "verify_while_tracing"]
 
@@ -21,15 +21,15 @@ class Numbering(ABC):
         token: names the model and the rule; the same each time that this rule is attached to this model, so that
             compiled code, which finds the numbering by it, serves again.
         idle: whether the model is being called just to find its sites.
-        last_call: the sites of the last whole call, and the indices of those that the rule re-defined.
+        last_call: what was seen in the last whole call, and the indices of the sites that the rule re-defined.
     """
 
     def __init__(self, rule: Redefinition) -> None:
         self.rule = rule
         self.token = ""
         self.idle = False
-        self.last_call: tuple[list[SiteFields], list[int]] = ([], [])
-        self._index: dict[str, int] = {}
+        self.last_call: tuple[list[Seen], list[int]] = ([], [])
+        self._by_key: dict[str, Site] = {}
         self._keys: dict[str, list[str]] = {}
         self._probed = SiteTable()
         self._resolved: tuple[int, int, int | None] | None = None
@@ -38,13 +38,13 @@ class Numbering(ABC):
     @property
     def seen(self) -> SiteTable:
         """The sites of the rule's functions in the last whole call of the model."""
-        return SiteTable(Site(*fields) for fields in self.last_call[0])
+        return sites_of(self.last_call[0])
 
     @property
     def sites(self) -> SiteTable:
         """Those of them that the rule re-defined."""
-        seen, taken = self.last_call
-        return SiteTable(Site(*seen[index]) for index in taken)
+        seen = self.seen
+        return SiteTable(seen[index] for index in self.last_call[1])
 
     @abstractmethod
     def probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SiteTable:
@@ -85,12 +85,12 @@ class Numbering(ABC):
                 f"module {path!r} was called by itself, but {self.rule} numbers its sites in a call of the whole "
                 "model: call the model once first, or attach the rule to that module."
             )
-        seen, taken = self.last_call
+        seen, taken = self.seen, self.last_call[1]
         patterns = {
             tuple(
-                (key.removeprefix(start), index in taken)
-                for index, *_, key in seen
-                if key.startswith((start + "/", start + ":"))
+                (site.key.removeprefix(start), site.index in taken)
+                for site in seen
+                if site.key.startswith((start + "/", start + ":"))
             )
             for start in self._keys[path]
         }
@@ -101,28 +101,30 @@ class Numbering(ABC):
             )
         return *self._resolved[:2], self._keys[path][0]
 
-    def index_of(self, key: str) -> int:
-        """The site index that a key had in the last whole call.
+    def site_at(self, key: str) -> Site:
+        """The site that had this key in the last whole call.
 
         Raises:
             BackpassError: the last whole call had no such site.
         """
-        if not self._index:
-            self._index = {fields[-1]: fields[0] for fields in self.last_call[0]}
-        if key not in self._index:
+        if not self._by_key:
+            self._by_key = {site.key: site for site in self.seen}
+        if key not in self._by_key:
             raise BackpassError(f"site {key!r} was not in the last whole call of the model: call the model again.")
-        return self._index[key]
+        return self._by_key[key]
 
     def selects_inside(self, path: str) -> bool:
         """Whether the rule selects a site in the module of this path, as far as a probe of the model showed."""
         first, stop, _ = self._resolved or (0, 0, None)
+        where = self.rule.where
         return any(
-            first <= site.index < stop and site.inside(path) and self.rule.selects(site) for site in self._probed
+            first <= site.index < stop and site.inside(path) and (where is None or bool(where(site)))
+            for site in self._probed
         )
 
-    def record(self, seen: list[SiteFields], taken: list[int], keys: dict[str, list[str]]) -> None:
+    def record(self, seen: list[Seen], taken: list[int], keys: dict[str, list[str]]) -> None:
         """Take note of a whole call that ended."""
-        self.last_call, self._keys, self._index = (seen, taken), keys, {}
+        self.last_call, self._keys, self._by_key = (seen, taken), keys, {}
 
     def verify(self, seen: int, selected: int) -> None:
         """See that a call with this many sites, and this many selected, is what the rule means.

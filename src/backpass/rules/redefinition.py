@@ -26,20 +26,18 @@ class Redefinition(ABC):
         name: the rule's name in its text form.
         functions: the torch functions that are sites of this rule, with the name each has in a site table.
         needs_site: whether it is an error if the rule acts nowhere.
+        where: which sites of its range the rule acts on; None: all.
     """
 
     name: ClassVar[str]
     needs_site: ClassVar[bool] = True
+    where: Callable[[Site], bool] | None = None
     if TYPE_CHECKING:
         functions: ClassVar[Mapping[TorchFunction, str]]
 
     @abstractmethod
     def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of ``func(*args, **kwargs)``, to the bit, with this rule's backward."""
-
-    def selects(self, site: Site) -> bool:
-        """Whether the rule acts on a site inside its range."""
-        return True
 
     def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
         """First site index the rule may act on, and one past the last; ``sites()`` costs a forward pass."""

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from backpass.errors import BackpassError
 from backpass.rules.interception import Interception, ModuleCall
 from backpass.rules.redefinition import TorchFunction
-from backpass.rules.sites import SiteFields
 
 __all__ = ["ResidualInterception"]
 
@@ -178,9 +177,9 @@ class ResidualInterception(Interception):
             return super().__torch_function__(func, types, args, kwargs)
         return self._twice(block, func, types, args, kwargs)
 
-    def selects(self, site: SiteFields) -> bool:
+    def accepts(self, index: int, caller: ModuleCall, name: str) -> bool:
         """The activations of a block after its sum keep their own derivative."""
-        return not (self.blocks and self.blocks[-1].summed) and super().selects(site)
+        return not (self.blocks and self.blocks[-1].summed) and super().accepts(index, caller, name)
 
     def _on_skip(self, block: _Block) -> bool:
         prefixes = tuple(f"{block.path}.{name}".lstrip(".") for name in _SKIPS)

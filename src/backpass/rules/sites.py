@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["Site", "SiteFields", "SiteTable"]
+__all__ = ["Seen", "Site", "SiteTable", "sites_of"]
 
-SiteFields = tuple[int, str, str, int, tuple[int, ...], str]
-"""The fields of a `Site` as a plain tuple, which compiled code can rebuild."""
+Seen = tuple[str, str, str, tuple[int, ...]]
+"""What an interception notes of a site: module path, key of the module's call, function name, shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +52,16 @@ class SiteTable(list[Site]):
         widths = [max(len(row[column]) for row in rows) for column in range(len(self._HEADER))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(lines)
+
+
+def sites_of(seen: Iterable[Seen]) -> SiteTable:
+    """The sites of one call of a model, from what was noted of them in call order."""
+    calls: Counter[tuple[str, str]] = Counter()
+    within: Counter[tuple[str, str]] = Counter()
+    table = SiteTable()
+    for index, (module, caller, function, shape) in enumerate(seen):
+        key = f"{caller}:{function}#{within[caller, function]}"
+        table.append(Site(index, module, function, calls[module, function], tuple(shape), key))
+        calls[module, function] += 1
+        within[caller, function] += 1
+    return table
