@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "Activation", "activation_of", "is_in_place"]
+__all__ = ["ACTIVATIONS", "WITHOUT_ACTIVATION", "Activation", "read_call"]
 
 aten = torch.ops.aten
 
@@ -81,24 +81,30 @@ ACTIVATIONS: Mapping[Callable[..., Any], str] = {
 }
 """The torch functions that are activations, and the name of each."""
 
+WITHOUT_ACTIVATION: frozenset[type[nn.Module]] = frozenset(
+    (
+        *(nn.Linear, nn.Embedding, nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle),
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
+        *(nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Softmax, nn.LogSoftmax),
+    )
+)
+"""torch's own modules that call no activation: they need no hooks."""
+
 _IN_PLACE = frozenset(function for function in _BY_FUNCTION if function.__name__.endswith("_"))
 
 
-def activation_of(
+def read_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Activation, Tensor, tuple[Any, ...]]:
-    """The activation that a call computes, its input, and its parameters in order."""
+) -> tuple[Activation, Tensor, tuple[Any, ...], bool]:
+    """The activation that a call computes, its input, its parameters in order, and whether it overwrites the input."""
     activation = _BY_FUNCTION[func]
-    given = list(args[1:])
-    parameters = tuple(
-        given[position] if position < len(given) else kwargs.get(name, default)
-        for position, (name, default) in enumerate(activation.parameters)
-    )
-    x = args[0] if args else kwargs["input"]
-    return activation, x, parameters
-
-
-def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the call overwrites its input: by its name, or by ``inplace=True``."""
-    position = 1 + len(_BY_FUNCTION[func].parameters)
-    return func in _IN_PLACE or bool(kwargs.get("inplace", args[position] if len(args) > position else False))
+    x, given = (args[0], args[1:]) if args else (kwargs["input"], ())
+    n = len(activation.parameters)
+    parameters = given[:n]
+    if len(parameters) < n:
+        missing = activation.parameters[len(parameters) :]
+        parameters += tuple(kwargs.get(name, default) for name, default in missing)
+    in_place = func in _IN_PLACE or (given[n] if len(given) > n else kwargs.get("inplace", False))
+    return activation, x, parameters, bool(in_place)

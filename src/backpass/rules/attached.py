@@ -42,7 +42,11 @@ class Attached(Numbering):
         self._identifier = hooks.free_identifier(model)
         self._model = ref(model)
         # A rule that re-defines nothing costs nothing.
-        modules = list(named_modules(model)) if rule.functions else []
+        modules = [
+            (path, module)
+            for path, module in named_modules(model)
+            if rule.functions and (type(module) not in rule.silent or not path)
+        ]
         self._hooked = [ref(module) for _, module in modules]
         for path, module in modules:
             calls = ModuleCalls(self, intercept, path)

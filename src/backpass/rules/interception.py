@@ -64,7 +64,7 @@ class Interception(TorchFunctionMode):
         self.seen: list[Seen] = []
         self.taken: list[int] = []
         self.yielded = 0
-        self.keys: dict[str, list[str]] = {}
+        self.entered: list[tuple[str, str]] = []
 
     def __torch_function__(
         self,
@@ -96,8 +96,7 @@ class Interception(TorchFunctionMode):
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...]) -> None:
         """Note that a call of a module begins."""
         self.running.append(ModuleCall(path, key))
-        if not is_dynamo_compiling():
-            self.keys.setdefault(path, []).append(key)
+        self.entered.append((path, key))
 
     def leave(self, call: ModuleCall, finished: bool) -> None:
         """Note that a module's call ends, ``finished`` unless by an exception."""
@@ -206,7 +205,7 @@ class ModuleCalls:
                 self.numbering.last_call = (mode.seen, mode.taken)
                 verify_while_tracing(self.numbering.token, len(mode.seen), len(mode.taken) + mode.yielded)
             else:
-                self.numbering.record(mode.seen, mode.taken, mode.keys)
+                self.numbering.record(mode.seen, mode.taken, mode.entered)
                 self.numbering.verify(len(mode.seen), len(mode.taken) + mode.yielded)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
@@ -220,14 +219,9 @@ class ModuleCalls:
         return mode
 
     def _current(self) -> Interception | None:
-        depth = torch._C._len_torch_function_stack()
-        if not depth:
-            return None
-        top = torch._C._get_function_stack_at(depth - 1)
-        if isinstance(top, Interception) and top.numbering is self.numbering:
-            return top
-        for mode in _interceptions():
-            if mode.numbering is self.numbering:
+        for depth in range(torch._C._len_torch_function_stack() - 1, -1, -1):
+            mode = torch._C._get_function_stack_at(depth)
+            if isinstance(mode, Interception) and mode.numbering is self.numbering:
                 return mode
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +13,36 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.rules.activations import ACTIVATIONS, Activation, activation_of, is_in_place
+from backpass.rules.activations import ACTIVATIONS, WITHOUT_ACTIVATION, read_call
 from backpass.rules.attached import Attached
 from backpass.rules.interception import Interception
-from backpass.rules.redefinition import EVERYTHING, no_site
+from backpass.rules.ranges import check_paths, check_places, resolve_range
 from backpass.rules.residual import ResidualInterception
 from backpass.rules.rule import Rule
 from backpass.rules.sites import Site, SiteTable
-from backpass.rules.wrappers import named_modules
 
 __all__ = ["LinBP"]
+
+
+class _Linear(NamedTuple):
+    """An activation with its parameters, and the slope that stands for its derivative."""
+
+    compute: Callable[..., Tensor]
+    parameters: tuple[Any, ...]
+    slope: float
 
 
 class _LinearBackward(torch.autograd.Function):
     """y = s(x) forward, dL/dx = slope dL/dy backward; keeps no tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], slope: float) -> Any:
-        ctx.dtype, ctx.slope = x.dtype, slope
-        return compute(x, *parameters)
+    def forward(ctx: Any, x: Tensor, activation: _Linear) -> Any:
+        ctx.dtype, ctx.slope = x.dtype, activation.slope
+        return activation.compute(x, *activation.parameters)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _times(grad, ctx.slope, ctx.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _times(grad, ctx.slope, ctx.dtype), None
 
 
 class _LinearUnderTransforms(torch.autograd.Function):
@@ -44,23 +51,23 @@ class _LinearUnderTransforms(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], slope: float) -> Tensor:
-        return compute(x, *parameters)
+    def forward(x: Tensor, activation: _Linear) -> Tensor:
+        return activation.compute(x, *activation.parameters)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype, ctx.slope = inputs[0].dtype, inputs[3]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Linear], output: Tensor) -> None:
+        ctx.dtype, ctx.slope = inputs[0].dtype, inputs[1].slope
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _times(grad, ctx.slope, ctx.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _times(grad, ctx.slope, ctx.dtype), None
 
 
 class _LinearBothWays(_LinearUnderTransforms):
     """The same with a forward-mode derivative; apart, because Dynamo refuses a Function that has one."""
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
         return tangent * ctx.slope
 
 
@@ -112,6 +119,7 @@ class LinBP(Rule):
 
     name: ClassVar[str] = "linbp"
     functions = ACTIVATIONS
+    silent = WITHOUT_ACTIVATION
 
     start: int | float | str | None = None
     stop: int | float | str | None = None
@@ -120,11 +128,7 @@ class LinBP(Rule):
     residual: Literal["plain", "renormalized"] = "plain"
 
     def __post_init__(self) -> None:
-        for name, place in (("start", self.start), ("stop", self.stop)):
-            if isinstance(place, bool) or not isinstance(place, int | float | str | None):
-                raise BackpassError(f"{name} is an int, a fraction, a module path or None, got {place!r}.")
-            if isinstance(place, float) and not 0.0 <= place <= 1.0:
-                raise BackpassError(f"a fraction {name} lies in [0, 1], got {place!r}; an index is an int.")
+        check_places(self.start, self.stop)
         if self.where is not None and not callable(self.where):
             raise BackpassError(f"where is a function of a Site that gives a bool, got {self.where!r}.")
         if isinstance(self.slope, bool) or not isinstance(self.slope, int | float) or not math.isfinite(self.slope):
@@ -134,22 +138,11 @@ class LinBP(Rule):
 
     def check(self, model: nn.Module) -> None:
         """Refuse a module path that the model does not have."""
-        paths = [path for path, _ in named_modules(model)]
-        for place in (self.start, self.stop):
-            if isinstance(place, str) and place not in paths:
-                raise UnknownNameError("module", place, [path for path in paths if path])
+        check_paths(model, self.start, self.stop)
 
     def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
-        """The site indices from ``start`` to ``stop``."""
-        if self.residual == "plain" and all(
-            place is None or (isinstance(place, int) and place >= 0) for place in (self.start, self.stop)
-        ):
-            return self.start or EVERYTHING[0], EVERYTHING[1] if self.stop is None else self.stop  # type: ignore
-        table = sites()
-        first, stop = _index(self.start, table, 0), _index(self.stop, table, len(table))
-        if not 0 <= first < min(stop, len(table)):
-            raise no_site(self, len(table), table)
-        return first, stop
+        """The site indices from ``start`` to ``stop``; residual blocks are looked for in the table of sites."""
+        return resolve_range(self.start, self.stop, sites, always_look=self.residual == "renormalized")
 
     def attach(self, model: nn.Module) -> Attached:
         """As `Rule.attach`; where their gradient is renormalized, residual blocks are followed."""
@@ -157,20 +150,14 @@ class LinBP(Rule):
 
     def replace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The activation with a linear backward."""
-        activation, x, parameters = activation_of(func, args, kwargs)
-        if not (torch.is_grad_enabled() and x.is_floating_point()):
+        activation, x, parameters, in_place = read_call(func, args, kwargs)
+        if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        y = _linear(activation, x, parameters, float(self.slope))
-        return x.copy_(y) if is_in_place(func, args, kwargs) else y
-
-
-def _linear(activation: Activation, x: Tensor, parameters: tuple[Any, ...], slope: float) -> Tensor:
-    """The activation of x; dL/dx = slope dL/dy, and the parameters keep their own gradient."""
-    if any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
-        two_paths: Callable[..., Tensor] = _ValueAndGradientPath.apply
-        return two_paths(x, activation.compute(x.detach(), *parameters), slope)
-    one_path: Callable[..., Tensor] = _function().apply
-    return one_path(x, activation.compute, parameters, slope)
+        if parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
+            y = _ValueAndGradientPath.apply(x, activation.compute(x.detach(), *parameters), self.slope)  # type: ignore[no-untyped-call]
+        else:
+            y = _function().apply(x, _Linear(activation.compute, parameters, self.slope))  # type: ignore[no-untyped-call]
+        return x.copy_(y) if in_place else y
 
 
 def _function() -> type[torch.autograd.Function]:
@@ -179,13 +166,3 @@ def _function() -> type[torch.autograd.Function]:
     if forward_ad._current_level >= 0:
         return _LinearBothWays
     return _LinearUnderTransforms if torch._C._are_functorch_transforms_active() else _LinearBackward
-
-
-def _index(place: int | float | str | None, table: SiteTable, default: int) -> int:
-    if place is None:
-        return default
-    if isinstance(place, str):
-        return next((site.index for site in table if site.inside(place)), len(table))
-    if isinstance(place, float):
-        return int(place * len(table))
-    return place if place >= 0 else len(table) + place

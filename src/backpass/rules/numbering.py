@@ -30,7 +30,7 @@ class Numbering(ABC):
         self.idle = False
         self.last_call: tuple[list[Seen], list[int]] = ([], [])
         self._by_key: dict[str, Site] = {}
-        self._keys: dict[str, list[str]] = {}
+        self._entered: list[tuple[str, str]] = []
         self._probed = SiteTable()
         self._resolved: tuple[int, int, int | None] | None = None
         self._training: bool | None = None
@@ -80,7 +80,8 @@ class Numbering(ABC):
         Raises:
             BackpassError: no whole call came before, or several of its calls could be meant.
         """
-        if self._resolved is None or path not in self._keys:
+        keys = [key for entered, key in self._entered if entered == path]
+        if self._resolved is None or not keys:
             raise BackpassError(
                 f"module {path!r} was called by itself, but {self.rule} numbers its sites in a call of the whole "
                 "model: call the model once first, or attach the rule to that module."
@@ -92,14 +93,14 @@ class Numbering(ABC):
                 for site in seen
                 if site.key.startswith((start + "/", start + ":"))
             )
-            for start in self._keys[path]
+            for start in keys
         }
         if len(patterns) != 1:
             raise BackpassError(
-                f"module {path!r} ran {len(self._keys[path])} times in the last whole call, with different sites "
+                f"module {path!r} ran {len(keys)} times in the last whole call, with different sites "
                 "selected, so a call of it by itself is ambiguous: select by `where` or a module path instead."
             )
-        return *self._resolved[:2], self._keys[path][0]
+        return *self._resolved[:2], keys[0]
 
     def site_at(self, key: str) -> Site:
         """The site that had this key in the last whole call.
@@ -122,9 +123,9 @@ class Numbering(ABC):
             for site in self._probed
         )
 
-    def record(self, seen: list[Seen], taken: list[int], keys: dict[str, list[str]]) -> None:
+    def record(self, seen: list[Seen], taken: list[int], entered: list[tuple[str, str]]) -> None:
         """Take note of a whole call that ended."""
-        self.last_call, self._keys, self._by_key = (seen, taken), keys, {}
+        self.last_call, self._entered, self._by_key = (seen, taken), entered, {}
 
     def verify(self, seen: int, selected: int) -> None:
         """See that a call with this many sites, and this many selected, is what the rule means.

@@ -25,11 +25,13 @@ class Redefinition(ABC):
     Attributes:
         name: the rule's name in its text form.
         functions: the torch functions that are sites of this rule, with the name each has in a site table.
+        silent: module classes whose own forward surely calls none of the functions.
         needs_site: whether it is an error if the rule acts nowhere.
         where: which sites of its range the rule acts on; None: all.
     """
 
     name: ClassVar[str]
+    silent: ClassVar[frozenset[type[nn.Module]]] = frozenset()
     needs_site: ClassVar[bool] = True
     where: Callable[[Site], bool] | None = None
     if TYPE_CHECKING:
