@@ -1,8 +1,12 @@
 """backpass: change how a PyTorch network learns, and is attacked, by changing only its backward pass."""
 
+from typing import TYPE_CHECKING, Any
+
 from backpass.errors import BackpassError, NoSiteError, UnknownNameError
-from backpass.rules import LinBP, Site, list_sites, parse_rule
 from backpass.version import __version__
+
+if TYPE_CHECKING:
+    from backpass.rules import LinBP, Site, list_sites, parse_rule
 
 __all__ = [
     "BackpassError",
@@ -14,3 +18,16 @@ __all__ = [
     "list_sites",
     "parse_rule",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import, and the command line's help does without it.
+    if name not in __all__:
+        raise AttributeError(f"module 'backpass' has no attribute {name!r}")
+    from backpass import rules
+
+    return getattr(rules, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from support.dense import Parameters, Stage
 from torch import Tensor, nn
+
+from support.dense import Parameters, Stage
 
 WIDTH = 5
 
@@ -121,7 +122,8 @@ class ConvBNReLU(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU()
+            *(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()),
+            *(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU()),
         )
         self.head = nn.Linear(8, 3)
         for norm in (self.body[1], self.body[4]):
@@ -180,7 +182,6 @@ class Case:
 
     def make(self, seed: int = 0) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(seed)
-        # The bias keeps units apart from the kink, where a derivative would be a matter of convention.
         return self.build().double(), torch.randn(3, *self.shape, dtype=torch.float64) * 2
 
 

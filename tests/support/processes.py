@@ -34,7 +34,8 @@ def in_processes(size: int, function: Callable[..., Any], *args: Any) -> list[An
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [
-        context.Process(target=_run, args=(rank, size, port, function, args, queue), daemon=True) for rank in range(size)
+        context.Process(target=_run, args=(rank, size, port, function, args, queue), daemon=True)
+        for rank in range(size)
     ]
     for process in processes:
         process.start()

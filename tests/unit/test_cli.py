@@ -93,7 +93,7 @@ def test_the_quick_demo_prints_claims_and_writes_the_report(tmp_path):
 
 def test_a_missing_extra_is_answered_with_how_to_install_it():
     code = "import sys; sys.modules['typer'] = None; import runpy; runpy.run_module('backpass', run_name='__main__')"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)  # noqa: S603
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 2
     assert "pip install 'backpass[lab]'" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -114,3 +114,8 @@ def test_it_runs_as_a_module():
     assert ended.returncode == 2
     assert ended.stderr.startswith("backpass: unknown model 'nothing'")
     assert "Traceback" not in ended.stderr
+
+
+def test_help_and_version_do_without_torch():
+    code = "import sys, backpass.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,13 +10,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from support.networks import CASES, Functional, Reused, gradients
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from backpass import BackpassError, LinBP, NoSiteError
 from backpass.rules import attachments
+from support.networks import CASES, Functional, Reused, gradients
 
 
 def close(one, other, tolerance=1e-12):
@@ -342,7 +342,11 @@ def test_a_failing_pre_hook_of_someone_else_leaves_no_mode():
         assert len(again.sites) == 4
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("called", [True, False])
 def test_a_copy_of_an_attached_model_carries_the_rule_with_its_own_weights(duplicate, called):
     model, x = CASES["reused-in-place"].make()
@@ -471,7 +475,11 @@ def test_models_without_sites_raise(start):
         model(torch.randn(2, 3))
 
 
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 3))], ids=["script", "trace"])
+def traced(model):
+    return torch.jit.trace(model, torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, traced])
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_scripted_models_raise(make):
     model = make(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))

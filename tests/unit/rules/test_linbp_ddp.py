@@ -1,11 +1,11 @@
 """LinBP in two processes equals one process with the union batch."""
 
 import torch
-from support.networks import CASES, gradients
-from support.processes import in_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from backpass import LinBP
+from support.networks import CASES, gradients
+from support.processes import in_processes
 
 START = {"residual": -2, "conv-bn-relu": 1}
 

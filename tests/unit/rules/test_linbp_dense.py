@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.dense import dense_gradients
-from support.networks import CASES, gradients
 
 from backpass import LinBP, list_sites
+from support.dense import dense_gradients
+from support.networks import CASES, gradients
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -62,7 +62,9 @@ def test_an_unknown_name_is_answered_with_the_nearest(text, message):
         parse_rule(text)
 
 
-@pytest.mark.parametrize("text", ["linbp:start", "linbp:start=1,,stop=2", "linbp:start=1,start=2", "linbp:start='", "linbp:=1", 3])
+@pytest.mark.parametrize(
+    "text", ["linbp:start", "linbp:start=1,,stop=2", "linbp:start=1,start=2", "linbp:start='", "linbp:=1", 3]
+)
 def test_another_form_is_refused(text):
     with pytest.raises(BackpassError):
         parse_rule(text)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.resnets import BasicBlock, PreActivationBlock, TinyResNet
 from torch import nn
 
 from backpass import BackpassError, LinBP
+from support.resnets import BasicBlock, PreActivationBlock, TinyResNet
 
 
 @pytest.fixture
@@ -63,9 +63,7 @@ def by_hand(net, x, blocks):
     for layer in layers:
         zs.append(layer(zs[-1]))
     g = vjp(lambda z: net.fc(z.mean((2, 3))).square().sum(), zs[-1], None)
-    for name, layer, z, after in zip(
-        ["layer3", "layer2", "layer1"], layers[::-1], zs[-2::-1], zs[:0:-1], strict=True
-    ):
+    for name, layer, z, after in zip(["layer3", "layer2", "layer1"], layers[::-1], zs[-2::-1], zs[:0:-1], strict=True):
         if name not in blocks:
             g = vjp(layer, z, g)
             continue
@@ -132,7 +130,7 @@ def test_active_dropout_in_a_branch_is_refused(net, x):
 
 def test_a_network_without_residual_blocks_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    with LinBP(residual="renormalized").attach(model), pytest.raises(BackpassError, match="recognised no residual block"):
+    with LinBP(residual="renormalized").attach(model), pytest.raises(BackpassError, match="no residual block"):
         model(torch.randn(2, 4))
 
 
@@ -142,7 +140,7 @@ def test_a_block_that_never_adds_to_its_input_is_refused_by_name(net, x):
             return (2 * z) + self.branch(z)
 
     net.layer3 = Scaled(8).double().eval()
-    with LinBP(residual="renormalized").attach(net), pytest.raises(BackpassError, match="'layer3' could not be recognised"):
+    with LinBP(residual="renormalized").attach(net), pytest.raises(BackpassError, match="'layer3' could not be"):
         net(x)
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from support.networks import CASES
 from torch import nn
 
 from backpass import BackpassError, LinBP, NoSiteError, Site, UnknownNameError, list_sites
 from backpass.rules import SiteTable
+from support.networks import CASES
 
 
 @pytest.fixture
