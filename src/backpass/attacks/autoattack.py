@@ -75,7 +75,9 @@ class AutoAttack(Attack):
 
     def _attack(self, oracle: Oracle, x: Tensor, y: Tensor, index: Tensor, capacity: int) -> Best:
         rows = torch.arange(len(x), device=x.device)
-        jobs = Jobs(x, y, index, rows, torch.zeros_like(rows))[pad(rows, batch_sizes(capacity))]
+        jobs = Jobs(x, y, index, rows, torch.zeros_like(rows))[
+            pad(rows, batch_sizes(capacity, compiled=oracle.compiled))
+        ]
         classes = oracle.forward(jobs.x, jobs).shape[1]
         best: Best | None = None
         for part in self.parts(classes):

@@ -1,6 +1,6 @@
 """Jobs, one per (sample, restart), searched in lockstep; those already fooled leave the batch.
 
-The batch only ever has a few sizes, so that a compiled model is compiled a few times at most.
+The batch only ever has a few sizes: kernels are chosen, and a compiled model compiled, a few times at most.
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ class Jobs:
         return replace(self, target=target)
 
 
-def batch_sizes(capacity: int) -> list[int]:
-    """The sizes that a batch may have, from small to large: sixteenths 1, 2, 4, 7, 10, 13 and 16 of the capacity."""
-    return sorted({max(1, -(-capacity * part // 16)) for part in (1, 2, 4, 7, 10, 13, 16)})
+def batch_sizes(capacity: int, *, compiled: bool = False) -> list[int]:
+    """The sizes that a batch may have, from small to large: sixteenths of the capacity.
+
+    A compiled model is compiled anew for every size, and Dynamo gives up after eight, so it has seven of them.
+    """
+    parts = (1, 2, 4, 7, 10, 13, 16) if compiled else range(1, 17)
+    return sorted({max(1, -(-capacity * part // 16)) for part in parts})
 
 
 class ActiveSet:

@@ -67,6 +67,13 @@ class Oracle:
         self._seen = False
 
     @property
+    def compiled(self) -> bool:
+        """The model, or a module in it, went through `torch.compile`."""
+        return any(
+            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in self.model.modules()
+        )
+
+    @property
     def exact(self) -> bool:
         """The search's own logits are the verdict's: full precision, one deterministic forward pass."""
         return self.dtype is None and self.eot == 1

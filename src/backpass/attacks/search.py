@@ -50,7 +50,7 @@ class SearchAttack(Attack):
 
     def _attack(self, oracle: Oracle, x: Tensor, y: Tensor, index: Tensor, capacity: int) -> Best:
         """All restarts of one batch (N, ...), N <= capacity."""
-        sizes = batch_sizes(capacity)
+        sizes = batch_sizes(capacity, compiled=oracle.compiled)
         rows = torch.arange(len(x), device=x.device)
         best = self._run(oracle, Jobs(x, y, index, rows, torch.zeros_like(rows)), sizes)
         for row, restart in further_restarts(best, self._rounds, capacity, self.early_stop):

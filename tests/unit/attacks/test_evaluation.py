@@ -253,7 +253,7 @@ def run(tmp_path):
         launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [sys.executable, *launcher, str(path), str(folder), str(kill_after), str(tmp_path / name)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        code = subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode  # noqa: S603
+        code = subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode
         return code, [json.loads(file.read_text()) for file in sorted(tmp_path.glob(f"{name}-*.json"))]
 
     return start

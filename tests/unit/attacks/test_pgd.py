@@ -99,7 +99,30 @@ def test_the_model_sees_few_batch_sizes(cnn, held_out):
     cnn.register_forward_pre_hook(lambda module, args: seen.add(len(args[0])))
     PGD(eps=0.1, step=0.02, steps=20)(cnn, held_out.x[:100], held_out.y[:100], batch_size=64)
     assert seen <= set(batch_sizes(64))
-    assert len(batch_sizes(64)) <= 7
+    assert len(batch_sizes(64)) == 16
+
+
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_a_compiled_model_is_compiled_a_few_times_and_gives_the_same(mlp, held_out, dynamic):
+    x, y = held_out.x[:64], held_out.y[:64]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph
+
+    attack = PGD(eps=0.1, step=0.02, steps=12, restarts=3)
+    torch.compiler.reset()
+    compiled = torch.compile(mlp, backend=backend, dynamic=dynamic, fullgraph=True)
+    expected = attack(mlp, x, y)
+    first = attack(compiled, x, y)
+    torch.testing.assert_close(first.x_adv, expected.x_adv)
+    assert torch.equal(first.success, expected.success)
+    # Sizes with a gradient, and some of them again without.
+    assert 1 < len(graphs) <= 2 * len(batch_sizes(64, compiled=True))
+    known = len(graphs)
+    attack(compiled, x, y)
+    assert len(graphs) == known
 
 
 def test_half_precision_searches_but_float32_judges(cnn, held_out):
