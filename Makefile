@@ -42,7 +42,7 @@ types: $(INSTALLED) ## static types
 	$(BIN)/mypy
 
 docs: $(DOCS_INSTALLED) ## the documentation as a site in site/
-	$(DOCS)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 
 bench: $(INSTALLED) ## side-by-side timings, as ratios
 	for file in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
