@@ -160,3 +160,23 @@ def test_a_rule_stays_attached_as_it_was(attack, mlp, held_out):
         assert torch.equal(linear_gradient(), before)
         assert not torch.equal(before, plain)
     assert torch.equal(linear_gradient(), plain)
+
+
+@every_mode
+def test_an_evaluation_leaves_no_trace(mode, cnn, held_out, tmp_path):
+    x, y = held_out.x[:12], held_out.y[:12]
+    model = prepared(cnn, x, y)
+    attack = attacks.PGD(eps=0.1, steps=2, restarts=2)
+    before = state(model)
+    with mode():
+        attacks.evaluate(model, (x, y), attack, batch_size=5, resume=tmp_path)
+        attacks.transfer({"a": model}, {"b": model}, (x, y), attack, batch_size=5)
+        attacks.save(tmp_path / "images.pt", model, x, y, attack(model, x, y), attack)
+    assert differences(before, state(model)) == []
+
+
+@every_attack
+def test_tensors_are_made_where_the_images_are(attack, mlp, held_out):
+    expected = attack(mlp, held_out.x[:6], held_out.y[:6]).x_adv
+    with torch.device("meta"):  # a tensor made without saying where would be there, and could not be computed with
+        assert torch.equal(attack(mlp, held_out.x[:6], held_out.y[:6]).x_adv, expected)

@@ -6,6 +6,7 @@ from backpass.attacks.autoattack import AutoAttack
 from backpass.attacks.evaluation import evaluate
 from backpass.attacks.fab import FAB
 from backpass.attacks.fgsm import FGSM, IFGSM, MIFGSM
+from backpass.attacks.names import make_attack
 from backpass.attacks.pgd import PGD
 from backpass.attacks.report import Rate, Report
 from backpass.attacks.result import Result
@@ -30,6 +31,7 @@ __all__ = [
     "TransferReport",
     "evaluate",
     "load",
+    "make_attack",
     "save",
     "transfer",
 ]

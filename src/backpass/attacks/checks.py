@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from backpass.errors import BackpassError
 
@@ -42,6 +43,11 @@ def check_model(model: nn.Module, x: Tensor) -> None:
         raise BackpassError(
             f"model must be a torch.nn.Module, so that its state can be kept; got {type(model).__name__}. "
             "Wrap a function in a Module."
+        )
+    if isinstance(model, DistributedDataParallel):
+        raise BackpassError(
+            "model is a DistributedDataParallel wrapper, whose forward waits for the other processes, which may "
+            "search for longer or shorter: pass model.module, and attach rules to it."
         )
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
     if devices and x.device not in devices:

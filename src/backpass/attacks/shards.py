@@ -70,7 +70,11 @@ def fingerprint(model: nn.Module, oracle: Oracle, x: Tensor, y: Tensor) -> str:
             words.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             words.update(_bytes(tensor))
     with leave_no_trace(model):
-        torch.manual_seed(0)  # of a randomised model; the guard puts the generator back
+        # For a randomised model; the guard puts back these generators, and torch.manual_seed would seed all.
+        torch.default_generator.manual_seed(0)
+        if x.device.type == "cuda":
+            with torch.cuda.device(x.device):
+                torch.cuda.manual_seed(0)
         logits, _, gradient = oracle.probe(x[:1], y[:1])
         seen = (logits.norm(), logits.amax(), gradient.abs().sum(), gradient.norm(), (gradient * x[:1]).sum())
     words.update(" ".join(f"{float(number):.4g}" for number in seen).encode())

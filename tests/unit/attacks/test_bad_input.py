@@ -127,3 +127,15 @@ def test_a_gradient_that_is_not_finite_costs_the_sample_and_not_the_bounds(caplo
     result = PGD(steps=2, norm="l2", early_stop=False, restarts=1)(model, X, Y)
     assert result.x_adv.isfinite().all()
     assert "gradient that is not finite" in caplog.text
+
+
+def test_a_distributed_wrapper_is_refused(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapper = nn.parallel.DistributedDataParallel(Answers(lambda z: z))
+        with pytest.raises(BackpassError, match=r"pass model\.module"):
+            PGD(steps=1)(wrapper, X, Y)
+    finally:
+        dist.destroy_process_group()

@@ -49,6 +49,23 @@ def test_the_answer_is_that_of_any_batch_size(cnn, held_out, norm, eps, step, ea
         assert torch.equal(part.success, whole.success)
 
 
+@NORMS
+def test_in_float32_the_success_is_that_of_any_batch_size(cnn, held_out, norm, eps, step):
+    x, y = held_out.x[:64], held_out.y[:64]
+    attack = PGD(eps=eps, step=step, norm=norm, restarts=3)
+    whole = attack(cnn, x, y)
+    for batch_size in (1, 7, 64):
+        assert torch.equal(attack(cnn, x, y, batch_size=batch_size).success, whole.success)
+
+
+def test_the_verdict_is_in_float32_under_autocast_too(cnn, held_out):
+    x, y = held_out.x[:64], held_out.y[:64]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = PGD(eps=0.1, step=0.03)(cnn, x, y)
+    assert result.loss.dtype == torch.float32
+    torch.testing.assert_close(result.loss, F.cross_entropy(cnn(result.x_adv), y, reduction="none"))
+
+
 def test_indices_name_the_draws_so_that_a_slice_of_the_data_gets_the_same(cnn, held_out):
     cnn, x, y = cnn.double(), held_out.x[:32].double(), held_out.y[:32]
     attack = PGD(eps=0.1, step=0.03, restarts=3)
