@@ -13,6 +13,7 @@ from backpass.attacks.jobs import ActiveSet, Jobs
 from backpass.attacks.noise import make_key, uniform
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.search import Found, SearchAttack
+from backpass.attacks.threat import make_threat
 from backpass.errors import BackpassError
 
 __all__ = ["Iterative"]
@@ -29,6 +30,7 @@ class Iterative(SearchAttack):
         steps: gradient steps of each restart.
         restarts: searches of each sample, each with its own random draws; one where nothing is random.
         random_start: start from a uniform draw in the ball instead of x.
+        start_eps: radius of the ball that the random start is drawn from; `eps` where None.
         noise: half-width of fresh uniform noise, added at every iteration to the image whose gradient is taken,
             but not to the image that moves (Guo, Li, Chen 2020); 0 for none.
     """
@@ -37,12 +39,15 @@ class Iterative(SearchAttack):
     steps: int = 10
     restarts: int = 1
     random_start: bool = False
+    start_eps: float | None = None
     noise: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot be meant."""
         super().__post_init__()
         check_radius("step", self.step, self.norm, self.bounds)
+        if self.start_eps is not None and not 0 <= self.start_eps <= self.eps:
+            raise BackpassError(f"start_eps must be in [0, eps={self.eps:g}]; got {self.start_eps}.")
         check_radius("noise", self.noise, "linf", self.bounds)
         if self.loss == "dlr-targeted":
             raise BackpassError("loss 'dlr-targeted' chooses target classes, which only APGD does.")
@@ -77,7 +82,9 @@ class Iterative(SearchAttack):
         threat, memory = oracle.threat, None
         z = jobs.x
         if self.random_start:
-            z = threat.start(jobs.x, make_key(self.seed, jobs.index, jobs.restart, _START, like=jobs.index))
+            radius = self.eps if self.start_eps is None else self.start_eps
+            ball = make_threat(self.norm, radius, self.bounds)
+            z = ball.start(jobs.x, make_key(self.seed, jobs.index, jobs.restart, _START, like=jobs.index))
         for iteration in range(self.steps):
             view = self._view(jobs, iteration)
             logits, _, gradient = oracle.gradient(z, jobs, view=view)

@@ -66,6 +66,7 @@ SETTINGS = {
     "NaN eps": ({"eps": float("nan")}, "eps must be a finite number"),
     "no steps": ({"steps": 0}, "steps and restarts must be at least 1; got steps=0"),
     "bounds": ({"bounds": (1.0, 0.0)}, r"bounds must be two finite numbers \(lo, hi\) with lo < hi"),
+    "start_eps": ({"start_eps": 0.1}, r"start_eps must be in \[0, eps=0\.0313725\]; got 0\.1"),
     "eot": ({"eot": 0}, "eot must be at least 1"),
     "dtype": ({"dtype": torch.int8}, r"dtype must be torch\.bfloat16, torch\.float16 or None; got torch\.int8"),
     "norm": ({"norm": "linfty"}, r"unknown norm 'linfty'\. Did you mean 'linf'\?"),

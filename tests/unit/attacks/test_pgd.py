@@ -82,6 +82,14 @@ def test_a_seed_changes_the_start_and_the_same_seed_does_not(cnn, held_out):
     assert not torch.equal(first, other)
 
 
+def test_the_start_may_be_drawn_from_a_smaller_ball(cnn, held_out):
+    x, y = held_out.x[:32] * 0.5 + 0.25, held_out.y[:32]
+    settings = {"eps": 0.2, "step": 1e-6, "steps": 1, "restarts": 1, "early_stop": False}
+    whole, half = ((PGD(**settings, start_eps=s)(cnn, x, y).x_adv - x).abs().max() for s in (None, 0.1))
+    assert 0.19 < whole <= 0.2 + 1e-6
+    assert 0.09 < half <= 0.1 + 2e-6
+
+
 def test_targeted_leads_to_the_target(cnn, held_out):
     x, y = held_out.x[:64], held_out.y[:64]
     result = PGD(eps=0.3, step=0.05, steps=20, targeted=True)(cnn, x, (y + 1) % 10)
