@@ -3,6 +3,7 @@
 from backpass.rules.attached import Attached, attachments
 from backpass.rules.linbp import LinBP
 from backpass.rules.listing import list_sites
+from backpass.rules.proxprop import ProxProp
 from backpass.rules.registry import RULES, parse_rule
 from backpass.rules.rule import BP, Rule
 from backpass.rules.sites import Site, SiteTable
@@ -13,6 +14,7 @@ __all__ = [
     "RULES",
     "Attached",
     "LinBP",
+    "ProxProp",
     "Rule",
     "Site",
     "SiteTable",

@@ -9,12 +9,14 @@ from torch import nn
 from backpass.errors import UnknownNameError
 from backpass.rules.activations import ACTIVATIONS
 from backpass.rules.attached import probe
+from backpass.rules.linear_calls import LINEAR, OPAQUE
+from backpass.rules.normalizations import NORMALIZATIONS
 from backpass.rules.sites import SiteTable
 from backpass.rules.wrappers import unwrap
 
 __all__ = ["list_sites"]
 
-_KINDS = {"activation": ACTIVATIONS}
+_KINDS = {"activation": ACTIVATIONS, "linear": {**LINEAR, **NORMALIZATIONS, **OPAQUE}}
 
 
 def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs: Any) -> SiteTable:
@@ -25,7 +27,7 @@ def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs:
     Args:
         model: any module.
         args: what the model is called with, for instance ``x``.
-        kind: ``"activation"``, the sites of `LinBP`.
+        kind: ``"activation"``, the sites of `LinBP`, or ``"linear"``, those of `ProxProp`.
         kwargs: keyword arguments of the model's call.
 
     Raises:

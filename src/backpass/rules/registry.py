@@ -6,12 +6,13 @@ from dataclasses import fields
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.linbp import LinBP
+from backpass.rules.proxprop import ProxProp
 from backpass.rules.rule import BP, Rule
 from backpass.rules.text import read_settings
 
 __all__ = ["RULES", "parse_rule"]
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (BP, LinBP)}
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (BP, LinBP, ProxProp)}
 """The rules by name."""
 
 

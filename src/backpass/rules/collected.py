@@ -1,0 +1,168 @@
+"""What one weight's uses leave for the solve before the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from backpass.errors import BackpassError
+from backpass.rules.contributions import Named, Use
+from backpass.rules.gram import column_gram
+from backpass.rules.linear_layer import LinearLayer
+from backpass.rules.proximal import ProximalStep, as_tensors, by_columns, by_rows, joined
+
+__all__ = ["Collected"]
+
+
+class Collected:
+    """The rows of one weight's uses while they are at most as many as the columns, or their Gram matrix A^T A.
+
+    Attributes:
+        layer: the layer; all uses must agree in what its matrix looks like.
+        ones: whether the bias is solved for together with the weight.
+        count: how many rows there are.
+        last_pass: the backward pass of the last use.
+        rows: A and g of each use, (blocks, n, columns) and (blocks, n, outputs); None once ``gram`` is used.
+        gram: A^T A, (blocks, columns, columns), None while ``rows`` is used.
+    """
+
+    def __init__(self, use: Use, parameter: Callable[[Tensor], Named | None], step: ProximalStep) -> None:
+        self.layer: LinearLayer = use.layer
+        self.ones = use.wants[1]
+        self.count = 0
+        self.last_pass = -1
+        self.rows: list[tuple[Tensor, Tensor]] | None = []
+        self.gram: Tensor | None = None
+        self._versions: list[int] = []
+        self._step = step
+        self._dtype = use.grad.dtype
+        self._tolerance = torch.finfo(use.weight.dtype).eps ** 0.5
+        self._of = parameter
+        self._weight = self._learning(use.weight) if use.wants[0] else None
+        self._bias = self._learning(use.bias) if self.ones else None
+
+    def add(self, use: Use, now: int) -> None:
+        """Collect one use.
+
+        Raises:
+            BackpassError: the same weight was used in another way before.
+        """
+        bias = self._learning(use.bias) if use.wants[1] else None
+        same = type(use.layer) is type(self.layer) and use.layer.blocks == self.layer.blocks
+        if not same or bias is not self._bias or use.wants[0] != (self._weight is not None):
+            raise BackpassError(
+                f"{self._name(use)!r} is shared by {type(self.layer).__name__} and {type(use.layer).__name__}, or with "
+                "and without the same bias, so its uses have no common Gram matrix: leave one out by `where`."
+            )
+        self.last_pass = now
+        count = use.layer.count(use.x)
+        self.count += count
+        few = use.layer.has_rows and use.wants[0] and self.count <= use.layer.columns(self.ones)
+        if self.rows is not None and few:
+            rows = use.layer.rows(use.x)
+            if use.borrowed and rows.data_ptr() == use.x.data_ptr():
+                rows = rows.clone()
+            self.rows.append((rows, use.layer.output_rows(use.grad)))
+            self._versions.append(rows._version)
+            return
+        self.to_gram()
+        assert self.gram is not None  # noqa: S101  to_gram made it
+        if use.wants[0]:
+            x = use.x.to(self._dtype) if use.x.is_floating_point() else use.x
+            self.gram += use.layer.gram(x, self.ones, border=self._step.solver != "toeplitz")
+        else:
+            self.gram += float(count)
+
+    def to_gram(self) -> None:
+        """Give up the rows for their Gram matrix."""
+        if self.gram is not None:
+            return
+        columns = self.layer.columns(self.ones) if self._weight is not None else 1
+        device = (self._weight if self._weight is not None else self._bias).device  # type: ignore[union-attr]
+        self.gram = torch.zeros(self.layer.blocks, columns, columns, dtype=self._dtype, device=device)
+        for rows, _ in self._unchanged():
+            self.gram += column_gram(rows.to(self._dtype), self.ones)
+        self.rows = None
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """A and g of all uses, where rows were kept."""
+        rows, outputs = zip(*self._unchanged(), strict=True)
+        return torch.cat(rows, 1), torch.cat(outputs, 1)
+
+    def replace_rows(self, rows: Tensor, outputs: Tensor) -> None:
+        """Go on with these rows instead of the ones collected here."""
+        self.rows, self._versions = [(rows, outputs)], [rows._version]
+
+    def solve(self) -> None:
+        """Put D in the place of the plain gradient in ``.grad``."""
+        gradients = [None if p is None else p.grad for p in (self._weight, self._bias)]
+        if any(p is not None and g is None for p, g in zip((self._weight, self._bias), gradients, strict=True)):
+            return  # zeroed after the backward pass: the optimizer passes it over
+        plain = joined(self.layer, (gradients[0], gradients[1])).to(self._dtype)
+        matrix = self._direction(plain)
+        for gradient, value in zip(
+            gradients, as_tensors(self.layer, matrix, self.ones, self._weight is not None), strict=True
+        ):
+            if gradient is not None and value is not None:
+                gradient.copy_(value)
+
+    def _direction(self, plain: Tensor) -> Tensor:
+        if self.rows is None:
+            assert self.gram is not None  # noqa: S101  it is the one or the other
+            gram = self.gram
+
+            def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+                return gram.to(dtype, copy=True), plain.mT.to(dtype)
+
+            return by_columns(system, self.count, self._dtype, self._step).mT
+        rows, outputs = self.whole()
+        scale = _common_scale(rows, outputs, plain, self.ones, self._tolerance)
+        if scale is not None:
+            return by_rows(rows, outputs, self.ones, self._step) * scale
+
+        # The gradient was changed entry by entry (clip_grad_value_, a term of the loss), so g no longer says it. The
+        # solve from P alone loses tau |A|^2 in precision, hence float64.
+        def anew(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            return column_gram(rows.to(dtype), self.ones), plain.mT.to(dtype)
+
+        return by_columns(anew, self.count, torch.float64, self._step).mT
+
+    def _learning(self, tensor: Tensor | None) -> nn.Parameter | None:
+        named = self._of(tensor) if tensor is not None else None
+        return named.parameter if named is not None else None
+
+    def _name(self, use: Use) -> str:
+        named = self._of(use.weight)
+        return named.name if named is not None else "a weight"
+
+    def _unchanged(self) -> list[tuple[Tensor, Tensor]]:
+        """The rows kept.
+
+        Raises:
+            BackpassError: something was written into them since the backward pass.
+        """
+        kept = self.rows or []
+        if [rows._version for rows, _ in kept] != self._versions[: len(kept)]:
+            raise BackpassError(
+                "the input of a layer was overwritten between the backward pass and the optimizer's step, and "
+                "union=True still needs it: write into a copy."
+            )
+        return kept
+
+
+def _common_scale(rows: Tensor, outputs: Tensor, plain: Tensor, ones: bool, tolerance: float) -> Tensor | None:
+    """C with P = c g^T A, which unscaling, clipping by norm and averaging over processes leave; None if none fits.
+
+    Both sides are compared on one fixed vector of random signs.
+    """
+    signs = torch.ones(plain.shape[-1], 1)
+    signs -= 2 * torch.bernoulli(signs / 2, generator=torch.Generator().manual_seed(0))
+    signs = signs.to(plain)
+    of_rows = rows.to(plain.dtype) @ (signs[:-1] if ones else signs)
+    expected = outputs.to(plain.dtype).mT @ (of_rows + signs[-1] if ones else of_rows)
+    found = plain @ signs
+    scale = (found * expected).sum() / expected.square().sum()
+    misfit = torch.linalg.vector_norm(found - scale * expected)
+    return scale if bool(misfit <= tolerance * torch.linalg.vector_norm(plain)) else None
