@@ -180,3 +180,16 @@ def test_tensors_are_made_where_the_images_are(attack, mlp, held_out):
     expected = attack(mlp, held_out.x[:6], held_out.y[:6]).x_adv
     with torch.device("meta"):  # a tensor made without saying where would be there, and could not be computed with
         assert torch.equal(attack(mlp, held_out.x[:6], held_out.y[:6]).x_adv, expected)
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.jit.script, torch.fx.symbolic_trace, lambda model: torch.compile(model, backend="eager")]
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_wrapped_models_are_restored_too(wrap, mlp, held_out):
+    attack = attacks.PGD(eps=0.1, steps=2)
+    expected = attack(mlp, held_out.x[:6], held_out.y[:6]).x_adv
+    wrapped = wrap(mlp)
+    wrapped.train()
+    assert torch.equal(attack(wrapped, held_out.x[:6], held_out.y[:6]).x_adv, expected)
+    assert all(module.training for module in wrapped.modules())

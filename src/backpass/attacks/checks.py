@@ -84,7 +84,7 @@ def check_images(x: Tensor, bounds: tuple[float, float]) -> None:
         raise BackpassError(f"x must be float32 or float64; got {x.dtype}: {advice}.")
     if x.dim() < 2 or x.numel() == 0:
         raise BackpassError(f"x must be a non-empty batch (N, ...); got shape {tuple(x.shape)}, an empty batch.")
-    least, most = (float(v) for v in torch.aminmax(x))
+    least, most = (float(v) for v in torch.aminmax(x.detach()))
     lo, hi = bounds
     if math.isnan(least) or math.isnan(most):
         raise BackpassError("x contains NaN: look at how the images were loaded.")
