@@ -6,12 +6,13 @@ from backpass.errors import BackpassError, NoSiteError, UnknownNameError
 from backpass.version import __version__
 
 if TYPE_CHECKING:
-    from backpass.rules import LinBP, Site, list_sites, parse_rule
+    from backpass.rules import LinBP, ProxProp, Site, list_sites, parse_rule
 
 __all__ = [
     "BackpassError",
     "LinBP",
     "NoSiteError",
+    "ProxProp",
     "Site",
     "UnknownNameError",
     "__version__",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from backpass.errors import BackpassError
 from backpass.rules.contributions import Named, Use
 from backpass.rules.gram import column_gram
-from backpass.rules.linear_layer import LinearLayer
+from backpass.rules.linear_layer import Gradients, LinearLayer
 from backpass.rules.proximal import ProximalStep, as_tensors, by_columns, by_rows, joined
 
 __all__ = ["Collected"]
@@ -38,7 +38,6 @@ class Collected:
         self._versions: list[int] = []
         self._step = step
         self._dtype = use.grad.dtype
-        self._tolerance = torch.finfo(use.weight.dtype).eps ** 0.5
         self._of = parameter
         self._weight = self._learning(use.weight) if use.wants[0] else None
         self._bias = self._learning(use.bias) if self.ones else None
@@ -97,37 +96,53 @@ class Collected:
 
     def solve(self) -> None:
         """Put D in the place of the plain gradient in ``.grad``."""
-        gradients = [None if p is None else p.grad for p in (self._weight, self._bias)]
-        if any(p is not None and g is None for p, g in zip((self._weight, self._bias), gradients, strict=True)):
+        learning = (self._weight, self._bias)
+        plain = tuple(None if p is None else p.grad for p in learning)
+        if any(p is not None and g is None for p, g in zip(learning, plain, strict=True)):
             return  # zeroed after the backward pass: the optimizer passes it over
-        plain = joined(self.layer, (gradients[0], gradients[1])).to(self._dtype)
-        matrix = self._direction(plain)
-        for gradient, value in zip(
-            gradients, as_tensors(self.layer, matrix, self.ones, self._weight is not None), strict=True
-        ):
-            if gradient is not None and value is not None:
+        for gradient, value in zip(plain, self._direction((plain[0], plain[1])), strict=True):
+            if gradient is not None and value is not None and value.data_ptr() != gradient.data_ptr():
                 gradient.copy_(value)
 
-    def _direction(self, plain: Tensor) -> Tensor:
+    def _direction(self, plain: Gradients) -> Gradients:
         if self.rows is None:
             assert self.gram is not None  # noqa: S101  it is the one or the other
             gram = self.gram
-
-            def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-                return gram.to(dtype, copy=True), plain.mT.to(dtype)
-
-            return by_columns(system, self.count, self._dtype, self._step).mT
+            return self._from_plain(lambda dtype: gram.to(dtype, copy=True), self._dtype, plain)
         rows, outputs = self.whole()
-        scale = _common_scale(rows, outputs, plain, self.ones, self._tolerance)
+        scale = self._common_scale(rows, outputs, plain)
         if scale is not None:
-            return by_rows(rows, outputs, self.ones, self._step) * scale
-
+            assert plain[0] is not None  # noqa: S101  there are rows
+            weight, bias = by_rows(rows, outputs * scale, self.ones, self._step, out=self.layer.matrix(plain[0]))
+            return self.layer.weight(weight), None if bias is None else bias.flatten()
         # The gradient was changed entry by entry (clip_grad_value_, a term of the loss), so g no longer says it. The
         # solve from P alone loses tau |A|^2 in precision, hence float64.
-        def anew(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            return column_gram(rows.to(dtype), self.ones), plain.mT.to(dtype)
+        return self._from_plain(lambda dtype: column_gram(rows.to(dtype), self.ones), torch.float64, plain)
 
-        return by_columns(anew, self.count, torch.float64, self._step).mT
+    def _from_plain(self, gram: Callable[[torch.dtype], Tensor], dtype: torch.dtype, plain: Gradients) -> Gradients:
+        def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            return gram(dtype), joined(self.layer, plain).mT.to(dtype)
+
+        matrix = by_columns(system, self.count, dtype, self._step).mT
+        return as_tensors(self.layer, matrix, self.ones, self._weight is not None)
+
+    def _common_scale(self, rows: Tensor, outputs: Tensor, plain: Gradients) -> Tensor | None:
+        """The c with P = c g^T A, which unscaling, clipping by norm and averaging leave; None if none fits.
+
+        Both sides are compared on one fixed vector of random signs.
+        """
+        signs = torch.full((rows.shape[-1] + 1, 1), 0.5).bernoulli(generator=torch.Generator().manual_seed(0))
+        signs = (2 * signs - 1).to(outputs)
+        of_rows, (weight, bias) = rows.to(outputs.dtype) @ signs[:-1], plain
+        assert weight is not None  # noqa: S101  there are rows
+        found = self.layer.matrix(weight).to(outputs.dtype) @ signs[:-1]
+        if bias is not None:
+            of_rows, found = of_rows + signs[-1], found + self.layer.bias_matrix(bias) * signs[-1]
+        expected = outputs.mT @ of_rows
+        scale = (found * expected).sum() / expected.square().sum()
+        misfit = torch.linalg.vector_norm(found - scale * expected)
+        tolerance = torch.finfo(weight.dtype).eps ** 0.5
+        return scale if bool(misfit <= tolerance * torch.linalg.vector_norm(found)) else None
 
     def _learning(self, tensor: Tensor | None) -> nn.Parameter | None:
         named = self._of(tensor) if tensor is not None else None
@@ -150,19 +165,3 @@ class Collected:
                 "union=True still needs it: write into a copy."
             )
         return kept
-
-
-def _common_scale(rows: Tensor, outputs: Tensor, plain: Tensor, ones: bool, tolerance: float) -> Tensor | None:
-    """C with P = c g^T A, which unscaling, clipping by norm and averaging over processes leave; None if none fits.
-
-    Both sides are compared on one fixed vector of random signs.
-    """
-    signs = torch.ones(plain.shape[-1], 1)
-    signs -= 2 * torch.bernoulli(signs / 2, generator=torch.Generator().manual_seed(0))
-    signs = signs.to(plain)
-    of_rows = rows.to(plain.dtype) @ (signs[:-1] if ones else signs)
-    expected = outputs.to(plain.dtype).mT @ (of_rows + signs[-1] if ones else of_rows)
-    found = plain @ signs
-    scale = (found * expected).sum() / expected.square().sum()
-    misfit = torch.linalg.vector_norm(found - scale * expected)
-    return scale if bool(misfit <= tolerance * torch.linalg.vector_norm(plain)) else None

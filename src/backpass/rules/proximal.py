@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from backpass.rules.damped import conjugate_gradients, conjugate_gradients_by_rows, solve
 from backpass.rules.gram import row_gram
@@ -71,7 +72,8 @@ def direction(layer: LinearLayer, x: Tensor, grad: Tensor, wants: tuple[bool, bo
     """
     ones = wants[1]
     if layer.has_rows and wants[0] and layer.count(x) <= layer.columns(ones):
-        return as_tensors(layer, by_rows(layer.rows(x), layer.output_rows(grad), ones, step), ones)
+        weight, bias = by_rows(layer.rows(x), layer.output_rows(grad), ones, step)
+        return layer.weight(weight), None if bias is None else bias.flatten()
 
     def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         inputs = x if not x.is_floating_point() else x.to(dtype)
@@ -101,7 +103,9 @@ def as_tensors(layer: LinearLayer, matrix: Tensor, ones: bool, weight: bool = Tr
     return layer.weight(matrix[..., :-1] if ones else matrix) if weight else None, bias
 
 
-def by_rows(rows: Tensor, outputs: Tensor, ones: bool, step: ProximalStep) -> Tensor:
+def by_rows(
+    rows: Tensor, outputs: Tensor, ones: bool, step: ProximalStep, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """D = A^T S, S = (A A^T + I/tau)^{-1} g: the plain weight gradient with S in the place of g.
 
     Args:
@@ -109,16 +113,18 @@ def by_rows(rows: Tensor, outputs: Tensor, ones: bool, step: ProximalStep) -> Te
         outputs: g in the precision to solve in, (blocks, n, o).
         ones: whether A has the column of ones.
         step: the step.
+        out: where D of the weight may be written, if its dtype fits.
 
     Returns:
-        D as a matrix (blocks, o, d), or (blocks, o, d + 1) with the bias last.
+        D of the weight as a matrix (blocks, o, d), and with ``ones`` that of the bias, (blocks, o, 1), else None.
     """
     count, columns = rows.shape[1:]
     damping, scale = step.damping(count)
+    outputs = outputs if scale == 1.0 else outputs * scale
 
     def all_columns(dtype: torch.dtype) -> Tensor:
         a = rows.to(dtype)
-        return torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1) if ones else a
+        return pad(a, (0, 1), value=1.0) if ones else a
 
     if step.solver == "cg":
         gram = row_gram(rows.to(outputs.dtype), ones)
@@ -133,9 +139,11 @@ def by_rows(rows: Tensor, outputs: Tensor, ones: bool, step: ProximalStep) -> Te
 
         factor = solve(system, damping, outputs.dtype, _ROWS_FLOOR)
         if of_inputs:
-            return _scaled(_product(outputs.to(factor.dtype).mT, factor), scale)
-    weight = _scaled(_product(factor.mT, rows.to(factor.dtype)), scale)
-    return torch.cat([weight, _scaled(factor.sum(1).unsqueeze(-1), scale)], -1) if ones else weight
+            outputs = outputs.to(factor.dtype).mT
+            weight = _product(outputs, factor[..., :columns], out)
+            return weight, outputs @ factor[..., columns:] if ones else None
+    weight = _product(factor.mT, rows.to(factor.dtype), out)
+    return weight, factor.sum(1).unsqueeze(-1) if ones else None
 
 
 def by_columns(
@@ -158,9 +166,12 @@ def by_columns(
     return _scaled(solve(system, damping, dtype, _COLUMNS_FLOOR), scale)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
     """A product per block; a batch of one is slower than a plain product."""
-    return torch.mm(left[0], right[0]).unsqueeze(0) if len(left) == 1 else left @ right
+    if len(left) > 1:
+        return left @ right
+    fits = out is not None and out.dtype == left.dtype
+    return torch.mm(left[0], right[0], out=out[0] if out is not None and fits else None).unsqueeze(0)
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
