@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -185,7 +186,7 @@ class ModuleCalls:
         if mode is not None:
             outer = mode.running[-1]
             mode.enter(module, self.path, f"{outer.key}/{self.path}#{outer.count(self.path)}", args)
-        elif not self.numbering.idle:
+        elif not (self.numbering.probing and get_ident() in self.numbering.probing):
             torch._C._push_on_torch_function_stack(self._begin(module, args, kwargs))
 
     @outside_compiled_frames

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from threading import get_ident
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,14 +21,14 @@ class Numbering(ABC):
     Attributes:
         token: names the model and the rule; the same each time that this rule is attached to this model, so that
             compiled code, which finds the numbering by it, serves again.
-        idle: whether the model is being called just to find its sites.
+        probing: the threads in which the model is being called just to find its sites.
         last_call: what was seen in the last whole call, and the indices of the sites that the rule re-defined.
     """
 
     def __init__(self, rule: Redefinition) -> None:
         self.rule = rule
         self.token = ""
-        self.idle = False
+        self.probing: set[int] = set()
         self.last_call: tuple[list[Seen], list[int]] = ([], [])
         self._by_key: dict[str, Site] = {}
         self._entered: list[tuple[str, str]] = []
@@ -63,11 +64,11 @@ class Numbering(ABC):
 
             def sites() -> SiteTable:
                 nonlocal total
-                self.idle = True
+                self.probing.add(get_ident())
                 try:
                     self._probed = self.probe(args, kwargs)
                 finally:
-                    self.idle = False
+                    self.probing.discard(get_ident())
                 total = len(self._probed)
                 return self._probed
 

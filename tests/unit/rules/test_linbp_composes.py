@@ -280,6 +280,35 @@ def test_another_thread_with_another_model_stays_plain():
         close(results["linear"], gradients(model, model, x))
 
 
+def test_two_threads_that_find_the_sites_at_once_are_both_linear():
+    model, x = CASES["functional"].make()
+    meeting = threading.Barrier(2)
+
+    class Meeting(nn.Module):
+        def forward(self, h):
+            meeting.wait(20)
+            return h
+
+    shared = nn.Sequential(Meeting(), model)
+    results = {}
+
+    def run(name):
+        leaf = x.clone().requires_grad_()
+        (results[name],) = torch.autograd.grad(shared(leaf).sum(), leaf)
+
+    with LinBP(start=-1).attach(shared):
+        threads = [threading.Thread(target=run, args=(name,)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    with LinBP(start=-1).attach(model):
+        leaf = x.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(model(leaf).sum(), leaf)
+    assert torch.equal(results["a"], expected)
+    assert torch.equal(results["b"], expected)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_inside_forward_leaves_no_mode(error):
     class Failing(Functional):
