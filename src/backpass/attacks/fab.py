@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backpass.attacks.active_set import ActiveSet
 from backpass.attacks.apgd import likely_wrong
 from backpass.attacks.hyperplane import towards_hyperplane
-from backpass.attacks.jobs import ActiveSet, Jobs
+from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.search import Found, SearchAttack

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backpass.attacks.active_set import ActiveSet
 from backpass.attacks.diversity import Diversity
 from backpass.attacks.iterative import Iterative
-from backpass.attacks.jobs import ActiveSet, Jobs
+from backpass.attacks.jobs import Jobs
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.search import Found, SearchAttack
 from backpass.attacks.threat import per_sample

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from backpass.attacks.active_set import ActiveSet
 from backpass.attacks.checks import check_radius
-from backpass.attacks.jobs import ActiveSet, Jobs
+from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, uniform
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.search import Found, SearchAttack

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backpass.attacks.active_set import ActiveSet
 from backpass.attacks.attack import Attack
-from backpass.attacks.jobs import ActiveSet, Jobs, batch_sizes, pad
+from backpass.attacks.jobs import Jobs, batch_sizes, pad
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.restarts import Best, further_restarts
 from backpass.attacks.threat import per_sample

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backpass.attacks.jobs import ActiveSet, Jobs
+from backpass.attacks.active_set import ActiveSet
+from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, signs, uniform
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.search import Found, SearchAttack

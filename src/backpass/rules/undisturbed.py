@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
+
+from backpass.errors import BackpassError
 
 __all__ = ["undisturbed"]
 
@@ -17,7 +20,13 @@ __all__ = ["undisturbed"]
 def undisturbed(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Copies of the arguments to call ``model`` with; buffers and random states are put back afterwards."""
+    """Copies of the arguments to call ``model`` with; buffers and random states are put back afterwards.
+
+    Raises:
+        BackpassError: the model has lazy modules that were not called yet.
+    """
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise BackpassError("the model has lazy modules without a shape: call it once before attaching a rule.")
     args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
     before = [
         (module, name, buffer, buffer.clone())

@@ -480,6 +480,16 @@ def test_a_model_whose_sites_change_is_not_silently_misread():
             assert len(attached.sites) == model.depth - 1
 
 
+def test_lazy_modules_are_to_be_called_first():
+    model, x = nn.Sequential(nn.LazyLinear(4), nn.ReLU()), torch.randn(2, 3)
+    with LinBP(start=-1).attach(model), pytest.raises(BackpassError, match="call it once before"):
+        model(x)
+    model(x)
+    with LinBP(start=-1).attach(model) as attached:
+        model(x)
+        assert len(attached.sites) == 1
+
+
 def test_train_and_eval_are_resolved_apart():
     class Auxiliary(nn.Module):
         def __init__(self):
