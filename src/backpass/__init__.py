@@ -6,9 +6,10 @@ from backpass.errors import BackpassError, NoSiteError, UnknownNameError
 from backpass.version import __version__
 
 if TYPE_CHECKING:
-    from backpass.rules import LinBP, ProxProp, Site, list_sites, parse_rule
+    from backpass.rules import SIBP, LinBP, ProxProp, Site, list_sites, parse_rule
 
 __all__ = [
+    "SIBP",
     "BackpassError",
     "LinBP",
     "NoSiteError",

@@ -6,12 +6,14 @@ from backpass.rules.listing import list_sites
 from backpass.rules.proxprop import ProxProp
 from backpass.rules.registry import RULES, parse_rule
 from backpass.rules.rule import BP, Rule
+from backpass.rules.sibp import SIBP
 from backpass.rules.sites import Site, SiteTable
 from backpass.rules.wrappers import unwrap
 
 __all__ = [
     "BP",
     "RULES",
+    "SIBP",
     "Attached",
     "LinBP",
     "ProxProp",

@@ -8,11 +8,12 @@ from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.linbp import LinBP
 from backpass.rules.proxprop import ProxProp
 from backpass.rules.rule import BP, Rule
+from backpass.rules.sibp import SIBP
 from backpass.rules.text import read_settings
 
 __all__ = ["RULES", "parse_rule"]
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (BP, LinBP, ProxProp)}
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (BP, LinBP, ProxProp, SIBP)}
 """The rules by name."""
 
 

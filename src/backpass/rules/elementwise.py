@@ -1,0 +1,85 @@
+"""Activation functions as value and derivative, by aten operators alone: they serve where autograd does not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backpass.rules.activations import ACTIVATIONS, Activation, read_call
+
+__all__ = ["Elementwise", "elementwise"]
+
+aten = torch.ops.aten
+
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+
+def _gelu(ones: Tensor, z: Tensor, approximate: str) -> Any:
+    return aten.gelu_backward(ones, z, approximate=approximate)
+
+
+_DERIVATIVES: Mapping[str, Callable[..., Any]] = {
+    "relu": lambda ones, z: aten.threshold_backward(ones, z, 0),
+    "relu6": lambda ones, z: aten.hardtanh_backward(ones, z, 0.0, 6.0),
+    "leaky_relu": lambda ones, z, slope: aten.leaky_relu_backward(ones, z, slope, False),
+    "elu": lambda ones, z, alpha: aten.elu_backward(ones, alpha, 1.0, 1.0, False, z),
+    "celu": lambda ones, z, alpha: aten.elu_backward(ones, alpha, 1.0, 1.0 / alpha, False, z),
+    "selu": lambda ones, z: aten.elu_backward(ones, _SELU_ALPHA, _SELU_SCALE, 1.0, False, z),
+    "silu": aten.silu_backward,
+    "gelu": _gelu,
+    "mish": aten.mish_backward,
+    "softplus": aten.softplus_backward,
+    "hardswish": aten.hardswish_backward,
+    "hardtanh": aten.hardtanh_backward,
+    "hardsigmoid": aten.hardsigmoid_backward,
+    "threshold": lambda ones, z, threshold, _: aten.threshold_backward(ones, z, threshold),
+    "tanh": lambda ones, z: aten.tanh_backward(ones, aten.tanh(z)),
+    "sigmoid": lambda ones, z: aten.sigmoid_backward(ones, aten.sigmoid(z)),
+}
+
+_BY_NAME: Mapping[str, Activation] = {
+    name: read_call(function, (None,), {})[0] for function, name in ACTIVATIONS.items()
+}
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """An activation function s with fixed parameters.
+
+    Attributes:
+        name: its name in a site table.
+        numbers: its parameters as numbers, which a compiled graph can carry; 1 stands for gelu's ``"tanh"``.
+    """
+
+    name: str
+    numbers: tuple[float, ...] = ()
+
+    def value(self, z: Tensor) -> Tensor:
+        """s(z), of any shape."""
+        return _BY_NAME[self.name].compute(z, *self._parameters())
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """s'(z); at a kink, what autograd takes."""
+        slope: Tensor = _DERIVATIVES[self.name](torch.ones_like(z), z, *self._parameters())
+        return slope
+
+    def _parameters(self) -> tuple[Any, ...]:
+        if self.name == "gelu":
+            return ("tanh" if self.numbers[0] else "none",)
+        return self.numbers
+
+
+def elementwise(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Elementwise, Tensor, bool] | None:
+    """A call of an activation as (s, its input, whether it overwrites that); None if s has weights of its own."""
+    activation, z, parameters, in_place = read_call(func, args, kwargs)
+    if activation.name == "gelu":
+        return Elementwise("gelu", (float(parameters[0] == "tanh"),)), z, in_place
+    if any(isinstance(p, Tensor) for p in parameters):
+        return None
+    return Elementwise(activation.name, tuple(float(p) for p in parameters)), z, in_place

@@ -1,0 +1,128 @@
+"""The weight step of semi-implicit back propagation (Liu & Zhang 2020, arXiv 2002.03516).
+
+A layer z = A w, y = s(z) gets the gradient g at y. Its targets are T = y - eta g, and its step is, for every unit,
+argmin_d |s(z + A d) - T|^2 + lam |d|^2,
+with the bias's part of d under lam_bias instead. Everything is solved for the increment d, never for w + d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backpass.rules.elementwise import Elementwise
+from backpass.rules.unit_systems import UnitSystem
+
+__all__ = ["Curved", "SemiImplicitStep", "increment"]
+
+
+@dataclass(frozen=True)
+class SemiImplicitStep:
+    """How far targets lie, and how the sub-problem is solved.
+
+    Attributes:
+        eta: step size of the neurons, for a loss that is a sum.
+        lam: penalty on the weights' increment, positive.
+        lam_bias: penalty on the biases' increment, positive.
+        newton_steps: Gauss-Newton steps where s is not the identity.
+        cg_steps: conjugate-gradient iterations in each.
+        reduction: ``"mean"`` or ``"sum"``: what the loss is over the batch.
+        updated_weights: whether what flows down is propagated through the updated weights.
+    """
+
+    eta: float
+    lam: float
+    lam_bias: float
+    newton_steps: int
+    cg_steps: int
+    reduction: str
+    updated_weights: bool
+
+    @property
+    def ratio(self) -> float:
+        """Penalty on weights over penalty on biases."""
+        return self.lam / self.lam_bias
+
+
+class Curved(NamedTuple):
+    """An activation at a layer's output.
+
+    Attributes:
+        s: the activation.
+        z: the layer's output.
+        grad: g, the gradient at s(z).
+    """
+
+    s: Elementwise
+    z: Tensor
+    grad: Tensor
+
+
+def increment(
+    system: UnitSystem,
+    of_z: Tensor,
+    weighting: Tensor | None,
+    curved: Curved | None,
+    scale: float,
+    step: SemiImplicitStep,
+) -> Tensor:
+    """The increment d of all units.
+
+    With D = diag s'(z) a Gauss-Newton step from d = 0 solves (A^T D^2 A + lam I) d = -eta A^T D g.
+
+    Args:
+        system: A and the coordinates of d.
+        of_z: D g, arranged as the system's outputs, as the other tensors.
+        weighting: the diagonal of D^2, overwritten; None for the identity, which one direct solve does.
+        curved: what further Gauss-Newton steps look at; None where there is one step.
+        scale: eta for the loss as it is given, -eta D g = -scale * ``of_z``.
+        step: the settings.
+
+    Returns:
+        d in the system's coordinates.
+    """
+    if weighting is None:
+        return system.solve(of_z * -scale, step.lam)
+    right = system.adjoint(of_z * (-scale / step.lam))
+    found = _conjugate_gradients(system, weighting.div_(step.lam), right, step.cg_steps)
+    for _ in range(step.newton_steps - 1 if curved else 0):
+        assert curved is not None  # noqa: S101  the loop runs with it alone
+        moved = curved.z + system.apply(found)
+        slope = curved.s.derivative(moved)
+        error = (curved.s.value(moved) - curved.s.value(curved.z)).add_(curved.grad, alpha=scale)
+        right = system.adjoint((slope * error).div_(-step.lam)).sub_(found)
+        found += _conjugate_gradients(system, slope.square().div_(step.lam), right, step.cg_steps)
+    return found
+
+
+def _conjugate_gradients(system: UnitSystem, weighting: Tensor, residual: Tensor, steps: int) -> Tensor:
+    """The ``steps``-th iterate on (A^T diag(weighting) A + I) d = residual from d = 0, each unit by itself.
+
+    Inner products are those of the weights in either coordinates, so every iterate lowers the quadratic model of the
+    sub-problem, and what comes out depends on the coordinates by rounding alone. ``residual`` is overwritten.
+    """
+    solution, direction = torch.zeros_like(residual), residual.clone()
+    applied = system.apply(direction)
+    square = system.inner(residual, residual, applied)
+    scratch, of_residual = torch.empty_like(applied), torch.empty_like(applied)
+    for iteration in range(steps):
+        image = system.damped(weighting, applied, direction, scratch)
+        length = _ratio(square, system.inner(image, direction, applied))
+        solution.addcmul_(direction, length)
+        if iteration == steps - 1:
+            break
+        residual.addcmul_(image, length, value=-1)
+        of_residual = system.apply(residual, of_residual)
+        before, square = square, system.inner(residual, residual, of_residual)
+        turn = _ratio(square, before)
+        torch.addcmul(residual, direction, turn, out=direction)
+        torch.addcmul(of_residual, applied, system.over_outputs(turn), out=applied)
+    return solution
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """The quotient, and 0 where the iteration has already arrived; inf and NaN stay what they are."""
+    return torch.where(below <= 0, 0.0, above / below)
