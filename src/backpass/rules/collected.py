@@ -102,7 +102,7 @@ class Collected:
             return  # zeroed after the backward pass: the optimizer passes it over
         for gradient, value in zip(plain, self._direction((plain[0], plain[1])), strict=True):
             if gradient is not None and value is not None and value.data_ptr() != gradient.data_ptr():
-                gradient.copy_(value)
+                gradient.copy_(value.view_as(gradient))
 
     def _direction(self, plain: Gradients) -> Gradients:
         if self.rows is None:

@@ -59,9 +59,13 @@ def _proximal_gradients(
     grad = grad.to(solve_dtype(weight.dtype))
     with torch.autocast(weight.device.type, enabled=False):
         gradients = contributions.take(Use(layer, x, grad, weight, bias, (wants[0], wants[1]), how[0], how[1]))
-    by_weight, by_bias = (None if g is None else g.to(weight.dtype).contiguous() for g in gradients)
-    nothing = weight.new_empty(0)
-    return nothing if by_weight is None else by_weight, nothing.clone() if by_bias is None else by_bias
+    # Fresh tensors of the parameters' shapes, or empty ones.
+    shapes = (weight.shape, bias.shape if bias is not None else (0,))
+    by_weight, by_bias = (
+        weight.new_empty(0) if gradient is None else gradient.to(weight.dtype).reshape(shape).contiguous()
+        for gradient, shape in zip(gradients, shapes, strict=True)
+    )
+    return by_weight, by_bias
 
 
 @_proximal_gradients.register_fake
