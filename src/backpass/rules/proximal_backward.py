@@ -101,9 +101,8 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dL/dW and dL/db, where the weight is argument ``first`` of the function and the bias the next."""
     wants = [ctx.needs_input_grad[first], bias is not None and ctx.needs_input_grad[first + 1]]
-    if not torch.compiler.is_compiling():
-        wants = [want and _is_asked_for(ctx, first + offset) for offset, want in enumerate(wants)]
-    if not any(wants):
+    asked = [want and _is_asked_for(ctx, first + offset) for offset, want in enumerate(wants)]
+    if not any(asked):
         return None, None
     borrowed = torch.compiler.is_compiling() or not ctx.needs_input_grad[0]
     token, functional = ctx.call
@@ -115,6 +114,8 @@ def _gradients(
 
 def _is_asked_for(ctx: Any, position: int) -> bool:
     """Whether this backward pass computes the gradient of an argument; ``autograd.grad`` names what it wants."""
+    if torch.compiler.is_compiling():
+        return True
     edges = getattr(ctx, "next_functions", None)
     node = edges[position][0] if edges else None
     if node is None or torch._C._current_graph_task_id() < 0:
