@@ -23,7 +23,7 @@ class Modules(nn.Module):
         self.acts = nn.ModuleList([activation() for _ in range(3)])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer, act in zip(self.layers, self.acts, strict=False):
+        for layer, act in zip(self.layers[:3], self.acts, strict=True):
             x = act(layer(x))
         return self.layers[3](x)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
@@ -15,12 +14,11 @@ from backpass.rules import hooks
 from backpass.rules.dynamo import guard_module_hooks
 from backpass.rules.interception import Intercept, Interception, ModuleCalls, pop_modes
 from backpass.rules.numbering import Numbering
-from backpass.rules.redefinition import Redefinition, TorchFunction
-from backpass.rules.sites import SiteTable
+from backpass.rules.redefinition import Redefinition
 from backpass.rules.undisturbed import undisturbed
 from backpass.rules.wrappers import named_modules, refuse_scripted, unwrap
 
-__all__ = ["Attached", "attachments", "probe"]
+__all__ = ["Attached", "attachments"]
 
 
 class Attached(Numbering):
@@ -87,9 +85,10 @@ class Attached(Numbering):
     def __repr__(self) -> str:
         return f"Attached({self.rule!r}, {type(self._model()).__name__}, {len(self.sites)} sites)"
 
-    def probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SiteTable:
-        """The sites of the model for these arguments, by one more call that leaves no lasting effect."""
-        return probe(self.model, self.rule.functions, args, kwargs)
+    def probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Call the model once more with these arguments, leaving no lasting effect."""
+        with undisturbed(self.model, args, kwargs) as (copies, named):
+            self.model(*copies, **named)
 
     def _token(self) -> str:
         serial = _SERIAL.setdefault(self.model, next(_COUNTER))
@@ -113,28 +112,3 @@ _SERIAL: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 def attachments(model: nn.Module) -> list[Attached]:
     """The rules in force on a model, in the order in which they were attached."""
     return [enter.__self__.numbering for enter in hooks.of(unwrap(model))]
-
-
-class _Listing(Redefinition):
-    """Sees the sites of some functions and changes nothing."""
-
-    name = "listing"
-    needs_site = False
-
-    def __init__(self, functions: Mapping[TorchFunction, str]) -> None:
-        self.functions = functions  # type: ignore[misc]
-
-    def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
-        return 0, 0
-
-    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)
-
-
-def probe(
-    model: nn.Module, functions: Mapping[TorchFunction, str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> SiteTable:
-    """The sites of ``functions`` in one call of ``model(*args, **kwargs)``, which leaves no lasting effect."""
-    with Attached(_Listing(functions), model) as listing, undisturbed(model, args, kwargs) as (copies, named):
-        model(*copies, **named)
-        return listing.seen

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -186,7 +185,7 @@ class ModuleCalls:
         if mode is not None:
             outer = mode.running[-1]
             mode.enter(module, self.path, f"{outer.key}/{self.path}#{outer.count(self.path)}", args)
-        elif not (self.numbering.probing and get_ident() in self.numbering.probing):
+        else:
             torch._C._push_on_torch_function_stack(self._begin(module, args, kwargs))
 
     @outside_compiled_frames
@@ -206,16 +205,18 @@ class ModuleCalls:
                 self.numbering.last_call = (mode.seen, mode.taken)
                 verify_while_tracing(self.numbering.token, len(mode.seen), len(mode.taken) + mode.yielded)
             else:
-                self.numbering.record(mode.seen, mode.taken, mode.entered)
-                self.numbering.verify(len(mode.seen), len(mode.taken) + mode.yielded)
+                self.numbering.record(mode.seen, mode.taken, len(mode.taken) + mode.yielded, mode.entered)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
+        intercept: Intercept = self.intercept
         if self.path:
             first, stop, key = self.numbering.resume(self.path)
+        elif self.numbering.is_probing:
+            first, stop, key, intercept = 0, 0, "", Interception
         else:
             resolve_now = resolve_while_tracing if is_dynamo_compiling() else resolve
             (first, stop), key = resolve_now(self.numbering.token, module.training, *args, **kwargs), ""
-        mode = self.intercept(self.numbering, first, stop, not self.path)
+        mode = intercept(self.numbering, first, stop, not self.path)
         mode.enter(module, self.path, key, args)
         return mode
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from backpass.errors import UnknownNameError
 from backpass.rules.activations import ACTIVATIONS
-from backpass.rules.attached import probe
+from backpass.rules.attached import Attached
 from backpass.rules.linear_calls import LINEAR, OPAQUE
 from backpass.rules.normalizations import NORMALIZATIONS
+from backpass.rules.redefinition import Redefinition, TorchFunction
 from backpass.rules.sites import SiteTable
-from backpass.rules.wrappers import unwrap
 
 __all__ = ["list_sites"]
 
@@ -36,4 +37,22 @@ def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs:
     """
     if kind not in _KINDS:
         raise UnknownNameError("kind of site", kind, _KINDS)
-    return probe(unwrap(model), _KINDS[kind], args, kwargs)
+    with Attached(_Listing(_KINDS[kind]), model) as listing:
+        listing.probe(args, kwargs)
+        return listing.seen
+
+
+class _Listing(Redefinition):
+    """Sees the sites of some functions and changes nothing."""
+
+    name = "listing"
+    needs_site = False
+
+    def __init__(self, functions: Mapping[TorchFunction, str]) -> None:
+        self.functions = functions  # type: ignore[misc]
+
+    def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
+        return 0, 0
+
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)

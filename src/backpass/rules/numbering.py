@@ -21,14 +21,14 @@ class Numbering(ABC):
     Attributes:
         token: names the model and the rule; the same each time that this rule is attached to this model, so that
             compiled code, which finds the numbering by it, serves again.
-        probing: the threads in which the model is being called just to find its sites.
+        probing: the threads in which the model is being called just to find its sites, and what was found.
         last_call: what was seen in the last whole call, and the indices of the sites that the rule re-defined.
     """
 
     def __init__(self, rule: Redefinition) -> None:
         self.rule = rule
         self.token = ""
-        self.probing: set[int] = set()
+        self.probing: dict[int, SiteTable] = {}
         self.last_call: tuple[list[Seen], list[int]] = ([], [])
         self._by_key: dict[str, Site] = {}
         self._entered: list[tuple[str, str]] = []
@@ -48,8 +48,8 @@ class Numbering(ABC):
         return SiteTable(seen[index] for index in self.last_call[1])
 
     @abstractmethod
-    def probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SiteTable:
-        """The sites of the model for these arguments."""
+    def probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Call the model once more with these arguments, leaving no lasting effect."""
 
     def announce(self, token: str) -> None:
         """Be found under ``token``."""
@@ -64,11 +64,11 @@ class Numbering(ABC):
 
             def sites() -> SiteTable:
                 nonlocal total
-                self.probing.add(get_ident())
+                self.probing[get_ident()] = SiteTable()
                 try:
-                    self._probed = self.probe(args, kwargs)
+                    self.probe(args, kwargs)
                 finally:
-                    self.probing.discard(get_ident())
+                    self._probed = self.probing.pop(get_ident())
                 total = len(self._probed)
                 return self._probed
 
@@ -124,9 +124,18 @@ class Numbering(ABC):
             for site in self._probed
         )
 
-    def record(self, seen: list[Seen], taken: list[int], entered: list[tuple[str, str]]) -> None:
+    @property
+    def is_probing(self) -> bool:
+        """Whether this thread calls the model just to find its sites."""
+        return bool(self.probing) and get_ident() in self.probing
+
+    def record(self, seen: list[Seen], taken: list[int], selected: int, entered: list[tuple[str, str]]) -> None:
         """Take note of a whole call that ended."""
-        self.last_call, self._entered, self._by_key = (seen, taken), entered, {}
+        if self.is_probing:
+            self.probing[get_ident()] = sites_of(seen)
+        else:
+            self.last_call, self._entered, self._by_key = (seen, taken), entered, {}
+            self.verify(len(seen), selected)
 
     def verify(self, seen: int, selected: int) -> None:
         """See that a call with this many sites, and this many selected, is what the rule means.
