@@ -21,9 +21,11 @@ from backpass.rules.linear_layer import Gradients, LinearLayer
 
 __all__ = ["ProximalStep", "as_tensors", "by_columns", "by_rows", "direction", "joined", "solve_dtype"]
 
-# The solution's relative error in float32 is near 1e-7 over the ratio of the smallest to the largest squared pivot of
-# the Cholesky factor; below this ratio the system is computed anew in float64.
-_PIVOT_FLOOR = 3e-4
+# Below this ratio of the smallest to the largest squared pivot of the Cholesky factor a system is computed anew in
+# float64. The relative error in float32 is at most near 1e-7 over that ratio, where rows repeat each other, and much
+# less where they do not; to compute a Gram matrix of columns anew costs more.
+_ROWS_FLOOR = 3e-4
+_COLUMNS_FLOOR = 3e-5
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def by_rows(
             gram = row_gram(rows.to(dtype), ones)
             return gram, all_columns(dtype) if of_inputs else outputs.to(dtype)
 
-        factor = solve(system, damping, outputs.dtype, _PIVOT_FLOOR)
+        factor = solve(system, damping, outputs.dtype, _ROWS_FLOOR)
         if of_inputs:
             outputs = outputs.to(factor.dtype).mT
             weight = _product(outputs, factor[..., :columns], out)
@@ -161,7 +163,7 @@ def by_columns(
     damping, scale = step.damping(count)
     if step.solver == "cg":
         return _scaled(conjugate_gradients(*system(dtype), damping, step.cg_steps), scale)
-    return _scaled(solve(system, damping, dtype, _PIVOT_FLOOR), scale)
+    return _scaled(solve(system, damping, dtype, _COLUMNS_FLOOR), scale)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
