@@ -12,33 +12,47 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from backpass.lab.claims import Claim
+from backpass.lab.pictures import Gallery
 from backpass.lab.statistics import Interval, geometric_interval, mean_interval
 from backpass.version import __version__
 
 __all__ = ["Cell", "Curve", "Finding", "Result", "Series", "Table", "environment", "plain"]
+
+_OVER_SEEDS = (
+    "Lines are means over the seeds, bands their 95 % intervals, geometric on a logarithmic axis. A cross at the upper "
+    "edge marks where at least one run has diverged; no mean is drawn there."
+)
+_PAIRED_SEEDS = (
+    "Every pair shares its seed: initial weights and order of the batches. Each interval is Student's t over the seeds "
+    "and stands alone: of twenty such intervals for differences that are truly zero, about one excludes zero by chance."
+)
 
 Cell = str | int | float | Interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One line of a plot, measured once per seed.
+    """One line of a plot, measured once per seed, or given as intervals.
 
     Attributes:
         label: its name in the legend.
         x: the places, (points,).
         runs: the values, (seeds, points); ``nan`` from where a run diverged.
         geometric: whether the mean over the seeds is the geometric one, as suits a logarithmic axis.
+        given: instead of runs, an interval per place, for instance of a proportion of images.
     """
 
     label: str
     x: Sequence[float]
-    runs: Sequence[Sequence[float]]
+    runs: Sequence[Sequence[float]] = ()
     geometric: bool = False
+    given: Sequence[Interval] | None = None
 
     @property
     def intervals(self) -> list[Interval]:
-        """Mean and interval over the seeds at every place; ``nan`` where any run has diverged."""
+        """At every place, what is given, or mean and interval over the seeds; ``nan`` where a run has diverged."""
+        if self.given is not None:
+            return list(self.given)
         interval = geometric_interval if self.geometric else mean_interval
         return [interval(values) for values in zip(*self.runs, strict=True)]
 
@@ -90,7 +104,11 @@ class Result:
         settings: everything that was chosen.
         series: the plots.
         tables: numbers that are not plotted.
-        claims: the claims with their verdicts.
+        claims: the claims with their verdicts; a page without claims leaves their section out.
+        galleries: images in rows.
+        numbers: the measurements in a form for programs, JSON's types; only in the JSON.
+        plots_note: what lines and bands are.
+        claims_note: what pairs and intervals are.
     """
 
     experiment: str
@@ -103,10 +121,17 @@ class Result:
     series: Sequence[Series]
     claims: Sequence[Claim]
     tables: Sequence[Table] = field(default_factory=tuple)
+    galleries: Sequence[Gallery] = ()
+    numbers: dict[str, Any] = field(default_factory=dict)
+    plots_note: str = _OVER_SEEDS
+    claims_note: str = _PAIRED_SEEDS
 
     def as_json(self) -> str:
-        """The result as JSON; a number that is not finite is ``null``."""
+        """The result as JSON, without the pixels of its images; a number that is not finite is ``null``."""
         content = asdict(self)
+        for gallery in content["galleries"]:
+            for picture in (picture for row in gallery["rows"] for picture in row):
+                del picture["uri"]
         for series, ours in zip(content["series"], self.series, strict=True):
             for curve, source in zip(series["curves"], ours.curves, strict=True):
                 intervals = source.intervals

@@ -2,5 +2,6 @@
 
 from backpass.lab.data.digits import load_digits
 from backpass.lab.data.images import Images, Split
+from backpass.lab.data.lookup import Labelled, load_data
 
-__all__ = ["Images", "Split", "load_digits"]
+__all__ = ["Images", "Labelled", "Split", "load_data", "load_digits"]

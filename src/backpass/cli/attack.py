@@ -1,0 +1,137 @@
+"""``backpass attack``: how easily a network is fooled, with plain gradients and with a rule's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backpass.cli import options as o
+from backpass.cli.entry import app
+from backpass.cli.printing import print_claims, print_findings, print_table, print_written, working
+
+__all__ = ["attack"]
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+[green]backpass attack --model my_nets:Net --weights net.safetensors --data my_images --eps 8/255[/green]
+  your own network and images; Net stands in my_nets.py of this folder, and takes pixels in 0 to 1
+
+[green]backpass attack --model my_nets:Net --weights net.pt --data cifar10 --limit 1000 --normalize
+--attack pgd --attack apgd --eps 4/255 --eps 8/255 --restarts 5[/green]
+  a network that expects normalised images; two attacks at two radii
+
+[green]backpass attack --model my_nets:Net --weights net.pt --data cifar10 --eps 8/255
+--rule bp --rule linbp:start=layer4[/green]
+  is a stronger attack hiding behind plain gradients?
+
+[green]backpass attack --model my_nets:Net --weights net.pt --data cifar10 --eps 8/255 --eps 16/255
+--protocol paper --rule bp --rule linbp:start=layer4[/green]
+  as in the paper on linear backpropagation
+
+[green]... --attack apgd:steps=50,loss=dlr --attack square:queries=500[/green]
+  settings of one attack alone
+
+[green]... --resume --out runs/attack[/green]  goes on where a run was stopped"""
+)
+def attack(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A lab network (mlp, cnn: for 8x8 digits) or your own as module:callable, which is imported "
+            "and called.",
+            metavar="SPEC",
+        ),
+    ],
+    data: o.Data,
+    eps: o.Eps,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="safetensors or torch.save of a state dict; never runs code.", show_default="its own initial ones"
+        ),
+    ] = None,
+    split: o.Split = "test",
+    limit: o.Limit = None,
+    attacks: o.Attacks = ["pgd"],  # noqa: B006  (typer copies it)
+    step: o.Step = None,
+    steps: o.Steps = None,
+    restarts: o.Restarts = None,
+    norm: o.Norm = None,
+    loss: o.Loss = None,
+    rules: o.Rules = ["bp"],  # noqa: B006
+    protocol: o.ProtocolName = "standard",
+    mean: o.Mean = None,
+    std: o.Std = None,
+    normalize: o.Normalize = False,
+    curves: Annotated[
+        int,
+        typer.Option(min=0, help="Images for the curves of success against eps and steps; 0 leaves them out."),
+    ] = 200,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    batch_size: o.BatchSize = 256,
+    dtype: o.Dtype = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the finished parts in the folder.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and result.json.")] = Path("runs/attack"),
+) -> None:
+    """Attack a network: clean and robust accuracy, success with intervals, a report with images.
+
+    Several attacks, radii and rules are measured on the same images from the same random starts, so that rules are
+    compared image by image. The network is left as it is; success is judged on the plain network in float32.
+    """
+    given = o.Settings(step=step, steps=steps, restarts=restarts, norm=norm, loss=loss, dtype=dtype, seed=seed)
+    with working("loading torch") as report:
+        from backpass.lab.data import load_data
+        from backpass.lab.experiments.attack import measure
+        from backpass.lab.experiments.attack_plans import make_plans
+        from backpass.lab.experiments.attack_result import describe
+        from backpass.lab.experiments.attack_study import Study, check_rules, order_rules
+        from backpass.lab.numbers import read_number
+        from backpass.lab.protocols import make_protocol
+        from backpass.lab.report import write_report
+        from backpass.lab.subjects import load_subject, parse_device
+
+        radii = [read_number(text, "--eps") for text in eps]
+        ordered, where = order_rules(rules), parse_device(device)
+        space = make_protocol(protocol, data, o.read_normalisation(mean, std))
+        settings = given.as_options()
+        make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
+        images = load_data(data, split=split).first(limit)
+        in_front = o.normalisation_in_front(normalize, mean, std, data)
+        subject = load_subject(model, weights, device=where, seed=seed, normalisation=in_front)
+        for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
+            normalisation.check(images.images.pixels.shape[1])
+        few = images.images.x[:2].to(where)
+        subject.try_on(few, data)
+        check_rules(subject, ordered, few, data)
+        out.mkdir(parents=True, exist_ok=True)
+        study = Study(
+            subject=subject,
+            data=images,
+            protocol=space,
+            attacks=attacks,
+            radii=radii,
+            options=settings,
+            rules=ordered,
+            batch_size=batch_size,
+            device=where,
+            swept=curves,
+            shown=_SHOWN,
+            shards=o.open_shards(out, resume),
+        )
+        measured = measure(study, report)
+        result = describe(measured)
+        written = write_report(result, out)
+    for shown in result.tables[:1]:
+        print_table(shown, columns=6)
+    if result.claims:
+        print_claims(result, "Rules compared on the same images, 95 % intervals")
+    print_findings(result)
+    print_written(measured.seconds, written)
+
+
+_SHOWN = 6  # images in the report

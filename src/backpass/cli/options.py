@@ -1,0 +1,173 @@
+"""Options that several commands have, and what they mean together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backpass.errors import BackpassError, UnknownNameError
+
+if TYPE_CHECKING:
+    import torch
+
+    from backpass.lab.protocols import Normalisation
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits; mnist or cifar10, found in the folder that BACKPASS_DATA names; a folder of Parquet files; "
+        "or a folder with a folder of PNG or JPEG images for each class.",
+        metavar="NAME|FOLDER",
+    ),
+]
+Split = Annotated[str, typer.Option(help="The part of the data.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N images only.", show_default="all")]
+Attacks = Annotated[
+    list[str],
+    typer.Option(
+        "--attack",
+        help="fgsm, ifgsm, mifgsm, pgd, apgd, fab, square or autoattack; settings after a colon. Repeatable.",
+        metavar="NAME[:SETTINGS]",
+    ),
+]
+Eps = Annotated[
+    list[str],
+    typer.Option(help="The radius, as in 8/255 or 0.03. Repeatable.", metavar="NUMBER"),
+]
+Step = Annotated[str | None, typer.Option(help="Length of a step.", show_default="2/255", metavar="NUMBER")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Gradient steps.", show_default="pgd 10, apgd 100")]
+Restarts = Annotated[int | None, typer.Option(min=1, help="Searches of each image.", show_default="1; paper 5")]
+Norm = Annotated[str | None, typer.Option(help="linf or l2.", show_default="linf")]
+Loss = Annotated[
+    str | None, typer.Option(help="ce, dlr or margin; for apgd also dlr-targeted.", show_default="the attack's own")
+]
+Rules = Annotated[
+    list[str],
+    typer.Option(
+        "--rule",
+        help="Whose gradients, as in bp or linbp:start=layer4. Repeatable; the others are compared with bp, or with "
+        "the first.",
+        metavar="NAME[:SETTINGS]",
+    ),
+]
+ProtocolName = Annotated[
+    str,
+    typer.Option(
+        "--protocol",
+        help="standard: pixels in 0 to 1, eps and step in that range. paper: that of Li et al.: normalised images, "
+        "ball of twice eps, start within eps, 5 restarts, no clipping to valid pixels.",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="Mean of the pixels by channel, as in 0.49,0.48,0.45.", show_default="known for named data"),
+]
+Std = Annotated[str | None, typer.Option(help="Their standard deviation.", show_default="known for named data")]
+Normalize = Annotated[
+    bool, typer.Option("--normalize", help="The network expects (pixel - mean) / std: do that in front of it.")
+]
+Seed = Annotated[int, typer.Option(help="Of random starts and initial weights.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images searched at a time.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="bfloat16 or float16: search in it; success is judged in float32.", show_default="float32"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The attacks' common options as given; ``None`` for what was not."""
+
+    step: str | None
+    steps: int | None
+    restarts: int | None
+    norm: str | None
+    loss: str | None
+    dtype: str | None
+    seed: int
+
+    def as_options(self) -> dict[str, Any]:
+        """In the attacks' own types.
+
+        Raises:
+            BackpassError: the step is no number.
+            UnknownNameError: there is no such dtype.
+        """
+        from backpass.lab.numbers import read_number
+
+        return {
+            "step": None if self.step is None else read_number(self.step, "--step"),
+            "steps": self.steps,
+            "restarts": self.restarts,
+            "norm": self.norm,
+            "loss": self.loss,
+            "dtype": _dtype(self.dtype),
+            "seed": self.seed,
+        }
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    known = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise UnknownNameError("dtype", name, known)
+    return known[name] if name is not None else None
+
+
+def read_normalisation(mean: str | None, std: str | None) -> Normalisation | None:
+    """The normalisation of ``--mean`` and ``--std``.
+
+    Raises:
+        BackpassError: only one of them is given, or they are no numbers.
+    """
+    from backpass.lab.numbers import read_numbers
+    from backpass.lab.protocols import Normalisation
+
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise BackpassError("--mean and --std go together: give both, or none.")
+    return Normalisation(read_numbers(mean, "--mean"), read_numbers(std, "--std"))
+
+
+def normalisation_in_front(wanted: bool, mean: str | None, std: str | None, data: str) -> Normalisation | None:
+    """What ``--normalize`` puts in front of a network; nothing where it is not wanted.
+
+    Raises:
+        BackpassError: it is wanted, and not known.
+    """
+    from backpass.lab.protocols import known_normalisation
+
+    if not wanted:
+        return None
+    found = read_normalisation(mean, std) or known_normalisation(data)
+    if found is None:
+        raise BackpassError(
+            f"the normalisation of {data!r} is not known: give --mean and --std, as in --mean 0.49,0.48,0.45 "
+            "--std 0.2,0.2,0.2."
+        )
+    return found
+
+
+def open_shards(out: Path, resume: bool) -> Path:
+    """The folder for finished parts, emptied where a new run begins.
+
+    Raises:
+        BackpassError: a run that did not finish left parts there, and nobody said to go on from them.
+    """
+    folder, result = out / "shards", out / "result.json"
+    parts = list(folder.glob("*.pt"))
+    if parts and not resume:
+        if not result.exists() or max(part.stat().st_mtime for part in parts) > result.stat().st_mtime:
+            raise BackpassError(
+                f"{folder} holds {len(parts)} parts of a run that did not finish: --resume goes on from them, another "
+                "--out begins anew."
+            )
+        for part in parts:
+            part.unlink()
+    return folder

@@ -1,0 +1,77 @@
+"""What several commands print in the same way: results on stdout, what is going on on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from backpass.lab.result import Cell, Result
+    from backpass.lab.result import Table as Numbers
+
+__all__ = ["print_claims", "print_findings", "print_table", "print_written", "working"]
+
+_COLOURS = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar while something goes on; yields what sets it: (what is going on, the part done)."""
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda now, part: bar.update(task, description=now, completed=part)
+
+
+def print_claims(result: Result, title: str) -> None:
+    """The claims with their differences and verdicts."""
+    from backpass.lab.statistics import Interval
+    from backpass.lab.wording import interval_text
+
+    table = Table(title=title, title_justify="left", show_lines=False)
+    table.add_column("claim", overflow="fold")
+    table.add_column("difference", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for claim in result.claims:
+        difference = interval_text(Interval(claim.estimate, *claim.interval, claim.n), signed=True)
+        table.add_row(claim.statement, difference, f"[{_COLOURS[claim.verdict]}]{claim.verdict}[/]")
+    Console().print(table)
+
+
+def print_table(numbers: Numbers, columns: int) -> None:
+    """The first columns of a table of the report."""
+    table = Table(title=numbers.title, title_justify="left")
+    for index, column in enumerate(numbers.columns[:columns]):
+        # Names stay whole where intervals must be broken.
+        words = any(isinstance(row[index], str) and row[index] for row in numbers.rows)
+        table.add_column(column, overflow="fold", no_wrap=words)
+    for row in numbers.rows:
+        table.add_row(*map(_cell, row[:columns]))
+    Console().print(table)
+
+
+def print_findings(result: Result) -> None:
+    """The findings as a list."""
+    for finding in result.findings:
+        Console().print(f"\N{BULLET} {finding.topic}. {finding.text}", markup=False, highlight=False)
+
+
+def print_written(seconds: float, paths: Sequence[Path]) -> None:
+    """How long it took, and where the results are."""
+    Console().print(f"\n{seconds:.0f} s. Written: {', '.join(map(str, paths))}", markup=False, soft_wrap=True)
+
+
+def _cell(value: Cell) -> str:
+    from backpass.lab.statistics import Interval
+    from backpass.lab.wording import interval_text
+
+    if isinstance(value, Interval):
+        return interval_text(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,56 @@
+"""``backpass sites``: where in a network a rule can act."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from backpass.cli.entry import app
+from backpass.errors import BackpassError
+
+__all__ = ["sites"]
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+[green]backpass sites mlp[/green]
+
+[green]backpass sites cnn --rule linbp:start=-2[/green]
+
+[green]backpass sites my_nets:make_resnet --input-shape 3x224x224[/green]  imports and calls your own code"""
+)
+def sites(
+    model: Annotated[str, typer.Argument(help="A lab network (mlp, cnn) or your own as module:callable.")],
+    input_shape: Annotated[
+        str | None, typer.Option(help="Shape of one input without the batch axis, as in 3x224x224.")
+    ] = None,
+    rule: Annotated[str | None, typer.Option(help="Mark the sites where this rule acts.")] = None,
+) -> None:
+    """List the sites of a model: the calls of activations whose backward a rule can re-define."""
+    import torch
+
+    from backpass.lab.models.lookup import find, parse_shape
+    from backpass.rules import list_sites, parse_rule
+
+    network, known = find(model)
+    shape = parse_shape(input_shape) if input_shape is not None else known
+    if shape is None:
+        raise BackpassError(f"the input shape of {model!r} is not known: give one, as in --input-shape 3x224x224.")
+    x = torch.zeros(1, *shape)
+    network.eval()
+    try:
+        table = list_sites(network, x)
+    except RuntimeError as error:
+        raise BackpassError(f"{model!r} does not take an input of shape {tuple(x.shape)}: {error}") from error
+    acts: set[int] = set()
+    if rule is not None:
+        with parse_rule(rule).attach(network) as attached:
+            network(x)
+            acts = {site.index for site in attached.sites}
+    header, *lines = str(table).splitlines()
+    width = max(map(len, [header, *lines]))
+    typer.echo(header)
+    for site, line in zip(table, lines, strict=True):
+        typer.echo(f"{line:<{width}}  <- {rule}" if site.index in acts else line)

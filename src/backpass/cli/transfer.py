@@ -1,0 +1,116 @@
+"""``backpass transfer``: whether images that fool one network fool another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backpass.cli import options as o
+from backpass.cli.entry import app
+from backpass.cli.printing import print_claims, print_findings, print_table, print_written, working
+
+__all__ = ["transfer"]
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+[green]backpass transfer --source my_nets:Small@small.safetensors --target my_nets:Large@large.safetensors
+--data my_images --eps 8/255[/green]
+  do images made against one network fool the other?
+
+[green]backpass transfer --source my_nets:Small@small.pt --target my_nets:Large@large.pt --data cifar10
+--attack pgd:steps=100 --eps 8/255 --rule bp --rule linbp:start=layer3[/green]
+  do they transfer better when they are made with linear backpropagation?"""
+)
+def transfer(
+    sources: Annotated[
+        list[str],
+        typer.Option(
+            "--source",
+            help="A network to attack: a lab network or module:callable, with its file of weights after an @. "
+            "Repeatable.",
+            metavar="SPEC[@FILE]",
+        ),
+    ],
+    targets: Annotated[
+        list[str],
+        typer.Option("--target", help="A network to show the images to. Repeatable.", metavar="SPEC[@FILE]"),
+    ],
+    data: o.Data,
+    eps: o.Eps,
+    split: o.Split = "test",
+    limit: o.Limit = None,
+    attacks: o.Attacks = ["pgd"],  # noqa: B006  (typer copies it)
+    step: o.Step = None,
+    steps: o.Steps = None,
+    restarts: o.Restarts = None,
+    norm: o.Norm = None,
+    loss: o.Loss = None,
+    rules: o.Rules = ["bp"],  # noqa: B006
+    protocol: o.ProtocolName = "standard",
+    mean: o.Mean = None,
+    std: o.Std = None,
+    normalize: o.Normalize = False,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    batch_size: o.BatchSize = 256,
+    dtype: o.Dtype = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and result.json.")] = Path("runs/transfer"),
+) -> None:
+    """Attack some networks and show the images to others: the matrix of black-box success.
+
+    Every image has every step, also after it fools its source, as images that only just do so transfer worse.
+    Rules are attached to the sources; the targets judge as they are.
+    """
+    given = o.Settings(step=step, steps=steps, restarts=restarts, norm=norm, loss=loss, dtype=dtype, seed=seed)
+    with working("loading torch") as report:
+        from backpass.lab.data import load_data
+        from backpass.lab.experiments.attack_plans import make_plans
+        from backpass.lab.experiments.attack_study import check_rules, order_rules
+        from backpass.lab.experiments.transfer import Study, measure
+        from backpass.lab.experiments.transfer_result import describe
+        from backpass.lab.numbers import read_number
+        from backpass.lab.protocols import make_protocol
+        from backpass.lab.report import write_report
+        from backpass.lab.subjects import load_named, parse_device
+
+        radii = [read_number(text, "--eps") for text in eps]
+        ordered, where = order_rules(rules), parse_device(device)
+        space = make_protocol(protocol, data, o.read_normalisation(mean, std))
+        settings = {**given.as_options(), "early_stop": False}
+        make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
+        images = load_data(data, split=split).first(limit)
+        in_front = o.normalisation_in_front(normalize, mean, std, data)
+        for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
+            normalisation.check(images.images.pixels.shape[1])
+        networks = load_named([*sources, *targets], device=where, seed=seed, normalisation=in_front)
+        few = images.images.x[:2].to(where)
+        for subject in networks.values():
+            subject.try_on(few, data)
+        for name in sources:
+            check_rules(networks[name], ordered, few, data)
+        out.mkdir(parents=True, exist_ok=True)
+        study = Study(
+            sources={name: networks[name] for name in sources},
+            targets={name: networks[name] for name in targets},
+            data=images,
+            protocol=space,
+            attacks=attacks,
+            radii=radii,
+            options=settings,
+            rules=ordered,
+            batch_size=batch_size,
+            device=where,
+        )
+        measured = measure(study, report)
+        result = describe(measured)
+        written = write_report(result, out)
+    for shown in result.tables:
+        print_table(shown, columns=5)
+    if result.claims:
+        print_claims(result, "Rules compared, 95 % intervals")
+    print_findings(result)
+    print_written(measured.seconds, written)

@@ -1,0 +1,42 @@
+"""A folder of images by class: one folder per class, named after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from backpass.errors import BackpassError
+from backpass.lab.data.cache import cached, content_key
+from backpass.lab.data.decode import Decoded, Encoded, decode
+
+__all__ = ["read_classes"]
+
+_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_SPLITS = ("train", "test", "validation", "val")
+
+
+def read_classes(folder: Path, split: str) -> tuple[Decoded, tuple[str, ...]]:
+    """The PNG and JPEG images in ``folder/SPLIT/CLASS/``, or in ``folder/CLASS/`` where there are no splits.
+
+    Classes are numbered in the order of their sorted names, images sorted by name inside each.
+
+    Raises:
+        BackpassError: there are fewer than two classes, a class has no image, or an image cannot be read.
+    """
+    splits = [name for name in _SPLITS if (folder / name).is_dir()]
+    if splits and split not in splits:
+        raise BackpassError(f"{folder} has no {split!r}; it has {', '.join(splits)}. Choose a part with --split.")
+    root = folder / split if splits else folder
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(names) < 2:
+        raise BackpassError(
+            f"{root} holds neither Parquet files nor a folder of images for each class: expected at least two "
+            f"folders such as {root / 'cat'} and {root / 'dog'}, got {len(names)}."
+        )
+    files = {name: sorted(p for p in (root / name).iterdir() if p.suffix.lower() in _SUFFIXES) for name in names}
+    for name, paths in files.items():
+        if not paths:
+            raise BackpassError(f"{root / name} holds no PNG or JPEG image.")
+    everything = [(path, label) for label, name in enumerate(names) for path in files[name]]
+    key = content_key([path for path, _ in everything], ["classes", *(f"{label}" for _, label in everything)])
+    images = (Encoded(str(path), path.read_bytes(), label) for path, label in everything)
+    return cached(key, lambda: decode(images)), tuple(names)

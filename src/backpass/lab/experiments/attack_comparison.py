@@ -1,0 +1,127 @@
+"""The rules compared on the same images, attack by attack and in the worst case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backpass.attacks import Rate
+from backpass.lab.claims import Claim, verdict
+from backpass.lab.experiments.attack_plans import Plan
+from backpass.lab.experiments.attack_study import Measured
+from backpass.lab.numbers import fraction_text
+from backpass.lab.proportions import PairedDifference, paired_difference
+
+__all__ = ["Comparison", "Worst", "claims", "compare", "rule_name", "worst_cases"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """One attack with one rule's gradients.
+
+    Attributes:
+        plan: the attack.
+        rule: whose gradients.
+        difference: to the first rule, on the images that the network has right; ``None`` for the first rule itself
+            and where no image is right.
+    """
+
+    plan: Plan
+    rule: str
+    difference: PairedDifference | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """All attacks at one radius together.
+
+    Attributes:
+        eps: the radius.
+        by_rule: by rule, the part that at least one attack fools.
+        together: the part that at least one attack with at least one rule fools.
+        further: how many images that makes beyond the first rule's.
+    """
+
+    eps: float
+    by_rule: dict[str, Rate]
+    together: Rate
+    further: int
+
+
+def rule_name(rule: str) -> str:
+    """A rule in a legend."""
+    return "BP" if rule == "bp" else rule
+
+
+def compare(measured: Measured) -> list[Comparison]:
+    """Every attack with every rule that can change it, attack by attack."""
+    study = measured.study
+    base = measured.reports[study.rules[0]]
+    right = base.correct
+    found = []
+    for plan in study.plans:
+        for rule in study.rules:
+            if rule not in measured.reports or plan.name not in measured.reports[rule].attacks:
+                continue
+            difference = None
+            if rule != study.rules[0] and bool(right.any()):
+                ours = measured.reports[rule].attacks[plan.name].success
+                difference = paired_difference(ours[right], base.attacks[plan.name].success[right])
+            found.append(Comparison(plan=plan, rule=rule, difference=difference))
+    return found
+
+
+def worst_cases(measured: Measured) -> list[Worst]:
+    """For every radius, what all attacks and all rules fool together."""
+    study = measured.study
+    base = measured.reports[study.rules[0]]
+    right = int(base.correct.sum())
+    found = []
+    for eps in study.radii:
+        names = [plan.name for plan in study.plans if plan.eps == eps]
+        fooled: dict[str, Tensor] = {}
+        for rule, report in measured.reports.items():
+            # An attack without gradients was run once, and counts for every rule.
+            own = [(report if name in report.attacks else base).attacks[name].success for name in names]
+            fooled[rule] = torch.stack(own).any(0)
+        together = torch.stack(list(fooled.values())).any(0)
+        found.append(
+            Worst(
+                eps=eps,
+                by_rule={rule: Rate(int(some.sum()), right) for rule, some in fooled.items()},
+                together=Rate(int(together.sum()), right),
+                further=int((together & ~fooled[study.rules[0]]).sum()),
+            )
+        )
+    return found
+
+
+def claims(comparisons: Sequence[Comparison], base: str) -> list[Claim]:
+    """That a rule's gradients fool more images than the first rule's, for every attack."""
+    made = []
+    for number, one in enumerate((c for c in comparisons if c.difference is not None), start=1):
+        difference = one.difference
+        assert difference is not None  # noqa: S101  (chosen above)
+        interval = difference.interval
+        made.append(
+            Claim(
+                id=f"attack-{number}",
+                statement=f"{rule_name(one.rule)} fools more images than {rule_name(base)}: {one.plan.text}, "
+                f"eps {fraction_text(one.plan.eps)}",
+                quantity="images fooled, percentage points",
+                verdict=verdict(interval, "higher"),
+                estimate=interval.mean,
+                interval=(interval.low, interval.high),
+                n=interval.n,
+                reference=_TABLE if one.rule.startswith("linbp") and base == "bp" else None,
+                note=f"{difference.only_ours} images fooled by it only, {difference.only_theirs} by "
+                f"{rule_name(base)} only; exact McNemar p = {difference.p:.2g}",
+            )
+        )
+    return made
+
+
+_TABLE = "Li et al., arXiv 2112.11018, Tables I and II: on deep CIFAR-10 networks"

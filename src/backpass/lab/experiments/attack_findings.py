@@ -1,0 +1,131 @@
+"""What the numbers of an attack support and what they do not, in sentences made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from backpass.lab.experiments.attack_comparison import Comparison, Worst, rule_name
+from backpass.lab.experiments.attack_study import Measured, Study
+from backpass.lab.numbers import fraction_text
+from backpass.lab.proportions import percent
+from backpass.lab.result import Finding
+from backpass.lab.wording import interval_text, listing
+
+__all__ = ["findings", "subject_findings"]
+
+
+def findings(measured: Measured, comparisons: Sequence[Comparison], worst: Sequence[Worst]) -> list[Finding]:
+    """The findings, in the order in which a reader asks."""
+    study = measured.study
+    base = measured.reports[study.rules[0]]
+    found = [
+        Finding(
+            "Clean images",
+            f"{study.subject.name} has {base.clean.hits:,} of {base.clean.trials:,} images right, "
+            f"{interval_text(percent(base.clean))} %."
+            + ("" if base.clean.hits else " There is nothing to attack: an attack's success counts those alone."),
+        )
+    ]
+    if base.clean.hits:
+        found += [_attack(measured, [c for c in comparisons if c.plan == plan]) for plan in study.plans]
+        found += _together(study, worst)
+        found += _masking(measured)
+    found += subject_findings(study)
+    found.append(
+        Finding(
+            "What this cannot say",
+            "This is one network and one set of images: the intervals are over images drawn like these, not over "
+            "trainings. An image that no attack fooled may still fall to a stronger one: these success rates are lower "
+            "bounds.",
+        )
+    )
+    return found
+
+
+def subject_findings(study: Study) -> list[Finding]:
+    """What a reader must know about weights, data and protocol."""
+    found = []
+    if not study.subject.trained:
+        found.append(
+            Finding(
+                "The weights",
+                "No file of weights was given: the network was attacked with its own initial weights. Unless it loads "
+                "trained ones by itself, these numbers say nothing about a trained network.",
+            )
+        )
+    if study.data.warning:
+        found.append(Finding("The images", study.data.warning))
+    if study.protocol.name == "paper":
+        step = next((plan.attack.step for plan in study.plans if hasattr(plan.attack, "step")), None)
+        found.append(Finding("What eps means here", study.protocol.explain(study.radii, step)))
+    return found
+
+
+def _attack(measured: Measured, comparisons: Sequence[Comparison]) -> Finding:
+    plan = comparisons[0].plan
+    parts = []
+    for one in comparisons:
+        rate = interval_text(percent(measured.reports[one.rule].fooled(plan.name)))
+        if not plan.uses_gradients:
+            parts.append(f"without gradients it fools {rate} % of them")
+        elif one.difference is None:
+            parts.append(f"with {rule_name(one.rule)}'s gradients it fools {rate} % of them")
+        else:
+            low, high = one.difference.interval.low, one.difference.interval.high
+            told = "more" if low > 0 else "fewer" if high < 0 else "which may be chance"
+            parts.append(
+                f"with those of {rule_name(one.rule)} {rate} %, a paired difference of "
+                f"{interval_text(one.difference.interval, signed=True)} points ({told})"
+            )
+    return Finding(f"{plan.text}, eps {fraction_text(plan.eps)}", _sentence("; ".join(parts)))
+
+
+def _together(study: Study, worst: Sequence[Worst]) -> list[Finding]:
+    """Whether the other rules find what the first does not."""
+    if len(study.rules) < 2:
+        return []
+    parts = [
+        f"{one.further:,} at eps {fraction_text(one.eps)} ({interval_text(percent(one.together))} % in all)"
+        for one in worst
+    ]
+    return [
+        Finding(
+            f"Beyond {rule_name(study.rules[0])}",
+            f"The other rules fool images that {rule_name(study.rules[0])} does not: {listing(parts)}. Any further "
+            "attempt may find some, also a further restart with the same gradients.",
+        )
+    ]
+
+
+def _masking(measured: Measured) -> list[Finding]:
+    """Whether the attack without gradients fools what gradients do not."""
+    study = measured.study
+    base = measured.reports[study.rules[0]]
+    found = []
+    for eps in study.radii:
+        blind = [plan for plan in study.plans if plan.eps == eps and not plan.uses_gradients]
+        seeing = [plan for plan in study.plans if plan.eps == eps and plan.uses_gradients]
+        if not blind or not seeing:
+            continue
+        only = base.attacks[blind[0].name].success.clone()
+        for report in measured.reports.values():
+            for plan in seeing:
+                only &= ~report.attacks[plan.name].success
+        count = int(only.sum())
+        advice = (
+            "If they are more than a few, either the attacks with gradients are too short (try more steps and "
+            "restarts) or gradients are masked, and then those attacks are not to be trusted."
+            if count
+            else "That is no sign of masked gradients."
+        )
+        found.append(
+            Finding(
+                f"Masked gradients, eps {fraction_text(eps)}",
+                f"{count:,} images are fooled by random search and by no attack that uses gradients. {advice}",
+            )
+        )
+    return found
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."

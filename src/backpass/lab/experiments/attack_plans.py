@@ -1,0 +1,126 @@
+"""From an attack's text form and the options of a command to attacks with all their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Any
+
+from backpass.attacks import Attack, make_attack
+from backpass.attacks.names import ATTACKS
+from backpass.errors import BackpassError, UnknownNameError
+from backpass.lab.numbers import fraction_text, read_number
+from backpass.lab.protocols import Protocol
+from backpass.rules.text import read_settings
+
+__all__ = ["Plan", "make_plans"]
+
+_ELSEWHERE = {"eps": "--eps", "seed": "--seed", "dtype": "--dtype"}  # settings with an option of their own
+_NOT_IN_TEXT = {"bounds", "logits", "targeted"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One attack at one radius.
+
+    Attributes:
+        text: the attack as it was asked for, for instance ``apgd:steps=20``.
+        eps: the radius as it was asked for; the protocol says what the attack makes of it.
+        attack: with all its settings.
+    """
+
+    text: str
+    eps: float
+    attack: Attack
+
+    @property
+    def name(self) -> str:
+        """Tells it from the others."""
+        return f"{self.text} at eps {fraction_text(self.eps)}"
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether a rule can make a difference to it."""
+        return self.text.partition(":")[0].lower() != "square"
+
+
+def make_plans(
+    texts: Sequence[str],
+    radii: Sequence[float],
+    options: Mapping[str, Any],
+    protocol: Protocol,
+) -> list[Plan]:
+    """All attacks at all radii, attack by attack.
+
+    Args:
+        texts: names with settings of their own, as in ``apgd:steps=20,loss=dlr``.
+        radii: as the user has given them.
+        options: settings for every attack that has them; what is ``None`` was not given.
+        protocol: adds its own settings and defaults.
+
+    Raises:
+        UnknownNameError: no attack, or no setting, has that name.
+        BackpassError: an option fits none of the attacks, a radius is out of range or stands twice, or a setting
+            cannot be meant.
+    """
+    for given, what in ((texts, "--attack"), ([fraction_text(eps) for eps in radii], "--eps")):
+        twice = [one for index, one in enumerate(given) if one in given[:index]]
+        if twice or not given:
+            raise BackpassError(f"{what} {twice[0]} stands twice." if twice else f"there is no {what}.")
+    parsed = [(text, *_parse(text)) for text in texts]
+    given_options = {name: value for name, value in options.items() if value is not None}
+    for option in given_options:
+        if not any(option in ATTACKS[name].__dataclass_fields__ for _, name, _ in parsed):
+            raise BackpassError(f"--{option} has no meaning for {', '.join(texts)}.")
+    return [
+        Plan(text=text, eps=eps, attack=_make(name, own, eps, given_options, protocol))
+        for text, name, own in parsed
+        for eps in radii
+    ]
+
+
+def _parse(text: str) -> tuple[str, dict[str, Any]]:
+    name, own = read_settings(text)
+    name = name.lower()
+    if name not in ATTACKS:
+        raise UnknownNameError("attack", name, ATTACKS)
+    known = {field.name: field for field in fields(ATTACKS[name])}
+    for setting, value in own.items():
+        if setting in _ELSEWHERE:
+            raise BackpassError(f"{setting} of {text!r} is given by {_ELSEWHERE[setting]}.")
+        if setting not in known or setting in _NOT_IN_TEXT:
+            raise UnknownNameError(f"setting of {name}", setting, set(known) - _NOT_IN_TEXT - set(_ELSEWHERE))
+        own[setting] = _typed(known[setting], value, text)
+    return name, own
+
+
+def _typed(field: Field[Any], value: Any, text: str) -> Any:
+    """A setting's value in the type of its default; fractions become numbers."""
+    default = field.default
+    if (isinstance(default, float) or default is None) and isinstance(value, str):
+        return read_number(value, f"{field.name} of {text!r}")
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if default is not None and type(value) is not type(default):
+        kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
+        raise BackpassError(f"{field.name} of {text!r} must be {kind[type(default).__name__]}, got {value!r}.")
+    return value
+
+
+def _make(name: str, own: dict[str, Any], eps: float, options: Mapping[str, Any], protocol: Protocol) -> Attack:
+    known = ATTACKS[name].__dataclass_fields__
+    norm = own.get("norm", options.get("norm", "linf"))
+    if not (eps > 0):
+        raise BackpassError(f"eps must be above 0, got {eps:g}.")
+    if norm == "linf" and eps > 1:
+        raise BackpassError(f"eps={eps:g} exceeds the pixel range 0 to 1. Did you mean {eps:g}/255?")
+    if norm != "linf" and protocol.name == "paper":
+        raise BackpassError(f"the protocol 'paper' is defined for the norm linf only, got {norm!r}.")
+    defaults = {"restarts": protocol.restarts, "step": protocol.step}
+    settings = {
+        **{setting: value for setting, value in defaults.items() if setting in known},
+        **{setting: value for setting, value in options.items() if setting in known},
+        **protocol.settings(eps, known),
+        **own,
+    }
+    return make_attack(name, **settings)

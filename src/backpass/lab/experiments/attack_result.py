@@ -1,0 +1,192 @@
+"""An attack's numbers as a result: tables, curves, images, claims and words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from backpass.lab.experiments.attack_comparison import Comparison, Worst, claims, compare, rule_name, worst_cases
+from backpass.lab.experiments.attack_findings import findings
+from backpass.lab.experiments.attack_gallery import gallery
+from backpass.lab.experiments.attack_settings import plan_settings, protocol_settings, subject_text
+from backpass.lab.experiments.attack_study import Measured, Sweep
+from backpass.lab.numbers import fraction_text
+from backpass.lab.proportions import percent
+from backpass.lab.result import Cell, Curve, Result, Series, Table, environment
+from backpass.lab.wording import listing
+
+__all__ = ["CLAIMS_NOTE", "PLOTS_NOTE", "describe"]
+
+PLOTS_NOTE = "Lines are the part of the images fooled, bands their 95 % intervals (Wilson)."
+CLAIMS_NOTE = (
+    "A pair is one image, attacked from the same random starts with either rule's gradients. The interval is Agresti "
+    "and Min's (2005) at 95 % for a difference of paired proportions, p is McNemar's exact two-sided one. They speak "
+    "of images drawn like these and of this one network, and each stands alone: of twenty such intervals for "
+    "differences that are truly zero, about one excludes zero by chance."
+)
+_MOST_FREQUENT = 8
+
+
+def describe(measured: Measured) -> Result:
+    """The result that the report shows."""
+    study = measured.study
+    comparisons, worst = compare(measured), worst_cases(measured)
+    base = study.rules[0]
+    right = measured.reports[base].clean.hits
+    others = [rule_name(rule) for rule in study.rules[1:]]
+    with_rules = f", with the gradients of {listing([rule_name(base), *others])}" if others else ""
+    return Result(
+        experiment="attack",
+        title=f"How easily is {study.subject.name} fooled?",
+        question=(
+            f"{study.data.description[:1].upper()}{study.data.description[1:]}. Those that the network has right are "
+            f"attacked by {listing(list(study.attacks))}{with_rules}. The network itself, its weights and its answers "
+            f"are the same throughout; success is judged on the plain network."
+        ),
+        scale=f"protocol {study.protocol.name}",
+        findings=findings(measured, comparisons, worst),
+        environment={
+            **environment(
+                device=str(study.device),
+                threads=torch.get_num_threads(),
+                data=study.data.description,
+                seeds=[study.options["seed"]],
+            ),
+            "seconds": round(measured.seconds, 1),
+            "parts": f"{measured.computed} computed, {measured.reused} found finished",
+        },
+        settings=_settings(measured),
+        series=[_series(measured, sweep) for sweep in measured.sweeps] if right else [],
+        tables=_tables(measured, comparisons, worst) if right else [],
+        claims=claims(comparisons, base),
+        galleries=gallery(measured),
+        numbers={
+            "rules": {rule: report.to_dict() for rule, report in measured.reports.items()},
+            "paired_differences": [
+                {"attack": one.plan.name, "rule": one.rule, "baseline": base, **one.difference._asdict()}
+                for one in comparisons
+                if one.difference is not None
+            ],
+        },
+        plots_note=PLOTS_NOTE,
+        claims_note=CLAIMS_NOTE,
+    )
+
+
+def _settings(measured: Measured) -> dict[str, object]:
+    study = measured.study
+    return {
+        "network": subject_text(study.subject),
+        "data": study.data.description,
+        **protocol_settings(study.protocol, study.radii),
+        "rules": ", ".join(study.rules),
+        "batch size": study.batch_size,
+        "curves": f"measured on {study.swept} images at most" if study.swept else "left out",
+        **plan_settings(study.plans),
+    }
+
+
+def _tables(measured: Measured, comparisons: Sequence[Comparison], worst: Sequence[Worst]) -> list[Table]:
+    study = measured.study
+    base = measured.reports[study.rules[0]]
+    rows: list[list[Cell]] = [["none", "", "", percent(base.clean), "", "", ""]]
+    for one in comparisons:
+        report = measured.reports[one.rule]
+        rows.append(
+            [
+                one.plan.text,
+                fraction_text(one.plan.eps),
+                rule_name(one.rule) if one.plan.uses_gradients else "none used",
+                percent(report.robust(one.plan.name)),
+                percent(report.fooled(one.plan.name)),
+                one.difference.interval if one.difference is not None else "",
+                report.attacks[one.plan.name].gradients,
+            ]
+        )
+    tables = [
+        Table(
+            id="success",
+            title="Accuracy under attack, and success",
+            columns=[
+                "Attack",
+                "eps",
+                "Gradients of",
+                "Accuracy (%)",
+                "Fooled of those right (%)",
+                f"Difference to {rule_name(study.rules[0])} (points)",
+                "Sample gradients",
+            ],
+            rows=rows,
+            note="In brackets 95 % intervals: Wilson's for rates, Agresti and Min's for paired differences. Sample "
+            "gradients count what was computed: a fooled image leaves the search.",
+        )
+    ]
+    if len(study.attacks) > 1 or len(study.rules) > 1:
+        tables.append(_worst(measured, worst))
+    return [*tables, _confusion(measured)]
+
+
+def _worst(measured: Measured, worst: Sequence[Worst]) -> Table:
+    rules = list(measured.reports)
+    together = ["all together"] if len(rules) > 1 else []
+    return Table(
+        id="worst",
+        title="All attacks together: fooled of those right (%)",
+        columns=["eps", *map(rule_name, rules), *together],
+        rows=[
+            [
+                fraction_text(one.eps),
+                *(percent(one.by_rule[rule]) for rule in rules),
+                *([percent(one.together)] if together else []),
+            ]
+            for one in worst
+        ],
+        note="An image counts as fooled where at least one of the attacks fools it.",
+    )
+
+
+def _confusion(measured: Measured) -> Table:
+    """What becomes what, under the first attack."""
+    study = measured.study
+    name = study.plans[0].name
+    cells = measured.reports[study.rules[0]].confusion(name)
+    top = cells.flatten().sort(descending=True, stable=True)
+    rows: list[list[Cell]] = [
+        [study.data.class_name(place // len(cells)), study.data.class_name(place % len(cells)), count]
+        for count, place in zip(
+            top.values[:_MOST_FREQUENT].tolist(), top.indices[:_MOST_FREQUENT].tolist(), strict=True
+        )
+        if count
+    ]
+    return Table(
+        id="confusion",
+        title="What becomes what",
+        columns=["Class", "seen as", "images"],
+        rows=rows,
+        note=f"The most frequent changes under {name}, gradients of {rule_name(study.rules[0])}; all are in the JSON.",
+    )
+
+
+def _series(measured: Measured, sweep: Sweep) -> Series:
+    in_255ths = sweep.over == "eps" and all("/255" in fraction_text(eps) for eps in measured.study.radii)
+    unit = 255.0 if in_255ths else 1.0
+    label = {"eps": "eps (255ths)" if in_255ths else "eps", "steps": "steps"}[sweep.over]
+    rates = next(iter(sweep.rates.values()))
+    return Series(
+        id=f"{sweep.over}-{measured.study.attacks.index(sweep.attack) + 1}",
+        title=f"{sweep.attack}: success against {sweep.over}",
+        description=f"{sweep.fixed}; {rates[0].trials:,} images that the network has right, of the first "
+        f"{sweep.images:,}.",
+        x_label=label,
+        y_label="images fooled (%)",
+        curves=[
+            Curve(
+                label=rule_name(rule),
+                x=[round(place * unit, 9) for place in sweep.places],
+                given=[percent(rate) for rate in of_rule],
+            )
+            for rule, of_rule in sweep.rates.items()
+        ],
+        log_x=sweep.over == "steps",
+    )

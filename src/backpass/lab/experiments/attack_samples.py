@@ -1,0 +1,43 @@
+"""A few images that were fooled, before and after."""
+
+from __future__ import annotations
+
+import torch
+
+from backpass.attacks import Report
+from backpass.lab.experiments.attack_images import AttackImages
+from backpass.lab.experiments.attack_study import Sample, Study
+from backpass.rules import parse_rule
+
+__all__ = ["draw_samples"]
+
+
+def draw_samples(study: Study, reports: dict[str, Report]) -> list[Sample]:
+    """Images that the first plan fools, if possible with every rule."""
+    plan = next((plan for plan in study.plans if plan.uses_gradients), study.plans[0])
+    rules = [rule for rule in study.rules if plan in study.plans_of(rule)]
+    outcomes = torch.stack([reports[rule].attacks[plan.name].success for rule in rules])
+    fooled = next((rows for rows in (outcomes.all(0), outcomes[0], outcomes.any(0)) if bool(rows.any())), outcomes[0])
+    chosen = fooled.nonzero().squeeze(1)[: study.shown]
+    if len(chosen) == 0:
+        return []
+    images = AttackImages(study.data, study.protocol)
+    x = torch.stack([images[int(index)][0] for index in chosen]).to(study.device)
+    y = study.data.images.labels[chosen].to(study.device)
+    model = study.protocol.model(study.subject.model)
+    after, seen = {}, {}
+    for rule in rules:
+        with parse_rule(rule).attach(study.subject.network):
+            found = plan.attack(model, x, y, indices=chosen.to(study.device))
+        after[rule], seen[rule] = study.protocol.pixels(found.x_adv).cpu(), found.prediction.cpu()
+    before = study.protocol.pixels(x).cpu()
+    return [
+        Sample(
+            index=int(index),
+            label=int(y[row]),
+            before=before[row],
+            after={rule: after[rule][row] for rule in rules},
+            seen={rule: int(seen[rule][row]) for rule in rules},
+        )
+        for row, index in enumerate(chosen)
+    ]

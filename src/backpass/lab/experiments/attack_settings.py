@@ -1,0 +1,44 @@
+"""The settings of attacks in words, as every report names them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from backpass.lab.experiments.attack_plans import Plan
+from backpass.lab.numbers import fraction_text
+from backpass.lab.protocols import Protocol
+from backpass.lab.subjects import Subject
+
+__all__ = ["plan_settings", "protocol_settings", "subject_text"]
+
+
+def plan_settings(plans: Sequence[Plan]) -> dict[str, str]:
+    """Every setting of every attack, by the plan's name."""
+    return {
+        plan.name: ", ".join(
+            f"{name.replace('_', ' ')} {_plain(value)}"
+            for name, value in asdict(plan.attack).items()
+            if value is not None
+        )
+        for plan in plans
+    }
+
+
+def protocol_settings(protocol: Protocol, radii: Sequence[float]) -> dict[str, str]:
+    """The protocol with what it means, and the radii."""
+    return {
+        "protocol": f"{protocol.name}. {protocol.explain(radii, None)}",
+        "eps": ", ".join(map(fraction_text, radii)),
+    }
+
+
+def subject_text(subject: Subject) -> str:
+    """A network with its weights."""
+    return f"{subject.name}, {subject.size:,} parameters; weights: {subject.weights} (SHA-256 {subject.digest})"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return " to ".join(map(_plain, value))
+    return fraction_text(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,112 @@
+"""Images made against some networks and shown to others, with plain gradients and with a rule's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from backpass.attacks import Rate, transfer
+from backpass.lab.data import Labelled
+from backpass.lab.experiments.attack_images import AttackImages
+from backpass.lab.experiments.attack_plans import Plan, make_plans
+from backpass.lab.protocols import Protocol
+from backpass.lab.subjects import Subject
+from backpass.rules import parse_rule
+
+__all__ = ["Measured", "Study", "measure"]
+
+Progress = Callable[[str, float], None]
+"""Called with what is going on and with the part that is done, in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Study:
+    """What is attacked, who judges, and how.
+
+    Attributes:
+        sources: networks to attack, by name; rules are attached to them.
+        targets: networks that judge the images, by name; may be the same.
+        data: the images.
+        protocol: where the attacks move and what eps means.
+        attacks: in their text forms.
+        radii: as the user has given them.
+        options: settings for every attack that has them.
+        rules: in their text forms; the others are compared with the first.
+        batch_size: images searched at a time.
+        device: where the networks are.
+    """
+
+    sources: Mapping[str, Subject]
+    targets: Mapping[str, Subject]
+    data: Labelled
+    protocol: Protocol
+    attacks: Sequence[str]
+    radii: Sequence[float]
+    options: dict[str, Any]
+    rules: Sequence[str]
+    batch_size: int
+    device: torch.device
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Every attack at every radius."""
+        return make_plans(self.attacks, self.radii, self.options, self.protocol)
+
+    def rules_of(self, plan: Plan) -> Sequence[str]:
+        """The rules that can change an attack; for one without gradients, the first stands for all."""
+        return self.rules if plan.uses_gradients else self.rules[:1]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Source and target, where they are not the same network."""
+        return [(source, target) for source in self.sources for target in self.targets if source != target]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """What was measured.
+
+    Attributes:
+        study: the settings.
+        rates: by (plan, rule), rates[source][target]: fooled, of the images that the target has right.
+        clean: by target, right of all images.
+        seconds: how long it took.
+    """
+
+    study: Study
+    rates: dict[tuple[str, str], dict[str, dict[str, Rate]]]
+    clean: dict[str, Rate]
+    seconds: float
+
+
+def measure(study: Study, progress: Progress = lambda what, part: None) -> Measured:
+    """Makes the images of every attack with every rule, and shows them to every target.
+
+    Raises:
+        BackpassError: the attacks cannot be run on these networks and images; the message says why.
+    """
+    began = time.perf_counter()
+    sources = {name: study.protocol.model(subject.model) for name, subject in study.sources.items()}
+    targets = {name: study.protocol.model(subject.model) for name, subject in study.targets.items()}
+    images = AttackImages(study.data, study.protocol)
+    work = [(plan, rule) for plan in study.plans for rule in study.rules_of(plan)]
+    rates: dict[tuple[str, str], dict[str, dict[str, Rate]]] = {}
+    for number, (plan, rule) in enumerate(work):
+
+        def report(done: int, total: int, number: int = number, what: str = f"{plan.name}, {rule}") -> None:
+            progress(what, (number + done / total) / len(work))
+
+        report(0, 1)
+        with ExitStack() as attached:
+            for subject in study.sources.values():
+                attached.enter_context(parse_rule(rule).attach(subject.network))
+            found = transfer(sources, targets, images, plan.attack, batch_size=study.batch_size, progress=report)
+        rates[plan.name, rule] = found.rates
+    first = next(iter(next(iter(rates.values())).values()))
+    clean = {target: Rate(rate.trials, len(images)) for target, rate in first.items()}
+    return Measured(study=study, rates=rates, clean=clean, seconds=time.perf_counter() - began)

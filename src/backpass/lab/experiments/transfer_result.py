@@ -1,0 +1,217 @@
+"""Transfer's numbers as a result: a matrix for every attack and rule, curves, claims and words."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from backpass.attacks import Rate
+from backpass.lab.claims import Claim, verdict
+from backpass.lab.experiments.attack_comparison import rule_name
+from backpass.lab.experiments.attack_plans import Plan
+from backpass.lab.experiments.attack_settings import plan_settings, protocol_settings, subject_text
+from backpass.lab.experiments.transfer import Measured
+from backpass.lab.numbers import fraction_text
+from backpass.lab.proportions import independent_difference, percent
+from backpass.lab.result import Cell, Curve, Finding, Result, Series, Table, environment
+from backpass.lab.wording import interval_text, listing, number
+
+__all__ = ["describe"]
+
+_PLOTS_NOTE = "Lines are the part of the images fooled, bands their 95 % intervals (Wilson)."
+_CLAIMS_NOTE = (
+    "Both rules are judged on the same images, those that the target has right. The interval is Newcombe's (1998) at "
+    "95 % for two rates that vary independently; as these two share their images, it is usually too wide. It speaks of "
+    "images drawn like these and of these networks, and stands alone: many claims are tested at once."
+)
+_REFERENCE = "Guo, Li, Chen, NeurIPS 2020: images made with linear backpropagation transfer better"
+
+
+def describe(measured: Measured) -> Result:
+    """The result that the report shows."""
+    study = measured.study
+    claims = _claims(measured)
+    return Result(
+        experiment="transfer",
+        title="Do images that fool one network fool another?",
+        question=(
+            f"{study.data.description[:1].upper()}{study.data.description[1:]}. {listing(list(study.attacks))} makes "
+            f"adversarial images against {listing(list(study.sources))}; {listing(list(study.targets))} judges them. "
+            "Counted are the images that the target has right when they are clean."
+        ),
+        scale=f"protocol {study.protocol.name}",
+        findings=_findings(measured, claims),
+        environment={
+            **environment(
+                device=str(study.device),
+                threads=torch.get_num_threads(),
+                data=study.data.description,
+                seeds=[study.options["seed"]],
+            ),
+            "seconds": round(measured.seconds, 1),
+        },
+        settings={
+            **{f"source {name}": subject_text(subject) for name, subject in study.sources.items()},
+            **{f"target {name}": subject_text(subject) for name, subject in study.targets.items()},
+            "data": study.data.description,
+            **protocol_settings(study.protocol, study.radii),
+            "rules": ", ".join(study.rules),
+            "batch size": study.batch_size,
+            **plan_settings(study.plans),
+        },
+        series=_series(measured),
+        claims=claims,
+        tables=[_clean(measured), *(_matrix(measured, plan, i) for i, plan in enumerate(study.plans, start=1))],
+        numbers={
+            "clean_accuracy": {target: rate.to_dict() for target, rate in measured.clean.items()},
+            "success_rate": [
+                {"attack": plan, "rule": rule, "source": source, "target": target, **rate.to_dict()}
+                for (plan, rule), rows in measured.rates.items()
+                for source, row in rows.items()
+                for target, rate in row.items()
+            ],
+        },
+        plots_note=_PLOTS_NOTE,
+        claims_note=_CLAIMS_NOTE,
+    )
+
+
+def _clean(measured: Measured) -> Table:
+    return Table(
+        id="clean",
+        title="Clean accuracy of the targets (%)",
+        columns=["Target", "Accuracy"],
+        rows=[[target, percent(rate)] for target, rate in measured.clean.items()],
+    )
+
+
+def _matrix(measured: Measured, plan: Plan, index: int) -> Table:
+    study = measured.study
+    rows: list[list[Cell]] = []
+    for source in study.sources:
+        for rule in study.rules_of(plan):
+            row = measured.rates[plan.name, rule][source]
+            who = rule_name(rule) if plan.uses_gradients else "none used"
+            rows.append([source, who, *(_cell(row[target]) for target in study.targets)])
+    return Table(
+        id=f"matrix-{index}",
+        title=f"{plan.text}, eps {fraction_text(plan.eps)}: fooled of those right (%)",
+        columns=["Made against", "Gradients of", *(f"shown to {target}" for target in study.targets)],
+        rows=rows,
+        note="In brackets Wilson's 95 % intervals. A network shown its own images is white-box; the others are "
+        "black-box.",
+    )
+
+
+def _cell(rate: Rate) -> Cell:
+    return percent(rate) if rate.trials else "none right"
+
+
+def _claims(measured: Measured) -> list[Claim]:
+    """That a rule's images transfer better than the first rule's, for every attack and pair."""
+    study = measured.study
+    base = study.rules[0]
+    made: list[Claim] = []
+    for plan in study.plans:
+        for rule in study.rules_of(plan)[1:]:
+            for source, target in study.pairs:
+                ours, theirs = (measured.rates[plan.name, r][source][target] for r in (rule, base))
+                interval = independent_difference(ours, theirs)
+                made.append(
+                    Claim(
+                        id=f"transfer-{len(made) + 1}",
+                        statement=f"{rule_name(rule)} transfers better than {rule_name(base)} from {source} to "
+                        f"{target}: {plan.text}, eps {fraction_text(plan.eps)}",
+                        quantity="images fooled, percentage points",
+                        verdict=verdict(interval, "higher"),
+                        estimate=interval.mean,
+                        interval=(interval.low, interval.high),
+                        n=interval.n,
+                        reference=_REFERENCE if rule.startswith("linbp") and base == "bp" else None,
+                    )
+                )
+    return made
+
+
+def _findings(measured: Measured, claims: list[Claim]) -> list[Finding]:
+    study = measured.study
+    found = [
+        Finding(
+            "Clean images",
+            listing([f"{name} has {interval_text(percent(rate))} %" for name, rate in measured.clean.items()])
+            + f" of {len(study.data.images):,} images right.",
+        )
+    ]
+    found += [_average(measured, plan) for plan in study.plans if study.pairs]
+    if claims:
+        counts = [sum(claim.verdict == kind for claim in claims) for kind in ("holds", "does not hold", "undecided")]
+        found.append(
+            Finding(
+                "Whether a rule transfers better",
+                f"Of {len(claims)} claims that a rule transfers better than {rule_name(study.rules[0])}, one for every "
+                f"attack and pair, {counts[0]} hold, {counts[1]} do not hold and {counts[2]} are undecided.",
+            )
+        )
+    both = {**study.sources, **study.targets}
+    initial = [name for name, subject in both.items() if not subject.trained]
+    if initial:
+        found.append(
+            Finding(
+                "The weights",
+                f"For {listing(initial)} no file of weights was given: the initial ones were used. Unless such a "
+                "network loads trained ones by itself, its numbers say nothing about a trained network.",
+            )
+        )
+    if study.data.warning:
+        found.append(Finding("The images", study.data.warning))
+    if study.protocol.name == "paper":
+        step = next((plan.attack.step for plan in study.plans if hasattr(plan.attack, "step")), None)
+        found.append(Finding("What eps means here", study.protocol.explain(study.radii, step)))
+    return found
+
+
+def _average(measured: Measured, plan: Plan) -> Finding:
+    study = measured.study
+    parts = []
+    for rule in study.rules_of(plan):
+        rates = [measured.rates[plan.name, rule][source][target].value for source, target in study.pairs]
+        finite = [100 * rate for rate in rates if math.isfinite(rate)]
+        mean = f"{number(sum(finite) / len(finite))} %" if finite else "nothing, as no target has an image right"
+        parts.append(f"{rule_name(rule)} {mean}" if plan.uses_gradients else f"random search {mean}")
+    return Finding(
+        f"{plan.text}, eps {fraction_text(plan.eps)}",
+        f"Black-box success, the mean over {len(study.pairs)} pair{'s' if len(study.pairs) > 1 else ''} of networks: "
+        f"{listing(parts)}.",
+    )
+
+
+def _series(measured: Measured) -> list[Series]:
+    """Black-box success against eps, for every attack and pair, where there are radii enough for a line."""
+    study = measured.study
+    if len(study.radii) < 2:
+        return []
+    in_255ths = all("/255" in fraction_text(eps) for eps in study.radii)
+    made: list[Series] = []
+    for text in study.attacks:
+        plans = sorted((plan for plan in study.plans if plan.text == text), key=lambda plan: plan.eps)
+        for source, target in study.pairs:
+            curves = [
+                Curve(
+                    label=rule_name(rule),
+                    x=[round(plan.eps * (255 if in_255ths else 1), 9) for plan in plans],
+                    given=[percent(measured.rates[plan.name, rule][source][target]) for plan in plans],
+                )
+                for rule in study.rules_of(plans[0])
+            ]
+            made.append(
+                Series(
+                    id=f"transfer-{len(made) + 1}",
+                    title=f"{text}: {source} to {target}",
+                    description=f"{measured.clean[target].hits:,} images that {target} has right.",
+                    x_label="eps (255ths)" if in_255ths else "eps",
+                    y_label="images fooled (%)",
+                    curves=curves,
+                )
+            )
+    return made

@@ -1,0 +1,43 @@
+"""Numbers as users write them: 8/255, 0.03, 1e-2."""
+
+from __future__ import annotations
+
+import math
+
+from backpass.errors import BackpassError
+
+__all__ = ["fraction_text", "read_number", "read_numbers"]
+
+
+def read_number(text: str, name: str = "a number") -> float:
+    """A finite number, also as a fraction such as ``8/255``.
+
+    Raises:
+        BackpassError: the text is something else.
+    """
+    top, slash, bottom = text.partition("/")
+    try:
+        value = float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise BackpassError(f"{name} must be a number such as 8/255 or 0.03, got {text!r}.")
+    return value
+
+
+def read_numbers(text: str, name: str) -> tuple[float, ...]:
+    """Numbers with commas between them.
+
+    Raises:
+        BackpassError: the text is something else.
+    """
+    return tuple(read_number(part.strip(), name) for part in text.split(","))
+
+
+def fraction_text(value: float) -> str:
+    """A length of the pixel range as people write it: a short decimal, or else 255ths."""
+    short = f"{value:.3g}"
+    if float(short) == value:
+        return short
+    in_255ths = f"{255 * value:.4g}"
+    return f"{in_255ths}/255" if math.isclose(float(in_255ths) / 255, value, rel_tol=1e-9) else f"{value:.4g}"

@@ -1,0 +1,85 @@
+"""Proportions of images, and their differences, with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from backpass.attacks import Rate
+from backpass.errors import BackpassError
+from backpass.lab.statistics import Interval
+
+__all__ = ["PairedDifference", "independent_difference", "paired_difference", "percent"]
+
+_Z = 1.959963984540054  # the normal quantile of a two-sided 95 %
+
+
+def percent(rate: Rate) -> Interval:
+    """A rate in per cent, with its Wilson interval; nothing but ``nan`` without trials."""
+    if not rate.trials:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    low, high = rate.interval
+    return Interval(100 * rate.value, 100 * low, 100 * high, rate.trials)
+
+
+class PairedDifference(NamedTuple):
+    """How two outcomes on the same images differ.
+
+    Attributes:
+        only_ours: images that only ours fools.
+        only_theirs: images that only theirs fools.
+        interval: the difference of the two rates in percentage points, ours less theirs.
+        p: of McNemar's exact two-sided test.
+    """
+
+    only_ours: int
+    only_theirs: int
+    interval: Interval
+    p: float
+
+
+def paired_difference(ours: Tensor, theirs: Tensor) -> PairedDifference:
+    r"""Compares two outcomes on the same images, (N,) bool each.
+
+    The estimate is :math:`(b - c)/N` with b and c the images that only one of the two fools; the interval is that of
+    Agresti and Min (2005), :math:`\frac{b-c}{N+2} \pm z\,\frac{\sqrt{b+c+1-(b-c)^2/(N+2)}}{N+2}`, which, unlike the
+    plain one, does not shrink to a point where the two agree on every image.
+
+    Raises:
+        BackpassError: the two differ in length, or are empty.
+    """
+    if ours.shape != theirs.shape or ours.numel() == 0:
+        raise BackpassError(f"paired outcomes must be as many, at least one; got {len(ours)} and {len(theirs)}.")
+    n = len(ours)
+    b, c = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    centre = (b - c) / (n + 2)
+    half = _Z * math.sqrt(max(b + c + 1 - (b - c) ** 2 / (n + 2), 0.0)) / (n + 2)
+    ends = max(centre - half, -1.0), min(centre + half, 1.0)
+    return PairedDifference(b, c, Interval(100 * (b - c) / n, 100 * ends[0], 100 * ends[1], n), _mcnemar(b, c))
+
+
+def independent_difference(ours: Rate, theirs: Rate) -> Interval:
+    r"""The difference of two rates in percentage points, with Newcombe's interval from their Wilson intervals.
+
+    :math:`d - \sqrt{(p_1-l_1)^2 + (u_2-p_2)^2}` to :math:`d + \sqrt{(u_1-p_1)^2 + (p_2-l_2)^2}` (Newcombe 1998,
+    method 10). For outcomes on the same images, which vary together, it is usually too wide.
+    """
+    if not (ours.trials and theirs.trials):
+        return Interval(math.nan, math.nan, math.nan, 0)
+    (low, high), (their_low, their_high) = ours.interval, theirs.interval
+    difference = ours.value - theirs.value
+    below = math.hypot(ours.value - low, their_high - theirs.value)
+    above = math.hypot(high - ours.value, theirs.value - their_low)
+    return Interval(100 * difference, 100 * (difference - below), 100 * (difference + above), ours.trials)
+
+
+def _mcnemar(b: int, c: int) -> float:
+    """The chance that a fair coin of b + c throws is at least as uneven as b to c."""
+    throws = b + c
+    tail = term = 1
+    for k in range(min(b, c)):
+        term = term * (throws - k) // (k + 1)  # exact: binomial coefficients in whole numbers
+        tail += term
+    return float(min(1.0, 2 * tail / 2**throws))

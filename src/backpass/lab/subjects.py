@@ -1,0 +1,149 @@
+"""What is attacked: a network with its weights, ready for images of pixels in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from backpass.errors import BackpassError
+from backpass.lab.models.lookup import find
+from backpass.lab.protocols import Normalisation, Rescaled
+from backpass.lab.weights import load_weights, weights_hash
+
+__all__ = ["Subject", "load_named", "load_subject", "parse_device"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """A network to attack.
+
+    Attributes:
+        name: as it was asked for.
+        network: the network itself, to which rules are attached.
+        model: what takes pixels in [0, 1]; the network, or a normalisation and the network.
+        weights: where they come from, in words.
+        digest: twelve digits of a hash of the weights.
+        trained: whether the weights came from a file.
+    """
+
+    name: str
+    network: nn.Module
+    model: nn.Module
+    weights: str
+    digest: str
+    trained: bool
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def try_on(self, x: Tensor, data: str) -> None:
+        """One call on a few images (N, C, H, W).
+
+        Raises:
+            BackpassError: the network does not take them.
+        """
+        was = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self.model(x)
+        except BackpassError:
+            raise
+        except Exception as error:  # a user's own forward may raise anything
+            raise BackpassError(
+                f"{self.name!r} does not take the images of {data!r}, of shape {tuple(x.shape)}: {_first_line(error)}"
+            ) from error
+        finally:
+            for module, training in was:
+                module.training = training
+
+
+def load_subject(
+    name: str,
+    weights: Path | None,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    normalisation: Normalisation | None = None,
+) -> Subject:
+    """The network of a name with the weights of a file.
+
+    Args:
+        name: a lab network, or a user's own as ``module:callable``, which is imported and called.
+        weights: a file of weights, or ``None`` for those that the network has when it is made.
+        device: where it goes.
+        seed: of the initial weights; the global random state is not touched.
+        normalisation: what the network expects to be done to pixels, if it does not do so itself.
+
+    Raises:
+        UnknownNameError: there is no such network.
+        BackpassError: the network cannot be made, or the file does not fit it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            network, _ = find(name)
+        except BackpassError:
+            raise
+        except Exception as error:  # a user's own module may raise anything when it is imported or called
+            raise BackpassError(f"{name!r} failed when it was imported or called: {_first_line(error)}") from error
+    origin = "its own initial ones: no file of weights was given"
+    if weights is not None:
+        load_weights(network, weights)
+        origin = weights.name
+    network.to(device).eval()
+    model = network
+    if normalisation is not None:
+        mean, std = (part.to(device) for part in normalisation.column)
+        model = Rescaled(network, 1 / std, -mean / std)
+    return Subject(
+        name=name,
+        network=network,
+        model=model,
+        weights=origin,
+        digest=weights_hash(network),
+        trained=weights is not None,
+    )
+
+
+def load_named(
+    specs: Sequence[str], *, device: torch.device, seed: int, normalisation: Normalisation | None
+) -> dict[str, Subject]:
+    """Networks by their specification, ``SPEC`` or ``SPEC@FILE``; one that comes twice is loaded once.
+
+    Raises:
+        BackpassError: a network cannot be made, or a file does not fit its network.
+    """
+    found: dict[str, Subject] = {}
+    for spec in specs:
+        if spec not in found:
+            name, at, file = spec.rpartition("@")
+            parts = (name, Path(file)) if at else (spec, None)
+            found[spec] = load_subject(*parts, device=device, seed=seed, normalisation=normalisation)
+    return found
+
+
+def parse_device(text: str) -> torch.device:
+    """The device of a name such as ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        BackpassError: there is no such device here.
+    """
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BackpassError(f"the device {text!r} cannot be used here: {_first_line(error)}") from error
+    if device.type == "meta":
+        raise BackpassError("the device 'meta' holds no numbers: choose cpu or cuda.")
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
