@@ -229,8 +229,8 @@ def report(stored: dict, seeds: int) -> str:
         "# ProxProp on CIFAR-10: training loss against epochs and seconds",
         "",
         f"{stored['images']} training images, batch {BATCH}, {epochs} epochs, {seeds} seeds, torch {stored['torch']}, "
-        "one thread, CPU seconds of training steps (other programs ran beside them). Rates are the best of those tried, by "
-        "the loss at the end. Mean ± half of the 95 % interval. `benchmarks/proxprop_training.py` makes this page.",
+        "one thread, CPU seconds of training steps (other programs ran beside). Rates are the best of those tried, "
+        "by the loss at the end. Mean ± half of the 95 % interval. `benchmarks/proxprop_training.py` makes this page.",
     ]
     for network, (_, methods) in NETWORKS.items():
         found = {name: summary(runs, network, name, epochs, seeds) for name in methods}

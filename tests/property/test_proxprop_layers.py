@@ -80,12 +80,17 @@ def convolutions(draw):
     return layer, double(draw(st.integers(1, 3)), 2 * groups, *sizes)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(convolutions(), taus, dampings)
 def test_convolutions_of_every_geometry(convolution, tau, damping):
     layer, x = convolution
     rows = layer.double()(x)[:, 0].numel()
     assert_proximal(layer, x, ProxProp(tau=tau, damping=damping), rows)
+
+
+def test_one_output_whose_weight_and_bias_are_one_row():
+    assert_proximal(nn.Conv2d(2, 1, 1), double(1, 2, 3, 3), ProxProp(), 9)
+    assert_proximal(nn.Linear(2, 1), double(5, 2), ProxProp(), 5)
 
 
 def test_a_convolution_of_one_image_without_batch_dimension():

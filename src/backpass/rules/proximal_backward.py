@@ -59,12 +59,11 @@ def _proximal_gradients(
     grad = grad.to(solve_dtype(weight.dtype))
     with torch.autocast(weight.device.type, enabled=False):
         gradients = contributions.take(Use(layer, x, grad, weight, bias, (wants[0], wants[1]), how[0], how[1]))
-    # Fresh tensors of the parameters' shapes, or empty ones.
-    shapes = (weight.shape, bias.shape if bias is not None else (0,))
-    by_weight, by_bias = (
-        weight.new_empty(0) if gradient is None else gradient.to(weight.dtype).reshape(shape).contiguous()
-        for gradient, shape in zip(gradients, shapes, strict=True)
-    )
+    by_weight, by_bias = (None if gradient is None else gradient.to(weight.dtype) for gradient in gradients)
+    nothing = weight.new_empty(0)
+    by_weight = nothing if by_weight is None else by_weight.reshape(weight.shape).contiguous()
+    # An operator's outputs share no memory; of one output row both would be parts of the same solution.
+    by_bias = nothing.clone() if by_bias is None or bias is None else by_bias.reshape(bias.shape).clone()
     return by_weight, by_bias
 
 
