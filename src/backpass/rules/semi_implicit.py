@@ -88,14 +88,39 @@ def increment(
         return system.solve(of_z * -scale, step.lam)
     right = system.adjoint(of_z * (-scale / step.lam))
     found = _conjugate_gradients(system, weighting.div_(step.lam), right, step.cg_steps)
-    for _ in range(step.newton_steps - 1 if curved else 0):
-        assert curved is not None  # noqa: S101  the loop runs with it alone
+    if curved is None or step.newton_steps == 1:
+        return found
+    error = curved.grad * scale
+    found *= _length(system, curved, error, torch.zeros_like(found), found, step.lam)
+    for _ in range(step.newton_steps - 1):
         moved = curved.z + system.apply(found)
         slope = curved.s.derivative(moved)
-        error = (curved.s.value(moved) - curved.s.value(curved.z)).add_(curved.grad, alpha=scale)
-        right = system.adjoint((slope * error).div_(-step.lam)).sub_(found)
-        found += _conjugate_gradients(system, slope.square().div_(step.lam), right, step.cg_steps)
+        now = curved.s.value(moved).sub_(curved.s.value(curved.z)).add_(error)
+        right = system.adjoint((slope * now).div_(-step.lam)).sub_(found)
+        further = _conjugate_gradients(system, slope.square().div_(step.lam), right, step.cg_steps)
+        found += further.mul_(_length(system, curved, error, found, further, step.lam))
     return found
+
+
+def _length(system: UnitSystem, curved: Curved, error: Tensor, start: Tensor, further: Tensor, lam: float) -> Tensor:
+    """1 for units whose objective does not rise from ``start`` to ``start + further``; else halved, four times at most.
+
+    ``error`` is s(z) - T.
+    """
+    base = curved.s.value(curved.z).sub_(error)
+    at, to = system.apply(start), system.apply(further)
+
+    def objective(length: Tensor) -> Tensor:
+        moved = at + to * system.over_outputs(length)
+        unknown = start + further * length
+        misfit = system.sum((curved.s.value(curved.z + moved) - base).square_())
+        return misfit + lam * system.inner(unknown, unknown, moved)
+
+    length = torch.ones_like(system.inner(further, further, to))
+    before = objective(torch.zeros_like(length))
+    for _ in range(4):
+        length = torch.where(objective(length) > before, length / 2, length)
+    return length
 
 
 def _conjugate_gradients(system: UnitSystem, weighting: Tensor, residual: Tensor, steps: int) -> Tensor:
@@ -104,14 +129,15 @@ def _conjugate_gradients(system: UnitSystem, weighting: Tensor, residual: Tensor
     Inner products are those of the weights in either coordinates, so every iterate lowers the quadratic model of the
     sub-problem, and what comes out depends on the coordinates by rounding alone. ``residual`` is overwritten.
     """
-    solution, direction = torch.zeros_like(residual), residual.clone()
+    direction = residual.clone()
     applied = system.apply(direction)
     square = system.inner(residual, residual, applied)
     scratch, of_residual = torch.empty_like(applied), torch.empty_like(applied)
+    solution = direction
     for iteration in range(steps):
         image = system.damped(weighting, applied, direction, scratch)
         length = _ratio(square, system.inner(image, direction, applied))
-        solution.addcmul_(direction, length)
+        solution = solution.addcmul_(direction, length) if iteration else direction * length
         if iteration == steps - 1:
             break
         residual.addcmul_(image, length, value=-1)
@@ -124,5 +150,5 @@ def _conjugate_gradients(system: UnitSystem, weighting: Tensor, residual: Tensor
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """The quotient, and 0 where the iteration has already arrived; inf and NaN stay what they are."""
-    return torch.where(below <= 0, 0.0, above / below)
+    """The quotient, and 0 / 0 = 0 for units that have arrived; inf and NaN stay what they are."""
+    return above / (below + torch.finfo(below.dtype).tiny)

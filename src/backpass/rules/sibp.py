@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +191,13 @@ class SemiImplicitAttached(Attached):
     def _announce_steps(self) -> None:
         rule = self.rule
         assert isinstance(rule, SIBP)  # noqa: S101  it was made with one
-        self._steps = Steps(lambda: rule.step(len(self.last_call[1])), SingleUse(self._model))
+        attached = ref(self)
+
+        def step() -> SemiImplicitStep:
+            found = attached()
+            return rule.step(len(found.last_call[1]) if found else 0)
+
+        self._steps = Steps(step, SingleUse(self._model))
         announce(self.token, self._steps)
 
     def __getstate__(self) -> dict[str, Any]:

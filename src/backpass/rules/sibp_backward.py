@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError
@@ -101,7 +102,7 @@ def _solve(
             of_z, weighting = grad * slope, slope.square_()
         of_weight = of_bias = None
         if wants[1] or wants[2]:
-            system = unit_system(layer, rows, (wants[1], wants[2]), step.ratio)
+            system = unit_system(layer, rows, (wants[1], wants[2]), step.ratio, direct=z is None)
             of_weight, of_bias = _decrements(system, of_z, weighting, curved, step, steps, weight)
         of_x = None
         if wants[0]:
@@ -192,11 +193,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, z = ctx.saved_tensors
     call: Call = ctx.call
     within = torch.compiler.is_compiling() or call.functional
-    if not within and torch.is_grad_enabled():
-        raise BackpassError(
-            "a semi-implicit step is no differentiable function of the input: SIBP has no double backward. Leave out "
-            "create_graph=True, or remove the rule where second derivatives are needed."
-        )
     needs = ctx.needs_input_grad
     wants = [bool(needs[0]), bool(needs[1]), bias is not None and bool(needs[2])]
     writes = not call.functional and (torch.compiler.is_compiling() or _is_asked_for(ctx))
@@ -223,7 +219,14 @@ class _SemiImplicitLayer(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, z)
         return compute(x, weight, bias, *rest) if z is None else compute(z)
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise BackpassError(
+                "a semi-implicit step is no differentiable function of the input: SIBP has no double backward. Leave "
+                "out create_graph=True, or remove the rule where second derivatives are needed."
+            )
+        return _backward(ctx, grad)
 
 
 class _UnderTransforms(torch.autograd.Function):
@@ -248,7 +251,10 @@ class _UnderTransforms(torch.autograd.Function):
         x, weight, bias, z, _, _, ctx.call = inputs
         ctx.save_for_backward(x, weight, bias, z)
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad)
 
 
 def _is_asked_for(ctx: Any) -> bool:

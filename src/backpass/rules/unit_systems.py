@@ -21,6 +21,7 @@ from backpass.rules.convolution import Convolution
 from backpass.rules.damped import solve
 from backpass.rules.gram import row_gram
 from backpass.rules.linear_layer import Gradients, LinearLayer
+from backpass.rules.linear_layers import Linear
 
 __all__ = ["ByColumns", "ByRows", "UnitSystem", "unit_system"]
 
@@ -70,6 +71,10 @@ class UnitSystem(ABC):
     def over_outputs(self, per_unit: Tensor) -> Tensor:
         """What `inner` gives, to broadcast over outputs instead."""
         return per_unit
+
+    @abstractmethod
+    def sum(self, outputs: Tensor) -> Tensor:
+        """The sum of each unit's outputs; broadcasts over unknowns."""
 
     @abstractmethod
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
@@ -123,6 +128,10 @@ class ByRows(UnitSystem):
         if self._products is None:
             self._products = torch.empty_like(first)
         return torch.mul(first, applied, out=self._products).sum(-2, keepdim=True)
+
+    def sum(self, outputs: Tensor) -> Tensor:
+        """Sum over n."""
+        return outputs.sum(-2, keepdim=True)
 
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
         """(K + lam I)^{-1} v."""
@@ -186,6 +195,12 @@ class ByColumns(UnitSystem):
         flat = per_unit.flatten()
         return flat.reshape(-1, *[1] * (len(self.layer.shape) - 2))
 
+    def sum(self, outputs: Tensor) -> Tensor:
+        """Sum over all dimensions but that of the units."""
+        last = not isinstance(self.layer, Convolution)
+        units = outputs if last else outputs.movedim(1, -1)
+        return units.flatten(0, -2).sum(0).reshape(self.layer.blocks, -1, 1)
+
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
         """(A^T A + lam I)^{-1} A^T v."""
 
@@ -211,9 +226,13 @@ class ByColumns(UnitSystem):
         return weight, None if bias is None else bias * self._root
 
 
-def unit_system(layer: LinearLayer, x: Tensor, wants: Wants, ratio: float) -> UnitSystem:
-    """The system on the smaller side."""
-    few_rows = layer.has_rows and layer.count(x) <= layer.columns(wants[1])
+def unit_system(layer: LinearLayer, x: Tensor, wants: Wants, ratio: float, direct: bool) -> UnitSystem:
+    """The system on the cheaper side, for a direct solve or for conjugate gradients."""
+    if isinstance(layer, Linear):
+        # An iteration costs one product with K, or one with A and one with A^T.
+        few_rows = layer.count(x) <= layer.shape[1] * (1 if direct else 2)
+    else:
+        few_rows = layer.has_rows and layer.count(x) <= layer.columns(wants[1])
     return (ByRows if few_rows else ByColumns)(layer, x, wants, ratio)
 
 

@@ -1,0 +1,318 @@
+"""Early training with SIBP beside SGD, AdamW and ProxProp: MNIST and CIFAR-10, several seeds, paired intervals.
+
+All methods of a seed share the initial weights and the order of the batches. Data: BACKPASS_DATA names a folder with
+mnist/train-*.parquet, mnist/test-*.parquet (columns image{bytes}, label) and cifar10/ (columns img{bytes}, label).
+Runs are kept in --partial as they finish, and a second call goes on from there.
+Run: python benchmarks/sibp_training.py [--networks mnist-1 ...] [--partial FILE] [--out docs/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpass import BackpassError
+from backpass.rules.proxprop import ProxProp
+from backpass.rules.sibp import SIBP
+
+BATCH = 100
+MARKS = (100, 300, 600)
+FACTS = """Batches of {batch}, one pass in an order of its own per seed; test accuracy in percent and test cross-entropy
+with 95 % intervals over seeds (Student's t). The best rate of each method is chosen by its mean accuracy at the last
+mark, on the same test images for all. MLPs start from N(0, .05). SIBP: lam 1, one Gauss-Newton step, 5
+conjugate-gradient iterations, SGD with rate 1; its rate is eta. ProxProp: tau 1, exact, all layers; its rate is that of
+SGD on its direction. CPU seconds are of the training steps, one thread, on a shared machine. CIFAR-10 is a JPEG copy.
+PyTorch {torch}, Python {python}."""
+T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
+
+
+class Images(NamedTuple):
+    """One split of a data set."""
+
+    x: Tensor  # (N, features) or (N, C, H, W), float32 in [0, 1]
+    y: Tensor  # (N,)
+
+
+def load(name: str, split: str) -> Images:
+    """Decoded once, then kept under the system's folder for temporary files."""
+    cache = Path(tempfile.gettempdir()) / f"backpass-{name}-{split}.pt"
+    if not cache.exists():
+        import numpy as np
+        import pyarrow.parquet as pq
+        from PIL import Image
+
+        if "BACKPASS_DATA" not in os.environ:
+            raise SystemExit("set BACKPASS_DATA to the folder that holds mnist/ and cifar10/ as Parquet files.")
+        pixels, labels = [], []
+        for file in sorted((Path(os.environ["BACKPASS_DATA"]) / name).glob(f"{split}-*.parquet")):
+            table = pq.read_table(file)
+            for image in table["image" if name == "mnist" else "img"].to_pylist():
+                pixels.append(torch.from_numpy(np.array(Image.open(io.BytesIO(image["bytes"])))))
+            labels += table["label"].to_pylist()
+        partial = cache.with_suffix(f".{os.getpid()}")
+        torch.save((torch.stack(pixels), torch.tensor(labels)), partial)
+        partial.rename(cache)
+    pixels, labels = torch.load(cache)
+    return Images((pixels if pixels.dim() == 4 else pixels.unsqueeze(-1)).permute(0, 3, 1, 2) / 255, labels)
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """ReLU network with weights from N(0, .05) and biases 0, as in the released algorithm."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for i, o in pairwise(widths):
+        linear = nn.Linear(i, o)
+        nn.init.normal_(linear.weight, 0, 0.05)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn() -> nn.Sequential:
+    """Two strided convolutions and a linear layer, PyTorch's initial weights."""
+    first, second = nn.Conv2d(3, 16, 5, stride=2, padding=2), nn.Conv2d(16, 32, 3, stride=2, padding=1)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(2048, 10))
+
+
+class Setup(NamedTuple):
+    """A network and how it is trained."""
+
+    title: str
+    data: str
+    build: Callable[[], nn.Sequential]
+    seeds: int
+    marks: tuple[int, ...]
+    etas: tuple[float, ...]
+
+
+RATES = {"SGD": (0.1, 0.3, 0.5, 1.0, 2.0), "AdamW": (3e-4, 1e-3, 3e-3), "ProxProp": (10.0, 30.0, 100.0)}
+ETAS = (0.1, 0.25, 0.5, 1.0)
+SETUPS = {
+    "mnist-1": Setup("MNIST, 784-500-10", "mnist", lambda: mlp(784, 500, 10), 5, MARKS, ETAS),
+    "mnist-3": Setup("MNIST, 784-500-500-500-10", "mnist", lambda: mlp(784, 500, 500, 500, 10), 5, MARKS, ETAS),
+    "mnist-8": Setup(
+        "MNIST, 784-100x8-10", "mnist", lambda: mlp(784, *[100] * 8, 10), 5, MARKS, (0.05, *ETAS[:2], 1.0)
+    ),
+    "cifar-cnn": Setup("CIFAR-10, CNN 16-32-10", "cifar10", cnn, 3, MARKS[:2], (0.03, 0.1, 0.3, 1.0)),
+    "cifar-mlp": Setup(
+        "CIFAR-10, 3072-2000-500-10", "cifar10", lambda: mlp(3072, 2000, 500, 10), 3, (100, 200), (0.1, 0.25, 0.5)
+    ),
+}
+# The larger networks cost most: fewer rates.
+OTHER_RATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "mnist-3": {"ProxProp": (10.0, 30.0)},
+    "cifar-cnn": {"ProxProp": (3.0, 10.0, 30.0)},
+    "cifar-mlp": {"SGD": (0.03, 0.1, 0.3), "AdamW": (3e-4, 1e-3), "ProxProp": (3.0, 10.0)},
+}
+
+
+def methods(key: str) -> Iterator[tuple[str, float]]:
+    rates = {**RATES, **OTHER_RATES.get(key, {}), "SIBP": SETUPS[key].etas}
+    return ((family, rate) for family, values in rates.items() for rate in values)
+
+
+def train(setup: Setup, family: str, rate: float, seed: int, data: Images, test: Images) -> dict[str, Any]:
+    """One run: accuracy and loss on the test images at the marks, and CPU seconds of the training steps alone."""
+    torch.manual_seed(seed)
+    model = setup.build()
+    if family == "AdamW":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), rate)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), 1.0 if family == "SIBP" else rate)
+    rule = {"SIBP": lambda: SIBP(eta=rate), "ProxProp": lambda: ProxProp(tau=1.0)}.get(family)
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))
+    points: list[dict[str, Any]] = []
+    seconds, diverged = 0.0, ""
+    with rule().attach(model) if rule else nullcontext():
+        for batch in range(1, setup.marks[-1] + 1):
+            rows = order[(batch - 1) * BATCH % len(order) :][:BATCH]
+            x, y = data.x[rows], data.y[rows]
+            begin = time.process_time()
+            if not diverged:
+                try:
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+                except BackpassError as error:
+                    diverged = str(error)
+            seconds += time.process_time() - begin
+            if batch in setup.marks:
+                points.append({"batches": batch, **measure(model, test), "seconds": round(seconds, 3)})
+    return {"points": points, "diverged": bool(diverged) or points[-1]["loss"] is None}
+
+
+@torch.no_grad()
+def measure(model: nn.Module, test: Images) -> dict[str, Any]:
+    logits = torch.cat([model(x) for x in test.x.split(1000)])
+    loss = F.cross_entropy(logits, test.y).item()
+    accuracy = (logits.argmax(1) == test.y).float().mean().item()
+    return {"accuracy": round(100 * accuracy, 3), "loss": round(loss, 5) if math.isfinite(loss) else None}
+
+
+def run(keys: list[str], partial: Path) -> dict[str, dict[str, Any]]:
+    """All runs by ``network/family/rate/seed``; those in ``partial`` are taken from there."""
+    lines = partial.read_text().splitlines() if partial.exists() else []
+    done = {entry["run"]: entry for entry in map(json.loads, lines)}
+    for key in keys:
+        setup = SETUPS[key]
+        data, test = load(setup.data, "train"), load(setup.data, "test")
+        for seed in range(setup.seeds):
+            for family, rate in methods(key):
+                name = f"{key}/{family}/{rate:g}/{seed}"
+                if name not in done:
+                    done[name] = {"run": name, **train(setup, family, rate, seed, data, test)}
+                    with partial.open("a") as file:
+                        file.write(json.dumps(done[name]) + "\n")
+    return done
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t."""
+    return statistics.fmean(values), T_QUANTILE[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summarize(done: dict[str, dict[str, Any]], keys: list[str]) -> dict[str, Any]:
+    networks = {}
+    for key in keys:
+        setup = SETUPS[key]
+        names = [f"{key}/{family}/{rate:g}" for family, rate in methods(key)]
+        seeds = [seed for seed in range(setup.seeds) if all(f"{name}/{seed}" in done for name in names)]
+        if len(seeds) < 2:
+            continue
+        rows = []
+        for family, rate in methods(key):
+            runs = [done[f"{key}/{family}/{rate:g}/{seed}"] for seed in seeds]
+            row: dict[str, Any] = {
+                "method": family,
+                "rate": rate,
+                "diverged": sum(r["diverged"] for r in runs),
+                "at": {},
+            }
+            for k, mark in enumerate(setup.marks):
+                points = [r["points"][k] for r in runs]
+                losses = [p["loss"] for p in points]
+                row["at"][str(mark)] = {
+                    "accuracies": [p["accuracy"] for p in points],
+                    "losses": losses,
+                    "accuracy": [round(v, 3) for v in interval([p["accuracy"] for p in points])],
+                    "loss": None if None in losses else [round(v, 4) for v in interval(losses)],
+                    "seconds": round(statistics.median(p["seconds"] for p in points), 2),
+                }
+            rows.append(row)
+        networks[key] = {"title": setup.title, "seeds": len(seeds), "rows": rows}
+    return networks
+
+
+def best(rows: list[dict[str, Any]], family: str) -> dict[str, Any]:
+    """The rate with the highest mean accuracy at the last mark, among those that never diverged if there are any."""
+    mine = [row for row in rows if row["method"] == family]
+    stable = [row for row in mine if not row["diverged"]] or mine
+    return max(stable, key=lambda row: list(row["at"].values())[-1]["accuracy"][0])
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any], mark: str, what: str) -> str:
+    """The paired difference of accuracies, or of losses, with its interval and what it says."""
+    pairs = zip(ours["at"][mark][what], theirs["at"][mark][what], strict=True)
+    differences = [math.nan if None in pair else pair[0] - pair[1] for pair in pairs]
+    mean, half = interval(differences)
+    if math.isnan(mean):
+        return "undecided (a run diverged)"
+    good = mean - half > 0 if what == "accuracies" else mean + half < 0
+    bad = mean + half < 0 if what == "accuracies" else mean - half > 0
+    verdict = "holds" if good else "does not hold" if bad else "undecided"
+    digits = 2 if what == "accuracies" else 3
+    return f"{verdict}: {mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def usable(rows: list[dict[str, Any]], family: str) -> list[float]:
+    """Rates whose mean accuracy at the last mark is within 3 points of the family's best."""
+    top = list(best(rows, family)["at"].values())[-1]["accuracy"][0]
+    mine = [row for row in rows if row["method"] == family and not row["diverged"]]
+    return [row["rate"] for row in mine if list(row["at"].values())[-1]["accuracy"][0] >= top - 3]
+
+
+def report(networks: dict[str, Any], facts: str) -> str:
+    lines = ["# Early training with SIBP", "", facts, ""]
+    lines += [
+        "## The paper's claims",
+        "",
+        "SIBP against each other method, both at their best rate, paired by seed.",
+        "",
+    ]
+    for network in networks.values():
+        rows = network["rows"]
+        last = list(rows[0]["at"])[-1]
+        ours, sgd, prox, adam = (best(rows, family) for family in ("SIBP", "SGD", "ProxProp", "AdamW"))
+        lines += [
+            f"**{network['title']}**, SIBP eta {ours['rate']:g}, SGD {sgd['rate']:g}, ProxProp {prox['rate']:g}, "
+            f"AdamW {adam['rate']:g}:",
+            "",
+        ]
+        lines.append(
+            f"- Larger steps: SIBP stays within 3 points of its best for eta in {usable(rows, 'SIBP')}, that is for "
+            f"nominal rates eta n / lam in {[rate * BATCH for rate in usable(rows, 'SIBP')]}; SGD for rates in "
+            f"{usable(rows, 'SGD')}."
+        )
+        for name, other in (("SGD", sgd), ("ProxProp", prox), ("AdamW", adam)):
+            lines.append(
+                f"- Faster decrease than {name}, loss after 100 batches: {compare(ours, other, '100', 'losses')}. "
+                f"Better accuracy after {last}: {compare(ours, other, last, 'accuracies')} points."
+            )
+        lines.append("")
+    for network in networks.values():
+        rows = network["rows"]
+        marks = list(rows[0]["at"])
+        lines += [f"## {network['title']}, {network['seeds']} seeds", ""]
+        lines.append(
+            "| method | rate | " + " | ".join(f"accuracy, loss at {mark}" for mark in marks) + " | CPU s | diverged |"
+        )
+        lines.append("| --- " * (len(marks) + 4) + "|")
+        for row in rows:
+            cells = []
+            for mark in marks:
+                accuracy, loss = row["at"][mark]["accuracy"], row["at"][mark]["loss"]
+                shown = "not finite" if loss is None else f"{loss[0]:.3f} ± {loss[1]:.3f}"
+                cells.append(f"{accuracy[0]:.2f} ± {accuracy[1]:.2f}, {shown}")
+            bold = "**" if row is best(rows, row["method"]) else ""
+            diverged = f"{row['diverged']} of {network['seeds']}" if row["diverged"] else ""
+            seconds = row["at"][marks[-1]]["seconds"]
+            lines.append(
+                f"| {bold}{row['method']}{bold} | {row['rate']:g} | {' | '.join(cells)} | {seconds:.1f} | {diverged} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(SETUPS), default=list(SETUPS))
+    parser.add_argument("--partial", type=Path, default=Path(tempfile.gettempdir()) / "backpass-sibp-training.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--report-only", action="store_true", help="write the results of the runs that are kept")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    done = run([] if options.report_only else options.networks, options.partial)
+    networks = summarize(done, options.networks)
+    facts = FACTS.format(batch=BATCH, torch=torch.__version__, python=platform.python_version())
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "sibp-training.json").write_text(json.dumps({"facts": facts, "networks": networks}, indent=1) + "\n")
+    (options.out / "sibp-training.md").write_text(report(networks, facts))
+
+
+if __name__ == "__main__":
+    main()
