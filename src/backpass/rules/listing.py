@@ -53,6 +53,3 @@ class _Listing(Redefinition):
 
     def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
         return 0, 0
-
-    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)

@@ -124,10 +124,6 @@ class ProxProp(Rule):
             raise BackpassError("an optimizer is for union=True; without it the backward pass solves: leave it out.")
         return ProximalAttached(self, model, optimizer)
 
-    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call itself: what a weight's uses contribute is kept per attachment, so `ProximalInterception` acts."""
-        raise NotImplementedError("ProxProp acts through attach().")
-
     @property
     def step(self) -> ProximalStep:
         """The settings of the solve."""

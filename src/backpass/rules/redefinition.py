@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +18,7 @@ EVERYTHING = (0, 2**31)
 """The range of a rule that leaves out no site."""
 
 
-class Redefinition(ABC):
+class Redefinition:
     """A replacement backward for some torch functions at chosen sites of a model; the forward stays as it is.
 
     Attributes:
@@ -37,15 +36,18 @@ class Redefinition(ABC):
     if TYPE_CHECKING:
         functions: ClassVar[Mapping[TorchFunction, str]]
 
-    @abstractmethod
     def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The value of ``func(*args, **kwargs)``, to the bit, with this rule's backward."""
+        """The value of ``func(*args, **kwargs)``, to the bit, with this rule's backward; here plain.
+
+        A rule that keeps something from call to call has an `Interception` of its own instead.
+        """
+        return func(*args, **kwargs)
 
     def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
         """First site index the rule may act on, and one past the last; ``sites()`` costs a forward pass."""
         return EVERYTHING
 
-    def check(self, model: nn.Module) -> None:  # noqa: B027  most rules fit every model
+    def check(self, model: nn.Module) -> None:
         """Refuse a model that the rule's settings do not fit.
 
         Raises:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
+from backpass.errors import BackpassError
 from backpass.rules.attached import Attached
-from backpass.rules.redefinition import Redefinition, TorchFunction
+from backpass.rules.redefinition import Redefinition
 from backpass.rules.text import format_settings
 
 __all__ = ["BP", "Rule"]
@@ -31,6 +32,8 @@ class Rule(Redefinition):
             NoSiteError: the model is scripted, so its operations cannot be reached.
             BackpassError: ``model`` is no ``nn.Module``, or does not fit the rule's settings.
         """
+        if self.functions and type(self).replace is Rule.replace:
+            raise BackpassError(f"{type(self).__name__} names functions and would leave them plain: define replace().")
         return Attached(self, model)
 
     def __str__(self) -> str:
@@ -44,7 +47,3 @@ class BP(Rule):
     name: ClassVar[str] = "bp"
     functions = {}  # noqa: RUF012
     needs_site: ClassVar[bool] = False
-
-    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The function itself."""
-        return func(*args, **kwargs)

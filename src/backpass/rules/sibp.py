@@ -98,10 +98,6 @@ class SIBP(Rule):
         """As `Rule.attach`."""
         return SemiImplicitAttached(self, model)
 
-    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Nothing: which activation follows is known to the attachment, so `SemiImplicitInterception` acts."""
-        raise NotImplementedError("SIBP acts through attach().")
-
     def step(self, depth: int) -> SemiImplicitStep:
         """The settings of the solve in a network with ``depth`` layers."""
         eta = 1 / max(depth, 1) if self.eta is None else float(self.eta)

@@ -1,11 +1,14 @@
 """Which sites a rule acts on: indices, fractions, module paths, a function of the site."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
 
 from backpass import BackpassError, LinBP, NoSiteError, Site, UnknownNameError, list_sites
-from backpass.rules import SiteTable
+from backpass.rules import Rule, SiteTable
 from support.networks import CASES
 
 
@@ -144,3 +147,13 @@ def test_wrappers_are_seen_through(model):
     with LinBP(start="blocks.1").attach(wrapped) as attached:
         model(X)
         assert [site.module for site in attached.sites] == ["blocks.1.relu"] * 2
+
+
+def test_a_rule_that_names_functions_but_replaces_none_is_refused(model):
+    @dataclass(frozen=True, kw_only=True)
+    class Forgetful(Rule):
+        name = "forgetful"
+        functions: ClassVar = {torch.relu: "relu"}
+
+    with pytest.raises(BackpassError, match="define replace"):
+        Forgetful().attach(model)
