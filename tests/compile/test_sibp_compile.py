@@ -21,7 +21,10 @@ def assert_same(one, other):
     assert all(torch.allclose(one[1][k], other[1][k], rtol=0, atol=1e-12) for k in one[1])
 
 
-@pytest.mark.parametrize("name", ["modules", "tanh", "method", "gelu", "residual", "conv-bn-relu"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("modules", "method", "gelu")]
+
+
+@pytest.mark.parametrize("name", ["tanh", "residual", "conv-bn-relu", *SLOW])
 def test_aot_eager_equals_eager(name):
     model, x = CASES[name].make()
     rule = SIBP(eta=None, newton_steps=2)
