@@ -100,8 +100,8 @@ def attack(
         space = make_protocol(protocol, data, o.read_normalisation(mean, std))
         settings = given.as_options()
         make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
+        in_front = o.normalisation_in_front(normalize, mean, std, data=data, protocol=protocol)
         images = load_data(data, split=split).first(limit)
-        in_front = o.normalisation_in_front(normalize, mean, std, data)
         subject = load_subject(model, weights, device=where, seed=seed, normalisation=in_front)
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])

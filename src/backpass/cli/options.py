@@ -135,15 +135,21 @@ def read_normalisation(mean: str | None, std: str | None) -> Normalisation | Non
     return Normalisation(read_numbers(mean, "--mean"), read_numbers(std, "--std"))
 
 
-def normalisation_in_front(wanted: bool, mean: str | None, std: str | None, data: str) -> Normalisation | None:
+def normalisation_in_front(
+    wanted: bool, mean: str | None, std: str | None, *, data: str, protocol: str
+) -> Normalisation | None:
     """What ``--normalize`` puts in front of a network; nothing where it is not wanted.
 
     Raises:
-        BackpassError: it is wanted, and not known.
+        BackpassError: it is wanted, and not known; or it is given, and nothing uses it.
     """
     from backpass.lab.protocols import known_normalisation
 
     if not wanted:
+        if mean is not None and protocol == "standard":
+            raise BackpassError(
+                "--mean and --std have no use here: add --normalize if the network expects normalised images."
+            )
         return None
     found = read_normalisation(mean, std) or known_normalisation(data)
     if found is None:

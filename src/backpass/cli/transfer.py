@@ -82,8 +82,8 @@ def transfer(
         space = make_protocol(protocol, data, o.read_normalisation(mean, std))
         settings = {**given.as_options(), "early_stop": False}
         make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
+        in_front = o.normalisation_in_front(normalize, mean, std, data=data, protocol=protocol)
         images = load_data(data, split=split).first(limit)
-        in_front = o.normalisation_in_front(normalize, mean, std, data)
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])
         networks = load_named([*sources, *targets], device=where, seed=seed, normalisation=in_front)

@@ -10,8 +10,9 @@ from torch import Tensor
 from backpass.attacks import Rate
 from backpass.errors import BackpassError
 from backpass.lab.statistics import Interval
+from backpass.lab.wording import interval_text
 
-__all__ = ["PairedDifference", "independent_difference", "paired_difference", "percent"]
+__all__ = ["PairedDifference", "independent_difference", "paired_difference", "percent", "percent_text"]
 
 _Z = 1.959963984540054  # the normal quantile of a two-sided 95 %
 
@@ -22,6 +23,11 @@ def percent(rate: Rate) -> Interval:
         return Interval(math.nan, math.nan, math.nan, 0)
     low, high = rate.interval
     return Interval(100 * rate.value, 100 * low, 100 * high, rate.trials)
+
+
+def percent_text(rate: Rate) -> str:
+    """A rate with its interval in words, as in "86.4 [83.2, 89.1] %"."""
+    return f"{interval_text(percent(rate))}\N{NO-BREAK SPACE}%" if rate.trials else "of no image"
 
 
 class PairedDifference(NamedTuple):

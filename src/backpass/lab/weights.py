@@ -86,8 +86,8 @@ def _torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BackpassError(
-            f"{path} cannot be read without running code that it may hold (torch.load with weights_only=True refuses "
-            "it). Save model.state_dict() alone, best as safetensors."
+            f"{path} is no file of weights, or one that cannot be read without running code that it may hold "
+            "(torch.load with weights_only=True refuses it). Save model.state_dict() alone, best as safetensors."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise BackpassError(f"{path} cannot be read as weights: the file may be cut off or of another kind.") from error

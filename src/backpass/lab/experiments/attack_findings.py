@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from backpass.lab.experiments.attack_comparison import Comparison, Worst, rule_name
 from backpass.lab.experiments.attack_study import Measured, Study
 from backpass.lab.numbers import fraction_text
-from backpass.lab.proportions import percent
+from backpass.lab.proportions import percent_text
 from backpass.lab.result import Finding
 from backpass.lab.wording import interval_text, listing
 
@@ -22,7 +22,7 @@ def findings(measured: Measured, comparisons: Sequence[Comparison], worst: Seque
         Finding(
             "Clean images",
             f"{study.subject.name} has {base.clean.hits:,} of {base.clean.trials:,} images right, "
-            f"{interval_text(percent(base.clean))} %."
+            f"{percent_text(base.clean)}."
             + ("" if base.clean.hits else " There is nothing to attack: an attack's success counts those alone."),
         )
     ]
@@ -65,16 +65,16 @@ def _attack(measured: Measured, comparisons: Sequence[Comparison]) -> Finding:
     plan = comparisons[0].plan
     parts = []
     for one in comparisons:
-        rate = interval_text(percent(measured.reports[one.rule].fooled(plan.name)))
+        rate = percent_text(measured.reports[one.rule].fooled(plan.name))
         if not plan.uses_gradients:
-            parts.append(f"without gradients it fools {rate} % of them")
+            parts.append(f"without gradients it fools {rate} of them")
         elif one.difference is None:
-            parts.append(f"with {rule_name(one.rule)}'s gradients it fools {rate} % of them")
+            parts.append(f"with {rule_name(one.rule)}'s gradients it fools {rate} of them")
         else:
             low, high = one.difference.interval.low, one.difference.interval.high
             told = "more" if low > 0 else "fewer" if high < 0 else "which may be chance"
             parts.append(
-                f"with those of {rule_name(one.rule)} {rate} %, a paired difference of "
+                f"with those of {rule_name(one.rule)} {rate}, a paired difference of "
                 f"{interval_text(one.difference.interval, signed=True)} points ({told})"
             )
     return Finding(f"{plan.text}, eps {fraction_text(plan.eps)}", _sentence("; ".join(parts)))
@@ -84,10 +84,7 @@ def _together(study: Study, worst: Sequence[Worst]) -> list[Finding]:
     """Whether the other rules find what the first does not."""
     if len(study.rules) < 2:
         return []
-    parts = [
-        f"{one.further:,} at eps {fraction_text(one.eps)} ({interval_text(percent(one.together))} % in all)"
-        for one in worst
-    ]
+    parts = [f"{one.further:,} at eps {fraction_text(one.eps)} ({percent_text(one.together)} in all)" for one in worst]
     return [
         Finding(
             f"Beyond {rule_name(study.rules[0])}",
@@ -120,7 +117,7 @@ def _masking(measured: Measured) -> list[Finding]:
         )
         found.append(
             Finding(
-                f"Masked gradients, eps {fraction_text(eps)}",
+                f"Random search, eps {fraction_text(eps)}",
                 f"{count:,} images are fooled by random search and by no attack that uses gradients. {advice}",
             )
         )

@@ -13,9 +13,9 @@ from backpass.lab.experiments.attack_plans import Plan
 from backpass.lab.experiments.attack_settings import plan_settings, protocol_settings, subject_text
 from backpass.lab.experiments.transfer import Measured
 from backpass.lab.numbers import fraction_text
-from backpass.lab.proportions import independent_difference, percent
+from backpass.lab.proportions import independent_difference, percent, percent_text
 from backpass.lab.result import Cell, Curve, Finding, Result, Series, Table, environment
-from backpass.lab.wording import interval_text, listing, number
+from backpass.lab.wording import listing, number
 
 __all__ = ["describe"]
 
@@ -139,7 +139,7 @@ def _findings(measured: Measured, claims: list[Claim]) -> list[Finding]:
     found = [
         Finding(
             "Clean images",
-            listing([f"{name} has {interval_text(percent(rate))} %" for name, rate in measured.clean.items()])
+            listing([f"{name} has {percent_text(rate)}" for name, rate in measured.clean.items()])
             + f" of {len(study.data.images):,} images right.",
         )
     ]
