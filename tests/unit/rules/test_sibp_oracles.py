@@ -138,3 +138,32 @@ def test_7_every_iteration_lowers_the_quadratic_model(kind: str) -> None:
     values = [model(case.step(eta=0.3, lam=0.5, cg_steps=k)) for k in range(1, 7)]
     assert values[0] < model(torch.zeros(4, A.shape[1]).double())
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values))
+
+
+KINDS_OF_LAYERS = {
+    "linear on tokens": (lambda: nn.Linear(6, 4), (5, 6)),
+    "conv1d": (lambda: nn.Conv1d(2, 4, 3, padding="same", bias=False), (2, 7)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2), (4, 6, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1), (4, 3, 3)),
+    "conv3d": (lambda: nn.Conv3d(1, 2, 2, dilation=2), (1, 4, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF_LAYERS)
+@pytest.mark.parametrize("s", [nn.Tanh(), nn.Identity()], ids=["tanh", "identity"])
+@pytest.mark.parametrize("newton_steps", [1, 2])
+def test_every_kind_of_layer_gets_the_gradient_for_a_large_penalty(name: str, s: nn.Module, newton_steps: int) -> None:
+    torch.manual_seed(0)
+    build, size = KINDS_OF_LAYERS[name]
+    model, x = nn.Sequential(build(), s).double(), torch.randn(3, *size).double().requires_grad_()
+    found = []
+    for rule in (None, SIBP(eta=0.5, lam=1e7, reduction="sum", newton_steps=newton_steps)):
+        model.zero_grad()
+        x.grad = None
+        attached = rule.attach(model) if rule else None
+        model(x).square().sum().backward()
+        found.append([x.grad, *(p.grad * (1e7 / 0.5 if rule else 1) for p in model.parameters())])
+        if attached:
+            attached.remove()
+    for plain, ours in zip(*found, strict=True):
+        assert (plain - ours).norm() < 1e-4 * plain.norm()
