@@ -1,14 +1,21 @@
 """The page stands alone, shows everything, and carries the very numbers of the JSON."""
 
+import base64
+import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from backpass.lab.claims import judge
+from backpass.lab.pictures import Gallery, Picture, amplified, png_uri
 from backpass.lab.plots import inline_svg, picture
 from backpass.lab.report import page, write_report
 from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
@@ -120,6 +127,47 @@ def test_plots_have_names_for_those_who_cannot_see_them(result):
     html = page(result)
     assert html.count('role="img"') == len(result.series)
     assert '<title id="plot-loss-title">Loss &amp; more</title><desc id="plot-loss-desc">Falls.</desc>' in html
+
+
+def test_images_stand_in_the_page_and_their_captions_in_the_json(result):
+    torch.manual_seed(0)
+    image = torch.rand(3, 4, 5)
+    gallery = Gallery(
+        id="g", title="Images", columns=["Before"], rows=[[Picture(uri=png_uri(image), caption="a <cat>")]], note="Two."
+    )
+    shown = replace(result, galleries=[gallery], series=[], claims=[])
+    html = page(shown)
+    source = re.search(r'<img src="data:image/png;base64,([^"]+)" alt="a &lt;cat&gt;">', html)
+    with Image.open(io.BytesIO(base64.b64decode(source[1]))) as opened:
+        pixels = torch.from_numpy(np.array(opened)).permute(2, 0, 1) / 255
+    assert (pixels - image).abs().max() <= 0.5 / 255 + 1e-6
+    assert json.loads(shown.as_json())["galleries"][0]["rows"] == [[{"caption": "a <cat>"}]]
+    # A page without plots and claims has no empty sections.
+    assert "Claims and verdicts" not in html
+    assert "Plots" not in html
+    Page(html)
+
+
+def test_a_difference_is_shown_around_grey_and_a_grey_image_stays_grey():
+    difference = torch.tensor([[[-0.1, 0.0, 0.1]]])
+    assert amplified(difference, 5.0).flatten().tolist() == pytest.approx([0.0, 0.5, 1.0])
+    with Image.open(io.BytesIO(base64.b64decode(png_uri(amplified(difference, 5.0)).partition(",")[2]))) as opened:
+        assert opened.mode == "L"
+        assert np.array(opened).tolist() == [[0, 128, 255]]
+
+
+def test_a_curve_of_given_intervals_shows_them(result):
+    given = [Interval(40.0, 30.0, 52.0, 9), Interval(math.nan, math.nan, math.nan, 0)]
+    curve = Curve(label="BP", x=[1.0, 2.0], given=given)
+    series = Series(id="s", title="t", description="d", x_label="x", y_label="y", curves=[curve])
+    shown = replace(result, series=[series], plots_note="Bands are Wilson's.", claims_note="Pairs are images.")
+    content = json.loads(shown.as_json())["series"][0]["curves"][0]
+    assert content["mean"] == [40.0, None]
+    assert content["interval"] == [[30.0, 52.0], [None, None]]
+    html = page(shown)
+    assert "Bands are Wilson" in html
+    assert "Pairs are images." in html
+    assert "over the seeds" not in html
 
 
 def test_words_are_shown_and_never_become_markup(result):

@@ -1,0 +1,389 @@
+"""`backpass attack` and `backpass transfer`: a user's own network, the library's numbers, mistakes that are told."""
+
+import importlib
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from typer.testing import CliRunner
+
+from backpass import LinBP, cli
+from backpass.attacks import PGD, evaluate, transfer
+from backpass.lab.data import load_data
+
+NETWORK = '''
+import os, signal
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    """A user's own network; the environment can make it die or be interrupted at a certain call."""
+    calls = 0
+
+    def __init__(self, width=48):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(64, width), nn.Linear(width, width), nn.Linear(width, 10)
+
+    def forward(self, x):
+        Net.calls += 1
+        if os.environ.get("DIE_AT") == str(Net.calls):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("INTERRUPT_AT") == str(Net.calls):
+            raise KeyboardInterrupt
+        x = torch.relu(self.first(x.flatten(1)))
+        return self.last(torch.relu(self.second(x)))
+
+def wide():
+    return Net(64)
+
+def broken():
+    raise RuntimeError("no such wheel")
+'''
+
+
+def train(network, seed):
+    data = load_data("digits", split="train").images
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+    for _ in range(8):
+        for rows in torch.randperm(len(data), generator=generator).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(network(data.x[rows]), data.y[rows]).backward()
+            optimizer.step()
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with `mymodel.py` and weights for its two networks."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "mymodel.py").write_text(NETWORK)
+    sys.path.insert(0, str(folder))
+    module = importlib.import_module("mymodel")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(train(module.Net(), 0).state_dict(), folder / "net.pt")
+        torch.save({"state_dict": train(module.wide(), 1).state_dict()}, folder / "wide.pt")
+    yield folder
+    sys.path.remove(str(folder))
+    del sys.modules["mymodel"]
+
+
+@pytest.fixture(autouse=True)
+def at_home(home, monkeypatch, tmp_path):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("BACKPASS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("BACKPASS_DATA", raising=False)
+    sys.modules["mymodel"].Net.calls = 0
+
+
+def net(name="Net", file="net.pt"):
+    module = sys.modules["mymodel"]
+    model = module.Net() if name == "Net" else module.wide()
+    state = torch.load(file, weights_only=True)
+    model.load_state_dict(state.get("state_dict", state))
+    return model
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "120", "TERM": "dumb"})
+
+
+def call(monkeypatch, capsys, *arguments):
+    """The entry point itself: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["backpass", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code, *capsys.readouterr()
+
+
+def words(text):
+    """Text without the frames and line breaks that a terminal puts into it."""
+    return re.sub(r"[\s\u2500-\u257f]+", " ", text)
+
+
+BASE = ["--model", "mymodel:Net", "--weights", "net.pt", "--data", "digits", "--limit", "120", "--step", "0.02"]
+
+
+def test_the_numbers_are_those_of_the_library(tmp_path):
+    ended = run("attack", *BASE, "--eps", "0.1", "--rule", "linbp:start=-1", "--rule", "bp", "--out", str(tmp_path))
+    assert ended.exit_code == 0, ended.output
+    written = json.loads((tmp_path / "result.json").read_text())
+    data, model = load_data("digits").first(120).images, net()
+    reports = {"bp": evaluate(model, (data.x, data.y), PGD(eps=0.1, step=0.02, restarts=1))}
+    with LinBP(start=-1).attach(model):
+        reports["linbp:start=-1"] = evaluate(model, (data.x, data.y), PGD(eps=0.1, step=0.02, restarts=1))
+    for rule, report in reports.items():
+        ours = written["numbers"]["rules"][rule]
+        assert ours["clean_accuracy"] == json.loads(json.dumps(report.clean.to_dict()))
+        assert ours["attacks"]["pgd at eps 0.1"]["success_rate"]["hits"] == report.fooled().hits
+        assert ours["attacks"]["pgd at eps 0.1"]["confusion"] == report.confusion().tolist()
+    (claim,) = written["claims"]
+    right = reports["bp"].correct
+    difference = reports["linbp:start=-1"].success[right].double() - reports["bp"].success[right].double()
+    assert claim["estimate"] == pytest.approx(100 * difference.mean().item())
+    assert claim["n"] == int(right.sum())
+    assert list(written["numbers"]["rules"]) == ["bp", "linbp:start=-1"]  # the comparison is always with bp
+
+
+def test_the_report_shows_curves_images_and_every_setting(tmp_path):
+    ended = run(
+        "attack", *BASE, "--eps", "0.1", "--eps", "32/255", "--rule", "bp", "--rule", "linbp", "--curves", "60",
+        "--steps", "4", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    html = (tmp_path / "report.html").read_text()
+    written = json.loads((tmp_path / "result.json").read_text())
+    eps, steps = written["series"]
+    assert [curve["label"] for curve in eps["curves"]] == ["BP", "linbp"]
+    assert {0.1, round(32 / 255, 9)} <= set(eps["curves"][0]["x"])
+    assert len(eps["curves"][0]["x"]) >= 6
+    assert steps["curves"][0]["x"] == [1, 2, 4, 5]
+    for curve in [*eps["curves"], *steps["curves"]]:
+        assert all(low <= mean <= high for mean, (low, high) in zip(curve["mean"], curve["interval"], strict=True))
+    assert html.count('<img src="data:image/png;base64,') == 6 * 5
+    assert "base64" not in (tmp_path / "result.json").read_text()
+    settings, place = written["settings"], written["environment"]
+    assert re.search(r"weights: net.pt \(SHA-256 [0-9a-f]{12}\)", settings["network"])
+    assert "step 0.02, steps 4, restarts 1, random start True" in settings["pgd at eps 0.1"]
+    assert {"torch", "backpass", "python"} <= set(place["versions"])
+    assert place["device"] == "cpu"
+    assert "digits of scikit-learn" in place["data"]
+    assert "http" not in html
+    assert "<script" not in html
+
+
+def test_a_rule_makes_no_difference_to_random_search_which_is_run_once(tmp_path):
+    ended = run(
+        "attack", *BASE, "--attack", "square:queries=60", "--attack", "pgd", "--eps", "0.15", "--rule", "bp",
+        "--rule", "linbp", "--curves", "0", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    numbers = json.loads((tmp_path / "result.json").read_text())["numbers"]["rules"]
+    assert list(numbers["bp"]["attacks"]) == ["square:queries=60 at eps 0.15", "pgd at eps 0.15"]
+    assert list(numbers["linbp"]["attacks"]) == ["pgd at eps 0.15"]
+    assert "Random search" in ended.output
+
+
+def test_a_network_without_weights_is_named_as_such_and_is_the_same_every_time(tmp_path):
+    hashes = set()
+    for name in ("one", "two"):
+        ended = run(
+            "attack", "--model", "mymodel:Net", "--data", "digits", "--limit", "40", "--eps", "0.1", "--curves", "0",
+            "--out", str(tmp_path / name),
+        )  # fmt: skip
+        assert ended.exit_code == 0, ended.output
+        assert "attacked with its own initial weights" in words(ended.output)
+        written = json.loads((tmp_path / name / "result.json").read_text())
+        assert "its own initial ones" in written["settings"]["network"]
+        hashes.add(written["settings"]["network"])
+    assert len(hashes) == 1
+
+
+def test_a_network_that_has_nothing_right_leaves_nothing_to_attack(tmp_path, home):
+    state = net().state_dict()
+    state["last.weight"], state["last.bias"] = -state["last.weight"] * 50, -state["last.bias"] * 50
+    torch.save(state, tmp_path / "wrong.pt")
+    data = load_data("digits").images
+    model = net(file=tmp_path / "wrong.pt")
+    limit = int((model(data.x).argmax(1) == data.y).int().cumsum(0).eq(0).sum())
+    assert limit > 3
+    ended = run(
+        "attack", "--model", "mymodel:Net", "--weights", str(tmp_path / "wrong.pt"), "--data", "digits", "--limit",
+        str(limit), "--eps", "0.1", "--rule", "bp", "--rule", "linbp", "--out", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    assert "There is nothing to attack" in words(ended.output)
+    assert "diverged" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_normalisation_in_front_of_a_network_is_that_network_on_normalised_images(tmp_path):
+    mean, std = 0.3, 0.4
+    state = net().state_dict()  # the same function, for inputs (x - mean) / std
+    state["first.bias"] = state["first.bias"] + mean * state["first.weight"].sum(1)
+    state["first.weight"] = state["first.weight"] * std
+    torch.save(state, tmp_path / "normalised.pt")
+    numbers = []
+    for name, weights, more in (
+        ("plain", "net.pt", []),
+        ("front", str(tmp_path / "normalised.pt"), ["--normalize", "--mean", "0.3", "--std", "0.4"]),
+    ):
+        ended = run(
+            "attack", "--model", "mymodel:Net", "--weights", weights, "--data", "digits", "--limit", "100", "--eps",
+            "0.1", "--step", "0.02", "--curves", "0", *more, "--out", str(tmp_path / name),
+        )  # fmt: skip
+        assert ended.exit_code == 0, ended.output
+        report = json.loads((tmp_path / name / "result.json").read_text())["numbers"]["rules"]["bp"]
+        numbers.append((report["clean_accuracy"]["hits"], report["success_rate"]["hits"]))
+    assert numbers[0] == numbers[1]
+    assert numbers[0][1] > 10
+
+
+def test_the_papers_protocol_says_what_eps_means_in_pixels(tmp_path):
+    ended = run(
+        "attack", *BASE, "--eps", "16/255", "--protocol", "paper", "--mean", "0.5", "--std", "0.25", "--curves", "0",
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    text = words(ended.output)
+    assert "eps 16/255 is a radius of 8.00 and a start within 4.00" in text
+    assert "the step of 5.1/255 is 1.2" in text
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert "restarts 5" in written["settings"]["pgd at eps 16/255"]
+    assert written["scale"] == "protocol paper"
+
+
+def test_users_own_images_in_folders_are_attacked_by_their_class_names(tmp_path):
+    digits = load_data("digits").images
+    for index in range(60):
+        if digits.labels[index] > 1:
+            continue
+        stream = io.BytesIO()
+        Image.fromarray(np.asarray(digits.pixels[index, 0] * 15, dtype=np.uint8)).save(stream, format="PNG")
+        path = tmp_path / "images" / "test" / ["nought", "one"][digits.labels[index]] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(stream.getvalue())
+    ended = run(
+        "attack", "--model", "mymodel:Net", "--weights", "net.pt", "--data", str(tmp_path / "images"), "--eps", "0.3",
+        "--step", "0.05", "--curves", "0", "--out", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    captions = [row[0]["caption"] for row in written["galleries"][0]["rows"]]
+    assert captions
+    assert all(re.fullmatch(r"(nought|one) \(image \d+\)", caption) for caption in captions)
+
+
+def test_a_killed_run_goes_on_with_the_same_answer(monkeypatch, capsys, tmp_path):
+    arguments = [
+        "attack", *BASE, "--eps", "0.1", "--rule", "bp", "--rule", "linbp", "--batch-size", "30", "--curves", "30",
+    ]  # fmt: skip
+    whole, part = str(tmp_path / "whole"), str(tmp_path / "part")
+    assert run(*arguments, "--out", whole).exit_code == 0
+    killed = subprocess.run(
+        [sys.executable, "-m", "backpass", *arguments, "--out", part],
+        env={**os.environ, "DIE_AT": "60"},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "part" / "result.json").exists()
+    code, _, err = call(monkeypatch, capsys, *arguments, "--out", part)
+    assert code == 2
+    assert "parts of a run that did not finish: --resume goes on" in err
+    ended = run(*arguments, "--resume", "--out", part)
+    assert ended.exit_code == 0, ended.output
+    one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "part"))
+    counts = [[int(n) for n in re.findall(r"\d+", result["environment"]["parts"])] for result in (one, other)]
+    assert sum(counts[0]) == sum(counts[1])
+    assert 0 < counts[1][0] < counts[0][0]
+    for result in (one, other):
+        del result["environment"]["seconds"], result["environment"]["parts"]
+    assert one == other
+    # Once it has finished, the same command begins anew.
+    assert run(*arguments, "--out", part).exit_code == 0
+    again = json.loads((tmp_path / "part" / "result.json").read_text())["environment"]["parts"]
+    assert int(re.findall(r"\d+", again)[0]) == counts[0][0]
+
+
+def test_ctrl_c_ends_with_130(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("INTERRUPT_AT", "12")
+    code, _, err = call(monkeypatch, capsys, "attack", *BASE, "--eps", "0.1", "--out", str(tmp_path))
+    assert code == 130
+    assert "Traceback" not in err
+
+
+def test_transfer_is_the_librarys_matrix_for_every_rule(tmp_path):
+    ended = run(
+        "transfer", "--source", "mymodel:Net@net.pt", "--target", "mymodel:Net@net.pt", "--target",
+        "mymodel:wide@wide.pt", "--data", "digits", "--limit", "100", "--eps", "0.1", "--eps", "0.2", "--step", "0.02",
+        "--rule", "bp", "--rule", "linbp:start=-1", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    written = json.loads((tmp_path / "result.json").read_text())
+    data, a, b = load_data("digits").first(100).images, net(), net("wide", "wide.pt")
+    attack = PGD(eps=0.2, step=0.02, restarts=1, early_stop=False)
+    plain = transfer({"a": a}, {"a": a, "b": b}, (data.x, data.y), attack).rates["a"]
+    with LinBP(start=-1).attach(a):
+        linear = transfer({"a": a}, {"a": a, "b": b}, (data.x, data.y), attack).rates["a"]
+    found = {(one["attack"], one["rule"], one["target"]): one for one in written["numbers"]["success_rate"]}
+    for rule, rates in (("bp", plain), ("linbp:start=-1", linear)):
+        for name, target in (("a", "mymodel:Net@net.pt"), ("b", "mymodel:wide@wide.pt")):
+            ours = found["pgd at eps 0.2", rule, target]
+            assert (ours["hits"], ours["trials"]) == (rates[name].hits, rates[name].trials)
+            assert ours["interval"] == list(rates[name].interval)
+    assert 0 < plain["b"].hits < plain["a"].hits
+    assert len(written["claims"]) == 2  # one for each radius; white-box pairs are no transfer
+    assert written["claims"][1]["estimate"] == pytest.approx(100 * (linear["b"].value - plain["b"].value))
+    assert [curve["label"] for curve in written["series"][0]["curves"]] == ["BP", "linbp:start=-1"]
+    assert math.isfinite(written["tables"][0]["rows"][1][1]["mean"])
+
+
+ATTACK = ["attack", *BASE, "--eps", "0.1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attack", *BASE, "--eps", "8"], "Did you mean 8/255"),
+        (["attack", *BASE, "--eps", "eight"], "--eps must be a number such as 8/255"),
+        ([*ATTACK, "--attack", "pgdd"], "unknown attack 'pgdd'. Did you mean 'pgd'"),
+        ([*ATTACK, "--rule", "linpb"], "unknown rule 'linpb'. Did you mean 'linbp'"),
+        ([*ATTACK, "--rule", "linbp:start=9"], "selects none of the 2 sites"),
+        ([*ATTACK, "--rule", "bp", "--rule", "bp"], "--rule bp stands twice"),
+        ([*ATTACK, "--protocol", "papers"], "unknown protocol 'papers'. Did you mean 'paper'"),
+        ([*ATTACK, "--norm", "l3"], "unknown norm 'l3'"),
+        ([*ATTACK, "--loss", "cee"], "unknown loss 'cee'. Did you mean 'ce'"),
+        ([*ATTACK, "--dtype", "bfloat"], "unknown dtype 'bfloat'. Did you mean 'bfloat16'"),
+        ([*ATTACK, "--device", "gpu"], "the device 'gpu' cannot be used here"),
+        ([*ATTACK, "--split", "tset"], "Did you mean 'test'"),
+        ([*ATTACK, "--mean", "0.5"], "--mean and --std go together"),
+        ([*ATTACK, "--mean", "0.5", "--std", "0.5"], "have no use here: add --normalize"),
+        ([*ATTACK, "--normalize", "--mean", "1,2,3", "--std", "1,2,3"], "the images have 1 channels, the normal"),
+        ([*ATTACK, "--data", "mnst"], "Did you mean 'mnist'"),
+        ([*ATTACK, "--weights", "absent.pt"], "there is no file of weights absent.pt"),
+        ([*ATTACK, "--weights", "wide.pt"], "first.weight is 64x64 in the file and 48x64 in the model"),
+        ([*ATTACK, "--model", "mymodel:Nett"], "Did you mean 'Net'"),
+        ([*ATTACK, "--model", "mymodell:Net"], "cannot import 'mymodell'"),
+        ([*ATTACK, "--model", "mymodel:broken"], "failed when it was imported or called: RuntimeError: no such wheel"),
+        ([*ATTACK, "--model", "torch.nn:Tanh", "--weights", "net.pt"], "the model lacks first.weight"),
+        (["transfer", "--source", "mymodel:Net@no.pt", "--target", "cnn", "--data", "digits", "--eps", "0.1"], "no.pt"),
+    ],
+)
+def test_a_mistake_ends_with_one_message_and_code_2(monkeypatch, capsys, tmp_path, arguments, message):
+    code, out, err = call(monkeypatch, capsys, *arguments, "--out", str(tmp_path / "run"))
+    assert code == 2
+    assert message in err
+    assert err.startswith("backpass: ")
+    assert out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_the_network_does_not_take_are_told(monkeypatch, capsys, tmp_path):
+    for name in "ab":
+        (tmp_path / "d" / name).mkdir(parents=True)
+        Image.new("L", (9, 9)).save(tmp_path / "d" / name / "1.png")
+    code, _, err = call(monkeypatch, capsys, *ATTACK, "--data", str(tmp_path / "d"), "--out", str(tmp_path / "run"))
+    assert code == 2
+    assert "does not take the images of" in err
+    assert "(2, 1, 9, 9)" in err
+
+
+def test_help_teaches_with_examples_and_does_without_torch():
+    for command, example in (("attack", "--rule bp --rule linbp:start=layer4"), ("transfer", "@small.safetensors")):
+        text = words(run(command, "--help").output)
+        assert example in text
+        assert "8/255" in text
+    code = "import sys; from backpass import cli; sys.argv = ['backpass', 'attack', '--help']\ntry: cli.main()\n"
+    code += "except SystemExit: pass\nassert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
