@@ -314,7 +314,7 @@ def main() -> None:
     networks = summarize(done, options.networks)
     facts = FACTS.format(batch=BATCH, torch=torch.__version__, python=platform.python_version())
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "sibp-training.json").write_text(json.dumps({"facts": facts, "networks": networks}, indent=1) + "\n")
+    (options.out / "sibp-training.json").write_text(json.dumps({"facts": facts, "networks": networks}) + "\n")
     (options.out / "sibp-training.md").write_text(report(networks, facts))
 
 
