@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from backpass.rules.patches import correlated_gram, patch_gram, unfolded_gram
+from backpass.rules.layers.patches import correlated_gram, patch_gram, unfolded_gram
 from backpass.rules.proxprop import ProxProp
 
 METHODS = {

@@ -5,7 +5,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backpass.rules.patches import correlated_gram, patch_count, patch_gram, patch_rows, patch_sums, unfolded_gram
+from backpass.rules.layers.patches import (
+    correlated_gram,
+    patch_count,
+    patch_gram,
+    patch_rows,
+    patch_sums,
+    unfolded_gram,
+)
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from backpass.rules.activations import ACTIVATIONS
-from backpass.rules.elementwise import elementwise
-from backpass.rules.linear_calls import linear_call
-from backpass.rules.linear_layer import LinearLayer
-from backpass.rules.semi_implicit import SemiImplicitStep, increment
-from backpass.rules.unit_systems import ByColumns, ByRows
+from backpass.rules.layers.linear_calls import linear_call
+from backpass.rules.layers.linear_layer import LinearLayer
+from backpass.rules.semi_implicit.elementwise import elementwise
+from backpass.rules.semi_implicit.unit_systems import ByColumns, ByRows
+from backpass.rules.semi_implicit.weight_step import SemiImplicitStep, increment
 
 STEP = SemiImplicitStep(0.1, 0.7, 0.3, 1, 40, "sum", True)
 

@@ -46,6 +46,14 @@ class Net(nn.Module):
 def wide():
     return Net(64)
 
+class Pair(Net):
+    def forward(self, x):
+        return {"logits": super().forward(x), "features": x}
+
+class Detached(Net):
+    def forward(self, x):
+        return super().forward(x.detach())
+
 def broken():
     raise RuntimeError("no such wheel")
 '''
@@ -357,6 +365,7 @@ ATTACK = ["attack", *BASE, "--eps", "0.1"]
         ([*ATTACK, "--model", "mymodell:Net"], "cannot import 'mymodell'"),
         ([*ATTACK, "--model", "mymodel:broken"], "failed when it was imported or called: RuntimeError: no such wheel"),
         ([*ATTACK, "--model", "torch.nn:Tanh", "--weights", "net.pt"], "the model lacks first.weight"),
+        ([*ATTACK, "--model", "mymodel:Pair"], "Select it with logits="),
         (["transfer", "--source", "mymodel:Net@no.pt", "--target", "cnn", "--data", "digits", "--eps", "0.1"], "no.pt"),
     ],
 )
@@ -366,7 +375,28 @@ def test_a_mistake_ends_with_one_message_and_code_2(monkeypatch, capsys, tmp_pat
     assert message in err
     assert err.startswith("backpass: ")
     assert out == ""
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_logits_inside_a_dictionary_can_be_selected(tmp_path):
+    same = []
+    for name, more in (("Net", []), ("Pair", ["--logits", "logits"])):
+        arguments = [*ATTACK, "--model", f"mymodel:{name}", *more, "--curves", "0", "--out", str(tmp_path / name)]
+        ended = run(*arguments)
+        assert ended.exit_code == 0, ended.output
+        same.append(json.loads((tmp_path / name / "result.json").read_text())["numbers"]["rules"]["bp"]["success_rate"])
+    assert same[0] == same[1]
+
+
+def test_a_network_that_cannot_be_differentiated_ends_without_a_traceback(monkeypatch, capsys, tmp_path):
+    arguments = [*ATTACK, "--model", "mymodel:Detached", "--out", str(tmp_path)]
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert err.startswith("backpass: ")
+    monkeypatch.setenv("BACKPASS_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["backpass", *arguments])
+    with pytest.raises((RuntimeError, SystemExit)):
+        cli.main()
 
 
 def test_images_that_the_network_does_not_take_are_told(monkeypatch, capsys, tmp_path):

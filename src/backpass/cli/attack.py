@@ -71,6 +71,7 @@ def attack(
         int,
         typer.Option(min=0, help="Images for the curves of success against eps and steps; 0 leaves them out."),
     ] = 200,
+    logits: o.Logits = None,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     batch_size: o.BatchSize = 256,
@@ -83,7 +84,9 @@ def attack(
     Several attacks, radii and rules are measured on the same images from the same random starts, so that rules are
     compared image by image. The network is left as it is; success is judged on the plain network in float32.
     """
-    given = o.Settings(step=step, steps=steps, restarts=restarts, norm=norm, loss=loss, dtype=dtype, seed=seed)
+    given = o.Settings(
+        step=step, steps=steps, restarts=restarts, norm=norm, loss=loss, dtype=dtype, logits=logits, seed=seed
+    )
     with working("loading torch") as report:
         from backpass.lab.data import load_data
         from backpass.lab.experiments.attack import measure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -12,6 +13,7 @@ __all__ = ["app", "main"]
 
 _MISTAKE = 2  # the exit code of every mistake that has a message
 _INTERRUPTED = 130
+_TRACEBACK = "BACKPASS_TRACEBACK"  # set, it shows where torch has failed
 _LAB = {"PIL", "jinja2", "markupsafe", "matplotlib", "numpy", "pyarrow", "rich", "safetensors", "sklearn", "typer"}
 
 
@@ -91,3 +93,7 @@ def main() -> None:
         if (error.name or "").partition(".")[0] in _LAB:
             _lab_is_missing(error)
         raise
+    except RuntimeError as error:  # torch's own, for instance of a network that cannot be differentiated
+        if os.environ.get(_TRACEBACK):
+            raise
+        _fail(f"{type(error).__name__}: {str(error).strip()} (Set {_TRACEBACK}=1 to see where.)")

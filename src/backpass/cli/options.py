@@ -69,6 +69,10 @@ Std = Annotated[str | None, typer.Option(help="Their standard deviation.", show_
 Normalize = Annotated[
     bool, typer.Option("--normalize", help="The network expects (pixel - mean) / std: do that in front of it.")
 ]
+Logits = Annotated[
+    str | None,
+    typer.Option(help="Where the logits are in the network's output: a key or an index.", show_default="the output"),
+]
 Seed = Annotated[int, typer.Option(help="Of random starts and initial weights.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images searched at a time.")]
@@ -88,6 +92,7 @@ class Settings:
     norm: str | None
     loss: str | None
     dtype: str | None
+    logits: str | None
     seed: int
 
     def as_options(self) -> dict[str, Any]:
@@ -106,6 +111,7 @@ class Settings:
             "norm": self.norm,
             "loss": self.loss,
             "dtype": _dtype(self.dtype),
+            "logits": int(self.logits) if (self.logits or "").isdigit() else self.logits,
             "seed": self.seed,
         }
 

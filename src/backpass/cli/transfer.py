@@ -54,6 +54,7 @@ def transfer(
     mean: o.Mean = None,
     std: o.Std = None,
     normalize: o.Normalize = False,
+    logits: o.Logits = None,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     batch_size: o.BatchSize = 256,
@@ -65,7 +66,9 @@ def transfer(
     Every image has every step, also after it fools its source, as images that only just do so transfer worse.
     Rules are attached to the sources; the targets judge as they are.
     """
-    given = o.Settings(step=step, steps=steps, restarts=restarts, norm=norm, loss=loss, dtype=dtype, seed=seed)
+    given = o.Settings(
+        step=step, steps=steps, restarts=restarts, norm=norm, loss=loss, dtype=dtype, logits=logits, seed=seed
+    )
     with working("loading torch") as report:
         from backpass.lab.data import load_data
         from backpass.lab.experiments.attack_plans import make_plans

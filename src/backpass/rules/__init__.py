@@ -1,6 +1,7 @@
 """Rules: replacement backward passes for some torch functions at chosen sites of a model."""
 
-from backpass.rules.attached import Attached, attachments
+from backpass.rules.attaching.attached import Attached, attachments
+from backpass.rules.attaching.wrappers import unwrap
 from backpass.rules.linbp import LinBP
 from backpass.rules.listing import list_sites
 from backpass.rules.proxprop import ProxProp
@@ -8,7 +9,6 @@ from backpass.rules.registry import RULES, parse_rule
 from backpass.rules.rule import BP, Rule
 from backpass.rules.sibp import SIBP
 from backpass.rules.sites import Site, SiteTable
-from backpass.rules.wrappers import unwrap
 
 __all__ = [
     "BP",

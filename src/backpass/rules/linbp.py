@@ -14,8 +14,8 @@ from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.activations import ACTIVATIONS, WITHOUT_ACTIVATION, read_call
-from backpass.rules.attached import Attached
-from backpass.rules.interception import Interception
+from backpass.rules.attaching.attached import Attached
+from backpass.rules.attaching.interception import Interception
 from backpass.rules.ranges import check_paths, check_places, resolve_range
 from backpass.rules.residual import ResidualInterception
 from backpass.rules.rule import Rule

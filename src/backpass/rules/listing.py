@@ -9,10 +9,10 @@ from torch import nn
 
 from backpass.errors import UnknownNameError
 from backpass.rules.activations import ACTIVATIONS
-from backpass.rules.attached import Attached
-from backpass.rules.linear_calls import LINEAR, OPAQUE
-from backpass.rules.normalizations import NORMALIZATIONS
-from backpass.rules.redefinition import Redefinition, TorchFunction
+from backpass.rules.attaching.attached import Attached
+from backpass.rules.attaching.redefinition import Redefinition, TorchFunction
+from backpass.rules.layers.linear_calls import LINEAR, OPAQUE
+from backpass.rules.layers.normalizations import NORMALIZATIONS
 from backpass.rules.sites import SiteTable
 
 __all__ = ["list_sites"]

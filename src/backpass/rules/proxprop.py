@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.rules.attached import Attached
-from backpass.rules.contributions import Contributions
-from backpass.rules.dynamo import constant_while_tracing
-from backpass.rules.interception import Interception
-from backpass.rules.linear_calls import LINEAR, OPAQUE, linear_call
-from backpass.rules.normalizations import NORMALIZATIONS, normalization
-from backpass.rules.proximal import ProximalStep
-from backpass.rules.proximal_backward import Call, announce, proximal_affine, proximal_linear
+from backpass.rules.attaching.attached import Attached
+from backpass.rules.attaching.dynamo import constant_while_tracing
+from backpass.rules.attaching.interception import Interception
+from backpass.rules.attaching.redefinition import TorchFunction, no_site
+from backpass.rules.layers.linear_calls import LINEAR, OPAQUE, linear_call
+from backpass.rules.layers.normalizations import NORMALIZATIONS, normalization
+from backpass.rules.proximal.backward import Call, announce, proximal_affine, proximal_linear
+from backpass.rules.proximal.contributions import Contributions
+from backpass.rules.proximal.direction import ProximalStep
+from backpass.rules.proximal.union import Union
 from backpass.rules.ranges import Place, check_paths, check_places, resolve_range
-from backpass.rules.redefinition import TorchFunction, no_site
 from backpass.rules.rule import Rule
 from backpass.rules.sites import Site, SiteTable
-from backpass.rules.union import Union
 
 __all__ = ["ProxProp", "ProximalAttached"]
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import nn
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.rules.redefinition import EVERYTHING
+from backpass.rules.attaching.redefinition import EVERYTHING
+from backpass.rules.attaching.wrappers import named_modules
 from backpass.rules.sites import SiteTable
-from backpass.rules.wrappers import named_modules
 
 __all__ = ["Place", "check_paths", "check_places", "resolve_range"]
 

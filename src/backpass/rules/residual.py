@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from backpass.errors import BackpassError
-from backpass.rules.interception import Interception, ModuleCall
-from backpass.rules.redefinition import TorchFunction
+from backpass.rules.attaching.interception import Interception, ModuleCall
+from backpass.rules.attaching.redefinition import TorchFunction
 
 __all__ = ["ResidualInterception"]
 

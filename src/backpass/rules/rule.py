@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import nn
 
 from backpass.errors import BackpassError
-from backpass.rules.attached import Attached
-from backpass.rules.redefinition import Redefinition
+from backpass.rules.attaching.attached import Attached
+from backpass.rules.attaching.redefinition import Redefinition
 from backpass.rules.text import format_settings
 
 __all__ = ["BP", "Rule"]

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.activations import ACTIVATIONS
-from backpass.rules.attached import Attached
-from backpass.rules.dynamo import constant_while_tracing, show_to_modes
-from backpass.rules.elementwise import elementwise
-from backpass.rules.interception import Interception
-from backpass.rules.linear_calls import LINEAR, OPAQUE, LinearCall, linear_call
-from backpass.rules.redefinition import EVERYTHING, TorchFunction
+from backpass.rules.attaching.attached import Attached
+from backpass.rules.attaching.dynamo import constant_while_tracing, show_to_modes
+from backpass.rules.attaching.interception import Interception
+from backpass.rules.attaching.redefinition import EVERYTHING, TorchFunction
+from backpass.rules.layers.linear_calls import LINEAR, OPAQUE, LinearCall, linear_call
 from backpass.rules.rule import Rule
-from backpass.rules.semi_implicit import SemiImplicitStep
-from backpass.rules.sibp_backward import Call, Steps, announce, semi_implicit_layer
-from backpass.rules.single_use import SingleUse
+from backpass.rules.semi_implicit.backward import Call, Steps, announce, semi_implicit_layer
+from backpass.rules.semi_implicit.elementwise import elementwise
+from backpass.rules.semi_implicit.single_use import SingleUse
+from backpass.rules.semi_implicit.weight_step import SemiImplicitStep
 from backpass.rules.sites import Site, SiteTable
 
 __all__ = ["SIBP", "SemiImplicitAttached"]

@@ -1,10 +1,10 @@
 """An image's attack is the same wherever it runs: alone, in a batch, or in another process."""
 
 import torch
-from support.processes import in_processes
 from torch import nn
 
 from backpass.attacks import PGD
+from support.processes import in_processes
 
 ATTACK = PGD(eps=0.1, step=0.02, steps=5, restarts=2, seed=3)
 

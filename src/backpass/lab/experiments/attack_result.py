@@ -40,7 +40,7 @@ def describe(measured: Measured) -> Result:
         experiment="attack",
         title=f"How easily is {study.subject.name} fooled?",
         question=(
-            f"{study.data.description[:1].upper()}{study.data.description[1:]}. Those that the network has right are "
+            f"The data: {study.data.description}. The images that the network has right are "
             f"attacked by {listing(list(study.attacks))}{with_rules}. The network itself, its weights and its answers "
             f"are the same throughout; success is judged on the plain network."
         ),

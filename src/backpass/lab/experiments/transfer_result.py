@@ -36,7 +36,7 @@ def describe(measured: Measured) -> Result:
         experiment="transfer",
         title="Do images that fool one network fool another?",
         question=(
-            f"{study.data.description[:1].upper()}{study.data.description[1:]}. {listing(list(study.attacks))} makes "
+            f"The data: {study.data.description}. {listing(list(study.attacks))} makes "
             f"adversarial images against {listing(list(study.sources))}; {listing(list(study.targets))} judges them. "
             "Counted are the images that the target has right when they are clean."
         ),

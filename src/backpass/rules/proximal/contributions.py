@@ -11,8 +11,8 @@ from torch import distributed as dist
 
 from backpass.errors import BackpassError
 from backpass.rules.damped import NotFiniteError
-from backpass.rules.linear_layer import Gradients, LinearLayer
-from backpass.rules.proximal import ProximalStep, direction
+from backpass.rules.layers.linear_layer import Gradients, LinearLayer
+from backpass.rules.proximal.direction import ProximalStep, direction
 
 __all__ = ["Contributions", "Named", "Use", "holds_something", "world_size"]
 

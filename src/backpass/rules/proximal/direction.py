@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from backpass.rules.damped import conjugate_gradients, conjugate_gradients_by_rows, solve
 from backpass.rules.gram import row_gram
-from backpass.rules.linear_layer import Gradients, LinearLayer
+from backpass.rules.layers.linear_layer import Gradients, LinearLayer
 
 __all__ = ["ProximalStep", "as_tensors", "by_columns", "by_rows", "direction", "joined", "solve_dtype"]
 

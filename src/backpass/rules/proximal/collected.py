@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
-from backpass.rules.contributions import Named, Use
 from backpass.rules.gram import column_gram
-from backpass.rules.linear_layer import Gradients, LinearLayer
-from backpass.rules.proximal import ProximalStep, as_tensors, by_columns, by_rows, joined
+from backpass.rules.layers.linear_layer import Gradients, LinearLayer
+from backpass.rules.proximal.contributions import Named, Use
+from backpass.rules.proximal.direction import ProximalStep, as_tensors, by_columns, by_rows, joined
 
 __all__ = ["Collected"]
 

@@ -13,14 +13,14 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError
-from backpass.rules.convolution import Convolution
 from backpass.rules.damped import NotFiniteError
-from backpass.rules.elementwise import Elementwise
-from backpass.rules.linear_calls import LinearCall
-from backpass.rules.linear_layers import layer_of
-from backpass.rules.semi_implicit import Curved, SemiImplicitStep, increment
-from backpass.rules.single_use import SingleUse
-from backpass.rules.unit_systems import UnitSystem, unit_system
+from backpass.rules.layers.convolution import Convolution
+from backpass.rules.layers.linear_calls import LinearCall
+from backpass.rules.layers.linear_layers import layer_of
+from backpass.rules.semi_implicit.elementwise import Elementwise
+from backpass.rules.semi_implicit.single_use import SingleUse
+from backpass.rules.semi_implicit.unit_systems import UnitSystem, unit_system
+from backpass.rules.semi_implicit.weight_step import Curved, SemiImplicitStep, increment
 
 __all__ = ["Call", "Steps", "announce", "semi_implicit_layer"]
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backpass.rules.elementwise import Elementwise
-from backpass.rules.unit_systems import UnitSystem
+from backpass.rules.semi_implicit.elementwise import Elementwise
+from backpass.rules.semi_implicit.unit_systems import UnitSystem
 
 __all__ = ["Curved", "SemiImplicitStep", "increment"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from backpass.errors import BackpassError
-from backpass.rules.dynamo import constant_while_tracing, show_to_modes
-from backpass.rules.redefinition import Redefinition, no_site
+from backpass.rules.attaching.dynamo import constant_while_tracing, show_to_modes
+from backpass.rules.attaching.redefinition import Redefinition, no_site
 from backpass.rules.sites import Seen, Site, SiteTable, sites_of
 
 __all__ = ["Numbering", "resolve", "resolve_while_tracing", "verify_while_tracing"]

@@ -10,13 +10,13 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from backpass.errors import BackpassError
-from backpass.rules import hooks
-from backpass.rules.dynamo import guard_module_hooks
-from backpass.rules.interception import Intercept, Interception, ModuleCalls, pop_modes
-from backpass.rules.numbering import Numbering
-from backpass.rules.redefinition import Redefinition
-from backpass.rules.undisturbed import undisturbed
-from backpass.rules.wrappers import named_modules, refuse_scripted, unwrap
+from backpass.rules.attaching import hooks
+from backpass.rules.attaching.dynamo import guard_module_hooks
+from backpass.rules.attaching.interception import Intercept, Interception, ModuleCalls, pop_modes
+from backpass.rules.attaching.numbering import Numbering
+from backpass.rules.attaching.redefinition import Redefinition
+from backpass.rules.attaching.undisturbed import undisturbed
+from backpass.rules.attaching.wrappers import named_modules, refuse_scripted, unwrap
 
 __all__ = ["Attached", "attachments"]
 

@@ -14,12 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from backpass.errors import BackpassError
-from backpass.rules.collected import Collected
-from backpass.rules.contributions import Contributions, Named, Use, holds_something, world_size
 from backpass.rules.damped import NotFiniteError
-from backpass.rules.gathering import gather
-from backpass.rules.linear_layer import Gradients
-from backpass.rules.proximal import ProximalStep
+from backpass.rules.layers.linear_layer import Gradients
+from backpass.rules.proximal.collected import Collected
+from backpass.rules.proximal.contributions import Contributions, Named, Use, holds_something, world_size
+from backpass.rules.proximal.direction import ProximalStep
+from backpass.rules.proximal.gathering import gather
 
 __all__ = ["Union"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
-from backpass.rules.contributions import holds_something, world_size
+from backpass.rules.proximal.contributions import holds_something, world_size
 
 __all__ = ["SingleUse"]
 

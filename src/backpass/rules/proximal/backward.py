@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backpass.errors import BackpassError
-from backpass.rules.contributions import Contributions, Use
-from backpass.rules.convolution import Convolution
-from backpass.rules.linear_layer import LinearLayer
-from backpass.rules.linear_layers import layer_of
-from backpass.rules.proximal import solve_dtype
+from backpass.rules.layers.convolution import Convolution
+from backpass.rules.layers.linear_layer import LinearLayer
+from backpass.rules.layers.linear_layers import layer_of
+from backpass.rules.proximal.contributions import Contributions, Use
+from backpass.rules.proximal.direction import solve_dtype
 
 __all__ = ["announce", "proximal_affine", "proximal_linear"]
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backpass.rules.convolution import Convolution
 from backpass.rules.gram import bordered, column_gram
-from backpass.rules.linear_layer import Gradients, LinearLayer, Sizes
+from backpass.rules.layers.convolution import Convolution
+from backpass.rules.layers.linear_layer import Gradients, LinearLayer, Sizes
 
 __all__ = ["Affine", "Convolution", "Embedding", "Linear", "layer_of"]
 

@@ -17,9 +17,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 
 from backpass.errors import BackpassError
-from backpass.rules.dynamo import outside_compiled_frames
-from backpass.rules.numbering import Numbering, resolve, resolve_while_tracing, verify_while_tracing
-from backpass.rules.redefinition import TorchFunction
+from backpass.rules.attaching.dynamo import outside_compiled_frames
+from backpass.rules.attaching.numbering import Numbering, resolve, resolve_while_tracing, verify_while_tracing
+from backpass.rules.attaching.redefinition import TorchFunction
 from backpass.rules.sites import Seen, Site
 
 __all__ = ["Intercept", "Interception", "ModuleCall", "ModuleCalls", "pop_modes"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from backpass.rules.gram import bordered
-from backpass.rules.linear_layer import Gradients, LinearLayer, Sizes
-from backpass.rules.patches import correlated_gram, patch_count, patch_gram, patch_rows, patch_sums
+from backpass.rules.layers.linear_layer import Gradients, LinearLayer, Sizes
+from backpass.rules.layers.patches import correlated_gram, patch_count, patch_gram, patch_rows, patch_sums
 
 __all__ = ["Convolution"]
 

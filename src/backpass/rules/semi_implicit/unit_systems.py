@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpass.rules.convolution import Convolution
 from backpass.rules.damped import solve
 from backpass.rules.gram import row_gram
-from backpass.rules.linear_layer import Gradients, LinearLayer
-from backpass.rules.linear_layers import Linear
+from backpass.rules.layers.convolution import Convolution
+from backpass.rules.layers.linear_layer import Gradients, LinearLayer
+from backpass.rules.layers.linear_layers import Linear
 
 __all__ = ["ByColumns", "ByRows", "UnitSystem", "unit_system"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from backpass.errors import BackpassError
-from backpass.rules.collected import Collected
+from backpass.rules.proximal.collected import Collected
 
 __all__ = ["gather"]
 

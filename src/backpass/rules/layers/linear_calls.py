@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backpass.errors import BackpassError
-from backpass.rules.linear_layer import LinearLayer
-from backpass.rules.linear_layers import Convolution, Embedding, Linear
+from backpass.rules.layers.linear_layer import LinearLayer
+from backpass.rules.layers.linear_layers import Convolution, Embedding, Linear
 
 __all__ = ["LINEAR", "OPAQUE", "LinearCall", "linear_call"]
 

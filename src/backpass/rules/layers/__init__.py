@@ -1,0 +1,1 @@
+"""Layers that are linear in their weights: what calls them, what their rows are, and the rows' Gram matrices."""
