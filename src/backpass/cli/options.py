@@ -111,7 +111,7 @@ class Settings:
             "norm": self.norm,
             "loss": self.loss,
             "dtype": _dtype(self.dtype),
-            "logits": int(self.logits) if (self.logits or "").isdigit() else self.logits,
+            "logits": int(self.logits) if self.logits and self.logits.isdigit() else self.logits,
             "seed": self.seed,
         }
 
