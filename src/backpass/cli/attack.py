@@ -81,8 +81,8 @@ def attack(
 ) -> None:
     """Attack a network: clean and robust accuracy, success with intervals, a report with images.
 
-    Several attacks, radii and rules are measured on the same images from the same random starts, so that rules are
-    compared image by image. The network is left as it is; success is judged on the plain network in float32.
+    Several attacks, radii and rules are measured on the same images, from the same random starts.
+    Rules are compared image by image; success is judged on the plain network in float32.
     """
     given = o.Settings(
         step=step, steps=steps, restarts=restarts, norm=norm, loss=loss, dtype=dtype, logits=logits, seed=seed

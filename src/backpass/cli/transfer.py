@@ -63,7 +63,7 @@ def transfer(
 ) -> None:
     """Attack some networks and show the images to others: the matrix of black-box success.
 
-    Every image has every step, also after it fools its source, as images that only just do so transfer worse.
+    Every image has every step: one that leaves as soon as it fools its source transfers worse.
     Rules are attached to the sources; the targets judge as they are.
     """
     given = o.Settings(
@@ -78,7 +78,7 @@ def transfer(
         from backpass.lab.numbers import read_number
         from backpass.lab.protocols import make_protocol
         from backpass.lab.report import write_report
-        from backpass.lab.subjects import load_named, parse_device
+        from backpass.lab.subjects import load_named, parse_device, short_names
 
         radii = [read_number(text, "--eps") for text in eps]
         ordered, where = order_rules(rules), parse_device(device)
@@ -93,12 +93,13 @@ def transfer(
         few = images.images.x[:2].to(where)
         for subject in networks.values():
             subject.try_on(few, data)
-        for name in sources:
-            check_rules(networks[name], ordered, few, data)
+        for spec in sources:
+            check_rules(networks[spec], ordered, few, data)
+        names = short_names(networks)
         out.mkdir(parents=True, exist_ok=True)
         study = Study(
-            sources={name: networks[name] for name in sources},
-            targets={name: networks[name] for name in targets},
+            sources={names[spec]: networks[spec] for spec in sources},
+            targets={names[spec]: networks[spec] for spec in targets},
             data=images,
             protocol=space,
             attacks=attacks,
@@ -112,7 +113,7 @@ def transfer(
         result = describe(measured)
         written = write_report(result, out)
     for shown in result.tables:
-        print_table(shown, columns=5)
+        print_table(shown, columns=len(shown.columns))
     if result.claims:
         print_claims(result, "Rules compared, 95 % intervals")
     print_findings(result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from backpass.lab.models.lookup import find
 from backpass.lab.protocols import Normalisation, Rescaled
 from backpass.lab.weights import load_weights, weights_hash
 
-__all__ = ["Subject", "load_named", "load_subject", "parse_device"]
+__all__ = ["Subject", "load_named", "load_subject", "parse_device", "short_names"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,6 +127,14 @@ def load_named(
             parts = (name, Path(file)) if at else (spec, None)
             found[spec] = load_subject(*parts, device=device, seed=seed, normalisation=normalisation)
     return found
+
+
+def short_names(specs: Iterable[str]) -> dict[str, str]:
+    """For every ``SPEC@FILE`` the same without the file's folders, where that still tells them apart."""
+    specs = list(specs)
+    short = {spec: f"{name}@{Path(file).name}" for spec in specs for name, at, file in [spec.rpartition("@")] if at}
+    names = [short.get(spec, spec) for spec in specs]
+    return {spec: name if names.count(name) == 1 else spec for spec, name in zip(specs, names, strict=True)}
 
 
 def parse_device(text: str) -> torch.device:
