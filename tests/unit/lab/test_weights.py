@@ -41,7 +41,7 @@ class Payload:
 
 def test_a_file_never_runs_code(tmp_path, capsys):
     path = tmp_path / "net.pt"
-    path.write_bytes(pickle.dumps({"state_dict": Payload()}))
+    path.write_bytes(pickle.dumps({"state_dict": Payload()}, protocol=2))
     with pytest.raises(BackpassError, match="without running code"):
         load_weights(net(), path)
     torch.save(net(), path)
