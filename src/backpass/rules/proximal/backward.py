@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backpass.errors import BackpassError
+from backpass.rules.layers.asked_for import is_asked_for
 from backpass.rules.layers.convolution import Convolution
 from backpass.rules.layers.linear_layer import LinearLayer
 from backpass.rules.layers.linear_layers import layer_of
@@ -100,7 +101,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dL/dW and dL/db, where the weight is argument ``first`` of the function and the bias the next."""
     wants = [ctx.needs_input_grad[first], bias is not None and ctx.needs_input_grad[first + 1]]
-    asked = [want and _is_asked_for(ctx, first + offset) for offset, want in enumerate(wants)]
+    asked = [want and is_asked_for(ctx, first + offset) for offset, want in enumerate(wants)]
     if not any(asked):
         return None, None
     borrowed = torch.compiler.is_compiling() or not ctx.needs_input_grad[0]
@@ -109,20 +110,6 @@ def _gradients(
     geometry = list(layer.geometry)
     gradients = _proximal_gradients(x, grad, weight, bias, type(layer).__name__, geometry, wants, how, token)
     return gradients[0] if wants[0] else None, gradients[1] if wants[1] else None
-
-
-def _is_asked_for(ctx: Any, position: int) -> bool:
-    """Whether this backward pass computes the gradient of an argument; ``autograd.grad`` names what it wants."""
-    if torch.compiler.is_compiling():
-        return True
-    edges = getattr(ctx, "next_functions", None)
-    node = edges[position][0] if edges else None
-    if node is None or torch._C._current_graph_task_id() < 0:
-        return True
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # a leaf that autograd.grad was asked for
-        return True
 
 
 class _ProximalLinear(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError
 from backpass.rules.damped import NotFiniteError
+from backpass.rules.layers.asked_for import is_asked_for
 from backpass.rules.layers.convolution import Convolution
 from backpass.rules.layers.linear_calls import LinearCall
 from backpass.rules.layers.linear_layers import layer_of
@@ -195,7 +196,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     within = torch.compiler.is_compiling() or call.functional
     needs = ctx.needs_input_grad
     wants = [bool(needs[0]), bool(needs[1]), bias is not None and bool(needs[2])]
-    writes = not call.functional and (torch.compiler.is_compiling() or _is_asked_for(ctx))
+    writes = not call.functional and any(ctx.needs_input_grad[k] and is_asked_for(ctx, k) for k in (1, 2))
     settings = (call.kind, list(call.geometry), call.activation, list(call.numbers), wants, writes, call.token)
     found = (_operator if within else _solve)(x, grad, weight, bias, z, *settings)
     return *(one if want else None for one, want in zip(found, wants, strict=True)), *[None] * 4
@@ -255,19 +256,6 @@ class _UnderTransforms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, grad)
-
-
-def _is_asked_for(ctx: Any) -> bool:
-    """Whether this backward pass computes the gradient of weight or bias; ``autograd.grad`` names what it wants."""
-    if torch._C._current_graph_task_id() < 0:
-        return True
-    for node, _ in ctx.next_functions[1:3]:
-        try:
-            if node is not None and torch._C._will_engine_execute_node(node):
-                return True
-        except RuntimeError:  # a leaf that autograd.grad was asked for
-            return True
-    return False
 
 
 def semi_implicit_layer(
