@@ -290,7 +290,7 @@ CLAIMS = (
     ("With Adam it is better per epoch than Muon:", "MLP", "ProxProp + Adam", "Muon", "epochs"),
     ("With Adam it is better in time than Muon:", "MLP", "ProxProp + Adam", "Muon", "seconds"),
 )
-"""The paper's claims, and the same against other peers: sentence, network, first, second, and where they are compared."""
+"""The paper's claims, and the same against other peers: sentence, network, first, second, where they are compared."""
 
 
 def main() -> None:
