@@ -89,13 +89,13 @@ def attack(
     )
     with working("loading torch") as report:
         from backpass.lab.data import load_data
-        from backpass.lab.experiments.attack import measure
-        from backpass.lab.experiments.attack_plans import make_plans
-        from backpass.lab.experiments.attack_result import describe
-        from backpass.lab.experiments.attack_study import Study, check_rules, order_rules
         from backpass.lab.numbers import read_number
         from backpass.lab.protocols import make_protocol
         from backpass.lab.report import write_report
+        from backpass.lab.studies.attack.measure import measure
+        from backpass.lab.studies.attack.plans import make_plans
+        from backpass.lab.studies.attack.result import describe
+        from backpass.lab.studies.attack.study import Study, check_rules, order_rules
         from backpass.lab.subjects import load_subject, parse_device
 
         radii = [read_number(text, "--eps") for text in eps]

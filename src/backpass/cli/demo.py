@@ -40,11 +40,11 @@ def demo(
 
     out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is better known before the work
     with working("loading torch") as report:
-        from backpass.lab.experiments.demo import SCALES, measure
-        from backpass.lab.experiments.demo_result import PICTURE, describe
         from backpass.lab.files import write_atomically
         from backpass.lab.plots import picture as draw
         from backpass.lab.report import write_report
+        from backpass.lab.studies.demo.measure import SCALES, measure
+        from backpass.lab.studies.demo.result import PICTURE, describe
 
         size = replace(SCALES["quick" if quick else "standard"], model=model)
         settings = size if seeds is None else replace(size, seeds=seeds)

@@ -71,13 +71,13 @@ def transfer(
     )
     with working("loading torch") as report:
         from backpass.lab.data import load_data
-        from backpass.lab.experiments.attack_plans import make_plans
-        from backpass.lab.experiments.attack_study import check_rules, order_rules
-        from backpass.lab.experiments.transfer import Study, measure
-        from backpass.lab.experiments.transfer_result import describe
         from backpass.lab.numbers import read_number
         from backpass.lab.protocols import make_protocol
         from backpass.lab.report import write_report
+        from backpass.lab.studies.attack.plans import make_plans
+        from backpass.lab.studies.attack.study import check_rules, order_rules
+        from backpass.lab.studies.transfer.measure import Study, measure
+        from backpass.lab.studies.transfer.result import describe
         from backpass.lab.subjects import load_named, parse_device, short_names
 
         radii = [read_number(text, "--eps") for text in eps]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from backpass.lab.experiments.attack_comparison import Comparison, Worst, rule_name
-from backpass.lab.experiments.attack_study import Measured, Study
 from backpass.lab.numbers import fraction_text
 from backpass.lab.proportions import percent_text
 from backpass.lab.result import Finding
+from backpass.lab.studies.attack.comparison import Comparison, Worst, rule_name
+from backpass.lab.studies.attack.study import Measured, Study
 from backpass.lab.wording import interval_text, listing
 
 __all__ = ["findings", "subject_findings"]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from backpass.attacks import Attack, Report, evaluate
 from backpass.lab.data import Labelled
-from backpass.lab.experiments.attack_images import AttackImages
-from backpass.lab.experiments.attack_samples import draw_samples
-from backpass.lab.experiments.attack_study import Measured, Study, Sweep
-from backpass.lab.experiments.attack_sweeps import planned_sweeps
+from backpass.lab.studies.attack.images import AttackImages
+from backpass.lab.studies.attack.samples import draw_samples
+from backpass.lab.studies.attack.study import Measured, Study, Sweep
+from backpass.lab.studies.attack.sweeps import planned_sweeps
 from backpass.rules import parse_rule
 
 __all__ = ["measure"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from backpass.lab.experiments.attack_plans import Plan
 from backpass.lab.numbers import fraction_text
 from backpass.lab.protocols import Protocol
+from backpass.lab.studies.attack.plans import Plan
 from backpass.lab.subjects import Subject
 
 __all__ = ["plan_settings", "protocol_settings", "subject_text"]

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 from backpass.lab.claims import Claim, Verdict
-from backpass.lab.experiments.demo import Measured
-from backpass.lab.experiments.demo_claims import diverged, label
 from backpass.lab.result import Finding
 from backpass.lab.statistics import Interval
+from backpass.lab.studies.demo.claims import diverged, label
+from backpass.lab.studies.demo.measure import Measured
 from backpass.lab.wording import interval_text, listing
 
 __all__ = ["findings"]
@@ -20,7 +20,7 @@ def findings(measured: Measured, judged: Sequence[Claim]) -> list[Finding]:
 
     Args:
         measured: the numbers.
-        judged: the claims of `demo_claims.claims` on these numbers.
+        judged: the claims of `claims.claims` on these numbers.
     """
     demo = measured.demo
     by_id = {claim.id: claim for claim in judged}

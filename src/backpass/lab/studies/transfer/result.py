@@ -8,13 +8,13 @@ import torch
 
 from backpass.attacks import Rate
 from backpass.lab.claims import Claim, verdict
-from backpass.lab.experiments.attack_comparison import rule_name
-from backpass.lab.experiments.attack_plans import Plan
-from backpass.lab.experiments.attack_settings import plan_settings, protocol_settings, subject_text
-from backpass.lab.experiments.transfer import Measured
 from backpass.lab.numbers import fraction_text
 from backpass.lab.proportions import independent_difference, percent, percent_text
 from backpass.lab.result import Cell, Curve, Finding, Result, Series, Table, environment
+from backpass.lab.studies.attack.comparison import rule_name
+from backpass.lab.studies.attack.plans import Plan
+from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text
+from backpass.lab.studies.transfer.measure import Measured
 from backpass.lab.wording import listing, number
 
 __all__ = ["describe"]

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from backpass.attacks import Attack
-from backpass.lab.experiments.attack_plans import make_plans
-from backpass.lab.experiments.attack_study import Study
+from backpass.lab.studies.attack.plans import make_plans
+from backpass.lab.studies.attack.study import Study
 
 __all__ = ["planned_sweeps"]
 

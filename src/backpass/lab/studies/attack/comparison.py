@@ -10,10 +10,10 @@ from torch import Tensor
 
 from backpass.attacks import Rate
 from backpass.lab.claims import Claim, verdict
-from backpass.lab.experiments.attack_plans import Plan
-from backpass.lab.experiments.attack_study import Measured
 from backpass.lab.numbers import fraction_text
 from backpass.lab.proportions import PairedDifference, paired_difference
+from backpass.lab.studies.attack.plans import Plan
+from backpass.lab.studies.attack.study import Measured
 
 __all__ = ["Comparison", "Worst", "claims", "compare", "rule_name", "worst_cases"]
 

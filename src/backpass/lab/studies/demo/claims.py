@@ -8,8 +8,8 @@ from functools import partial
 from typing import Literal
 
 from backpass.lab.claims import Claim, Direction, judge
-from backpass.lab.experiments.demo import Measured
-from backpass.lab.experiments.fit import Run
+from backpass.lab.studies.demo.fit import Run
+from backpass.lab.studies.demo.measure import Measured
 
 __all__ = ["claims", "diverged", "label"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from backpass.attacks import Report
-from backpass.lab.experiments.attack_images import AttackImages
-from backpass.lab.experiments.attack_study import Sample, Study
+from backpass.lab.studies.attack.images import AttackImages
+from backpass.lab.studies.attack.study import Sample, Study
 from backpass.rules import parse_rule
 
 __all__ = ["draw_samples"]

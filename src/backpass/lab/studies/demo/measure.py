@@ -13,9 +13,9 @@ from torch import Tensor
 from backpass.attacks import PGD
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.data import Split, load_digits
-from backpass.lab.experiments.fit import Run, fit, gradient
 from backpass.lab.models import MODELS, build
 from backpass.lab.statistics import geometric_interval
+from backpass.lab.studies.demo.fit import Run, fit, gradient
 from backpass.rules import parse_rule
 
 __all__ = ["SCALES", "Demo", "Measured", "measure"]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from backpass.lab.experiments.attack_comparison import Comparison, Worst, claims, compare, rule_name, worst_cases
-from backpass.lab.experiments.attack_findings import findings
-from backpass.lab.experiments.attack_gallery import gallery
-from backpass.lab.experiments.attack_settings import plan_settings, protocol_settings, subject_text
-from backpass.lab.experiments.attack_study import Measured, Sweep
 from backpass.lab.numbers import fraction_text
 from backpass.lab.proportions import percent
 from backpass.lab.result import Cell, Curve, Result, Series, Table, environment
+from backpass.lab.studies.attack.comparison import Comparison, Worst, claims, compare, rule_name, worst_cases
+from backpass.lab.studies.attack.findings import findings
+from backpass.lab.studies.attack.gallery import gallery
+from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text
+from backpass.lab.studies.attack.study import Measured, Sweep
 from backpass.lab.wording import listing
 
 __all__ = ["CLAIMS_NOTE", "PLOTS_NOTE", "describe"]

@@ -12,9 +12,9 @@ import torch
 
 from backpass.attacks import Rate, transfer
 from backpass.lab.data import Labelled
-from backpass.lab.experiments.attack_images import AttackImages
-from backpass.lab.experiments.attack_plans import Plan, make_plans
 from backpass.lab.protocols import Protocol
+from backpass.lab.studies.attack.images import AttackImages
+from backpass.lab.studies.attack.plans import Plan, make_plans
 from backpass.lab.subjects import Subject
 from backpass.rules import parse_rule
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from backpass.attacks import Rate, Report
 from backpass.errors import BackpassError
 from backpass.lab.data import Labelled
-from backpass.lab.experiments.attack_plans import Plan, make_plans
 from backpass.lab.protocols import Protocol
+from backpass.lab.studies.attack.plans import Plan, make_plans
 from backpass.lab.subjects import Subject
 from backpass.rules import parse_rule
 

@@ -1,0 +1,1 @@
+"""One network attacked with plain gradients and with those of rules."""

@@ -1,0 +1,1 @@
+"""Images made against some networks, and shown to others."""
