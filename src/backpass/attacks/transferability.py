@@ -26,14 +26,22 @@ class TransferReport:
     """How often images made against a source fool a target.
 
     Attributes:
-        rates: rates[source][target]: fooled, of the samples that the target has right when they are clean.
+        correct: by target, (N,) bool: the samples that it has right when they are clean.
+        fooled: fooled[source][target], (N,) bool: of those, the ones that the source's image fools.
         settings: the attack's name and settings.
         versions: of torch and backpass.
     """
 
-    rates: dict[str, dict[str, Rate]]
+    correct: dict[str, Tensor]
+    fooled: dict[str, dict[str, Tensor]]
     settings: dict[str, Any]
     versions: dict[str, str]
+
+    @property
+    def rates(self) -> dict[str, dict[str, Rate]]:
+        """rates[source][target]: fooled, of the samples that the target has right when they are clean."""
+        trials = {target: int(right.sum()) for target, right in self.correct.items()}
+        return {s: {t: Rate(int(some.sum()), trials[t]) for t, some in row.items()} for s, row in self.fooled.items()}
 
     @property
     def matrix(self) -> Tensor:
@@ -71,7 +79,7 @@ def transfer(
         progress: called with (samples done, samples), a sample once per source.
 
     Returns:
-        The matrix, with Wilson intervals.
+        Every sample's outcome, and the matrix with Wilson intervals.
 
     Raises:
         BackpassError: there is no source or no target, or a targeted attack has no classes.
@@ -81,14 +89,13 @@ def transfer(
     if attack.targeted and classes is None:
         raise BackpassError("a targeted attack needs classes=, for instance classes=lambda y: (y + 1) % 10.")
     source_data = Source(data, batch_size)
-    hits = {s: dict.fromkeys(targets, 0) for s in sources}
-    trials = dict.fromkeys(targets, 0)
+    correct: dict[str, list[Tensor]] = {t: [] for t in targets}
+    fooled: dict[str, dict[str, list[Tensor]]] = {s: {t: [] for t in targets} for s in sources}
     done = 0
     for x, y, index in source_data.batches(range(len(source_data))):
         aim = classes(y) if classes is not None and attack.targeted else y
-        clean = {name: _predict(model, attack, x, y) for name, model in targets.items()}
-        for name, prediction in clean.items():
-            trials[name] += int((prediction == y).sum())
+        for name, model in targets.items():
+            correct[name].append((_predict(model, attack, x, y) == y).cpu())
         for source, model in sources.items():
             device = _device(model)
             x_adv = attack(
@@ -96,13 +103,14 @@ def transfer(
             ).x_adv.to(x.device)
             for name, target in targets.items():
                 seen = _predict(target, attack, x_adv, y)
-                fooled = seen == aim if attack.targeted else seen != y
-                hits[source][name] += int((fooled & (clean[name] == y)).sum())
+                hit = seen == aim if attack.targeted else seen != y
+                fooled[source][name].append(hit.cpu() & correct[name][-1])
             done += len(x)
             if progress is not None:
                 progress(done, source_data.count * len(sources))
     return TransferReport(
-        rates={s: {t: Rate(hits[s][t], trials[t]) for t in targets} for s in sources},
+        correct={t: torch.cat(parts) for t, parts in correct.items()},
+        fooled={s: {t: torch.cat(parts) for t, parts in row.items()} for s, row in fooled.items()},
         settings=describe(attack, strict=False),
         versions={"backpass": __version__, "torch": torch.__version__},
     )

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from backpass.attacks import Rate
 from backpass.errors import BackpassError
+from backpass.lab.claims import Claim, verdict
 from backpass.lab.statistics import Interval
 from backpass.lab.wording import interval_text
 
-__all__ = ["PairedDifference", "independent_difference", "paired_difference", "percent", "percent_text"]
+__all__ = ["PairedDifference", "judge_images", "paired_difference", "percent", "percent_text"]
 
 _Z = 1.959963984540054  # the normal quantile of a two-sided 95 %
 
@@ -66,19 +67,36 @@ def paired_difference(ours: Tensor, theirs: Tensor) -> PairedDifference:
     return PairedDifference(b, c, Interval(100 * (b - c) / n, 100 * ends[0], 100 * ends[1], n), _mcnemar(b, c))
 
 
-def independent_difference(ours: Rate, theirs: Rate) -> Interval:
-    r"""The difference of two rates in percentage points, with Newcombe's interval from their Wilson intervals.
+def judge_images(
+    id: str,  # noqa: A002  (the field's name in result.json)
+    statement: str,
+    difference: PairedDifference,
+    *,
+    theirs: str,
+    reference: str | None = None,
+) -> Claim:
+    """The verdict on "ours fools more images than theirs", from outcomes on the same images.
 
-    :math:`d - \sqrt{(p_1-l_1)^2 + (u_2-p_2)^2}` to :math:`d + \sqrt{(u_1-p_1)^2 + (p_2-l_2)^2}` (Newcombe 1998,
-    method 10). For outcomes on the same images, which vary together, it is usually too wide.
+    Args:
+        id: unique in its experiment.
+        statement: the claim in words.
+        difference: ours less theirs.
+        theirs: the name of what ours is compared with.
+        reference: where the claim comes from.
     """
-    if not (ours.trials and theirs.trials):
-        return Interval(math.nan, math.nan, math.nan, 0)
-    (low, high), (their_low, their_high) = ours.interval, theirs.interval
-    difference = ours.value - theirs.value
-    below = math.hypot(ours.value - low, their_high - theirs.value)
-    above = math.hypot(high - ours.value, theirs.value - their_low)
-    return Interval(100 * difference, 100 * (difference - below), 100 * (difference + above), ours.trials)
+    interval = difference.interval
+    return Claim(
+        id=id,
+        statement=statement,
+        quantity="images fooled, percentage points",
+        verdict=verdict(interval, "higher"),
+        estimate=interval.mean,
+        interval=(interval.low, interval.high),
+        n=interval.n,
+        reference=reference,
+        note=f"{difference.only_ours} images fooled by it only, {difference.only_theirs} by {theirs} only; exact "
+        f"McNemar p = {difference.p:.2g}",
+    )
 
 
 def _mcnemar(b: int, c: int) -> float:

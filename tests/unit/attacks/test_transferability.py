@@ -17,6 +17,8 @@ def test_the_matrix_is_that_of_a_slow_loop(cnn, mlp, held_out):
         for t, target in models.items():
             right = target(x).argmax(1) == y
             fooled = right & (target(x_adv).argmax(1) != y)
+            assert torch.equal(report.fooled[s][t], fooled)
+            assert torch.equal(report.correct[t], right)
             assert (report.rates[s][t].hits, report.rates[s][t].trials) == (int(fooled.sum()), int(right.sum()))
     matrix = report.matrix
     assert matrix[0, 0] > matrix[0, 1] > 0

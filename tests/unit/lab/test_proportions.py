@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from backpass.attacks import Rate
 from backpass.errors import BackpassError
-from backpass.lab.proportions import independent_difference, paired_difference, percent, percent_text
+from backpass.lab.proportions import judge_images, paired_difference, percent, percent_text
 
 
 def outcomes(both, only_ours, only_theirs, neither):
@@ -24,10 +24,12 @@ def test_a_rate_in_per_cent_has_wilsons_ends_in_per_cent():
     assert math.isnan(percent(Rate(0, 0)).mean)
 
 
-def test_independent_rates_differ_as_newcombe_published():
-    # Newcombe (1998), table II, method 10: 56/70 - 48/80 is .2 with .0524 to .3339; 10/10 - 0/10 with .6075 to 1.
-    assert independent_difference(Rate(56, 70), Rate(48, 80)) == pytest.approx((20.0, 5.24, 33.39, 70), abs=0.005)
-    assert independent_difference(Rate(10, 10), Rate(0, 10)) == pytest.approx((100.0, 60.75, 100.0, 10), abs=0.005)
+def test_the_claim_counts_the_images_that_one_side_fools_alone():
+    claim = judge_images("a", "ours fools more", paired_difference(*outcomes(50, 30, 5, 15)), theirs="BP")
+    assert (claim.verdict, claim.estimate, claim.n) == ("holds", 25.0, 100)
+    assert claim.note.startswith("30 images fooled by it only, 5 by BP only")
+    assert judge_images("b", "", paired_difference(*outcomes(50, 5, 30, 15)), theirs="BP").verdict == "does not hold"
+    assert judge_images("c", "", paired_difference(*outcomes(50, 5, 5, 40)), theirs="BP").verdict == "undecided"
 
 
 @pytest.mark.parametrize("cells", [(5, 3, 1, 10), (0, 0, 0, 4), (50, 12, 12, 3), (0, 9, 0, 1), (800, 60, 41, 300)])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from backpass.attacks import Rate
-from backpass.lab.claims import Claim, verdict
+from backpass.lab.claims import Claim
 from backpass.lab.numbers import fraction_text
-from backpass.lab.proportions import PairedDifference, paired_difference
+from backpass.lab.proportions import PairedDifference, judge_images, paired_difference
 from backpass.lab.studies.attack.plans import Plan
 from backpass.lab.studies.attack.study import Measured
 
@@ -101,24 +101,18 @@ def worst_cases(measured: Measured) -> list[Worst]:
 
 def claims(comparisons: Sequence[Comparison], base: str) -> list[Claim]:
     """That a rule's gradients fool more images than the first rule's, for every attack."""
-    made = []
-    for number, one in enumerate((c for c in comparisons if c.difference is not None), start=1):
-        difference = one.difference
-        assert difference is not None  # noqa: S101  (chosen above)
-        interval = difference.interval
+    made: list[Claim] = []
+    for one in comparisons:
+        if one.difference is None:
+            continue
         made.append(
-            Claim(
-                id=f"attack-{number}",
-                statement=f"{rule_name(one.rule)} fools more images than {rule_name(base)}: {one.plan.text}, "
+            judge_images(
+                f"attack-{len(made) + 1}",
+                f"{rule_name(one.rule)} fools more images than {rule_name(base)}: {one.plan.text}, "
                 f"eps {fraction_text(one.plan.eps)}",
-                quantity="images fooled, percentage points",
-                verdict=verdict(interval, "higher"),
-                estimate=interval.mean,
-                interval=(interval.low, interval.high),
-                n=interval.n,
+                one.difference,
+                theirs=rule_name(base),
                 reference=_TABLE if one.rule.startswith("linbp") and base == "bp" else None,
-                note=f"{difference.only_ours} images fooled by it only, {difference.only_theirs} by "
-                f"{rule_name(base)} only; exact McNemar p = {difference.p:.2g}",
             )
         )
     return made

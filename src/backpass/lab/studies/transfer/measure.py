@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from backpass.attacks import Rate, transfer
+from backpass.attacks import Rate, TransferReport, transfer
 from backpass.lab.data import Labelled
 from backpass.lab.protocols import Protocol
 from backpass.lab.studies.attack.images import AttackImages
@@ -73,15 +74,27 @@ class Measured:
 
     Attributes:
         study: the settings.
-        rates: by (plan, rule), rates[source][target]: fooled, of the images that the target has right.
-        clean: by target, right of all images.
+        reports: by (plan, rule), who fools whom, image by image.
         seconds: how long it took.
     """
 
     study: Study
-    rates: dict[tuple[str, str], dict[str, dict[str, Rate]]]
-    clean: dict[str, Rate]
+    reports: dict[tuple[str, str], TransferReport]
     seconds: float
+
+    @property
+    def correct(self) -> dict[str, Tensor]:
+        """By target, (N,) bool: the images that it has right when they are clean."""
+        return next(iter(self.reports.values())).correct
+
+    @property
+    def clean(self) -> dict[str, Rate]:
+        """By target, right of all images."""
+        return {target: Rate(int(right.sum()), len(right)) for target, right in self.correct.items()}
+
+    def rate(self, plan: str, rule: str, source: str, target: str) -> Rate:
+        """Fooled, of the images that the target has right."""
+        return self.reports[plan, rule].rates[source][target]
 
 
 def measure(study: Study, progress: Progress = lambda what, part: None) -> Measured:
@@ -95,7 +108,7 @@ def measure(study: Study, progress: Progress = lambda what, part: None) -> Measu
     targets = {name: study.protocol.model(subject.model) for name, subject in study.targets.items()}
     images = AttackImages(study.data, study.protocol)
     work = [(plan, rule) for plan in study.plans for rule in study.rules_of(plan)]
-    rates: dict[tuple[str, str], dict[str, dict[str, Rate]]] = {}
+    reports: dict[tuple[str, str], TransferReport] = {}
     for number, (plan, rule) in enumerate(work):
 
         def report(done: int, total: int, number: int = number, what: str = f"{plan.name}, {rule}") -> None:
@@ -105,8 +118,7 @@ def measure(study: Study, progress: Progress = lambda what, part: None) -> Measu
         with ExitStack() as attached:
             for subject in study.sources.values():
                 attached.enter_context(parse_rule(rule).attach(subject.network))
-            found = transfer(sources, targets, images, plan.attack, batch_size=study.batch_size, progress=report)
-        rates[plan.name, rule] = found.rates
-    first = next(iter(next(iter(rates.values())).values()))
-    clean = {target: Rate(rate.trials, len(images)) for target, rate in first.items()}
-    return Measured(study=study, rates=rates, clean=clean, seconds=time.perf_counter() - began)
+            reports[plan.name, rule] = transfer(
+                sources, targets, images, plan.attack, batch_size=study.batch_size, progress=report
+            )
+    return Measured(study=study, reports=reports, seconds=time.perf_counter() - began)

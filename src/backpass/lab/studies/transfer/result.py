@@ -7,9 +7,9 @@ import math
 import torch
 
 from backpass.attacks import Rate
-from backpass.lab.claims import Claim, verdict
+from backpass.lab.claims import Claim
 from backpass.lab.numbers import fraction_text
-from backpass.lab.proportions import independent_difference, percent, percent_text
+from backpass.lab.proportions import judge_images, paired_difference, percent, percent_text
 from backpass.lab.result import Cell, Curve, Finding, Result, Series, Table, environment
 from backpass.lab.studies.attack.comparison import rule_name
 from backpass.lab.studies.attack.plans import Plan
@@ -21,9 +21,9 @@ __all__ = ["describe"]
 
 _PLOTS_NOTE = "Lines are the part of the images fooled, bands their 95 % intervals (Wilson)."
 _CLAIMS_NOTE = (
-    "Both rules are judged on the same images, those that the target has right. The interval is Newcombe's (1998) at "
-    "95 % for two rates that vary independently; as these two share their images, it is usually too wide. It speaks of "
-    "images drawn like these and of these networks, and stands alone: many claims are tested at once."
+    "Both rules are judged on the same images, those that the target has right. The interval is that of Agresti and "
+    "Min (2005) for paired proportions, at 95 %; n counts images. It speaks of images drawn like these and of these "
+    "networks, and stands alone: many claims are tested at once."
 )
 _REFERENCE = "Guo, Li, Chen, NeurIPS 2020: images made with linear backpropagation transfer better"
 
@@ -67,8 +67,8 @@ def describe(measured: Measured) -> Result:
             "clean_accuracy": {target: rate.to_dict() for target, rate in measured.clean.items()},
             "success_rate": [
                 {"attack": plan, "rule": rule, "source": source, "target": target, **rate.to_dict()}
-                for (plan, rule), rows in measured.rates.items()
-                for source, row in rows.items()
+                for (plan, rule), report in measured.reports.items()
+                for source, row in report.rates.items()
                 for target, rate in row.items()
             ],
         },
@@ -91,9 +91,10 @@ def _matrix(measured: Measured, plan: Plan, index: int) -> Table:
     rows: list[list[Cell]] = []
     for source in study.sources:
         for rule in study.rules_of(plan):
-            row = measured.rates[plan.name, rule][source]
             who = rule_name(rule) if plan.uses_gradients else "none used"
-            rows.append([source, who, *(_cell(row[target]) for target in study.targets)])
+            rows.append(
+                [source, who, *(_cell(measured.rate(plan.name, rule, source, target)) for target in study.targets)]
+            )
     return Table(
         id=f"matrix-{index}",
         title=f"{plan.text}, eps {fraction_text(plan.eps)}: fooled of those right (%)",
@@ -116,18 +117,17 @@ def _claims(measured: Measured) -> list[Claim]:
     for plan in study.plans:
         for rule in study.rules_of(plan)[1:]:
             for source, target in study.pairs:
-                ours, theirs = (measured.rates[plan.name, r][source][target] for r in (rule, base))
-                interval = independent_difference(ours, theirs)
+                right = measured.correct[target]
+                if not right.any():
+                    continue
+                ours, theirs = (measured.reports[plan.name, r].fooled[source][target][right] for r in (rule, base))
                 made.append(
-                    Claim(
-                        id=f"transfer-{len(made) + 1}",
-                        statement=f"{rule_name(rule)} transfers better than {rule_name(base)} from {source} to "
-                        f"{target}: {plan.text}, eps {fraction_text(plan.eps)}",
-                        quantity="images fooled, percentage points",
-                        verdict=verdict(interval, "higher"),
-                        estimate=interval.mean,
-                        interval=(interval.low, interval.high),
-                        n=interval.n,
+                    judge_images(
+                        f"transfer-{len(made) + 1}",
+                        f"{rule_name(rule)} transfers better than {rule_name(base)} from {source} to {target}: "
+                        f"{plan.text}, eps {fraction_text(plan.eps)}",
+                        paired_difference(ours, theirs),
+                        theirs=rule_name(base),
                         reference=_REFERENCE if rule.startswith("linbp") and base == "bp" else None,
                     )
                 )
@@ -175,7 +175,7 @@ def _average(measured: Measured, plan: Plan) -> Finding:
     study = measured.study
     parts = []
     for rule in study.rules_of(plan):
-        rates = [measured.rates[plan.name, rule][source][target].value for source, target in study.pairs]
+        rates = [measured.rate(plan.name, rule, source, target).value for source, target in study.pairs]
         finite = [100 * rate for rate in rates if math.isfinite(rate)]
         mean = f"{number(sum(finite) / len(finite))} %" if finite else "nothing, as no target has an image right"
         parts.append(f"{rule_name(rule)} {mean}" if plan.uses_gradients else f"random search {mean}")
@@ -200,7 +200,7 @@ def _series(measured: Measured) -> list[Series]:
                 Curve(
                     label=rule_name(rule),
                     x=[round(plan.eps * (255 if in_255ths else 1), 9) for plan in plans],
-                    given=[percent(measured.rates[plan.name, rule][source][target]) for plan in plans],
+                    given=[percent(measured.rate(plan.name, rule, source, target)) for plan in plans],
                 )
                 for rule in study.rules_of(plans[0])
             ]
