@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
@@ -46,6 +48,7 @@ class Attached(Numbering):
             if rule.functions and (type(module) not in rule.silent or not path)
         ]
         self._hooked = [ref(module) for _, module in modules]
+        self._suspensions = 0
         for path, module in modules:
             calls = ModuleCalls(self, intercept, path)
             hooks.insert(module, self._identifier, calls.enter, calls.leave, with_kwargs=not path)
@@ -73,6 +76,31 @@ class Attached(Numbering):
         self._hooked.clear()
         pop_modes(self)
         guard_module_hooks()
+
+    @contextmanager
+    def suspended(self) -> Iterator[Self]:
+        """Out of force in a ``with`` block, and in force again after it, in its old place among other rules.
+
+        Nothing that the rule keeps is lost: its range of sites, what `ProxProp` collected for the next step, compiled
+        code. Blocks may be nested; after `remove` they do nothing. A graph built outside the block keeps the rule's
+        backward inside it, and a copy of the model made inside is plain.
+        """
+        silenced = self._silence() if not self._suspensions else []
+        self._suspensions += 1
+        try:
+            yield self
+        finally:
+            self._suspensions -= 1
+            if self._hooked:  # not removed meanwhile
+                for module, pair in silenced:
+                    hooks.swap(module, self._identifier, pair)
+
+    def _silence(self) -> list[tuple[nn.Module, hooks.Pair]]:
+        """Put silence in the place of the hooks; which they were."""
+        modules = [module for reference in self._hooked if (module := reference()) is not None]
+        pairs = [(module, hooks.swap(module, self._identifier, None)) for module in modules]
+        pop_modes(self)
+        return [(module, pair) for module, pair in pairs if pair is not None]
 
     def __enter__(self) -> Self:
         return self

@@ -12,9 +12,14 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["free_identifier", "insert", "of", "remove"]
+from backpass.rules.attaching.dynamo import outside_compiled_frames
+
+__all__ = ["Pair", "free_identifier", "insert", "of", "remove", "swap"]
 
 _PREFIX = "backpass-"
+
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+"""The hooks ``enter`` and ``leave`` of one module."""
 
 
 def free_identifier(model: nn.Module) -> str:
@@ -24,8 +29,9 @@ def free_identifier(model: nn.Module) -> str:
 
 
 def of(module: nn.Module) -> list[Any]:
-    """Our ``enter`` hooks on this very module, in the order of insertion."""
-    return [hook for name, hook in module._forward_pre_hooks.items() if str(name).startswith(_PREFIX)]
+    """Our ``enter`` hooks on this very module, in the order of insertion, without those silenced by `swap`."""
+    own = [hook for name, hook in module._forward_pre_hooks.items() if str(name).startswith(_PREFIX)]
+    return [hook for hook in own if hook is not _silent]
 
 
 def insert(
@@ -50,3 +56,21 @@ def remove(module: nn.Module, identifier: str) -> None:
         module._forward_hooks_always_called,
     ):
         hooks.pop(identifier, None)  # type: ignore[call-overload]
+
+
+def swap(module: nn.Module, identifier: str, pair: Pair | None) -> Pair | None:
+    """Put other hooks in the place of what `insert` put there, or silence for None; what was there, or None.
+
+    The place among the other hooks stays, and so does the identifier, which nobody else can take meanwhile.
+    """
+    hooks: Any = module
+    if identifier not in hooks._forward_pre_hooks:
+        return None
+    before = (hooks._forward_pre_hooks[identifier], hooks._forward_hooks[identifier])
+    hooks._forward_pre_hooks[identifier], hooks._forward_hooks[identifier] = pair or (_silent, _silent)
+    return before
+
+
+@outside_compiled_frames
+def _silent(*args: Any, **kwargs: Any) -> None:
+    """A hook that does nothing."""
