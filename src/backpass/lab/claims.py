@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from backpass.lab.statistics import Interval, paired_interval
+from backpass.lab.statistics import Interval, mean_interval, paired_interval
 
-__all__ = ["FEWEST_PAIRS", "Claim", "Direction", "Verdict", "judge", "verdict"]
+__all__ = ["FEWEST_PAIRS", "Claim", "Direction", "Verdict", "judge", "judge_within", "verdict"]
 
 Verdict = Literal["holds", "does not hold", "undecided"]
 Direction = Literal["higher", "lower"]
@@ -30,7 +30,8 @@ class Claim:
         estimate: the mean paired difference; ``nan`` where a run diverged.
         interval: its 95 % interval.
         n: the number of pairs.
-        reference: where the claim comes from, with the published value where there is one.
+        reference: where the claim comes from.
+        published: the source's own number, in words; empty where it gives none.
         note: what a reader must know beside the numbers, for instance which runs diverged.
     """
 
@@ -42,6 +43,7 @@ class Claim:
     interval: tuple[float, float]
     n: int
     reference: str | None = None
+    published: str = ""
     note: str = ""
 
 
@@ -67,6 +69,7 @@ def judge(
     direction: Direction,
     quantity: str,
     reference: str | None = None,
+    published: str = "",
     seeds: Sequence[int] = (),
 ) -> Claim:
     """Measure ``ours - theirs`` over paired runs and give the verdict.
@@ -79,6 +82,7 @@ def judge(
         direction: whether the claim says that ours is ``higher`` or ``lower``.
         quantity: what the values measure, with the unit.
         reference: where the claim comes from.
+        published: the source's own number.
         seeds: the pairs' seeds, to name the runs that diverged.
 
     Raises:
@@ -101,5 +105,60 @@ def judge(
         interval=(difference.low, difference.high),
         n=difference.n,
         reference=reference,
+        published=published,
+        note=note,
+    )
+
+
+def judge_within(
+    id: str,  # noqa: A002  (the field's name in result.json)
+    statement: str,
+    *,
+    values: Sequence[float],
+    low: float,
+    high: float,
+    quantity: str,
+    reference: str | None = None,
+    published: str = "",
+    note: str = "",
+) -> Claim:
+    """Measure a quantity over independent runs and say whether it lies in ``[low, high]``.
+
+    ``holds`` where the 95 % interval of the mean lies inside of the range, ``does not hold`` where the two do not meet,
+    ``undecided`` otherwise, with fewer than `FEWEST_PAIRS` runs, or where a run diverged.
+
+    Args:
+        id: unique in its experiment.
+        statement: the claim in words.
+        values: one per run; a quantity computed without chance has one per problem.
+        low: the least value that agrees with the claim; ``-inf`` for none.
+        high: the greatest.
+        quantity: what the values measure, with the unit.
+        reference: where the claim comes from.
+        published: the source's own number.
+        note: what a reader must know beside the numbers.
+
+    Raises:
+        BackpassError: there is no value.
+    """
+    mean = mean_interval(values)
+    decided: Verdict = "undecided"
+    if mean.n >= FEWEST_PAIRS and math.isfinite(mean.low):
+        if low <= mean.low and mean.high <= high:
+            decided = "holds"
+        elif mean.high < low or mean.low > high:
+            decided = "does not hold"
+    elif not note:
+        note = "a run diverged" if mean.n >= FEWEST_PAIRS else f"fewer than {FEWEST_PAIRS} runs: no verdict"
+    return Claim(
+        id=id,
+        statement=statement,
+        quantity=quantity,
+        verdict=decided,
+        estimate=mean.mean,
+        interval=(mean.low, mean.high),
+        n=mean.n,
+        reference=reference,
+        published=published,
         note=note,
     )

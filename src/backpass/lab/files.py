@@ -6,15 +6,20 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["write_atomically", "write_bytes_atomically"]
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write ``text`` to ``path`` through a temporary neighbour and one rename.
+    """Write ``text`` to ``path`` as UTF-8; see `write_bytes_atomically`."""
+    return write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> Path:
+    """Write ``content`` to ``path`` through a temporary neighbour and one rename.
 
     Args:
         path: the file; missing folders above it are made.
-        text: its whole content, written as UTF-8.
+        content: all of it.
 
     Returns:
         The path that was written.
@@ -26,8 +31,8 @@ def write_atomically(path: Path, text: str) -> Path:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.chmod(0o644)  # mkstemp makes it private; a report is there to be shared

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
+from backpass.lab.files import write_bytes_atomically
 
-__all__ = ["load_weights", "read_weights", "weights_hash"]
+__all__ = ["load_weights", "read_weights", "save_weights", "weights_hash"]
 
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
@@ -58,6 +59,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             'under "state_dict".'
         )
     return dict(content)
+
+
+def save_weights(model: nn.Module, path: Path) -> Path:
+    """Writes a model's state dict as safetensors, whole or not at all; without the prefixes of DDP and torch.compile.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    from safetensors.torch import save
+
+    state = {}
+    for key, value in model.state_dict().items():
+        for prefix in _PREFIXES:
+            key = key.removeprefix(prefix)
+        # Shared tensors are written twice: safetensors refuses views of one storage.
+        state[key] = value.detach().cpu().contiguous().clone()
+    return write_bytes_atomically(path, save(state))
 
 
 def weights_hash(model: nn.Module) -> str:

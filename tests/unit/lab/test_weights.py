@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backpass.errors import BackpassError
-from backpass.lab.weights import load_weights, weights_hash
+from backpass.lab.weights import load_weights, save_weights, weights_hash
 
 
 def net(width=3):
@@ -89,3 +89,20 @@ def test_a_cut_off_checkpoint_is_told(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(BackpassError, match="cut off"):
         load_weights(net(), path)
+
+
+def test_saved_weights_come_back_to_the_bit_also_those_of_a_compiled_model(tmp_path):
+    source, target = net(), net()
+    path = save_weights(torch.compile(source, backend="eager"), tmp_path / "net.safetensors")
+    load_weights(target, path)
+    assert weights_hash(target) == weights_hash(source)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+def test_two_names_of_one_tensor_are_saved_as_two(tmp_path):
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    load_weights(
+        copy := nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), save_weights(tied, tmp_path / "t.safetensors")
+    )
+    assert torch.equal(copy[0].weight, copy[1].weight)
