@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backpass.attacks.active_set import ActiveSet
 from backpass.attacks.attack import Attack
+from backpass.attacks.checks import check_images, check_labels, check_model
+from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.jobs import Jobs, batch_sizes, pad
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.restarts import Best, further_restarts
@@ -49,6 +52,44 @@ class SearchAttack(Attack):
     def _search(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> Found:
         """Searches for all jobs (B) in lockstep; returns a feasible image for each."""
 
+    def search(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        indices: Tensor,
+        value: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Where one search of every sample ends, (N, ...): the inner maximum of adversarial training.
+
+        Neither a verdict nor restarts, and nobody leaves early, so that it costs the search's own gradients.
+
+        Args:
+            model: as for a call of the attack, as are `x`, `y` and `indices`.
+            x: (N, ...).
+            y: (N,).
+            indices: (N,).
+            value: what to raise instead of the attack's loss, (logits (B, C), row (B,)) -> (B,); row: places in x.
+
+        Raises:
+            BackpassError: as a call of the attack does.
+        """
+        check_images(x, self.bounds)
+        check_labels(x, y)
+        check_model(model, x)
+        check_labels(x, indices, "indices")
+        with leave_no_trace(model):
+            oracle = self.ask(model)
+            row = torch.arange(len(x), device=x.device)
+            if value is not None:
+                raised = value
+                # A job's target reaches the objective whatever order the search puts the jobs in.
+                oracle.objective = lambda logits, _, target: raised(logits, row if target is None else target)
+            jobs = Jobs(x.detach(), y.long(), indices.long(), row, torch.zeros_like(row), row)
+            z = self._search(oracle, jobs, ActiveSet(jobs, len(x), [len(x)], early_stop=False)).z
+            return _keep_finite(z.detach(), jobs)
+
     def _attack(self, oracle: Oracle, x: Tensor, y: Tensor, index: Tensor, capacity: int) -> Best:
         """All restarts of one batch (N, ...), N <= capacity."""
         sizes = batch_sizes(capacity, compiled=oracle.compiled)
@@ -68,9 +109,14 @@ class SearchAttack(Attack):
         if len(filled) > real:
             jobs = jobs[filled]
         found = self._search(oracle, jobs, ActiveSet(jobs, real, sizes, self.early_stop))
-        z = found.z.detach()
-        finite = z.flatten(1).isfinite().all(1)
-        if not bool(finite.all()):
-            logger.warning("%d of %d searches met a gradient that is not finite", int((~finite).sum()), real)
-            z = torch.where(per_sample(finite, z), z, jobs.x)
+        z = _keep_finite(found.z.detach(), jobs)
         return Best(z, oracle.judge(z, jobs.aimed(found.target)), found.halvings)[:real]
+
+
+def _keep_finite(z: Tensor, jobs: Jobs) -> Tensor:
+    """The images z (B, ...), those that are not finite replaced by the originals."""
+    finite = z.flatten(1).isfinite().all(1)
+    if bool(finite.all()):
+        return z
+    logger.warning("%d of %d searches met a gradient that is not finite", int((~finite).sum()), len(jobs))
+    return torch.where(per_sample(finite, z), z, jobs.x)
