@@ -1,0 +1,242 @@
+"""How far an SDE's law is from the chain's, without Monte Carlo."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from backpass.errors import BackpassError, UnknownNameError
+from backpass.sde.chebyshev import ChebyshevGrid
+from backpass.sde.dynamics import AdversarialSDE
+
+__all__ = ["VARIANTS", "Variant", "WeakErrors", "fit_slope", "weak_error"]
+
+Function = Callable[[Tensor], Tensor]
+"""A test function of the parameters, (..., P) -> (...)."""
+
+_MOST_BATCHES = 2000
+_BLOW_UP = 100.0
+
+
+class Variant(NamedTuple):
+    """One SDE beside the chain: `AdversarialSDE`'s mode and order, and whether it keeps the noise."""
+
+    mode: Literal["exact", "expanded"]
+    order: Literal[1, 2]
+    noise: bool = True
+
+
+VARIANTS: dict[str, Variant] = {
+    "b0": Variant("expanded", 1, noise=False),
+    "b0+sigma": Variant("expanded", 1),
+    "B": Variant("expanded", 2),
+    "C": Variant("exact", 2),
+}
+"""By name: the gradient flow of G, with noise, with the terms of order eta expanded, and exact in eta_inner."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeakErrors:
+    """max_{k <= t/eta} |E f(theta_k) - E f(Theta_{k eta})|, by learning rate, test function and SDE.
+
+    Attributes:
+        etas: the learning rates.
+        errors: errors[variant][function], one per learning rate.
+        resolution: how much of an error is the oracle's own: by variant and function, the largest relative change
+            when three nodes per dimension are left out.
+    """
+
+    etas: tuple[float, ...]
+    errors: dict[str, dict[str, tuple[float, ...]]]
+    resolution: dict[str, dict[str, float]]
+
+    def slope(self, variant: str, function: str) -> float:
+        """The weak order measured: slope of log error against log eta by least squares."""
+        return fit_slope(self.etas, self.errors[variant][function])
+
+    @property
+    def slopes(self) -> dict[str, dict[str, float]]:
+        """All of them, slopes[variant][function]."""
+        return {v: {f: fit_slope(self.etas, e) for f, e in row.items()} for v, row in self.errors.items()}
+
+    def __str__(self) -> str:
+        head = "".join(f"{f'eta={eta:g}':>13}" for eta in self.etas)
+        lines = [f"{'SDE':<10}{'f':<14}{head}{'slope':>8}"]
+        for variant, row in self.errors.items():
+            for function, errors in row.items():
+                numbers = "".join(f"{error:13.3e}" for error in errors)
+                lines.append(f"{variant:<10}{function:<14}{numbers}{self.slope(variant, function):8.2f}")
+        return "\n".join(lines)
+
+
+def fit_slope(etas: Sequence[float], errors: Sequence[float]) -> float:
+    """The slope of log error against log eta by least squares.
+
+    Raises:
+        BackpassError: fewer than two points, or an error that is not above 0.
+    """
+    if len(etas) < 2 or len(etas) != len(errors) or min(*etas, *errors) <= 0:
+        raise BackpassError(f"a slope needs two or more positive etas and errors; got {list(etas)}, {list(errors)}.")
+    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (etas, errors))
+    x = x - x.mean()
+    return ((x @ y) / (x @ x)).item()
+
+
+def weak_error(
+    sde: AdversarialSDE,
+    *,
+    bounds: Sequence[tuple[float, float]],
+    theta0: Tensor,
+    functions: Mapping[str, Function],
+    t: float,
+    etas: Sequence[float] = (0.1, 0.05, 0.025, 0.0125, 0.00625),
+    variants: Mapping[str, Variant] | Sequence[str] = ("b0", "b0+sigma", "B", "C"),
+    nodes: int = 18,
+) -> WeakErrors:
+    """Weak errors of SDEs against the chain they model, exact up to interpolation.
+
+    A function of theta is its values on a grid of Chebyshev nodes. The chain's transfer operator,
+    (T f)(theta) = E f(theta'), is the average over all batches of the interpolation at the nodes' images; the SDE's
+    is the exponential of its generator, e^{eta A} with A = b . D + (eta/2) S : D^2 and D the grid's differentiation
+    matrices. Their powers are compared at theta0. Take several functions: one error can change its sign with
+    eta, and then fakes a slope.
+
+    Args:
+        sde: problem, adversary and batch size; its ratio eta_inner / eta_outer is kept for every eta.
+        bounds: a box (low, high) per parameter, one or two, that the chain hardly leaves from any of its points.
+        theta0: the start, (1,) or (2,) float64, in the box.
+        functions: test functions by name.
+        t: the horizon, in time of the SDE.
+        etas: learning rates, usually <= 0.1.
+        variants: names of `VARIANTS`, or others by name.
+        nodes: per dimension, in [7, 20].
+
+    Raises:
+        BackpassError: a setting is out of its range, there are too many batches to average over, or the operators
+            blow up because the box does not hold the chain.
+
+    Source: derived for this project.
+    """
+    chosen = _choose(variants)
+    _check(sde, bounds, theta0, functions, t, etas)
+    fine, rough = (
+        [_errors(sde, ChebyshevGrid(bounds, n), theta0, functions, t, eta, chosen) for eta in etas]
+        for n in (nodes, nodes - 3)
+    )
+    errors = {v: {f: tuple(at[i][j] for at in fine) for j, f in enumerate(functions)} for i, v in enumerate(chosen)}
+    change = {
+        v: {
+            f: max(abs(a[i][j] - b[i][j]) / max(a[i][j], 1e-300) for a, b in zip(fine, rough, strict=True))
+            for j, f in enumerate(functions)
+        }
+        for i, v in enumerate(chosen)
+    }
+    return WeakErrors(etas=tuple(etas), errors=errors, resolution=change)
+
+
+def _errors(
+    sde: AdversarialSDE,
+    grid: ChebyshevGrid,
+    theta0: Tensor,
+    functions: Mapping[str, Function],
+    t: float,
+    eta: float,
+    variants: Mapping[str, Variant],
+) -> list[list[float]]:
+    """At one eta, by variant and function."""
+    at = replace(sde, eta_outer=eta, eta_inner=sde.eta_inner / sde.eta_outer * eta)
+    values = torch.stack([function(grid.points) for function in functions.values()], 1)
+    read, steps = grid.interpolation(theta0), math.floor(t / eta + 1e-9)
+    chain = _powers(_transfer_operator(at, grid), values, steps, read, f"the chain at eta={eta:g}")
+    found = []
+    for name, variant in variants.items():
+        operator = torch.linalg.matrix_exp(eta * _generator(at, grid, variant))
+        ours = _powers(operator, values, steps, read, f"SDE {name!r} at eta={eta:g}")
+        found.append((chain - ours).abs().amax(0).tolist())
+    return found
+
+
+def _powers(operator: Tensor, values: Tensor, steps: int, read: Tensor, what: str) -> Tensor:
+    """E f at theta0 after 1, ..., steps steps, (steps, functions)."""
+    largest = _BLOW_UP * values.abs().max()
+    found = []
+    for _ in range(steps):
+        values = operator @ values
+        found.append(read @ values)
+    if not values.abs().max() <= largest:
+        raise BackpassError(
+            f"the operator of {what} blows up: from some points of the box its paths leave it. Take other bounds, "
+            "fewer nodes, or smaller etas."
+        )
+    return torch.stack(found)
+
+
+def _transfer_operator(sde: AdversarialSDE, grid: ChebyshevGrid) -> Tensor:
+    """(T f)(theta) = E f(theta') as a matrix on the grid: the mean over batches, each multiset with its probability."""
+    n, size = sde.noise_dim, sde.batch_size
+    batches = torch.tensor(list(combinations_with_replacement(range(n), size)))
+    counts = torch.stack([(batches == sample).sum(1) for sample in range(n)], 1).double()
+    log_probability = math.lgamma(size + 1) - (counts + 1).lgamma().sum(1) - size * math.log(n)
+    operator = torch.zeros(len(grid.points), len(grid.points), dtype=torch.float64)
+    for batch, weight in zip(batches, log_probability.exp().tolist(), strict=True):
+        images = sde.chain_step(grid.points, index=batch.expand(len(grid.points), -1))
+        operator += weight * grid.interpolation(images)
+    return operator
+
+
+def _generator(sde: AdversarialSDE, grid: ChebyshevGrid, variant: Variant) -> Tensor:
+    """A f = b . grad f + (eta/2) S : Hess f as a matrix on the grid."""
+    ours = replace(sde, mode=variant.mode, order=variant.order)
+    first = grid.derivatives
+    drift = ours.drift(grid.points)
+    generator = torch.zeros(len(grid.points), len(grid.points), dtype=torch.float64)
+    for i, slope in enumerate(first):
+        generator += drift[:, i, None] * slope
+    if variant.noise:
+        covariance = ours.covariance(grid.points)
+        for i, left in enumerate(first):
+            for j, right in enumerate(first):
+                generator += sde.eta_outer / 2 * covariance[:, i, j, None] * (left @ right)
+    return generator
+
+
+def _choose(variants: Mapping[str, Variant] | Sequence[str]) -> dict[str, Variant]:
+    if isinstance(variants, Mapping):
+        return dict(variants)
+    for name in variants:
+        if name not in VARIANTS:
+            raise UnknownNameError("variant", str(name), VARIANTS)
+    return {name: VARIANTS[name] for name in variants}
+
+
+def _check(
+    sde: AdversarialSDE,
+    bounds: Sequence[tuple[float, float]],
+    theta0: Tensor,
+    functions: Mapping[str, Function],
+    t: float,
+    etas: Sequence[float],
+) -> None:
+    if sde.data[0].dtype != torch.float64 or theta0.dtype != torch.float64:
+        raise BackpassError("weak errors go down to 1e-7: give data and theta0 in float64.")
+    inside = theta0.shape == (len(bounds),) and all(
+        low <= value <= high for value, (low, high) in zip(theta0.tolist(), bounds, strict=True)
+    )
+    if not inside:
+        raise BackpassError(f"theta0 is a point of the box, of shape ({len(bounds)},); got {theta0.tolist()}.")
+    if not functions:
+        raise BackpassError("functions has no test function.")
+    if not etas or not all(math.isfinite(eta) and 0 < eta <= t for eta in etas):
+        raise BackpassError(f"etas are learning rates in (0, t={t:g}]; got {list(etas)}.")
+    batches = math.comb(sde.noise_dim + sde.batch_size - 1, sde.batch_size)
+    if batches > _MOST_BATCHES:
+        raise BackpassError(
+            f"{batches} different batches of {sde.batch_size} from {sde.noise_dim} samples are too many to average "
+            f"over, the limit is {_MOST_BATCHES}: take fewer samples or smaller batches."
+        )
