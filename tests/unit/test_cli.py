@@ -57,7 +57,8 @@ def test_sites_shows_a_users_own_network():
     [
         (["sites", "cmn"], "unknown model 'cmn'. Did you mean 'cnn'"),
         (["sites", "torch.nn:Tanh"], "give one, as in --input-shape"),
-        (["sites", "cnn", "--input-shape", "3x8x8"], "does not take an input of shape (1, 3, 8, 8)"),
+        (["sites", "vgg16", "--input-shape", "3x8x8"], "vgg16 takes images of at least 32x32 pixels, got 8x8"),
+        (["sites", "resnet18", "--rule", "linbp:start=paper"], "not for 'resnet18'"),
         (["sites", "cnn", "--rule", "linpb"], "Did you mean 'linbp'"),
         (["sites", "cnn", "--rule", "linbp:start=9"], "linbp:start=9"),
         (["demo", "--model", "mpl"], "Did you mean 'mlp'"),

@@ -41,8 +41,8 @@ def attack(
     model: Annotated[
         str,
         typer.Option(
-            help="A lab network (mlp, cnn: for 8x8 digits) or your own as module:callable, which is imported "
-            "and called.",
+            help="A lab network, as in mlp or resnet18:activation=silu, or your own as module:callable, which is "
+            "imported and called.",
             metavar="SPEC",
         ),
     ],
@@ -99,13 +99,13 @@ def attack(
         from backpass.lab.subjects import load_subject, parse_device
 
         radii = [read_number(text, "--eps") for text in eps]
-        ordered, where = order_rules(rules), parse_device(device)
+        ordered, where = order_rules(rules, model), parse_device(device)
         space = make_protocol(protocol, data, o.read_normalisation(mean, std))
         settings = given.as_options()
         make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
         in_front = o.normalisation_in_front(normalize, mean, std, data=data, protocol=protocol)
         images = load_data(data, split=split).first(limit)
-        subject = load_subject(model, weights, device=where, seed=seed, normalisation=in_front)
+        subject = load_subject(model, weights, device=where, seed=seed, normalisation=in_front, data=images)
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])
         few = images.images.x[:2].to(where)

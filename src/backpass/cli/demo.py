@@ -26,7 +26,9 @@ def demo(
     seeds: Annotated[
         int | None, typer.Option(min=2, help="Runs of each kind; verdicts need 3.", show_default="5")
     ] = None,
-    model: Annotated[str, typer.Option(help="The network: mlp or cnn.")] = "mlp",
+    model: Annotated[
+        str, typer.Option(help="A lab network for 8x8 images: mlp or cnn, with options after a colon.")
+    ] = "mlp:widths=128-128-128",
     out: Annotated[Path, typer.Option(help="Folder for report.html and result.json.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="3 seeds, fewer epochs, rates and radii.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Also write the main plots to this SVG file.")] = None,

@@ -19,10 +19,15 @@ __all__ = ["sites"]
 
 [green]backpass sites cnn --rule linbp:start=-2[/green]
 
+[green]backpass sites resnet50 --rule linbp:start=paper[/green]  where the paper has it linear
+
 [green]backpass sites my_nets:make_resnet --input-shape 3x224x224[/green]  imports and calls your own code"""
 )
 def sites(
-    model: Annotated[str, typer.Argument(help="A lab network (mlp, cnn) or your own as module:callable.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A lab network, as in mlp or resnet50:activation=silu, or your own as module:callable."),
+    ],
     input_shape: Annotated[
         str | None, typer.Option(help="Shape of one input without the batch axis, as in 3x224x224.")
     ] = None,
@@ -32,10 +37,12 @@ def sites(
     import torch
 
     from backpass.lab.models.lookup import find, parse_shape
-    from backpass.rules import list_sites, parse_rule
+    from backpass.lab.placements import parse_rule_for
+    from backpass.rules import list_sites
 
-    network, known = find(model)
-    shape = parse_shape(input_shape) if input_shape is not None else known
+    given = parse_shape(input_shape) if input_shape is not None else None
+    network, known = find(model, shape=given)
+    shape = given or known
     if shape is None:
         raise BackpassError(f"the input shape of {model!r} is not known: give one, as in --input-shape 3x224x224.")
     x = torch.zeros(1, *shape)
@@ -46,7 +53,7 @@ def sites(
         raise BackpassError(f"{model!r} does not take an input of shape {tuple(x.shape)}: {error}") from error
     acts: set[int] = set()
     if rule is not None:
-        with parse_rule(rule).attach(network) as attached:
+        with parse_rule_for(model, rule).attach(network) as attached:
             network(x)
             acts = {site.index for site in attached.sites}
     header, *lines = str(table).splitlines()

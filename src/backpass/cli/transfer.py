@@ -89,7 +89,7 @@ def transfer(
         images = load_data(data, split=split).first(limit)
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])
-        networks = load_named([*sources, *targets], device=where, seed=seed, normalisation=in_front)
+        networks = load_named([*sources, *targets], device=where, seed=seed, normalisation=in_front, data=images)
         few = images.images.x[:2].to(where)
         for subject in networks.values():
             subject.try_on(few, data)

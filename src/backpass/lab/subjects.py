@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
+from backpass.lab.data import Labelled
+from backpass.lab.models import Normalize
 from backpass.lab.models.lookup import find
-from backpass.lab.protocols import Normalisation, Rescaled
+from backpass.lab.protocols import Normalisation, Rescaled, known_normalisation
 from backpass.lab.weights import load_weights, weights_hash
 
 __all__ = ["Subject", "load_named", "load_subject", "parse_device", "short_names"]
@@ -71,6 +73,7 @@ def load_subject(
     device: torch.device,
     seed: int = 0,
     normalisation: Normalisation | None = None,
+    data: Labelled | None = None,
 ) -> Subject:
     """The network of a name with the weights of a file.
 
@@ -80,15 +83,17 @@ def load_subject(
         device: where it goes.
         seed: of the initial weights; the global random state is not touched.
         normalisation: what the network expects to be done to pixels, if it does not do so itself.
+        data: what a lab network is made for: its images' shape, its classes and, until a file of weights says
+            otherwise, its normalisation; ``None``: what the network has by default.
 
     Raises:
         UnknownNameError: there is no such network.
-        BackpassError: the network cannot be made, or the file does not fit it.
+        BackpassError: the network cannot be made, the file does not fit it, or it would normalise twice.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            network, _ = find(name)
+            network = _make(name, data, seed)
         except BackpassError:
             raise
         except Exception as error:  # a user's own module may raise anything when it is imported or called
@@ -100,6 +105,9 @@ def load_subject(
     network.to(device).eval()
     model = network
     if normalisation is not None:
+        own = next((m for m in network.modules() if isinstance(m, Normalize) and not m.changes_nothing), None)
+        if own is not None:
+            raise BackpassError(f"{name!r} normalises images itself, by {own}: leave --normalize out.")
         mean, std = (part.to(device) for part in normalisation.column)
         model = Rescaled(network, 1 / std, -mean / std)
     return Subject(
@@ -112,8 +120,20 @@ def load_subject(
     )
 
 
+def _make(name: str, data: Labelled | None, seed: int) -> nn.Module:
+    if data is None:
+        return find(name, seed=seed)[0]
+    shape, own = tuple(data.images.pixels.shape[1:]), known_normalisation(data.name)
+    return find(name, shape=shape, classes=data.classes, normalisation=own, seed=seed)[0]
+
+
 def load_named(
-    specs: Sequence[str], *, device: torch.device, seed: int, normalisation: Normalisation | None
+    specs: Sequence[str],
+    *,
+    device: torch.device,
+    seed: int,
+    normalisation: Normalisation | None,
+    data: Labelled | None = None,
 ) -> dict[str, Subject]:
     """Networks by their specification, ``SPEC`` or ``SPEC@FILE``; one that comes twice is loaded once.
 
@@ -125,7 +145,7 @@ def load_named(
         if spec not in found:
             name, at, file = spec.rpartition("@")
             parts = (name, Path(file)) if at else (spec, None)
-            found[spec] = load_subject(*parts, device=device, seed=seed, normalisation=normalisation)
+            found[spec] = load_subject(*parts, device=device, seed=seed, normalisation=normalisation, data=data)
     return found
 
 

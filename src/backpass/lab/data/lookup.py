@@ -28,6 +28,7 @@ class Labelled:
         split: which part.
         description: one line for reports.
         images: pixels and labels.
+        classes: how many there are, whether or not these images have them all.
         class_names: by label, or ``None`` where the data does not say.
         warning: what a reader of numbers measured on these images must know, or nothing.
     """
@@ -36,6 +37,7 @@ class Labelled:
     split: str
     description: str
     images: Images
+    classes: int
     class_names: tuple[str, ...] | None = None
     warning: str = ""
 
@@ -86,7 +88,11 @@ def _digits(split: str) -> Labelled:
         raise UnknownNameError("split of digits", split, ("train", "test"))
     images = both.train if split == "train" else both.test
     return Labelled(
-        name=_DIGITS, split=split, description=f"{both.description}; the {split} part, {len(images):,}", images=images
+        name=_DIGITS,
+        split=split,
+        description=f"{both.description}; the {split} part, {len(images):,}",
+        images=images,
+        classes=both.classes,
     )
 
 
@@ -122,6 +128,7 @@ def _labelled(name: str, split: str, decoded: Decoded, names: tuple[str, ...] | 
         split=split,
         description=f"{Path(name).name}, {split}: {count:,} {colour} images of {width}x{height} pixels ({kind})",
         images=Images(pixels=decoded.pixels, labels=decoded.labels),
+        classes=max(int(decoded.labels.max()) + 1, len(names or ())),
         class_names=names,
         warning=warning,
     )

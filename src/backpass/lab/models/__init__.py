@@ -1,4 +1,4 @@
-"""Networks by name: images in, logits out, the same weights for the same seed."""
+"""Networks by name: images in [0, 1] in, logits out, the same weights for the same seed."""
 
 from __future__ import annotations
 
@@ -8,37 +8,80 @@ from typing import Any
 import torch
 from torch import nn
 
-from backpass.errors import UnknownNameError
+from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.models.cnn import cnn
+from backpass.lab.models.densenet import densenet161
+from backpass.lab.models.lenet import lenet5
 from backpass.lab.models.mlp import mlp
+from backpass.lab.models.mobilenet import mobilenetv2
+from backpass.lab.models.normalize import Normalize
+from backpass.lab.models.resnet import resnet, resnet18, resnet50
+from backpass.lab.models.shapes import Shape, check_shape
+from backpass.lab.models.text import options_of, read_model
+from backpass.lab.models.vgg import vgg16
+from backpass.lab.models.wide_resnet import wide_resnet, wrn_28_10
+from backpass.lab.protocols import Normalisation
 
-__all__ = ["INPUT_SHAPES", "MODELS", "build", "cnn", "mlp"]
+__all__ = ["INPUT_SHAPES", "MODELS", "Normalize", "build"]
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"cnn": cnn, "mlp": mlp}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "cnn": cnn,
+    "densenet161": densenet161,
+    "lenet5": lenet5,
+    "mlp": mlp,
+    "mobilenetv2": mobilenetv2,
+    "resnet": resnet,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "vgg16": vgg16,
+    "wrn": wide_resnet,
+    "wrn-28-10": wrn_28_10,
+}
+"""The networks by name; each is made from (shape, classes, generator) and keyword options."""
 
-INPUT_SHAPES: dict[str, tuple[int, int, int]] = {"cnn": (1, 8, 8), "mlp": (1, 8, 8)}
-"""The shape (C, H, W) of one image that a network takes with its default options."""
+_SMALL, _MNIST, _CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
+
+INPUT_SHAPES: dict[str, Shape] = {
+    name: {"cnn": _SMALL, "mlp": _SMALL, "lenet5": _MNIST}.get(name, _CIFAR) for name in MODELS
+}
+"""The shape (C, H, W) of one image that a network takes where `build` is not told another."""
 
 
-def build(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
-    """A network with seeded weights: He-normal with zero biases.
+def build(
+    name: str,
+    *,
+    shape: tuple[int, ...] | None = None,
+    classes: int = 10,
+    normalisation: Normalisation | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """A network with seeded weights.
 
     Args:
-        name: one of `MODELS`.
+        name: one of `MODELS`, also with options: ``"resnet18:activation=silu"``.
+        shape: (C, H, W) of one image; ``None`` is that of `INPUT_SHAPES`.
+        classes: the number of logits.
+        normalisation: what its first layer, `Normalize`, does to images in [0, 1]; ``None``: nothing.
         seed: of the weights; the global random state is not touched.
-        **options: passed to the network's own function, for instance ``activation="silu"``.
+        **options: of this network, for instance ``activation="silu"``; they go before those in ``name``.
 
     Raises:
-        UnknownNameError: no network has this name.
+        UnknownNameError: no network, option or activation has this name.
+        BackpassError: an option is out of its range, the images are too small for the network, or the normalisation
+            is for another number of channels.
     """
-    if name not in MODELS:
-        raise UnknownNameError("model", name, MODELS)
-    with torch.random.fork_rng(devices=[]):  # the layers' own initialisation draws from the global state
-        model = MODELS[name](**options)
+    name, given = read_model(name, MODELS)
+    for option in options:
+        if option not in options_of(MODELS[name]):
+            raise UnknownNameError(f"option of model {name!r}", option, options_of(MODELS[name]))
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+        raise BackpassError(f"a network needs a whole number of classes, at least 1, got {classes!r}.")
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    with torch.random.fork_rng(devices=[]):  # the layers' own initialisation draws from the global state
+        model = MODELS[name](check_shape(shape or INPUT_SHAPES[name]), classes, generator, **{**given, **options})
+    if normalisation is not None:
+        for module in model.modules():
+            if isinstance(module, Normalize):
+                module.use(normalisation)
     return model

@@ -1,32 +1,43 @@
-"""A small convolutional network for 8x8 images."""
+"""A small convolutional network for small images."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 from torch import nn
 
 from backpass.lab.models.activations import activation as make_activation
+from backpass.lab.models.initialisation import initialise
+from backpass.lab.models.normalize import Normalize
+from backpass.lab.models.shapes import Shape, require_side
 
 __all__ = ["cnn"]
 
 
-def cnn(channels: int = 1, classes: int = 10, activation: str = "relu", width: int = 16) -> nn.Sequential:
+def cnn(
+    shape: Shape, classes: int, generator: torch.Generator, *, width: int = 16, activation: str = "relu"
+) -> nn.Sequential:
     """Three 3x3 convolutions, two poolings, two linear layers: four activations in all.
 
     Args:
-        channels: of the image.
+        shape: (C, H, W) of one image, at least 4x4.
         classes: the number of logits.
-        activation: the name of the activation.
+        generator: of the weights.
         width: channels of the first two convolutions; the third has twice as many.
+        activation: the name of the activation.
 
     Returns:
-        A module from images (N, channels, 8, 8) to logits (N, classes).
+        A module from images (N, C, H, W) in [0, 1] to logits (N, classes).
 
     Raises:
+        BackpassError: the images are too small.
         UnknownNameError: no activation has this name.
     """
+    require_side("cnn", shape, 4)
+    channels, height, breadth = shape
     layers: OrderedDict[str, nn.Module] = OrderedDict(
+        normalize=Normalize(channels),
         conv1=nn.Conv2d(channels, width, 3, padding=1),
         act1=make_activation(activation),
         conv2=nn.Conv2d(width, width, 3, padding=1),
@@ -36,8 +47,10 @@ def cnn(channels: int = 1, classes: int = 10, activation: str = "relu", width: i
         act3=make_activation(activation),
         pool2=nn.MaxPool2d(2),
         flatten=nn.Flatten(),
-        linear1=nn.Linear(2 * width * 4, 64),
+        linear1=nn.Linear(2 * width * (height // 4) * (breadth // 4), 64),
         act4=make_activation(activation),
         linear2=nn.Linear(64, classes),
     )
-    return nn.Sequential(layers)
+    model = nn.Sequential(layers)
+    initialise(model, generator)
+    return model

@@ -10,28 +10,48 @@ from torch import nn
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.models import INPUT_SHAPES, MODELS, build
+from backpass.lab.models.shapes import parse_shape
+from backpass.lab.protocols import Normalisation
 
-__all__ = ["find", "parse_shape"]
+__all__ = ["find", "is_the_labs", "parse_shape"]
 
 
-def find(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
+def is_the_labs(name: str) -> bool:
+    """Whether a specification means a network of the lab, ``NAME`` or ``NAME:option=value,...``, not a user's own."""
+    head, colon, rest = name.strip().partition(":")
+    return not colon or head in MODELS or "=" in rest
+
+
+def find(
+    name: str,
+    *,
+    shape: tuple[int, ...] | None = None,
+    classes: int = 10,
+    normalisation: Normalisation | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, tuple[int, ...] | None]:
     """A network of the lab, or a user's own as ``module:callable``, with its input's shape where that is known.
 
     A user's module is looked up as Python does, and in the current folder; it is imported, so it runs. The name after
     the colon is a module instance, or is called without arguments and returns one.
 
     Args:
-        name: for instance ``mlp``, or ``my_package.nets:make_resnet``.
+        name: for instance ``mlp``, ``resnet18:activation=silu``, or ``my_package.nets:make_resnet``.
+        shape: of one image, for the lab's networks, as are the following; see `build`.
+        classes: the number of logits.
+        normalisation: of the first layer.
+        seed: of the weights.
 
     Returns:
         The network, and the shape of one input without the batch axis, or ``None``.
 
     Raises:
         UnknownNameError: the lab has no network of this name, or the user's module none of that name.
-        BackpassError: the user's module cannot be imported, or gives no ``nn.Module``.
+        BackpassError: the user's module cannot be imported, or gives no ``nn.Module``; or as `build`.
     """
-    if ":" not in name:
-        return build(name), INPUT_SHAPES.get(name)
+    if is_the_labs(name):
+        model = build(name, shape=shape, classes=classes, normalisation=normalisation, seed=seed)
+        return model, shape or INPUT_SHAPES[name.strip().partition(":")[0]]
     path, _, attribute = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
@@ -53,15 +73,3 @@ def find(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
             f"{name!r} must give an nn.Module, got {type(model).__name__}. Lab networks: {list(MODELS)}."
         )
     return model, None
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """The shape of one input without the batch axis, from ``3x224x224`` or ``3,224,224``.
-
-    Raises:
-        BackpassError: the text has another form, or a size is below 1.
-    """
-    parts = text.lower().replace("x", ",").split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise BackpassError(f"a shape is positive whole numbers as in 3x224x224 (no batch axis), got {text!r}.")
-    return tuple(int(part) for part in parts)

@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from backpass.errors import BackpassError
 from backpass.lab.models.activations import activation as make_activation
+from backpass.lab.models.initialisation import initialise
+from backpass.lab.models.normalize import Normalize
+from backpass.lab.models.shapes import Shape
 
 __all__ = ["mlp"]
 
 
-def mlp(widths: Sequence[int] = (64, 128, 128, 128, 10), activation: str = "relu") -> nn.Sequential:
+def mlp(
+    shape: Shape,
+    classes: int,
+    generator: torch.Generator,
+    *,
+    widths: Sequence[int] = (400, 200, 100),
+    activation: str = "relu",
+) -> nn.Sequential:
     r"""A perceptron :math:`W_L\,\sigma(W_{L-1} \cdots \sigma(W_1 x))` with biases.
 
     Args:
-        widths: (pixels of the image, hidden widths ..., classes).
-        activation: the name of the activation between the layers.
+        shape: (C, H, W) of one image.
+        classes: the number of logits.
+        generator: of the weights.
+        widths: of the hidden layers, at least one; each has an activation.
+        activation: its name.
 
     Returns:
-        A module from images (N, C, H, W), C*H*W = widths[0], to logits (N, widths[-1]).
+        A module from images (N, C, H, W) in [0, 1] to logits (N, classes).
 
     Raises:
-        BackpassError: there are fewer than two widths, or one is below 1.
+        BackpassError: there is no hidden layer, or a width is below 1.
         UnknownNameError: no activation has this name.
+
+    Source: Li et al. (arXiv 2112.11018), Section 4.2.2, has 784-400-200-100-10.
     """
-    if len(widths) < 2 or min(widths) < 1:
-        raise BackpassError(f"an MLP needs at least an input and an output width, all positive, got {tuple(widths)}.")
-    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    for index, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
+    if not widths or min(widths) < 1:
+        raise BackpassError(f"an MLP needs at least one hidden width, all positive, got {tuple(widths)}.")
+    layers: OrderedDict[str, nn.Module] = OrderedDict(normalize=Normalize(shape[0]), flatten=nn.Flatten())
+    for index, (fan_in, fan_out) in enumerate(pairwise((math.prod(shape), *widths)), start=1):
         layers[f"linear{index}"] = nn.Linear(fan_in, fan_out)
-        if index < len(widths) - 1:
-            layers[f"act{index}"] = make_activation(activation)
-    return nn.Sequential(layers)
+        layers[f"act{index}"] = make_activation(activation)
+    layers[f"linear{len(widths) + 1}"] = nn.Linear(widths[-1], classes)
+    model = nn.Sequential(layers)
+    initialise(model, generator)
+    return model

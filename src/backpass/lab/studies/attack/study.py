@@ -13,6 +13,7 @@ from torch import Tensor
 from backpass.attacks import Rate, Report
 from backpass.errors import BackpassError
 from backpass.lab.data import Labelled
+from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Protocol
 from backpass.lab.studies.attack.plans import Plan, make_plans
 from backpass.lab.subjects import Subject
@@ -126,14 +127,18 @@ class Measured:
     seconds: float
 
 
-def order_rules(rules: Sequence[str]) -> list[str]:
+def order_rules(rules: Sequence[str], model: str | None = None) -> list[str]:
     """The rules with plain backpropagation first, where it is among them: the others are compared with it.
+
+    Args:
+        rules: text forms.
+        model: the one network that they are for; then ``start=paper`` becomes the place that it names there.
 
     Raises:
         UnknownNameError: a rule has no known name.
         BackpassError: a rule cannot be read, or stands twice.
     """
-    texts = [str(parse_rule(rule)) for rule in rules]
+    texts = [str(parse_rule(rule) if model is None else parse_rule_for(model, rule)) for rule in rules]
     for index, text in enumerate(texts):
         if text in texts[:index]:
             raise BackpassError(f"--rule {text} stands twice.")
@@ -147,5 +152,5 @@ def check_rules(subject: Subject, rules: Sequence[str], x: Tensor, data: str) ->
         NoSiteError: one does not.
     """
     for rule in rules:
-        with parse_rule(rule).attach(subject.network):
+        with parse_rule_for(subject.name, rule).attach(subject.network):
             subject.try_on(x, data)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from backpass.attacks import PGD
-from backpass.errors import BackpassError, UnknownNameError
+from backpass.errors import BackpassError
 from backpass.lab.data import Split, load_digits
 from backpass.lab.models import MODELS, build
+from backpass.lab.models.text import read_model
 from backpass.lab.statistics import geometric_interval
 from backpass.lab.studies.demo.fit import Run, fit, gradient
 from backpass.rules import parse_rule
@@ -43,7 +44,7 @@ class Demo:
     """
 
     scale: str = "standard"
-    model: str = "mlp"
+    model: str = "mlp:widths=128-128-128"
     seeds: int = 5
     rules: tuple[str, ...] = ("bp", "linbp:start=-2", "linbp")
     rates: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -55,8 +56,7 @@ class Demo:
     attack_steps: int = 20
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise UnknownNameError("model", self.model, MODELS)
+        read_model(self.model, MODELS)
         if self.seeds < 2:
             raise BackpassError(f"an interval needs at least 2 seeds, got {self.seeds}; 3 are needed for a verdict.")
 
@@ -135,14 +135,14 @@ def _measure(demo: Demo, progress: Progress, began: float) -> Measured:
     lengths: dict[str, list[float]] = {rule: [] for rule in demo.rules}
     cosines: dict[str, list[float]] = {rule: [] for rule in demo.rules}
     for seed in range(demo.seeds):
-        initial = build(demo.model, seed=seed)
+        initial = build(demo.model, shape=split.train.pixels.shape[1:], seed=seed)
         base = gradient(initial, parse_rule(plain), split.train.x, split.train.y)
         for rule in demo.rules:
             g = gradient(initial, parse_rule(rule), split.train.x, split.train.y)
             lengths[rule].append(g.norm().item())
             cosines[rule].append(torch.cosine_similarity(g, base, dim=0).item())
             for rate in steps:
-                model = build(demo.model, seed=seed)
+                model = build(demo.model, shape=split.train.pixels.shape[1:], seed=seed)
                 run = fit(
                     model,
                     split,

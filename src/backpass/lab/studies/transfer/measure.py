@@ -13,11 +13,11 @@ from torch import Tensor
 
 from backpass.attacks import Rate, TransferReport, transfer
 from backpass.lab.data import Labelled
+from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Protocol
 from backpass.lab.studies.attack.images import AttackImages
 from backpass.lab.studies.attack.plans import Plan, make_plans
 from backpass.lab.subjects import Subject
-from backpass.rules import parse_rule
 
 __all__ = ["Measured", "Study", "measure"]
 
@@ -117,7 +117,7 @@ def measure(study: Study, progress: Progress = lambda what, part: None) -> Measu
         report(0, 1)
         with ExitStack() as attached:
             for subject in study.sources.values():
-                attached.enter_context(parse_rule(rule).attach(subject.network))
+                attached.enter_context(parse_rule_for(subject.name, rule).attach(subject.network))
             reports[plan.name, rule] = transfer(
                 sources, targets, images, plan.attack, batch_size=study.batch_size, progress=report
             )
