@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from backpass.attacks.attack import Attack
 from backpass.attacks.checks import check_images, check_labels, check_model
 from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.jobs import Jobs, batch_sizes, pad
+from backpass.attacks.losses import Loss
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.restarts import Best, further_restarts
 from backpass.attacks.threat import per_sample
@@ -59,7 +59,7 @@ class SearchAttack(Attack):
         y: Tensor,
         *,
         indices: Tensor,
-        value: Callable[[Tensor, Tensor], Tensor] | None = None,
+        value: Loss | None = None,
     ) -> Tensor:
         """Where one search of every sample ends, (N, ...): the inner maximum of adversarial training.
 

@@ -1,0 +1,127 @@
+"""The adversarial examples that a network is trained on: which attack, by which rule's gradients, from which start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import fields, replace
+from weakref import finalize, ref
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from backpass.attacks import Attack
+from backpass.attacks.losses import Loss
+from backpass.attacks.search import SearchAttack
+from backpass.errors import BackpassError
+from backpass.rules import Attached, Rule, unwrap
+from backpass.training.batches import Batch, mixed
+from backpass.training.objective import Plain
+
+__all__ = ["AdversarialExamples", "local_model", "scaled"]
+
+_LENGTHS = ("eps", "step", "start_eps", "noise")
+
+
+class AdversarialExamples:
+    """x_adv of a batch: where one search of the attack ends, by plain gradients or by those of a rule.
+
+    The model is in eval mode meanwhile, as every attack has it: BatchNorm uses its running statistics and does not
+    move them, and nothing is dropped out. A sample's random draws come from (attack.seed, batch.seed, batch.epoch,
+    its place in the data), so that a resumed run, and any number of processes, meet the same examples.
+
+    Args:
+        attack: the inner maximiser; its `restarts` and `early_stop` have no effect, for each sample is searched
+            once and to the end. AutoAttack, which is no single search, is run as it is.
+        rule: whose gradients it follows; None for plain backpropagation.
+        warmup: epochs in which eps, and every other length of the attack, rises in equal parts, as in `scaled`.
+    """
+
+    def __init__(self, attack: Attack, rule: Rule | None, warmup: int) -> None:
+        self.attack, self.rule, self.warmup = attack, rule, warmup
+        self._resting: _Resting | None = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        plain: Plain,
+        value: Loss | None = None,
+    ) -> Tensor:
+        """x_adv (B, ...) for ``batch.x``.
+
+        Args:
+            model: the network; of a DDP wrapper the module inside it.
+            batch: what to perturb.
+            plain: a context without the rules that update the weights.
+            value: what to raise instead of the attack's loss, (logits (B, C), row (B,)) -> (B,).
+
+        Raises:
+            BackpassError: as the attack does.
+        """
+        inside = local_model(model)
+        attack = replace(
+            scaled(self.attack, min(1.0, (batch.epoch + 1) / (self.warmup + 1))),
+            seed=mixed(self.attack.seed, batch.seed, batch.epoch),
+        )
+        with plain(), self._ruled(inside):
+            if isinstance(attack, SearchAttack):
+                return attack.search(inside, batch.x, batch.y, indices=batch.index, value=value)
+            return attack(inside, batch.x, batch.y, indices=batch.index).x_adv
+
+    def close(self) -> None:
+        """Take the rule off the model; a later call puts it there again."""
+        if self._resting is not None:
+            self._resting.attached.remove()
+            self._resting = None
+
+    def _ruled(self, model: nn.Module) -> AbstractContextManager[object]:
+        if self.rule is None:
+            return ExitStack()
+        if self._resting is None or self._resting.model() is not unwrap(model):
+            self.close()
+            self._resting = _Resting(self.rule.attach(model))
+            finalize(self, self._resting.attached.remove)
+        return self._resting.awake()
+
+
+class _Resting:
+    """A rule that is attached for the whole training, and in force only while examples are made."""
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
+        self.model = ref(attached.model)
+        self._rest = ExitStack()
+        self._rest.enter_context(attached.suspended())
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        self._rest.close()
+        try:
+            yield
+        finally:
+            self._rest.enter_context(self.attached.suspended())
+
+
+def scaled(attack: Attack, factor: float) -> Attack:
+    """The attack with all its lengths, eps, step, start and noise, multiplied by a factor in (0, 1]."""
+    lengths = {
+        field.name: value * factor
+        for field in fields(attack)
+        if field.name in _LENGTHS and (value := getattr(attack, field.name)) is not None
+    }
+    return attack if factor == 1.0 else replace(attack, **lengths)
+
+
+def local_model(model: nn.Module) -> nn.Module:
+    """The model without a DDP wrapper, whose forward would wait for the other processes; compiled where it was.
+
+    Raises:
+        BackpassError: ``model`` is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise BackpassError(f"expected an nn.Module, got {type(model).__name__}: pass the model itself.")
+    original = getattr(model, "_orig_mod", None)
+    if isinstance(original, DistributedDataParallel):
+        model = original
+    return local_model(model.module) if isinstance(model, DistributedDataParallel) else model

@@ -1,0 +1,117 @@
+"""Robust accuracy while a network learns, and whether its robustness is only against the attack it trains with."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from backpass.attacks import Attack
+from backpass.attacks.guard import leave_no_trace
+from backpass.errors import BackpassError
+from backpass.training.adversarial_examples import local_model
+
+__all__ = ["CatastrophicOverfittingError", "RobustEvaluation"]
+
+logger = logging.getLogger(__name__)
+
+
+class CatastrophicOverfittingError(BackpassError):
+    """A network learned to withstand the attack that it trains with, and no other."""
+
+
+@dataclass(frozen=True)
+class RobustEvaluation:
+    """Accuracy of a model on images that an attack has changed, for ``Trainer(robust=...)``.
+
+    Catastrophic overfitting (Wong, Rice, Kolter, Fast is better than free, 2020): with a weak inner maximiser, say one
+    step of FGSM, the accuracy under it suddenly rises while that under several steps goes to 0. Where the training
+    attack is given, both are measured on the same images, and it is so where the attack leaves less than ``collapse``
+    of the accuracy that the training attack leaves.
+
+    Args:
+        attack: the stronger attack, of several steps, by which robustness is judged.
+        every: epochs between evaluations.
+        images: how many of the evaluation set, its first; None for all.
+        training_attack: what the network trains with; None for no check.
+        collapse: in (0, 1).
+        stop: end the training where it is so, by `CatastrophicOverfittingError`; otherwise it is logged as a warning.
+        batch_size: images searched at a time.
+
+    Raises:
+        BackpassError: a setting is out of its range.
+    """
+
+    attack: Attack
+    every: int = field(default=1, kw_only=True)
+    images: int | None = field(default=500, kw_only=True)
+    training_attack: Attack | None = field(default=None, kw_only=True)
+    collapse: float = field(default=0.5, kw_only=True)
+    stop: bool = field(default=False, kw_only=True)
+    batch_size: int = field(default=256, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for attack in (self.attack, self.training_attack):
+            if attack is not None and (not isinstance(attack, Attack) or attack.targeted):
+                raise BackpassError(
+                    f"robustness is judged by an untargeted attack such as PGD(eps=8/255); got {attack!r}."
+                )
+        for name, value in (("every", self.every), ("images", self.images), ("batch_size", self.batch_size)):
+            if value is None and name == "images":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise BackpassError(f"{name} is a whole number of at least 1, got {value!r}.")
+        if not 0 < self.collapse < 1:
+            raise BackpassError(f"collapse is a share in (0, 1), got {self.collapse!r}.")
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+        """The metrics of a model on the first of some images.
+
+        Args:
+            model: the network as it stands; rules attached to it act on the attack's gradients.
+            x: (N, ...) in the attack's bounds.
+            y: (N,).
+
+        Returns:
+            ``robust_accuracy``; and with a training attack ``training_attack_accuracy`` and
+            ``catastrophic_overfitting``, 1 or 0.
+
+        Raises:
+            CatastrophicOverfittingError: it is so, and ``stop``.
+        """
+        x, y = x[: self.images], y[: self.images]
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        robust = self._accuracy(self.attack, local_model(model), x, y)
+        if self.training_attack is None:
+            return {"robust_accuracy": robust}
+        trained = self._accuracy(self.training_attack, local_model(model), x, y)
+        collapsed = robust < self.collapse * trained
+        if collapsed:
+            self._report(robust, trained, len(y))
+        return {
+            "robust_accuracy": robust,
+            "training_attack_accuracy": trained,
+            "catastrophic_overfitting": float(collapsed),
+        }
+
+    def _accuracy(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> float:
+        """The share that is right on x and under the attack; this process measures all, whoever else does."""
+        standing = 0
+        for rows in torch.arange(len(y), device=y.device).split(self.batch_size):
+            with leave_no_trace(model), torch.no_grad():
+                right = rows[attack.ask(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
+            if len(right):
+                standing += int((~attack(model, x[right], y[right], indices=right).success).sum())
+        return standing / len(y)
+
+    def _report(self, robust: float, trained: float, images: int) -> None:
+        message = (
+            f"catastrophic overfitting: of {images} images the network has {trained:.1%} right under the attack that "
+            f"it trains with, and {robust:.1%} under {type(self.attack).__name__}. Train with more steps, a smaller "
+            "step or eps, or a longer warmup, from weights of an earlier epoch."
+        )
+        if self.stop:
+            raise CatastrophicOverfittingError(message)
+        logger.warning(message)
