@@ -147,8 +147,6 @@ class AdversarialTraining:
 
     def _reference(self, model: nn.Module, batch: Batch) -> Tensor:
         """The logits (B, K) at x itself, of the model as the attack sees it."""
-        from backpass.attacks.guard import leave_no_trace
-
         inside = local_model(model)
         with leave_no_trace(inside), torch.no_grad():
             output: Tensor = inside(batch.x)

@@ -99,7 +99,7 @@ class RobustEvaluation:
     def _accuracy(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> float:
         """The share that is right on x and under the attack; this process measures all, whoever else does."""
         standing = 0
-        for rows in torch.arange(len(y), device=y.device).split(self.batch_size):
+        for rows in torch.split(torch.arange(len(y), device=y.device), self.batch_size):
             with leave_no_trace(model), torch.no_grad():
                 right = rows[attack.ask(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
             if len(right):
