@@ -1,1 +1,25 @@
 """Training: any model, optimizer, rule and objective, resumable to the bit, in one or several processes."""
+
+from backpass.training.adversary import AdversarialTraining
+from backpass.training.batches import Batch
+from backpass.training.interruption import Interrupted
+from backpass.training.objective import CrossEntropy, Evaluated, Objective, PerSample
+from backpass.training.processes import local_device
+from backpass.training.progress import Progress, TrainingResult
+from backpass.training.robust_evaluation import RobustEvaluation
+from backpass.training.trainer import Trainer
+
+__all__ = [
+    "AdversarialTraining",
+    "Batch",
+    "CrossEntropy",
+    "Evaluated",
+    "Interrupted",
+    "Objective",
+    "PerSample",
+    "Progress",
+    "RobustEvaluation",
+    "Trainer",
+    "TrainingResult",
+    "local_device",
+]

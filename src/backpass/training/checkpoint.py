@@ -1,0 +1,113 @@
+"""Checkpoints: written whole or not at all, recognised when damaged, read without running code."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backpass.errors import BackpassError
+
+__all__ = ["Checkpoints", "write_whole"]
+
+_LOG = logging.getLogger(__name__)
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that after a crash at any moment it is there as a whole, or as it was before."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Checkpoints:
+    """The checkpoints of a run: ``step-00000400.pt`` beside its SHA-256 sum, in the format of ``sha256sum``.
+
+    Args:
+        folder: where they are; made at the first save.
+        keep: how many of the last ones stay, at least 1.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._proven = False
+
+    def steps(self) -> list[int]:
+        """The steps after which there are checkpoints, in order."""
+        found = (_NAME.fullmatch(path.name) for path in self._folder.glob("step-*.pt"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        """The file of a step."""
+        return self._folder / f"step-{step:08d}.pt"
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint and delete those that are no longer kept.
+
+        Raises:
+            BackpassError: the state is not of tensors, numbers, strings, lists and dicts only.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        content = stream.getvalue()
+        if not self._proven:
+            try:
+                _read(content)
+            except pickle.UnpicklingError as error:
+                raise BackpassError(
+                    "a checkpoint holds tensors, numbers, strings, lists and dicts only; the state_dict of the "
+                    f"optimizer, scheduler, objective or model has something else: {error}"
+                ) from error
+            self._proven = True
+        path = self.path(step)
+        # The sum first: a checkpoint that can be seen has one.
+        write_whole(_sum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
+        write_whole(path, content)
+        for old in self.steps()[: -self._keep]:
+            self.path(old).unlink()
+            _sum(self.path(old)).unlink(missing_ok=True)
+        return path
+
+    def load(self) -> dict[str, Any]:
+        """The last checkpoint that is whole; each damaged one is named in a warning.
+
+        Raises:
+            BackpassError: there is none.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            path = self.path(step)
+            content = path.read_bytes()
+            expected = _sum(path).read_text().split()[:1] if _sum(path).exists() else []
+            if expected == [hashlib.sha256(content).hexdigest()]:
+                return _read(content)
+            _LOG.warning("%s is damaged (its SHA-256 sum is another): the checkpoint before it is used.", path)
+        if steps:
+            raise BackpassError(f"no checkpoint in {self._folder} is whole: start anew in another folder.")
+        raise BackpassError(f"there is no checkpoint in {self._folder} to resume from: call fit() without resume.")
+
+
+def _sum(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _read(content: bytes) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return state
