@@ -18,7 +18,7 @@ from backpass.sde.problem import Data, Loss, check_data, check_losses, check_the
 __all__ = ["AdversarialSDE"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdversarialSDE:
     """dTheta = -[h + eta/2 (Dh) h] dt + sqrt(eta) S^{1/2} dW: adversarial training by alternating SGD, to order 2.
 
