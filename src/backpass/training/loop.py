@@ -184,6 +184,8 @@ class Loop:
         due = final or position.epoch % settings.robust_every == 0
         if settings.robust is not None and settings.evaluated is not None and due:
             record["robust"] = self._evaluate.robust(settings.evaluated)
+            if hasattr(settings.robust, "reason_to_stop"):
+                self._diverged = settings.robust.reason_to_stop(record["robust"])
         position.history.append(record)
         if settings.scheduler is not None and settings.step_scheduler == "epoch":
             if isinstance(settings.scheduler, ReduceLROnPlateau):

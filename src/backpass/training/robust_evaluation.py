@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,13 +14,9 @@ from backpass.attacks.guard import leave_no_trace
 from backpass.errors import BackpassError
 from backpass.training.adversarial_examples import local_model
 
-__all__ = ["CatastrophicOverfittingError", "RobustEvaluation"]
+__all__ = ["RobustEvaluation"]
 
 logger = logging.getLogger(__name__)
-
-
-class CatastrophicOverfittingError(BackpassError):
-    """A network learned to withstand the attack that it trains with, and no other."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,10 @@ class RobustEvaluation:
 
     Args:
         attack: the stronger attack, of several steps, by which robustness is judged.
-        every: epochs between evaluations.
         images: how many of the evaluation set, its first; None for all.
         training_attack: what the network trains with; None for no check.
         collapse: in (0, 1).
-        stop: end the training where it is so, by `CatastrophicOverfittingError`; otherwise it is logged as a warning.
+        stop: whether the trainer ends the run there; a warning is logged in any case.
         batch_size: images searched at a time.
 
     Raises:
@@ -45,7 +41,6 @@ class RobustEvaluation:
     """
 
     attack: Attack
-    every: int = field(default=1, kw_only=True)
     images: int | None = field(default=500, kw_only=True)
     training_attack: Attack | None = field(default=None, kw_only=True)
     collapse: float = field(default=0.5, kw_only=True)
@@ -58,7 +53,7 @@ class RobustEvaluation:
                 raise BackpassError(
                     f"robustness is judged by an untargeted attack such as PGD(eps=8/255); got {attack!r}."
                 )
-        for name, value in (("every", self.every), ("images", self.images), ("batch_size", self.batch_size)):
+        for name, value in (("images", self.images), ("batch_size", self.batch_size)):
             if value is None and name == "images":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -77,9 +72,6 @@ class RobustEvaluation:
         Returns:
             ``robust_accuracy``; and with a training attack ``training_attack_accuracy`` and
             ``catastrophic_overfitting``, 1 or 0.
-
-        Raises:
-            CatastrophicOverfittingError: it is so, and ``stop``.
         """
         x, y = x[: self.images], y[: self.images]
         x = x.float() / 255 if x.dtype == torch.uint8 else x
@@ -89,12 +81,18 @@ class RobustEvaluation:
         trained = self._accuracy(self.training_attack, local_model(model), x, y)
         collapsed = robust < self.collapse * trained
         if collapsed:
-            self._report(robust, trained, len(y))
+            logger.warning("%s", _explain(robust, trained))
         return {
             "robust_accuracy": robust,
             "training_attack_accuracy": trained,
             "catastrophic_overfitting": float(collapsed),
         }
+
+    def reason_to_stop(self, metrics: Mapping[str, float]) -> str | None:
+        """Why a run with these metrics should end, or None."""
+        if not (self.stop and metrics.get("catastrophic_overfitting")):
+            return None
+        return _explain(metrics["robust_accuracy"], metrics["training_attack_accuracy"])
 
     def _accuracy(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> float:
         """The share that is right on x and under the attack; this process measures all, whoever else does."""
@@ -106,12 +104,10 @@ class RobustEvaluation:
                 standing += int((~attack(model, x[right], y[right], indices=right).success).sum())
         return standing / len(y)
 
-    def _report(self, robust: float, trained: float, images: int) -> None:
-        message = (
-            f"catastrophic overfitting: of {images} images the network has {trained:.1%} right under the attack that "
-            f"it trains with, and {robust:.1%} under {type(self.attack).__name__}. Train with more steps, a smaller "
-            "step or eps, or a longer warmup, from weights of an earlier epoch."
-        )
-        if self.stop:
-            raise CatastrophicOverfittingError(message)
-        logger.warning(message)
+
+def _explain(robust: float, trained: float) -> str:
+    return (
+        f"catastrophic overfitting: the network has {trained:.1%} right under the attack that it trains with, and "
+        f"{robust:.1%} under a stronger one. Train with more steps, a smaller step or eps, or a longer warmup, from "
+        "weights of an earlier epoch."
+    )

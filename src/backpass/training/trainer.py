@@ -57,7 +57,8 @@ class Trainer(Settings):
         evaluate_every: epochs from one evaluation to the next, at least 1; the last epoch always has one.
         prepare_evaluation: x -> x on the model's device; by default uint8 images become floats in [0, 1].
         robust: (model, x, y) -> dict of numbers, on the whole prepared evaluation set (tensors), in eval mode, called
-            by process 0.
+            by process 0, for instance a `RobustEvaluation`. It may have ``reason_to_stop(numbers)``, which gives None
+            or why the run ends there as diverged.
         robust_every: epochs from one such measurement to the next, at least 1; the last epoch always has one.
         folder: for checkpoints and logs, made if needed; None writes nothing.
         checkpoint_every: steps from one checkpoint to the next, at least 1; the end of an epoch always has one.
@@ -99,6 +100,7 @@ class Trainer(Settings):
         """
         with ExitStack() as stack:
             stack.enter_context(joined(self.device))
+            interruption = stack.enter_context(Interruption())
             gpu = [self.device] if self.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices=gpu))
             torch.manual_seed(mixed(self.seed, rank()))
@@ -109,7 +111,7 @@ class Trainer(Settings):
             if hasattr(self.objective, "close"):
                 stack.callback(self.objective.close)
             attached = [stack.enter_context(self._attach(rule)) for rule in self.rules]
-            return Loop(self, attached, stack.enter_context(Interruption())).run(resume)
+            return Loop(self, attached, interruption).run(resume)
 
     def _attach(self, rule: Rule) -> Attached:
         if isinstance(rule, ProxProp) and rule.union:
