@@ -91,7 +91,7 @@ def test_a_run_in_two_pieces_meets_the_same_examples(tmp_path):
 
 
 def test_robust_accuracy_is_recorded_and_the_rules_rest_meanwhile():
-    judge = RobustEvaluation(JUDGE, images=60)
+    judge = RobustEvaluation(PGD(eps=0.1, step=0.04, steps=4), images=200)
     model, trainer = train(CrossEntropy(), epochs=2, rules=(LinBP(start=0),), robust=judge, robust_every=2)
     history = trainer.fit().history
     assert "robust" not in history[0]
