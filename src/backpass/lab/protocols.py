@@ -74,9 +74,11 @@ class Normalisation:
 
 def known_normalisation(data: str) -> Normalisation | None:
     """The usual normalisation of a data set: published, or of the digits measured on the part to learn from."""
-    if data == "digits":
-        from backpass.lab.data import load_digits
+    from backpass.lab.data import load_digits
+    from backpass.lab.data.names import base_name
 
+    data = base_name(data)
+    if data == "digits":
         x = load_digits().train.x
         return Normalisation((round(x.mean().item(), 4),), (round(x.std().item(), 4),))
     return Normalisation(*_PUBLISHED[data]) if data in _PUBLISHED else None

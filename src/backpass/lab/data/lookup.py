@@ -10,13 +10,14 @@ from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.data.classes import read_classes
 from backpass.lab.data.decode import Decoded
 from backpass.lab.data.digits import load_digits
+from backpass.lab.data.hub import fetch
 from backpass.lab.data.images import Images
+from backpass.lab.data.names import HUB, base_name, read_name
 from backpass.lab.data.parquet import parquet_files, read_parquet
 
 __all__ = ["Labelled", "load_data"]
 
 _DIGITS = "digits"
-_PUBLISHED = {"mnist", "cifar10"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +66,53 @@ def load_data(name: str, *, split: str = "test") -> Labelled:
 
     Args:
         name: ``digits``; a data set in the folder that the environment variable BACKPASS_DATA names, such as
-            ``mnist`` and ``cifar10``; a folder of Parquet files; or a folder with a folder of images for each class.
+            ``mnist`` and ``cifar10``; one of the Hugging Face hub as ``owner/name``, downloaded once (``mnist`` and
+            ``cifar10`` too, where BACKPASS_DATA has them not); a folder of Parquet files; or a folder with a folder of
+            images for each class. Settings may follow, as in ``uoft-cs/cifar100:label=fine_label``; see `DataName`.
         split: the part, for instance ``train`` or ``test``.
+
+    Returns:
+        The images, decoded at the first time and mapped from the cache later.
 
     Raises:
         UnknownNameError: there is no data set of this name.
         BackpassError: the data is not where it should be, or cannot be read.
     """
-    if name == _DIGITS:
+    wanted = read_name(name)
+    if wanted.name == _DIGITS:
         return _digits(split)
-    folder = _beneath_backpass_data(name) if name in _PUBLISHED or not Path(name).is_dir() else Path(name)
+    folder = _folder(wanted.name)
+    if folder is None and wanted.repository is not None:
+        fetched = fetch(wanted, split)
+        decoded, names = read_parquet(fetched.files, image=wanted.image, label=wanted.label)
+        return _labelled(name, split, decoded, names, f" of {fetched}")
+    if folder is None:
+        raise _not_there(wanted.name)
     if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
-        decoded, names = read_parquet(parquet_files(folder, split))
+        decoded, names = read_parquet(parquet_files(folder, split), image=wanted.image, label=wanted.label)
     else:
         decoded, names = read_classes(folder, split)
-    return _labelled(name, split, decoded, names)
+    return _labelled(name, split, decoded, names, "")
+
+
+def _folder(name: str) -> Path | None:
+    """Where a data set is on this machine: the folder itself, or one beneath BACKPASS_DATA."""
+    if name not in HUB and Path(name).is_dir():
+        return Path(name)
+    place = os.environ.get("BACKPASS_DATA")
+    inside = not Path(name).is_absolute() and not {".", ".."} & set(name.split("/"))
+    if not place or not inside:
+        return None
+    shorts = [short for short, long in HUB.items() if long == name]
+    return next((Path(place) / n for n in (name, *shorts) if (Path(place) / n).is_dir()), None)
+
+
+def _not_there(name: str) -> BackpassError:
+    place = os.environ.get("BACKPASS_DATA")
+    if Path(name).name != name:
+        return BackpassError(f"there is no folder {name!r}, and no data set has that name.")
+    there = [path.name for path in Path(place).iterdir() if path.is_dir()] if place and Path(place).is_dir() else []
+    return UnknownNameError("data set (and no folder of that name)", name, {_DIGITS, *HUB, *there})
 
 
 def _digits(split: str) -> Labelled:
@@ -96,37 +129,21 @@ def _digits(split: str) -> Labelled:
     )
 
 
-def _beneath_backpass_data(name: str) -> Path:
-    place = os.environ.get("BACKPASS_DATA")
-    plain = Path(name).name == name and name not in (".", "..")
-    if place is not None and plain and (Path(place) / name).is_dir():
-        return Path(place) / name
-    if name in _PUBLISHED:
-        looked = f"there is no {Path(place) / name}" if place else "the environment variable BACKPASS_DATA is not set"
-        raise BackpassError(
-            f"cannot find {name!r}: {looked}. Set BACKPASS_DATA to a folder that holds {name}/train-*.parquet and "
-            f"{name}/test-*.parquet as they are on the Hugging Face hub, or give the folder itself."
-        )
-    if not plain:
-        raise BackpassError(f"there is no folder {name!r}, and no data set has that name.")
-    there = [path.name for path in Path(place).iterdir() if path.is_dir()] if place and Path(place).is_dir() else []
-    raise UnknownNameError("data set (and no folder of that name)", name, {_DIGITS, *_PUBLISHED, *there})
-
-
-def _labelled(name: str, split: str, decoded: Decoded, names: tuple[str, ...] | None) -> Labelled:
+def _labelled(name: str, split: str, decoded: Decoded, names: tuple[str, ...] | None, origin: str) -> Labelled:
     count, channels, height, width = decoded.pixels.shape
     kind = " and ".join(decoded.formats)
     warning = ""
     if "JPEG" in decoded.formats:
         warning = "The images are JPEG, which is lossy"
-        if name == "cifar10":
+        if base_name(name) == "cifar10":
             warning += ": this CIFAR-10 is a re-encoded copy, so that accuracies on it are not the published ones'"
         warning += "."
     colour = "grey" if channels == 1 else "colour"
+    short = Path(read_name(name).name).name
     return Labelled(
         name=name,
         split=split,
-        description=f"{Path(name).name}, {split}: {count:,} {colour} images of {width}x{height} pixels ({kind})",
+        description=f"{short}, {split}: {count:,} {colour} images of {width}x{height} pixels ({kind}){origin}",
         images=Images(pixels=decoded.pixels, labels=decoded.labels),
         classes=max(int(decoded.labels.max()) + 1, len(names or ())),
         class_names=names,

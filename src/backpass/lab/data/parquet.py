@@ -13,7 +13,7 @@ from backpass.lab.data.decode import Decoded, Encoded, decode
 
 __all__ = ["parquet_files", "read_parquet"]
 
-_IMAGE, _LABEL = ("image", "img"), ("label", "labels")
+_USUAL = {"image": ("image", "img"), "label": ("label", "labels")}
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
@@ -30,8 +30,15 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def read_parquet(files: Sequence[Path]) -> tuple[Decoded, tuple[str, ...] | None]:
+def read_parquet(
+    files: Sequence[Path], *, image: str | None = None, label: str | None = None
+) -> tuple[Decoded, tuple[str, ...] | None]:
     """The images of some files, decoded once, and the classes' names where the files know them.
+
+    Args:
+        files: in order.
+        image: the column of images; ``None``: ``image`` or ``img``.
+        label: the column of labels, whole numbers; ``None``: ``label`` or ``labels``.
 
     Raises:
         BackpassError: a file is not Parquet, a column is missing, or a row cannot be read; the message says which.
@@ -43,18 +50,22 @@ def read_parquet(files: Sequence[Path]) -> tuple[Decoded, tuple[str, ...] | None
         schema = pq.read_schema(files[0])
     except ArrowException as error:
         raise BackpassError(f"{files[0]} cannot be read as Parquet: {error}.") from error
-    decoded = cached(content_key(files, ["parquet"]), lambda: decode(_rows(files)))
-    return decoded, _class_names(schema.metadata, schema.names)
+    columns = _column(files[0], schema, "image", image), _column(files[0], schema, "label", label)
+    decoded = cached(content_key(files, ["parquet", *columns]), lambda: decode(_rows(files, columns)))
+    return decoded, _class_names(schema.metadata, columns[1])
 
 
-def _rows(files: Sequence[Path]) -> Iterator[Encoded]:
+def _rows(files: Sequence[Path], columns: tuple[str, str]) -> Iterator[Encoded]:
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
     for path in files:
         try:
             with pq.ParquetFile(path) as file:
-                image, label = (_column(path, file.schema_arrow.names, known) for known in (_IMAGE, _LABEL))
+                image, label = (
+                    _column(path, file.schema_arrow, kind, name)
+                    for kind, name in zip(("image", "label"), columns, strict=True)
+                )
                 number = 0
                 for batch in file.iter_batches(batch_size=1024, columns=[image, label]):
                     for row in batch.to_pylist():
@@ -64,13 +75,28 @@ def _rows(files: Sequence[Path]) -> Iterator[Encoded]:
             raise BackpassError(f"{path} cannot be read as Parquet: {error}.") from error
 
 
-def _column(path: Path, names: Sequence[str], known: Sequence[str]) -> str:
-    for name in known:
+def _column(path: Path, schema: Any, kind: str, wanted: str | None) -> str:
+    """The column of a kind in a file; where none is named, the first with a usual name."""
+    names: list[str] = schema.names
+    for name in _USUAL[kind] if wanted is None else (wanted,):
         if name in names:
             return name
+    looked = repr(wanted) if wanted is not None else " or ".join(map(repr, _USUAL[kind]))
+    fitting = [field.name for field in schema if _fits(field.type, kind)]
+    hint = f" Choose one of the {kind}s' kind, as in NAME:{kind}={fitting[0]}" if fitting else ""
+    if len(fitting) > 1:
+        hint += f" (or {', '.join(fitting[1:])})"
     raise BackpassError(
-        f"{path} has no column {' or '.join(map(repr, known))}; its columns are {', '.join(map(repr, names))}."
+        f"{path} has no column {looked}; its columns are {', '.join(map(repr, names))}.{hint + '.' if hint else ''}"
     )
+
+
+def _fits(column: Any, kind: str) -> bool:
+    from pyarrow import types
+
+    if kind == "label":
+        return bool(types.is_integer(column))
+    return bool(types.is_struct(column) or types.is_binary(column))
 
 
 def _encoded(name: str, image: Any, label: Any) -> Encoded:
@@ -82,11 +108,10 @@ def _encoded(name: str, image: Any, label: Any) -> Encoded:
     return Encoded(name, content, label)
 
 
-def _class_names(metadata: dict[bytes, bytes] | None, columns: Sequence[str]) -> tuple[str, ...] | None:
+def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
     """The names of a ``ClassLabel`` of the hub's metadata."""
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        names = next(features[name]["names"] for name in _LABEL if name in columns)
-    except (KeyError, ValueError, TypeError, StopIteration):
+        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, ValueError, TypeError):
         return None
     return tuple(map(str, names))

@@ -1,51 +1,20 @@
 """Data by name or folder: decoded once, byte for byte, and mistakes are named."""
 
-import io
-import json
 import os
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.lab.data import cache, load_data
+from backpass.lab.data import load_data
+from support.pictures import classes, parquet, picture
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BACKPASS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("BACKPASS_DATA", raising=False)
-
-
-def picture(seed, *, size=(6, 5), colour=True, kind="PNG"):
-    """The file and the pixels (C, H, W) of a random image."""
-    width, height = size
-    shape = (height, width, 3) if colour else (height, width)
-    array = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, format=kind)
-    pixels = torch.from_numpy(array.reshape(height, width, -1)).permute(2, 0, 1)
-    return stream.getvalue(), pixels
-
-
-def parquet(path, contents, labels, *, image="image", label="label", names=None):
-    table = pa.table({image: [{"bytes": c, "path": None} for c in contents], label: labels})
-    if names:
-        features = {label: {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
-
-
-def classes(root, files):
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    return root
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def test_parquet_rows_become_the_very_pixels_in_order(tmp_path):
@@ -56,6 +25,7 @@ def test_parquet_rows_become_the_very_pixels_in_order(tmp_path):
     assert torch.equal(data.images.pixels, torch.stack([pixels for _, pixels in files]))
     assert data.images.labels.tolist() == [2, 0, 1, 1, 1]
     assert data.class_name(2) == "c"
+    assert data.classes == 3
     assert data.images.x.max() <= 1
     assert data.warning == ""
 
@@ -66,6 +36,17 @@ def test_an_images_column_may_be_called_img_and_splits_are_told_apart(tmp_path):
     parquet(tmp_path / "train-0.parquet", [other], [0], image="img")
     assert torch.equal(load_data(str(tmp_path)).images.pixels[0], ours)
     assert torch.equal(load_data(str(tmp_path), split="train").images.pixels[0], theirs)
+
+
+def test_the_columns_can_be_chosen(tmp_path):
+    content, pixels = picture(1)
+    parquet(
+        tmp_path / "d" / "test-0.parquet", [content], [7], image="photo", label="fine", label_of_all=[1], coarse=[2]
+    )
+    fine, coarse = (load_data(f"{tmp_path / 'd'}:image=photo,label={label}") for label in ("fine", "coarse"))
+    assert torch.equal(fine.images.pixels[0], pixels)
+    assert (fine.images.labels.tolist(), coarse.images.labels.tolist()) == ([7], [2])
+    assert (fine.classes, coarse.classes) == (8, 3)
 
 
 def test_a_folder_of_classes_is_numbered_by_sorted_names(tmp_path):
@@ -94,50 +75,6 @@ def test_jpeg_images_are_announced(tmp_path):
     assert data.warning.startswith("The images are JPEG")
 
 
-def test_images_are_decoded_once(tmp_path, monkeypatch):
-    content, pixels = picture(1)
-    parquet(tmp_path / "d" / "test-0.parquet", [content], [3])
-    load_data(str(tmp_path / "d"))
-    monkeypatch.setattr("backpass.lab.data.parquet.decode", lambda _: pytest.fail("decoded again"))
-    (tmp_path / "d").rename(tmp_path / "moved")  # the cache goes by content, not by name
-    again = load_data(str(tmp_path / "moved"))
-    assert torch.equal(again.images.pixels[0], pixels)
-    assert again.images.labels.tolist() == [3]
-
-
-def test_changed_content_is_decoded_anew(tmp_path):
-    path = tmp_path / "test-0.parquet"
-    (one, _), (two, pixels) = picture(1), picture(2)
-    parquet(path, [one], [0])
-    load_data(str(tmp_path))
-    was = path.stat()
-    parquet(path, [two], [0])
-    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
-    assert torch.equal(load_data(str(tmp_path)).images.pixels[0], pixels)
-
-
-def test_a_damaged_cache_is_made_anew_and_one_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
-    content, pixels = picture(1)
-    parquet(tmp_path / "d" / "test-0.parquet", [content], [0])
-    load_data(str(tmp_path / "d"))
-    (kept,) = (tmp_path / "cache" / "data").iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])
-    assert torch.equal(load_data(str(tmp_path / "d")).images.pixels[0], pixels)
-    assert load_data(str(tmp_path / "d")).images.pixels.shape == (1, 3, 5, 6)
-    (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("BACKPASS_CACHE", str(tmp_path / "file"))
-    assert torch.equal(load_data(str(tmp_path / "d")).images.pixels[0], pixels)
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
-    assert cache.cache_folder() == tmp_path / "cache"
-    monkeypatch.delenv("BACKPASS_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.cache_folder() == tmp_path / "backpass"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.cache_folder().parts[-2:] == (".cache", "backpass")
-
-
 def test_digits_have_both_parts_and_the_first_can_be_taken():
     train, test = load_data("digits", split="train"), load_data("digits")
     assert len(train.images) + len(test.images) == 1797
@@ -153,7 +90,7 @@ def _mistakes(tmp_path):
     good, _ = picture(1)
     other, _ = picture(2, size=(4, 4))
     parquet(tmp_path / "column" / "test-0.parquet", [good], [0], image="picture")
-    parquet(tmp_path / "label" / "test-0.parquet", [good], [0], label="class")
+    parquet(tmp_path / "label" / "test-0.parquet", [good], [0], label="class", other=[5])
     parquet(tmp_path / "row" / "test-0.parquet", [good, good, good[:60], good], [0] * 4)
     parquet(tmp_path / "noimage" / "test-0.parquet", [good, b"not an image"], [0] * 2)
     parquet(tmp_path / "size" / "test-0.parquet", [good, other], [0] * 2)
@@ -170,8 +107,11 @@ def _mistakes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("column", r"no column 'image' or 'img'; its columns are 'picture', 'label'"),
-        ("label", r"no column 'label' or 'labels'"),
+        ("column", r"no column 'image' or 'img'; its columns are 'picture', 'label'\. .*NAME:image=picture"),
+        ("label", r"no column 'label' or 'labels'; .*as in NAME:label=class \(or other\)\."),
+        ("column:image=photo", r"no column 'photo'; its columns are 'picture', 'label'"),
+        ("column:picture=image", r"unknown setting of data 'picture'"),
+        ("column:image=", r"cannot read 'image=' in .*: expected setting=value"),
         ("row", r"row 2 of test-0.parquet is a corrupt image"),
         ("noimage", r"row 1 of test-0.parquet is no image that can be read"),
         ("size", r"row 1 of test-0.parquet has 4x4 pixels, row 0 of test-0.parquet has 6x5"),
@@ -192,7 +132,7 @@ def test_a_mistake_in_the_data_names_its_place(tmp_path, name, message):
 
 def test_data_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BackpassError, match="BACKPASS_DATA is not set"):
+    with pytest.raises(BackpassError, match="cannot find 'mnist': .*BACKPASS_DATA is not set, and ylecun/mnist cannot"):
         load_data("mnist")
     with pytest.raises(UnknownNameError, match="Did you mean 'mnist'"):
         load_data("mnst")
@@ -207,6 +147,14 @@ def test_data_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypat
         load_data("yours")
     with pytest.raises(BackpassError, match="there is no .*all/mnist"):
         load_data("mnist")
+
+
+def test_a_data_set_of_the_hub_is_first_looked_for_beneath_backpass_data(tmp_path, monkeypatch):
+    parquet(tmp_path / "somebody" / "cats" / "test-0.parquet", [picture(1)[0]], [0])
+    parquet(tmp_path / "mnist" / "test-0.parquet", [picture(2)[0]] * 2, [0] * 2)
+    monkeypatch.setenv("BACKPASS_DATA", str(tmp_path))
+    assert len(load_data("somebody/cats").images) == 1
+    assert len(load_data("ylecun/mnist").images) == len(load_data("mnist").images) == 2
 
 
 PUBLISHED = os.environ.get("BACKPASS_DATA")
