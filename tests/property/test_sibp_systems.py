@@ -13,7 +13,7 @@ from backpass.rules.semi_implicit.elementwise import elementwise
 from backpass.rules.semi_implicit.unit_systems import ByColumns, ByRows
 from backpass.rules.semi_implicit.weight_step import SemiImplicitStep, increment
 
-STEP = SemiImplicitStep(0.1, 0.7, 0.3, 1, 40, "sum", True)
+STEP = SemiImplicitStep(0.1, 0.7, 0.3, 1, 40, 0, "sum", True)
 
 
 def layer_and_input(draw: st.DrawFn) -> tuple[LinearLayer, Tensor]:

@@ -46,16 +46,37 @@ def least_squares(A: Tensor, D: Tensor, target: Tensor, lam: float, center: Tens
 
 
 def step_of_layer(
-    A: Tensor, z: Tensor, g: Tensor, s: Function | None, eta: float, lam: float, newton_steps: int = 1
+    A: Tensor,
+    z: Tensor,
+    g: Tensor,
+    s: Function | None,
+    eta: float,
+    lam: float,
+    newton_steps: int = 1,
+    descents: int = 0,
 ) -> Tensor:
-    """The increment of all units, (units, columns); g is the gradient at s(z)."""
-    each = []
+    """The increment of all units, (units, columns); g is the gradient at s(z).
+
+    After the Newton steps come ``descents`` along the gradient of the objective, each as long as the quadratic model
+    around the point says, and dropped if the objective would rise.
+    """
+    each, value = [], s or (lambda v: v)
     for j in range(z.shape[1]):
-        d, value = torch.zeros(A.shape[1], dtype=A.dtype), s or (lambda v: v)
+        d = torch.zeros(A.shape[1], dtype=A.dtype)
         target = value(z[:, j]) - eta * g[:, j]
         for _ in range(newton_steps if s else 1):
             moved = z[:, j] + A @ d
             d = d + least_squares(A, derivative(s, moved), target - value(moved), lam, d)
+        for _ in range(descents):
+            moved = z[:, j] + A @ d
+            DA = derivative(value, moved)[:, None] * A
+            down = DA.T @ (target - value(moved)) - lam * d
+            further = d + down * (down @ down) / ((DA @ down).square().sum() + lam * down @ down)
+
+            def objective(d: Tensor, j: int = j, target: Tensor = target) -> Tensor:
+                return (value(z[:, j] + A @ d) - target).square().sum() + lam * d @ d
+
+            d = further if objective(further) <= objective(d) else d
         each.append(d)
     return torch.stack(each)
 
@@ -69,6 +90,7 @@ def transcription(
     lam_bias: float | None = None,
     newton_steps: int = 1,
     updated_weights: bool = True,
+    descents: int = 0,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """(dW, db) of each layer, from the last layer to the first; ``gradient`` is that of the summed loss."""
     ratio = 1.0 if lam_bias is None else lam / lam_bias
@@ -83,7 +105,7 @@ def transcription(
         y = (layer.s or (lambda v: v))(z).requires_grad_()
         (g,) = torch.autograd.grad(layer.after(y), y, g)
         of_units = (by_unit(module, z), by_unit(module, g))
-        d = step_of_layer(rows(module, a, ratio), *of_units, layer.s, eta, lam, newton_steps)
+        d = step_of_layer(rows(module, a, ratio), *of_units, layer.s, eta, lam, newton_steps, descents)
         bias = None if module.bias is None else d[:, -1] * ratio**0.5
         weight = (d if bias is None else d[:, :-1]).reshape(module.weight.shape)
         steps.insert(0, (weight, bias))

@@ -50,6 +50,9 @@ class SIBP(Rule):
         lam_bias: penalty on the biases' increment, positive; None takes lam.
         newton_steps: Gauss-Newton steps on the sub-problem where s is not the identity, at least 1.
         cg_steps: conjugate-gradient iterations in each, at least 1. Without s the solve is direct.
+        corrections: where s is piecewise linear the Gauss-Newton model does not see the kinks that the step crosses.
+            So many of the last ``cg_steps`` iterations, all but one at most, descend on the sub-problem itself, each
+            unit only where that lowers its objective. 0 leaves the plain Gauss-Newton steps.
         reduction: what the loss is over the batch, ``"mean"`` or ``"sum"``. With ``"mean"`` gradients are multiplied
             by the size of the first dimension of the layer's input.
         updated_weights: whether gradients flow down through W + dW; False: through W.
@@ -68,6 +71,7 @@ class SIBP(Rule):
     lam_bias: float | None = None
     newton_steps: int = 1
     cg_steps: int = 5
+    corrections: int = 1
     reduction: Literal["mean", "sum"] = "mean"
     updated_weights: bool = True
     where: Callable[[Site], bool] | None = None
@@ -79,9 +83,10 @@ class SIBP(Rule):
                 continue
             if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
                 raise BackpassError(f"{name} is a positive finite number{' or None' * optional}, got {number!r}.")
-        for name, count in (("newton_steps", self.newton_steps), ("cg_steps", self.cg_steps)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise BackpassError(f"{name} is an int of at least 1, got {count!r}.")
+        for name, least in (("newton_steps", 1), ("cg_steps", 1), ("corrections", 0)):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise BackpassError(f"{name} is an int of at least {least}, got {count!r}.")
         if self.reduction not in ("mean", "sum"):
             raise UnknownNameError("reduction", str(self.reduction), ("mean", "sum"))
         if not isinstance(self.updated_weights, bool):
@@ -102,7 +107,7 @@ class SIBP(Rule):
         """The settings of the solve in a network with ``depth`` layers."""
         eta = 1 / max(depth, 1) if self.eta is None else float(self.eta)
         lam_bias = float(self.lam if self.lam_bias is None else self.lam_bias)
-        fixed = (self.newton_steps, self.cg_steps, self.reduction, self.updated_weights)
+        fixed = (self.newton_steps, self.cg_steps, self.corrections, self.reduction, self.updated_weights)
         return SemiImplicitStep(eta, float(self.lam), lam_bias, *fixed)
 
 

@@ -129,7 +129,9 @@ def _decrements(
     if not of_z.numel():
         return system.layer.gradients(x, of_z, *system.wants)
     scale = step.eta * (x.shape[0] if step.reduction == "mean" and x.dim() > 1 else 1)
-    if curved is not None and step.newton_steps > 1:
+    if curved is not None and step.newton_steps == 1 and not step.corrects(curved.s):
+        curved = None
+    if curved is not None:
         curved = Curved(curved.s, system.arrange(curved.z), system.arrange(curved.grad))
     weighting = None if weighting is None else system.arrange(weighting)
     try:

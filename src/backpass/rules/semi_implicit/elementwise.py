@@ -41,6 +41,8 @@ _DERIVATIVES: Mapping[str, Callable[..., Any]] = {
     "sigmoid": lambda ones, z: aten.sigmoid_backward(ones, aten.sigmoid(z)),
 }
 
+_PIECEWISE_LINEAR = frozenset({"relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid", "threshold"})
+
 _BY_NAME: Mapping[str, Activation] = {
     name: read_call(function, (None,), {})[0] for function, name in ACTIVATIONS.items()
 }
@@ -58,14 +60,23 @@ class Elementwise:
     name: str
     numbers: tuple[float, ...] = ()
 
+    @property
+    def has_kinks(self) -> bool:
+        """Whether s is piecewise linear, so that its derivative says nothing of where it changes."""
+        return self.name in _PIECEWISE_LINEAR
+
     def value(self, z: Tensor) -> Tensor:
         """s(z), of any shape."""
         return _BY_NAME[self.name].compute(z, *self._parameters())
 
     def derivative(self, z: Tensor) -> Tensor:
         """s'(z); at a kink, what autograd takes."""
-        slope: Tensor = _DERIVATIVES[self.name](torch.ones_like(z), z, *self._parameters())
-        return slope
+        return self.backward(torch.ones_like(z), z)
+
+    def backward(self, grad: Tensor, z: Tensor) -> Tensor:
+        """s'(z) times ``grad``."""
+        product: Tensor = _DERIVATIVES[self.name](grad, z, *self._parameters())
+        return product
 
     def _parameters(self) -> tuple[Any, ...]:
         if self.name == "gelu":

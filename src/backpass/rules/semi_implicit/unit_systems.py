@@ -73,8 +73,8 @@ class UnitSystem(ABC):
         return per_unit
 
     @abstractmethod
-    def sum(self, outputs: Tensor) -> Tensor:
-        """The sum of each unit's outputs; broadcasts over unknowns."""
+    def square(self, outputs: Tensor) -> Tensor:
+        """|v|^2 of each unit's outputs; broadcasts over unknowns."""
 
     @abstractmethod
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
@@ -129,9 +129,9 @@ class ByRows(UnitSystem):
             self._products = torch.empty_like(first)
         return torch.mul(first, applied, out=self._products).sum(-2, keepdim=True)
 
-    def sum(self, outputs: Tensor) -> Tensor:
+    def square(self, outputs: Tensor) -> Tensor:
         """Sum over n."""
-        return outputs.sum(-2, keepdim=True)
+        return self.inner(outputs, outputs, outputs)
 
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
         """(K + lam I)^{-1} v."""
@@ -195,11 +195,11 @@ class ByColumns(UnitSystem):
         flat = per_unit.flatten()
         return flat.reshape(-1, *[1] * (len(self.layer.shape) - 2))
 
-    def sum(self, outputs: Tensor) -> Tensor:
+    def square(self, outputs: Tensor) -> Tensor:
         """Sum over all dimensions but that of the units."""
         last = not isinstance(self.layer, Convolution)
         units = outputs if last else outputs.movedim(1, -1)
-        return units.flatten(0, -2).sum(0).reshape(self.layer.blocks, -1, 1)
+        return units.square().flatten(0, -2).sum(0).reshape(self.layer.blocks, -1, 1)
 
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
         """(A^T A + lam I)^{-1} A^T v."""

@@ -29,6 +29,7 @@ class SemiImplicitStep:
         lam_bias: penalty on the biases' increment, positive.
         newton_steps: Gauss-Newton steps where s is not the identity.
         cg_steps: conjugate-gradient iterations in each.
+        corrections: of the last of these iterations, how many descend on the sub-problem itself where s has kinks.
         reduction: ``"mean"`` or ``"sum"``: what the loss is over the batch.
         updated_weights: whether what flows down is propagated through the updated weights.
     """
@@ -38,8 +39,13 @@ class SemiImplicitStep:
     lam_bias: float
     newton_steps: int
     cg_steps: int
+    corrections: int
     reduction: str
     updated_weights: bool
+
+    def corrects(self, s: Elementwise) -> int:
+        """How many iterations descend on the sub-problem itself; the first stays with the Gauss-Newton model."""
+        return min(self.corrections, self.cg_steps - 1) if s.has_kinks else 0
 
     @property
     def ratio(self) -> float:
@@ -77,7 +83,7 @@ def increment(
         system: A and the coordinates of d.
         of_z: D g, arranged as the system's outputs, as the other tensors.
         weighting: the diagonal of D^2, overwritten; None for the identity, which one direct solve does.
-        curved: what further Gauss-Newton steps look at; None where there is one step.
+        curved: the activation, arranged alike; None for the identity, or where one Gauss-Newton step is all.
         scale: eta for the loss as it is given, -eta D g = -scale * ``of_z``.
         step: the settings.
 
@@ -86,34 +92,59 @@ def increment(
     """
     if weighting is None:
         return system.solve(of_z * -scale, step.lam)
+    corrections = 0 if curved is None else step.corrects(curved.s)
+    iterations = [step.cg_steps] * (step.newton_steps - 1) + [step.cg_steps - corrections]
     right = system.adjoint(of_z * (-scale / step.lam))
-    found = _conjugate_gradients(system, weighting.div_(step.lam), right, step.cg_steps)
-    if curved is None or step.newton_steps == 1:
+    found = _conjugate_gradients(system, weighting.div_(step.lam), right, iterations[0])
+    if curved is None:
         return found
-    error = curved.grad * scale
-    found *= _length(system, curved, error, torch.zeros_like(found), found, step.lam)
-    for _ in range(step.newton_steps - 1):
+    targets = curved.s.value(curved.z).sub_(curved.grad, alpha=scale)
+    if step.newton_steps > 1:
+        found *= _length(system, curved, targets, torch.zeros_like(found), found, step.lam)
+    for steps in iterations[1:]:
         moved = curved.z + system.apply(found)
         slope = curved.s.derivative(moved)
-        now = curved.s.value(moved).sub_(curved.s.value(curved.z)).add_(error)
-        right = system.adjoint((slope * now).div_(-step.lam)).sub_(found)
-        further = _conjugate_gradients(system, slope.square().div_(step.lam), right, step.cg_steps)
-        found += further.mul_(_length(system, curved, error, found, further, step.lam))
+        right = system.adjoint((slope * (curved.s.value(moved) - targets)).div_(-step.lam)).sub_(found)
+        further = _conjugate_gradients(system, slope.square().div_(step.lam), right, steps)
+        found += further.mul_(_length(system, curved, targets, found, further, step.lam))
+    if corrections:
+        _correct(system, curved, targets, found, step.lam, corrections)
     return found
 
 
-def _length(system: UnitSystem, curved: Curved, error: Tensor, start: Tensor, further: Tensor, lam: float) -> Tensor:
-    """1 for units whose objective does not rise from ``start`` to ``start + further``; else halved, four times at most.
+def _correct(system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor, lam: float, corrections: int) -> None:
+    """Add steps of steepest descent on the sub-problem itself to ``found``.
 
-    ``error`` is s(z) - T.
+    The Gauss-Newton model does not see the kinks that A d crosses. Each step is that model's exact one along the
+    gradient where the unit now stands, and a unit takes it if its objective does not rise.
     """
-    base = curved.s.value(curved.z).sub_(error)
+    s, at = curved.s, system.apply(found)
+    for left in reversed(range(corrections)):
+        moved = curved.z + at
+        misfit = s.value(moved).sub_(targets)
+        before = system.square(misfit) / lam
+        pulled = system.adjoint(s.backward(misfit, moved))
+        gradient = torch.add(found, pulled, alpha=1 / lam, out=pulled)
+        to = system.apply(gradient, misfit)
+        steepness = system.inner(gradient, gradient, to)
+        length = _ratio(steepness, steepness + system.square(s.backward(to, moved)) / lam)
+        misfit = s.value(moved.addcmul_(to, system.over_outputs(length), value=-1)).sub_(targets)
+        # |d - length * gradient|^2 - |d|^2
+        longer = length * (length * steepness - 2 * system.inner(gradient, found, at))
+        length *= system.square(misfit) / lam + longer <= before
+        found.addcmul_(gradient, length, value=-1)
+        if left:
+            at.addcmul_(to, system.over_outputs(length), value=-1)
+
+
+def _length(system: UnitSystem, curved: Curved, targets: Tensor, start: Tensor, further: Tensor, lam: float) -> Tensor:
+    """1 for units whose objective does not rise by ``further``; for others halved, four times at most."""
     at, to = system.apply(start), system.apply(further)
 
     def objective(length: Tensor) -> Tensor:
         moved = at + to * system.over_outputs(length)
         unknown = start + further * length
-        misfit = system.sum((curved.s.value(curved.z + moved) - base).square_())
+        misfit = system.square(curved.s.value(curved.z + moved).sub_(targets))
         return misfit + lam * system.inner(unknown, unknown, moved)
 
     length = torch.ones_like(system.inner(further, further, to))
