@@ -2,7 +2,8 @@
 
 All methods of a seed share the initial weights and the order of the batches. Data: BACKPASS_DATA names a folder with
 mnist/train-*.parquet, mnist/test-*.parquet (columns image{bytes}, label) and cifar10/ (columns img{bytes}, label).
-Runs are kept in --partial as they finish, and a second call goes on from there.
+Rates are chosen on the last images of the training set, on which nothing is trained; where the best rate lies on the
+edge of a grid, the grid grows. Runs are kept in --partial as they finish, and a second call goes on from there.
 Run: python benchmarks/sibp_training.py [--networks mnist-1 ...] [--partial FILE] [--out docs/results]
 """
 
@@ -17,7 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -32,12 +33,15 @@ from backpass.rules.proxprop import ProxProp
 from backpass.rules.sibp import SIBP
 
 BATCH = 100
+HELD_OUT = 5000
 MARKS = (100, 300, 600)
 FACTS = """Batches of {batch}, one pass in an order of its own per seed; test accuracy in percent and test cross-entropy
 with 95 % intervals over seeds (Student's t). The best rate of each method is chosen by its mean accuracy at the last
-mark, on the same test images for all. MLPs start from N(0, .05). SIBP: lam 1, one Gauss-Newton step, 5
-conjugate-gradient iterations, SGD with rate 1; its rate is eta. ProxProp: tau 1, exact, all layers; its rate is that of
-SGD on its direction. CPU seconds are of the training steps, one thread, on a shared machine. CIFAR-10 is a JPEG copy.
+mark on {held_out} held-out training images, on which nothing is trained; grids grow until that rate lies inside. A run
+whose loss exceeds 100 or is not finite counts as diverged, and a rate where none diverged goes first. MLPs start from
+N(0, .05). SIBP: lam 1, one Gauss-Newton step, 5 conjugate-gradient iterations of which the last looks at the kinks, SGD
+with rate 1; its rate is eta. ProxProp: tau 1, exact, all layers; its rate is that of SGD on its direction. CPU seconds
+are of the training steps, one thread, on a shared machine. CIFAR-10 is a JPEG copy.
 PyTorch {torch}, Python {python}."""
 T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
 
@@ -100,34 +104,58 @@ class Setup(NamedTuple):
     etas: tuple[float, ...]
 
 
-RATES = {"SGD": (0.1, 0.3, 0.5, 1.0, 2.0), "AdamW": (3e-4, 1e-3, 3e-3), "ProxProp": (10.0, 30.0, 100.0)}
+RATES = {"SGD": (0.1, 0.3, 0.5, 1.0, 2.0), "AdamW": (3e-4, 1e-3, 3e-3, 1e-2), "ProxProp": (3.0, 10.0, 30.0, 100.0)}
 ETAS = (0.1, 0.25, 0.5, 1.0)
 SETUPS = {
     "mnist-1": Setup("MNIST, 784-500-10", "mnist", lambda: mlp(784, 500, 10), 5, MARKS, ETAS),
     "mnist-3": Setup("MNIST, 784-500-500-500-10", "mnist", lambda: mlp(784, 500, 500, 500, 10), 5, MARKS, ETAS),
-    "mnist-8": Setup(
-        "MNIST, 784-100x8-10", "mnist", lambda: mlp(784, *[100] * 8, 10), 5, MARKS, (0.05, *ETAS[:2], 1.0)
-    ),
-    "cifar-cnn": Setup("CIFAR-10, CNN 16-32-10", "cifar10", cnn, 3, MARKS[:2], (0.03, 0.1, 0.3, 1.0)),
+    "mnist-8": Setup("MNIST, 784-100x8-10", "mnist", lambda: mlp(784, *[100] * 8, 10), 5, MARKS, (0.05, *ETAS)),
+    "cifar-cnn": Setup("CIFAR-10, CNN 16-32-10", "cifar10", cnn, 3, MARKS[:2], (0.1, 0.3, 1.0, 3.0)),
     "cifar-mlp": Setup(
         "CIFAR-10, 3072-2000-500-10", "cifar10", lambda: mlp(3072, 2000, 500, 10), 3, (100, 200), (0.1, 0.25, 0.5)
     ),
 }
-# The larger networks cost most: fewer rates.
 OTHER_RATES: dict[str, dict[str, tuple[float, ...]]] = {
-    "mnist-3": {"ProxProp": (10.0, 30.0)},
-    "cifar-cnn": {"SGD": (0.01, 0.03, 0.1, 0.3, 0.5), "ProxProp": (3.0, 10.0, 30.0)},
-    "cifar-mlp": {"SGD": (0.01, 0.03, 0.1, 0.3), "AdamW": (3e-4, 1e-3), "ProxProp": (3.0, 10.0)},
+    "cifar-cnn": {"SGD": (0.01, 0.03, 0.1, 0.3), "ProxProp": (10.0, 30.0, 100.0, 300.0)},
+    "cifar-mlp": {"SGD": (0.01, 0.03, 0.1, 0.3), "AdamW": (1e-4, 3e-4, 1e-3), "ProxProp": (3.0, 10.0, 30.0, 100.0)},
 }
+GROWTH = 4
+"""A grid grows at most so many times."""
 
 
-def methods(key: str) -> Iterator[tuple[str, float]]:
-    rates = {**RATES, **OTHER_RATES.get(key, {}), "SIBP": SETUPS[key].etas}
-    return ((family, rate) for family, values in rates.items() for rate in values)
+def grids(key: str) -> dict[str, tuple[float, ...]]:
+    """The rates that each method begins with."""
+    return {**RATES, **OTHER_RATES.get(key, {}), "SIBP": SETUPS[key].etas}
 
 
-def train(setup: Setup, family: str, rate: float, seed: int, data: Images, test: Images) -> dict[str, Any]:
-    """One run: accuracy and loss on the test images at the marks, and CPU seconds of the training steps alone."""
+def next_rate(rates: list[float], best: float) -> float | None:
+    """The rate beyond the edge that ``best`` lies on, about three times further; None if it lies on none."""
+    if best not in (min(rates), max(rates)):
+        return None
+    factor = 3.0 if best == max(rates) else 1 / 3
+    return float(f"{best * factor:.1g}")
+
+
+class Splits(NamedTuple):
+    """What is trained on, what rates are chosen on, and what is reported."""
+
+    train: Images
+    held_out: Images
+    test: Images
+
+
+def splits(name: str) -> Splits:
+    """The last of the training images are held out."""
+    x, y = load(name, "train")
+    kept = len(x) - HELD_OUT
+    return Splits(Images(x[:kept], y[:kept]), Images(x[kept:], y[kept:]), load(name, "test"))
+
+
+def train(setup: Setup, family: str, rate: float, seed: int, data: Splits) -> dict[str, Any]:
+    """One run: accuracy and loss on the test images at the marks, and CPU seconds of the training steps alone.
+
+    ``held_out`` is the accuracy on the held-out images after the last mark.
+    """
     torch.manual_seed(seed)
     model = setup.build()
     if family == "AdamW":
@@ -135,13 +163,13 @@ def train(setup: Setup, family: str, rate: float, seed: int, data: Images, test:
     else:
         optimizer = torch.optim.SGD(model.parameters(), 1.0 if family == "SIBP" else rate)
     rule = {"SIBP": lambda: SIBP(eta=rate), "ProxProp": lambda: ProxProp(tau=1.0)}.get(family)
-    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data.train.x), generator=torch.Generator().manual_seed(seed))
     points: list[dict[str, Any]] = []
     seconds, diverged = 0.0, ""
     with rule().attach(model) if rule else nullcontext():
         for batch in range(1, setup.marks[-1] + 1):
             rows = order[(batch - 1) * BATCH % len(order) :][:BATCH]
-            x, y = data.x[rows], data.y[rows]
+            x, y = data.train.x[rows], data.train.y[rows]
             begin = time.process_time()
             if not diverged:
                 try:
@@ -152,33 +180,66 @@ def train(setup: Setup, family: str, rate: float, seed: int, data: Images, test:
                     diverged = str(error)
             seconds += time.process_time() - begin
             if batch in setup.marks:
-                points.append({"batches": batch, **measure(model, test), "seconds": round(seconds, 3)})
-    return {"points": points, "diverged": bool(diverged) or points[-1]["loss"] is None}
+                points.append({"batches": batch, **measure(model, data.test), "seconds": round(seconds, 3)})
+    held_out = measure(model, data.held_out)["accuracy"]
+    loss = points[-1]["loss"]
+    return {"points": points, "held_out": held_out, "diverged": bool(diverged) or loss is None or loss > 100}
 
 
 @torch.no_grad()
-def measure(model: nn.Module, test: Images) -> dict[str, Any]:
-    logits = torch.cat([model(x) for x in test.x.split(1000)])
-    loss = F.cross_entropy(logits, test.y).item()
-    accuracy = (logits.argmax(1) == test.y).float().mean().item()
+def measure(model: nn.Module, images: Images) -> dict[str, Any]:
+    logits = torch.cat([model(x) for x in images.x.split(1000)])
+    loss = F.cross_entropy(logits, images.y).item()
+    accuracy = (logits.argmax(1) == images.y).float().mean().item()
     return {"accuracy": round(100 * accuracy, 3), "loss": round(loss, 5) if math.isfinite(loss) else None}
 
 
-def run(keys: list[str], partial: Path) -> dict[str, dict[str, Any]]:
+Runs = dict[str, dict[str, Any]]
+
+
+def run(keys: list[str], partial: Path) -> Runs:
     """All runs by ``network/family/rate/seed``; those in ``partial`` are taken from there."""
     lines = partial.read_text().splitlines() if partial.exists() else []
     done = {entry["run"]: entry for entry in map(json.loads, lines)}
     for key in keys:
-        setup = SETUPS[key]
-        data, test = load(setup.data, "train"), load(setup.data, "test")
-        for seed in range(setup.seeds):
-            for family, rate in methods(key):
+        setup, data = SETUPS[key], splits(SETUPS[key].data)
+
+        def at(family: str, rate: float, key: str = key, setup: Setup = setup, data: Splits = data) -> None:
+            for seed in range(setup.seeds):
                 name = f"{key}/{family}/{rate:g}/{seed}"
                 if name not in done:
-                    done[name] = {"run": name, **train(setup, family, rate, seed, data, test)}
+                    done[name] = {"run": name, **train(setup, family, rate, seed, data)}
                     with partial.open("a") as file:
                         file.write(json.dumps(done[name]) + "\n")
+
+        for family, grid in grids(key).items():
+            for rate in grid:
+                at(family, rate)
+            for _ in range(GROWTH):
+                rates = rates_of(done, key, family)
+                beyond = next_rate(rates, max(rates, key=lambda rate: merit(done, key, family, rate)))
+                if beyond is None:
+                    break
+                at(family, beyond)
     return done
+
+
+def runs_of(done: Runs, key: str, family: str, rate: float) -> list[dict[str, Any]]:
+    """One for each seed, or none while some are missing."""
+    names = [f"{key}/{family}/{rate:g}/{seed}" for seed in range(SETUPS[key].seeds)]
+    return [done[name] for name in names] if all(name in done for name in names) else []
+
+
+def rates_of(done: Runs, key: str, family: str) -> list[float]:
+    """The rates that were run with every seed, in order."""
+    rates = {float(name.split("/")[2]) for name in done if name.startswith(f"{key}/{family}/")}
+    return sorted(rate for rate in rates if runs_of(done, key, family, rate))
+
+
+def merit(done: Runs, key: str, family: str, rate: float) -> tuple[bool, float]:
+    """What rates are chosen by: first that no run diverged, then the mean accuracy on the held-out images."""
+    runs = runs_of(done, key, family, rate)
+    return not any(r["diverged"] for r in runs), statistics.fmean(r["held_out"] for r in runs)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -186,43 +247,51 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), T_QUANTILE[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def summarize(done: dict[str, dict[str, Any]], keys: list[str]) -> dict[str, Any]:
+def summarize(done: Runs, keys: list[str]) -> dict[str, Any]:
     networks = {}
     for key in keys:
-        setup = SETUPS[key]
-        names = [f"{key}/{family}/{rate:g}" for family, rate in methods(key)]
-        seeds = [seed for seed in range(setup.seeds) if all(f"{name}/{seed}" in done for name in names)]
-        if len(seeds) < 2:
-            continue
-        rows = []
-        for family, rate in methods(key):
-            runs = [done[f"{key}/{family}/{rate:g}/{seed}"] for seed in seeds]
-            row: dict[str, Any] = {
-                "method": family,
-                "rate": rate,
-                "diverged": sum(r["diverged"] for r in runs),
-                "at": {},
-            }
-            for k, mark in enumerate(setup.marks):
-                points = [r["points"][k] for r in runs]
-                losses = [p["loss"] for p in points]
-                row["at"][str(mark)] = {
-                    "accuracies": [p["accuracy"] for p in points],
-                    "losses": losses,
-                    "accuracy": [round(v, 3) for v in interval([p["accuracy"] for p in points])],
-                    "loss": None if None in losses else [round(v, 4) for v in interval(losses)],
-                    "seconds": round(statistics.median(p["seconds"] for p in points), 2),
+        setup, rows = SETUPS[key], []
+        for family in grids(key):
+            rates = rates_of(done, key, family)
+            if not rates:
+                continue
+            chosen = max(rates, key=lambda rate: merit(done, key, family, rate))
+            for rate in rates:
+                runs = runs_of(done, key, family, rate)
+                row: dict[str, Any] = {
+                    "method": family,
+                    "rate": rate,
+                    "chosen": rate == chosen,
+                    "held_out": round(merit(done, key, family, rate)[1], 3),
+                    "diverged": sum(r["diverged"] for r in runs),
+                    "at": {},
                 }
-            rows.append(row)
-        networks[key] = {"title": setup.title, "seeds": len(seeds), "rows": rows}
+                for k, mark in enumerate(setup.marks):
+                    points = [r["points"][k] for r in runs]
+                    losses = [p["loss"] for p in points]
+                    row["at"][str(mark)] = {
+                        "accuracies": [p["accuracy"] for p in points],
+                        "losses": losses,
+                        "accuracy": [round(v, 3) for v in interval([p["accuracy"] for p in points])],
+                        "loss": None if None in losses else [round(v, 4) for v in interval(losses)],
+                        "seconds": round(statistics.median(p["seconds"] for p in points), 2),
+                    }
+                rows.append(row)
+        if {row["method"] for row in rows} == set(grids(key)):
+            networks[key] = {"title": setup.title, "seeds": setup.seeds, "rows": rows}
     return networks
 
 
 def best(rows: list[dict[str, Any]], family: str) -> dict[str, Any]:
-    """The rate with the highest mean accuracy at the last mark, among those that never diverged if there are any."""
-    mine = [row for row in rows if row["method"] == family]
-    stable = [row for row in mine if not row["diverged"]] or mine
-    return max(stable, key=lambda row: list(row["at"].values())[-1]["accuracy"][0])
+    """The row of the rate that was chosen on the held-out images."""
+    (row,) = (row for row in rows if row["method"] == family and row["chosen"])
+    return row
+
+
+def on_edge(rows: list[dict[str, Any]], family: str) -> bool:
+    """Whether the chosen rate is the first or the last of the grid."""
+    rates = [row["rate"] for row in rows if row["method"] == family]
+    return best(rows, family)["rate"] in (min(rates), max(rates))
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any], mark: str, what: str) -> str:
@@ -251,7 +320,7 @@ def report(networks: dict[str, Any], facts: str) -> str:
     lines += [
         "## The paper's claims",
         "",
-        "SIBP against each other method, both at their best rate, paired by seed.",
+        "SIBP against each other method, both at the rate chosen on held-out images, paired by seed.",
         "",
     ]
     for network in networks.values():
@@ -275,15 +344,20 @@ def report(networks: dict[str, Any], facts: str) -> str:
                 f"- Faster decrease than {name}, loss after 100 batches: {compare(ours, other, '100', 'losses')}. "
                 f"Better accuracy after {last}: {compare(ours, other, last, 'accuracies')} points."
             )
+        edges = [family for family in dict.fromkeys(row["method"] for row in rows) if on_edge(rows, family)]
+        if edges:
+            lines.append(f"- On the edge of its grid, which grew {GROWTH} times: {', '.join(edges)}.")
         lines.append("")
     for network in networks.values():
         rows = network["rows"]
         marks = list(rows[0]["at"])
         lines += [f"## {network['title']}, {network['seeds']} seeds", ""]
         lines.append(
-            "| method | rate | " + " | ".join(f"accuracy, loss at {mark}" for mark in marks) + " | CPU s | diverged |"
+            "| method | rate | "
+            + " | ".join(f"accuracy, loss at {mark}" for mark in marks)
+            + " | held out | CPU s | diverged |"
         )
-        lines.append("| --- " * (len(marks) + 4) + "|")
+        lines.append("| --- " * (len(marks) + 5) + "|")
         for row in rows:
             cells = []
             for mark in marks:
@@ -296,7 +370,8 @@ def report(networks: dict[str, Any], facts: str) -> str:
             diverged = f"{row['diverged']} of {network['seeds']}" if row["diverged"] else ""
             seconds = row["at"][marks[-1]]["seconds"]
             lines.append(
-                f"| {bold}{row['method']}{bold} | {row['rate']:g} | {' | '.join(cells)} | {seconds:.1f} | {diverged} |"
+                f"| {bold}{row['method']}{bold} | {row['rate']:g} | {' | '.join(cells)} | {row['held_out']:.2f} "
+                f"| {seconds:.1f} | {diverged} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -312,7 +387,7 @@ def main() -> None:
     torch.set_num_threads(1)
     done = run([] if options.report_only else options.networks, options.partial)
     networks = summarize(done, options.networks)
-    facts = FACTS.format(batch=BATCH, torch=torch.__version__, python=platform.python_version())
+    facts = FACTS.format(batch=BATCH, held_out=HELD_OUT, torch=torch.__version__, python=platform.python_version())
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "sibp-training.json").write_text(json.dumps({"facts": facts, "networks": networks}) + "\n")
     (options.out / "sibp-training.md").write_text(report(networks, facts))
