@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from backpass.lab.result import Cell, Result
     from backpass.lab.result import Table as Numbers
 
-__all__ = ["print_claims", "print_findings", "print_table", "print_written", "working"]
+__all__ = ["print_claims", "print_findings", "print_overview", "print_table", "print_written", "working"]
 
 _COLOURS = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
@@ -32,7 +32,7 @@ def working(what: str) -> Iterator[Callable[[str, float], None]]:
 
 def print_claims(result: Result, title: str) -> None:
     """The claims with their differences and verdicts."""
-    from backpass.lab.statistics import Interval
+    from backpass.lab.report import estimate
     from backpass.lab.wording import interval_text
 
     table = Table(title=title, title_justify="left", show_lines=False)
@@ -40,9 +40,29 @@ def print_claims(result: Result, title: str) -> None:
     table.add_column("difference", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for claim in result.claims:
-        difference = interval_text(Interval(claim.estimate, *claim.interval, claim.n), signed=True)
+        difference = interval_text(estimate(claim), signed=True)
         table.add_row(claim.statement, difference, f"[{_COLOURS[claim.verdict]}]{claim.verdict}[/]")
     Console().print(table)
+
+
+def print_overview(results: Sequence[Result]) -> None:
+    """Every claim of several results with its verdict, and how many have each."""
+    from backpass.lab.report import count_verdicts, estimate
+    from backpass.lab.wording import interval_text
+
+    table = Table(title="Claims and verdicts, 95 % intervals", title_justify="left")
+    table.add_column("claim", overflow="fold")
+    table.add_column("measured", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for result in results:
+        table.add_section()
+        table.add_row(f"[bold]{result.experiment}[/]  {result.source}", "", "")
+        for claim in result.claims:
+            numbers = interval_text(estimate(claim), signed=True)
+            table.add_row(claim.statement, numbers, f"[{_COLOURS[claim.verdict]}]{claim.verdict}[/]")
+    Console().print(table)
+    counts = count_verdicts([claim for result in results for claim in result.claims])
+    Console().print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
 
 
 def print_table(numbers: Numbers, columns: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from backpass.lab.result import Cell, Result, Series
 from backpass.lab.statistics import Interval
 from backpass.lab.wording import number, setting
 
-__all__ = ["page", "write_report"]
+__all__ = ["count_verdicts", "estimate", "page", "render", "shown", "write_report"]
 
 
 def page(result: Result) -> str:
@@ -21,8 +23,12 @@ def page(result: Result) -> str:
 
     Every number of a table stands in a ``<data value="...">`` element that holds it unrounded.
     """
+    return render("report.html", page=shown(result))
+
+
+def render(template: str, **content: Any) -> str:
+    """A template of the lab, filled in."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
 
     templates = Environment(
         loader=PackageLoader("backpass.lab"),
@@ -31,17 +37,44 @@ def page(result: Result) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
     templates.filters.update(cell=_cell, setting=setting)
-    return templates.get_template("report.html").render(
-        result=result,
-        plots=[
-            {"series": series, "svg": Markup(inline_svg(series)), "rows": _numbers(series)}  # noqa: S704
+    return templates.get_template(template).render(**content)
+
+
+def shown(result: Result, prefix: str = "") -> dict[str, Any]:
+    """What the templates show of a result.
+
+    Args:
+        result: the result.
+        prefix: put before every id, so that several results fit on one page.
+    """
+    from markupsafe import Markup
+
+    return {
+        "result": result,
+        "prefix": prefix,
+        "plots": [
+            {
+                "series": series,
+                "svg": Markup(inline_svg(replace(series, id=prefix + series.id))),  # noqa: S704
+                "rows": _numbers(series),
+            }
             for series in result.series
         ],
-        claims=[{"claim": claim, "estimate": _estimate(claim)} for claim in result.claims],
-        verdicts=_count(result),
-    )
+        "claims": [{"claim": claim, "estimate": estimate(claim)} for claim in result.claims],
+        "verdicts": count_verdicts(result.claims),
+    }
+
+
+def estimate(claim: Claim) -> Interval:
+    """What was measured of a claim, with its interval."""
+    return Interval(claim.estimate, *claim.interval, claim.n)
+
+
+def count_verdicts(claims: Sequence[Claim]) -> dict[str, int]:
+    """How many of the claims have each verdict."""
+    verdicts = [claim.verdict for claim in claims]
+    return {verdict: verdicts.count(verdict) for verdict in ("holds", "does not hold", "undecided")}
 
 
 def write_report(result: Result, out: Path) -> tuple[Path, Path]:
@@ -55,15 +88,6 @@ def write_report(result: Result, out: Path) -> tuple[Path, Path]:
     """
     html, numbers = page(result), result.as_json()  # both, before anything is written
     return write_atomically(out / "report.html", html), write_atomically(out / "result.json", numbers)
-
-
-def _estimate(claim: Claim) -> Interval:
-    return Interval(claim.estimate, *claim.interval, claim.n)
-
-
-def _count(result: Result) -> dict[str, int]:
-    verdicts = [claim.verdict for claim in result.claims]
-    return {verdict: verdicts.count(verdict) for verdict in ("holds", "does not hold", "undecided")}
 
 
 def _numbers(series: Series) -> list[list[Cell]]:

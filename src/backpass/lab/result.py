@@ -16,13 +16,24 @@ from backpass.lab.pictures import Gallery
 from backpass.lab.statistics import Interval, geometric_interval, mean_interval
 from backpass.version import __version__
 
-__all__ = ["Cell", "Curve", "Finding", "Result", "Series", "Table", "environment", "plain"]
+__all__ = [
+    "OVER_SEEDS",
+    "PAIRED_SEEDS",
+    "Cell",
+    "Curve",
+    "Finding",
+    "Result",
+    "Series",
+    "Table",
+    "environment",
+    "plain",
+]
 
-_OVER_SEEDS = (
+OVER_SEEDS = (
     "Lines are means over the seeds, bands their 95 % intervals, geometric on a logarithmic axis. A cross at the upper "
     "edge marks where at least one run has diverged; no mean is drawn there."
 )
-_PAIRED_SEEDS = (
+PAIRED_SEEDS = (
     "Every pair shares its seed: initial weights and order of the batches. Each interval is Student's t over the seeds "
     "and stands alone: of twenty such intervals for differences that are truly zero, about one excludes zero by chance."
 )
@@ -109,6 +120,7 @@ class Result:
         numbers: the measurements in a form for programs, JSON's types; only in the JSON.
         plots_note: what lines and bands are.
         claims_note: what pairs and intervals are.
+        source: the paper and the place in it, where the experiment reproduces one.
     """
 
     experiment: str
@@ -123,8 +135,9 @@ class Result:
     tables: Sequence[Table] = field(default_factory=tuple)
     galleries: Sequence[Gallery] = ()
     numbers: dict[str, Any] = field(default_factory=dict)
-    plots_note: str = _OVER_SEEDS
-    claims_note: str = _PAIRED_SEEDS
+    plots_note: str = OVER_SEEDS
+    claims_note: str = PAIRED_SEEDS
+    source: str = ""
 
     def as_json(self) -> str:
         """The result as JSON, without the pixels of its images; a number that is not finite is ``null``."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from backpass.lab.claims import judge, verdict
+from backpass.lab.claims import judge, judge_within, verdict
 from backpass.lab.statistics import Interval
 
 
@@ -79,3 +79,28 @@ def test_the_verdict_follows_from_where_the_interval_lies(low, high, higher, low
     interval = Interval((low + high) / 2, low, high, 5)
     assert verdict(interval, "higher") == higher
     assert verdict(interval, "lower") == lower
+
+
+def _within(values, low, high):
+    return judge_within("id", "a claim", values=values, low=low, high=high, quantity="slope")
+
+
+def test_a_range_holds_only_with_the_whole_interval_inside():
+    values = _normal(50, seed=4).tolist()  # an interval of about -.28 to .28 around 0
+    assert _within(values, -1.0, 1.0).verdict == "holds"
+    assert _within(values, 1.0, 2.0).verdict == "does not hold"
+    assert _within(values, 0.0, 2.0).verdict == "undecided"
+    assert _within(values, -math.inf, 1.0).verdict == "holds"
+
+
+def test_a_planted_value_outside_of_the_range_is_found_to_hold_at_most_at_the_stated_rate():
+    noise = _normal(1000, 5, seed=5)  # the mean lies exactly on the border
+    verdicts = [_within((1.0 + n).tolist(), -math.inf, 1.0).verdict for n in noise]
+    for wrong in ("holds", "does not hold"):
+        assert abs(verdicts.count(wrong) / 1000 - 0.025) < 4 * math.sqrt(0.025 * 0.975 / 1000)
+
+
+def test_a_range_is_not_decided_by_two_runs_or_a_diverged_one():
+    assert _within([1.0, 1.0], 0.0, 2.0).verdict == "undecided"
+    claim = _within([1.0, math.nan, 1.0], 0.0, 2.0)
+    assert (claim.verdict, claim.note) == ("undecided", "a run diverged")

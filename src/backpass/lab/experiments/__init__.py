@@ -1,1 +1,1 @@
-"""Experiments: each asks a question, measures it over seeds and answers with a result."""
+"""The papers' experiments: a folder for each paper, a file for each family of figures and tables."""

@@ -1,0 +1,106 @@
+"""``backpass reproduce`` and ``backpass report``: the papers' experiments, and one page of their verdicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from backpass.cli.entry import app
+from backpass.cli.options import Device
+from backpass.cli.printing import print_overview, print_written, working
+from backpass.errors import BackpassError
+
+if TYPE_CHECKING:
+    from backpass.lab.reproduction.running import Done
+
+__all__ = ["report", "reproduce"]
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+[green]backpass reproduce --list[/green]  the experiments, with the place in the paper
+
+[green]backpass reproduce linbp-fig1 linbp-fig3[/green]  two of them, in some minutes
+
+[green]backpass reproduce all --out runs/all[/green]  all, in about an hour on two cores; interrupted, it goes on
+
+[green]backpass reproduce linbp-table1 --scale paper --device cuda[/green]  the paper's sizes, on a GPU"""
+)
+def reproduce(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Experiments, or all.")] = None,
+    scale: Annotated[str, typer.Option(help="small: minutes on two cores. paper: the paper's sizes.")] = "small",
+    out: Annotated[Path, typer.Option(help="Folder; each experiment gets one below.")] = Path("runs/reproduce"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Experiments side by side.", show_default="cores")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Compute finished experiments anew.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Name the experiments and leave.")] = False,
+    device: Device = "cpu",
+) -> None:
+    """Run the papers' experiments and give a verdict on each of their claims.
+
+    A finished experiment is kept, an interrupted one goes on from its finished pieces.
+    """
+    import os
+    import time
+
+    if listing:
+        _list(scale)
+        return
+    if not names:
+        raise BackpassError("name an experiment, or all; backpass reproduce --list names them.")
+    began = time.perf_counter()
+    found: list[Done] = []
+    with working("loading torch") as show:
+        from backpass.lab.experiments.catalogue import choose
+        from backpass.lab.reproduction.overview import write_overview
+        from backpass.lab.reproduction.running import reproduce as run
+        from backpass.lab.subjects import parse_device
+
+        total = len(choose(names))
+        place = parse_device(device)
+        side_by_side = jobs or (1 if place.type == "cuda" else os.cpu_count() or 1)
+        for done in run(
+            names,
+            scale=scale,
+            out=out,
+            device=place,
+            jobs=side_by_side,
+            again=again,
+            progress=lambda what: show(what, len(found) / total),
+        ):
+            found.append(done)
+        page = write_overview(out)
+    print_overview([done.result for done in found])
+    print_written(time.perf_counter() - began, [page, *(path for done in found for path in done.paths[1:])])
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where backpass reproduce has written.", metavar="DIR")],
+) -> None:
+    """Build one page of all results in a folder: every verdict on top, each leading to its experiment."""
+    import time
+
+    began = time.perf_counter()
+    with working("drawing"):
+        from backpass.lab.reproduction.overview import read_results, write_overview
+
+        results = read_results(folder)
+        page = write_overview(folder)
+    print_overview(results)
+    print_written(time.perf_counter() - began, [page])
+
+
+def _list(scale: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from backpass.lab.experiments.catalogue import EXPERIMENTS
+
+    table = Table("name", "what", "from", "data", title=f"{len(EXPERIMENTS)} experiments", title_justify="left")
+    for experiment in EXPERIMENTS:
+        experiment.settings(scale)
+        table.add_row(experiment.name, experiment.title, experiment.source, ", ".join(experiment.data) or "made")
+    Console().print(table)

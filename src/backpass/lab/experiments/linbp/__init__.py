@@ -1,0 +1,1 @@
+"""LinBP: Li, Guo, Liu, Zhang, A Theoretical View of Linear Backpropagation and Its Convergence."""

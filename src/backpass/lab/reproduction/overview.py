@@ -1,0 +1,50 @@
+"""One self-contained page of many results: every verdict on top, each leading to its experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from backpass.errors import BackpassError
+from backpass.lab.experiments.catalogue import experiment_names
+from backpass.lab.files import write_atomically
+from backpass.lab.report import count_verdicts, render, shown
+from backpass.lab.reproduction.reading import read_result
+from backpass.lab.result import Result
+
+__all__ = ["overview", "read_results", "write_overview"]
+
+
+def overview(results: Sequence[Result]) -> str:
+    """The page; it loads nothing and runs no script."""
+    pages = [shown(result, f"{result.experiment}-{result.scale}-") for result in results]
+    return render(
+        "overview.html",
+        pages=pages,
+        verdicts=count_verdicts([claim for result in results for claim in result.claims]),
+        scales=sorted({result.scale for result in results}, reverse=True),
+    )
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Every ``result.json`` at most two folders below, in the catalogue's order.
+
+    Raises:
+        BackpassError: there is none, or one cannot be read.
+    """
+    paths = sorted({*folder.glob("result.json"), *folder.glob("*/result.json"), *folder.glob("*/*/result.json")})
+    if not paths:
+        raise BackpassError(f"there is no result.json in {folder} or its folders: run backpass reproduce first.")
+    results = [read_result(path) for path in paths]
+    order = {name: place for place, name in enumerate(experiment_names())}
+    return sorted(results, key=lambda result: (order.get(result.experiment, len(order)), result.scale))
+
+
+def write_overview(folder: Path) -> Path:
+    """Write ``report.html`` over all results of a folder into it.
+
+    Raises:
+        BackpassError: there is no result.
+        OSError: the folder cannot be written.
+    """
+    return write_atomically(folder / "report.html", overview(read_results(folder)))

@@ -1,0 +1,100 @@
+"""A result read back from its JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backpass.errors import BackpassError
+from backpass.lab.claims import Claim
+from backpass.lab.result import Cell, Curve, Finding, Result, Series, Table
+from backpass.lab.statistics import Interval
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["read_result"]
+
+
+def read_result(path: Path) -> Result:
+    """The result of a ``result.json``; pictures, which JSON leaves out, are gone.
+
+    Raises:
+        BackpassError: there is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BackpassError(f"there is no result {path}.") from error
+    except ValueError as error:
+        raise BackpassError(f"{path} is not JSON: {error}.") from error
+    try:
+        return _result(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BackpassError(f"{path} is no result of backpass: {type(error).__name__} {error}.") from error
+
+
+def _result(content: Mapping[str, Any]) -> Result:
+    return Result(
+        **{
+            **_known(Result, content),
+            "findings": [Finding(**_known(Finding, one)) for one in content["findings"]],
+            "series": [_series(one) for one in content["series"]],
+            "claims": [_claim(one) for one in content["claims"]],
+            "tables": [_table(one) for one in content["tables"]],
+            "galleries": (),
+        }
+    )
+
+
+def _known(kind: type[DataclassInstance], content: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that a dataclass has; a later version may write more."""
+    return {one.name: content[one.name] for one in fields(kind) if one.name in content}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _interval(content: Mapping[str, Any]) -> Interval:
+    return Interval(_number(content["mean"]), _number(content["low"]), _number(content["high"]), int(content["n"]))
+
+
+def _series(content: Mapping[str, Any]) -> Series:
+    return Series(**{**_known(Series, content), "curves": [_curve(one) for one in content["curves"]]})
+
+
+def _curve(content: Mapping[str, Any]) -> Curve:
+    given = content["given"]
+    return Curve(
+        label=content["label"],
+        x=content["x"],
+        runs=[[_number(value) for value in run] for run in content["runs"]],
+        geometric=content["geometric"],
+        given=None if given is None else [_interval(one) for one in given],
+    )
+
+
+def _claim(content: Mapping[str, Any]) -> Claim:
+    low, high = content["interval"]
+    return Claim(
+        **{
+            **_known(Claim, content),
+            "estimate": _number(content["estimate"]),
+            "interval": (_number(low), _number(high)),
+        }
+    )
+
+
+def _table(content: Mapping[str, Any]) -> Table:
+    return Table(**{**_known(Table, content), "rows": [[_cell(cell) for cell in row] for row in content["rows"]]})
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, Mapping):
+        return _interval(value)
+    return _number(value) if value is None else value

@@ -1,0 +1,134 @@
+"""Experiments run one after the other or side by side, each resumed where it was interrupted."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from backpass.errors import BackpassError
+from backpass.lab.bench.experiment import Bench
+from backpass.lab.bench.pieces import Pieces
+from backpass.lab.data import load_data
+from backpass.lab.experiments.catalogue import choose
+from backpass.lab.report import write_report
+from backpass.lab.reproduction.reading import read_result
+from backpass.lab.result import Result
+from backpass.version import __version__
+
+__all__ = ["Done", "reproduce"]
+
+Progress = Callable[[str], None]
+"""Called with what is being computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """One experiment that has a result.
+
+    Attributes:
+        result: what it found.
+        paths: its page and its JSON.
+        seconds: how long it took this time.
+        kept: whether the result of an earlier run was kept.
+    """
+
+    result: Result
+    paths: tuple[Path, Path]
+    seconds: float
+    kept: bool
+
+
+def reproduce(
+    names: Sequence[str],
+    *,
+    scale: str,
+    out: Path,
+    device: torch.device,
+    jobs: int = 1,
+    again: bool = False,
+    progress: Progress = lambda what: None,
+) -> Iterator[Done]:
+    """Runs experiments and yields each as it is done.
+
+    A finished experiment of the same scale and version is kept; of an interrupted one, the finished pieces are.
+
+    Args:
+        names: of the experiments, or ``all``.
+        scale: ``small`` or ``paper``.
+        out: the folder; each experiment gets one below, with ``report.html``, ``result.json`` and its pieces.
+        device: where to compute.
+        jobs: experiments side by side, each in a process of its own with an equal share of the cores.
+        again: compute finished experiments anew.
+        progress: called with what is being computed.
+
+    Raises:
+        UnknownNameError: there is no experiment or scale of that name.
+        BackpassError: the data that one needs is not there; nothing has been run then.
+    """
+    chosen = choose(names)
+    for experiment in chosen:
+        experiment.settings(scale)
+    for name in sorted({name for experiment in chosen for name in experiment.data}):
+        load_data(name, split="train")  # before any work: hours later would be a bad moment to miss it
+    if jobs < 1:
+        raise BackpassError(f"jobs must be at least 1, got {jobs}.")
+    if jobs == 1 or len(chosen) == 1:
+        for experiment in chosen:
+            yield _run(experiment.name, scale, out, device, again, progress)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # Spawned, not forked: a fork of a process with torch's threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        waiting = {
+            pool.submit(_run, experiment.name, scale, out, device, again): experiment.name for experiment in chosen
+        }
+        try:
+            for future in as_completed(waiting):
+                done = future.result()
+                progress(f"{done.result.experiment} is done")
+                yield done
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run(
+    name: str,
+    scale: str,
+    out: Path,
+    device: torch.device,
+    again: bool,
+    progress: Progress = lambda what: None,
+) -> Done:
+    began = time.perf_counter()
+    (experiment,) = choose([name])
+    folder = out / name
+    kept = _finished(folder, scale)
+    if kept is not None and not again:
+        return Done(result=kept, paths=(folder / "report.html", folder / "result.json"), seconds=0.0, kept=True)
+    bench = Bench(
+        device=device,
+        pieces=Pieces(folder / "pieces", lambda piece: progress(f"{name}: {piece}")),
+        shared=Pieces(out / "shared", lambda piece: progress(f"{name}: {piece}")),
+    )
+    result = experiment.run(scale, bench)
+    paths = write_report(result, folder)
+    return Done(result=result, paths=paths, seconds=time.perf_counter() - began, kept=False)
+
+
+def _finished(folder: Path, scale: str) -> Result | None:
+    """The result of an earlier run of this scale and version, where there is one that can be read."""
+    try:
+        result = read_result(folder / "result.json")
+    except BackpassError:
+        return None
+    same = result.scale == scale and result.environment["versions"].get("backpass") == __version__
+    return result if same and (folder / "report.html").exists() else None

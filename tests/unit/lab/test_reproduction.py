@@ -1,0 +1,165 @@
+"""Experiments run, are kept, go on where they were interrupted, and make one page."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from backpass.errors import BackpassError, UnknownNameError
+from backpass.lab.bench.experiment import Experiment, Outcome
+from backpass.lab.claims import judge
+from backpass.lab.experiments import catalogue
+from backpass.lab.reproduction.overview import overview, read_results, write_overview
+from backpass.lab.reproduction.reading import read_result
+from backpass.lab.reproduction.running import reproduce
+from backpass.lab.result import Curve, Finding, Series, Table
+from backpass.lab.statistics import mean_interval
+
+CPU = torch.device("cpu")
+CALLS = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    runs: int = 4
+    fail_at: int | None = None
+
+
+def measure(settings, bench):
+    values = []
+    for run in range(settings.runs):
+
+        def compute(run=run):
+            CALLS.append(run)
+            if run == settings.fail_at:
+                raise KeyboardInterrupt
+            return float(run)
+
+        values.append(bench.pieces.value(f"run {run}", compute, run=run))
+    return Outcome(
+        findings=[Finding("In short", "It was measured.")],
+        series=[
+            Series(
+                id="line", title="A line", description="", x_label="x", y_label="y",
+                curves=[Curve(label="a", x=[0, 1], runs=[[1.0, math.nan], [2.0, 3.0]]),
+                        Curve(label="b", x=[0, 1], given=[mean_interval(values), mean_interval([1.0])])],
+            )
+        ],
+        claims=[
+            judge("more", "more is more", ours=[v + 1 for v in values], theirs=[0.1 * v for v in values],
+                  direction="higher", quantity="units", published="3 units")
+        ],
+        tables=[Table(id="t", title="Numbers", columns=["what", "n", "x"], rows=[["a", 3, mean_interval(values)]])],
+        data="made", seeds=range(settings.runs),
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    CALLS.clear()
+    scales = {"small": Sizes(), "paper": Sizes(runs=9)}
+    one, two = (
+        Experiment(name=name, title="T", question="Q?", source="P, Figure 1", scales=scales, measure=measure)
+        for name in ("one", "two")
+    )
+    monkeypatch.setattr(catalogue, "EXPERIMENTS", (one, two))
+    return one
+
+
+def run(tmp_path, *names, **options):
+    return list(reproduce(names or ["one"], out=tmp_path, device=CPU, **{"scale": "small", **options}))
+
+
+def test_an_experiment_writes_the_promised_json(tmp_path):
+    run(tmp_path)
+    written = json.loads((tmp_path / "one" / "result.json").read_text())
+    assert {"experiment", "scale", "environment", "settings", "series", "claims"} <= set(written)
+    (claim,) = written["claims"]
+    assert {"id", "statement", "verdict", "estimate", "interval", "n", "reference"} <= set(claim)
+    assert (written["experiment"], written["scale"], claim["id"]) == ("one", "small", "one.more")
+    assert claim["verdict"] == "holds"
+
+
+def test_a_finished_experiment_is_kept_and_run_again_when_asked(tmp_path):
+    assert [done.kept for done in run(tmp_path)] == [False]
+    assert [done.kept for done in run(tmp_path)] == [True]
+    assert CALLS == [0, 1, 2, 3]
+    assert [done.kept for done in run(tmp_path, scale="paper")] == [False]
+    assert [done.kept for done in run(tmp_path, scale="paper", again=True)] == [False]
+
+
+def test_an_interrupted_experiment_goes_on_from_its_finished_pieces(tmp_path, monkeypatch, tiny):
+    monkeypatch.setitem(tiny.scales, "small", Sizes(fail_at=2))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert not (tmp_path / "one" / "result.json").exists()
+    monkeypatch.setitem(tiny.scales, "small", Sizes())
+    CALLS.clear()
+    run(tmp_path)
+    assert CALLS == [2, 3]
+    run(tmp_path / "whole")
+    resumed, whole = (read_result(folder / "one" / "result.json") for folder in (tmp_path, tmp_path / "whole"))
+    assert resumed.claims == whole.claims
+
+
+def test_what_was_written_is_what_is_read(tmp_path):
+    (done,) = run(tmp_path)
+    again = read_result(tmp_path / "one" / "result.json")
+    assert again.as_json() == done.result.as_json()
+    assert again.claims == done.result.claims
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"claims": 3}'])
+def test_what_is_no_result_is_told(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(BackpassError, match=r"result\.json is no"):
+        read_result(tmp_path / "result.json")
+
+
+def test_a_folder_without_results_is_told(tmp_path):
+    with pytest.raises(BackpassError, match=r"there is no result\.json"):
+        read_results(tmp_path)
+
+
+def test_the_page_has_every_verdict_once_each_leading_to_its_experiment(tmp_path):
+    run(tmp_path, "all")
+    html = write_overview(tmp_path).read_text()
+    for name in ("one", "two"):
+        assert html.count(f'href="#{name}-small-{name}.more"') == 1
+        assert html.count(f'id="{name}-small-{name}.more"') == 1
+        assert f'id="{name}-small-top"' in html
+    assert "2 holds" in html
+    assert "3 units" in html
+    ids = [part.split('"')[0] for part in html.split(' id="')[1:]]
+    assert len(ids) == len(set(ids))
+    assert "http" not in html.replace("http://www.w3.org", "")
+    assert "<script" not in html
+    assert overview(read_results(tmp_path)) == html
+
+
+def test_two_claims_of_one_id_are_refused(tmp_path, monkeypatch, tiny):
+    def twice(settings, bench):
+        found = measure(settings, bench)
+        return Outcome(**{**vars(found), "claims": [*found.claims, *found.claims]})
+
+    monkeypatch.setattr(catalogue, "EXPERIMENTS", (Experiment(**{**vars(tiny), "measure": twice}),))
+    with pytest.raises(BackpassError, match="two claims of one id"):
+        run(tmp_path)
+
+
+def test_unknown_names_and_scales_are_told_before_anything_runs(tmp_path):
+    with pytest.raises(UnknownNameError, match="one"):
+        run(tmp_path, "onne")
+    with pytest.raises(UnknownNameError, match="small"):
+        run(tmp_path, "one", scale="smal")
+    assert CALLS == []
+
+
+def test_data_that_is_not_there_is_told_before_anything_runs(tmp_path, monkeypatch, tiny):
+    needs = Experiment(**{**vars(tiny), "data": ("no-such-data",)})
+    monkeypatch.setattr(catalogue, "EXPERIMENTS", (tiny, needs))
+    with pytest.raises(BackpassError, match="no-such-data"):
+        run(tmp_path, "all")
+    assert CALLS == []
