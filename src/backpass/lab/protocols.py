@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.lab.normalisation import Normalisation, known_normalisation
 from backpass.lab.wording import listing
 
 __all__ = [
@@ -25,63 +26,6 @@ __all__ = [
 ]
 
 PROTOCOLS = ("standard", "paper")
-_PUBLISHED = {
-    "mnist": ((0.1307,), (0.3081,)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-}
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """The map x -> (x - mean) / std of every channel.
-
-    Attributes:
-        mean: one number per channel, or one for all.
-        std: likewise, each above 0.
-
-    Raises:
-        BackpassError: there are none, their numbers differ, or a std is not above 0.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.mean or len(self.mean) != len(self.std) or min(self.std) <= 0:
-            raise BackpassError(
-                f"a normalisation needs as many means as stds, every std above 0; got mean {self.mean} and "
-                f"std {self.std}."
-            )
-
-    def check(self, channels: int) -> None:
-        """The numbers are one per channel, or one for all.
-
-        Raises:
-            BackpassError: they are not.
-        """
-        if len(self.mean) not in (1, channels):
-            raise BackpassError(f"the images have {channels} channels, the normalisation {len(self.mean)}.")
-
-    @property
-    def column(self) -> tuple[Tensor, Tensor]:
-        """Mean and std as float32 tensors (C, 1, 1)."""
-        mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (self.mean, self.std))
-        return mean, std
-
-    def __str__(self) -> str:
-        return f"mean {listing([f'{m:.4g}' for m in self.mean])}, std {listing([f'{s:.4g}' for s in self.std])}"
-
-
-def known_normalisation(data: str) -> Normalisation | None:
-    """The usual normalisation of a data set: published, or of the digits measured on the part to learn from."""
-    from backpass.lab.data import load_digits
-    from backpass.lab.data.names import base_name
-
-    data = base_name(data)
-    if data == "digits":
-        x = load_digits().train.x
-        return Normalisation((round(x.mean().item(), 4),), (round(x.std().item(), 4),))
-    return Normalisation(*_PUBLISHED[data]) if data in _PUBLISHED else None
 
 
 class Rescaled(nn.Module):

@@ -13,7 +13,8 @@ from backpass.errors import BackpassError
 from backpass.lab.data import Labelled
 from backpass.lab.models import Normalize
 from backpass.lab.models.lookup import find
-from backpass.lab.protocols import Normalisation, Rescaled, known_normalisation
+from backpass.lab.normalisation import Normalisation, known_normalisation
+from backpass.lab.protocols import Rescaled
 from backpass.lab.weights import load_weights, weights_hash
 
 __all__ = ["Subject", "load_named", "load_subject", "parse_device", "short_names"]

@@ -20,7 +20,7 @@ from backpass.lab.models.shapes import Shape, check_shape
 from backpass.lab.models.text import options_of, read_model
 from backpass.lab.models.vgg import vgg16
 from backpass.lab.models.wide_resnet import wide_resnet, wrn_28_10
-from backpass.lab.protocols import Normalisation
+from backpass.lab.normalisation import Normalisation
 
 __all__ = ["INPUT_SHAPES", "MODELS", "Normalize", "build"]
 

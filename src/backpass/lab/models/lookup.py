@@ -11,7 +11,7 @@ from torch import nn
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.models import INPUT_SHAPES, MODELS, build
 from backpass.lab.models.shapes import parse_shape
-from backpass.lab.protocols import Normalisation
+from backpass.lab.normalisation import Normalisation
 
 __all__ = ["find", "is_the_labs", "parse_shape"]
 

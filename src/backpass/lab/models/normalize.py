@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backpass.lab.protocols import Normalisation
+from backpass.lab.normalisation import Normalisation
 
 __all__ = ["Normalize"]
 

@@ -12,7 +12,7 @@ from huggingface_hub import errors
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.data import load_data
-from backpass.lab.protocols import known_normalisation
+from backpass.lab.normalisation import known_normalisation
 from support.pictures import parquet, picture
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -6,7 +6,7 @@ from torch import nn
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.models import INPUT_SHAPES, MODELS, Normalize, build
-from backpass.lab.protocols import Normalisation
+from backpass.lab.normalisation import Normalisation
 
 SMALL = ("cnn", "lenet5", "mlp", "resnet", "wrn:depth=10,width=1")
 
