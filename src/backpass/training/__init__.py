@@ -2,7 +2,9 @@
 
 from backpass.training.adversary import AdversarialTraining
 from backpass.training.batches import Batch
+from backpass.training.half_batches import half_losses
 from backpass.training.interruption import Interrupted
+from backpass.training.learning_rate import ControlledLR
 from backpass.training.objective import CrossEntropy, Evaluated, Objective, PerSample
 from backpass.training.processes import local_device
 from backpass.training.progress import Progress, TrainingResult
@@ -12,6 +14,7 @@ from backpass.training.trainer import Trainer
 __all__ = [
     "AdversarialTraining",
     "Batch",
+    "ControlledLR",
     "CrossEntropy",
     "Evaluated",
     "Interrupted",
@@ -21,5 +24,6 @@ __all__ = [
     "RobustEvaluation",
     "Trainer",
     "TrainingResult",
+    "half_losses",
     "local_device",
 ]

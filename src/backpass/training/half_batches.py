@@ -1,0 +1,111 @@
+"""Gradients of the two halves of a batch, and the curvature along them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from backpass.errors import BackpassError
+from backpass.training.processes import summed, world
+
+__all__ = ["Products", "half_losses", "products"]
+
+
+class Products(NamedTuple):
+    """Vectors over all parameters, in float32 at least, means over all processes.
+
+    Attributes:
+        first: g1, the gradient of the first half.
+        second: g2, that of the second.
+        gradient: g = (g1 + g2) / 2.
+        curved: (Dg) (w g), the curvature of the batch along its step.
+    """
+
+    first: Tensor
+    second: Tensor
+    gradient: Tensor
+    curved: Tensor
+
+
+def half_losses(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The two functions that `ControlledLR.measure` takes: loss(model(x), y) on each half of a batch.
+
+    Running statistics and random numbers stay as they were.
+
+    Args:
+        model: as it trains; without its DistributedDataParallel wrapper.
+        loss: of the output and y, a scalar mean.
+        x: (B, ...), B >= 2; adversarial examples for adversarial training.
+        y: (B, ...).
+
+    Raises:
+        BackpassError: the batch cannot be halved.
+    """
+    if len(x) < 2 or len(x) != len(y):
+        raise BackpassError(f"a batch of at least 2 samples with as many labels is needed, got {len(x)} and {len(y)}.")
+
+    def on(rows: slice) -> Callable[[], Tensor]:
+        def evaluated() -> Tensor:
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+                return loss(functional_call(model, buffers, (x[rows],)), y[rows])
+
+        return evaluated
+
+    middle = len(x) // 2
+    return on(slice(0, middle)), on(slice(middle, len(x)))
+
+
+def products(
+    parameters: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]], weights: Sequence[Tensor]
+) -> Products:
+    """Two gradients and one curvature product, by differentiating twice.
+
+    Args:
+        parameters: all of them, on one device; those that are frozen count as zeros.
+        losses: each the scalar mean over one half, with graph.
+        weights: w, one tensor per parameter, of its shape or a number.
+
+    Raises:
+        BackpassError: a loss is no scalar.
+    """
+    wanted = [p for p in parameters if p.requires_grad]
+    with torch.enable_grad():
+        halves = [_gradients(loss(), wanted) for loss in losses]
+    first, second = (_vector(half, parameters) for half in halves)
+    gradient = (first + second) / 2
+    parts = torch.split(gradient, [p.numel() for p in parameters])
+    step = [
+        (w * part.view_as(p) / 2).to(p.dtype)
+        for w, part, p in zip(weights, parts, parameters, strict=True)
+        if p.requires_grad
+    ]
+    # A gradient that does not depend on the parameters has no graph, and no curvature.
+    curved_ones = [(g, s) for half in halves for g, s in zip(half, step, strict=True) if g.requires_grad]
+    if curved_ones:
+        outputs, seeds = zip(*curved_ones, strict=True)
+        curved = torch.autograd.grad(outputs, wanted, seeds, materialize_grads=True)
+    else:
+        curved = tuple(torch.zeros_like(p) for p in wanted)
+    return Products(first, second, gradient, _vector(curved, parameters))
+
+
+def _gradients(loss: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if loss.numel() != 1:
+        raise BackpassError(f"each half's loss is a scalar, the mean over it; got shape {tuple(loss.shape)}.")
+    return torch.autograd.grad(loss.reshape(()), wanted, create_graph=True, materialize_grads=True)
+
+
+@torch.no_grad()
+def _vector(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """One vector over all parameters, zero for the frozen ones, the mean over the processes."""
+    left = iter(gradients)
+    placed = [next(left) if p.requires_grad else torch.zeros_like(p) for p in parameters]
+    vector = torch.cat([g.reshape(-1).to(torch.promote_types(g.dtype, torch.float32)) for g in placed])
+    return summed(vector) / world()

@@ -1,0 +1,193 @@
+"""A learning rate that follows the optimal control of stochastic gradient descent, measured while training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from backpass.errors import BackpassError
+from backpass.training.half_batches import half_losses, products
+from backpass.training.step_metric import largest_rate, step_weights
+
+__all__ = ["ControlledLR", "Measured", "half_losses"]
+
+_SHORTEST = 10
+"""Measurements in the shortest window; before there are as many the rate stays."""
+
+
+class Measured(NamedTuple):
+    """What the last window says.
+
+    Attributes:
+        progress: N, the mean of g1 . g2, an unbiased |grad|^2: what a step gains, per unit of rate.
+        loss: D, the mean of g . (Dh g): what noise and curvature cost, per half squared rate.
+        curvature: a, the Rayleigh quotient of Dh along the averaged gradient.
+        balance: N / (rate D): 1 where the rate is optimal, 1/2 where it is stationary and a step gains nothing.
+    """
+
+    progress: float
+    loss: float
+    curvature: float
+    balance: float
+
+
+class ControlledLR(LRScheduler):
+    r"""Hold the largest rate while it pays, then let its inverse grow by a quarter of the curvature in each step.
+
+    A step of rate l changes the expected loss by -l N + l^2 D / 2, N = |grad|^2, D = E[g . (Dh) g]. For a quadratic
+    loss with noise the optimal control is l = N / D where that is below the largest rate; along its path 1/l grows by
+    the curvature a in each step. Measured are N = g1 . g2 of two halves of the batch, D and a from one curvature
+    product, all averaged over the last tenth of the measurements. Whenever N < threshold l D: 1/l += slope a.
+
+    slope = 1 with threshold = 1 is the optimum where all curvatures are equal. With unequal ones a rate that falls
+    faster than 1 / (2 a_min k) never reaches the flat directions, while one that falls too slowly by a factor c costs
+    the factor 1 / (c (2 - c)) in excess loss: hence 1/4, and 1/2, the point at which a step gains nothing.
+
+    Call `measure` before ``optimizer.step()`` whenever `due`, and ``step()`` after it, in every step of training:
+    ``Trainer(scheduler=..., step_scheduler="step")`` does. A rate has to be stable to start at; no end is needed.
+
+    Args:
+        optimizer: SGD with or without momentum; Adam, AdamW and RMSprop are followed in the metric of their present
+            scales; others count as descent along the gradient. Groups keep the ratio of their rates.
+        lr_max: the rate to start at, of all groups; None for the groups' own.
+        every: measure before each ``every``-th step only. A measurement costs two to three plain steps.
+        window: the part of all measurements so far that averages reach back, in (0, 1].
+        threshold: of N / (rate D), above 0.
+        slope: the growth of 1/l in a step, in units of the curvature; above 0.
+        last_epoch: as in torch.
+
+    Raises:
+        BackpassError: a setting is out of its range, or parameters lie on several devices.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        >>> scheduler = ControlledLR(optimizer, every=2)
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 1)
+        >>> for _ in range(4):
+        ...     loss = nn.functional.mse_loss(model(x), y)
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     if scheduler.due:
+        ...         scheduler.measure(half_losses(model, nn.functional.mse_loss, x, y))
+        ...     optimizer.step()
+        ...     scheduler.step()
+
+    Source: derived for this project as a plug-in estimate of the control in `backpass.sde.optimal_lr`; the balance of
+    N and D is the fluctuation-dissipation relation of Yaida, arXiv 1810.00004.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        lr_max: float | None = None,
+        every: int = 1,
+        window: float = 0.1,
+        threshold: float = 0.5,
+        slope: float = 0.25,
+        last_epoch: int = -1,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise BackpassError(f"every is a whole number of steps, at least 1, got {every!r}.")
+        if not 0 < window <= 1:
+            raise BackpassError(f"window is a part of all measurements, in (0, 1], got {window!r}.")
+        for name, value in (("threshold", threshold), ("slope", slope), ("lr_max", 1.0 if lr_max is None else lr_max)):
+            if not (math.isfinite(value) and value > 0):
+                raise BackpassError(f"{name} is a finite number above 0, got {value!r}.")
+        devices = {p.device for group in optimizer.param_groups for p in group["params"]}
+        if len(devices) > 1:
+            raise BackpassError(
+                f"ControlledLR takes products of whole gradients: all parameters must be on one device, got "
+                f"{', '.join(sorted(map(str, devices)))}."
+            )
+        if lr_max is not None and last_epoch == -1:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_max
+        self.every, self.window, self.threshold, self.slope = every, window, threshold, slope
+        self.inverse = 1.0  # of the control u; all rates are the largest ones times u
+        self.measurements = 0
+        self.progress = self.loss = self.curvature = 0.0
+        self.gradient = self.product = torch.zeros(0)
+        super().__init__(optimizer, last_epoch)
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step of the optimizer wants a measurement before it."""
+        return self.last_epoch % self.every == 0
+
+    @property
+    def measured(self) -> Measured:
+        """What the last window says; ``nan`` before the first measurement."""
+        if not self.measurements:
+            return Measured(math.nan, math.nan, math.nan, math.nan)
+        cost = self._rate() * self.loss
+        return Measured(self.progress, self.loss, self.curvature, self.progress / cost if cost else math.inf)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rates of the groups, their largest ones times the control."""
+        return [base / self.inverse for base in self.base_lrs]
+
+    def measure(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Take in the two halves of the present batch, at the parameters before the step.
+
+        Args:
+            losses: two functions, each the scalar mean loss of one half, with graph; for adversarial training at
+                perturbations that are already found and held fixed. Each is called once.
+
+        Raises:
+            BackpassError: there are not two, or one gives no scalar.
+        """
+        if len(losses) != 2:
+            raise BackpassError(f"measure takes the losses of the two halves of a batch, got {len(losses)} losses.")
+        weights = step_weights(self.optimizer, self._base_rates())
+        if weights is None:
+            return  # Adam's scales come with its first step
+        parameters = self._parameters()
+        found = products(parameters, losses, weights)
+        metric = torch.cat([w.expand_as(p).reshape(-1) for w, p in zip(weights, parameters, strict=True)])
+        metric = metric.to(found.gradient.dtype)
+        n = self.measurements + 1
+        part = 1 / min(n, max(_SHORTEST, n * self.window))
+        mean_gradient = found.gradient if n == 1 else torch.lerp(self.gradient, found.gradient, part)
+        mean_product = found.curved if n == 1 else torch.lerp(self.product, found.curved, part)
+        turned = metric * mean_gradient
+        pairs = (
+            (found.first, metric * found.second),
+            (found.curved, metric * found.gradient),
+            (mean_product, turned),
+            (mean_gradient, turned),
+        )
+        numbers = torch.stack([torch.dot(u, v) for u, v in pairs])
+        progress, loss, along, length = numbers.tolist()
+        if not (math.isfinite(progress) and math.isfinite(loss)):
+            return  # the step itself will show it
+        self.measurements, self.gradient, self.product = n, mean_gradient, mean_product
+        self.progress += part * (progress - self.progress)
+        self.loss += part * (loss - self.loss)
+        self.curvature = along / length if length > 0 else 0.0
+        if n >= _SHORTEST and self.progress < self.threshold * self._rate() * self.loss:
+            largest = largest_rate(self.optimizer, self._base_rates())
+            self.inverse += self.every * self.slope * largest * max(self.curvature, 0.0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint, on the device of the parameters."""
+        super().load_state_dict(state_dict)
+        device = self._parameters()[0].device
+        self.gradient, self.product = self.gradient.to(device), self.product.to(device)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _base_rates(self) -> list[float]:
+        return [float(rate) for rate in self.base_lrs]
+
+    def _rate(self) -> float:
+        """The largest effective rate at present."""
+        return largest_rate(self.optimizer, self._base_rates()) / self.inverse
