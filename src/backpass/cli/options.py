@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 Data = Annotated[
     str,
     typer.Option(
-        help="digits; mnist or cifar10, found in the folder that BACKPASS_DATA names; a folder of Parquet files; "
-        "or a folder with a folder of PNG or JPEG images for each class.",
+        help="digits; mnist, cifar10 or owner/name, found in the folder that BACKPASS_DATA names or else downloaded "
+        "from the Hugging Face hub; a folder of Parquet files; or a folder with a folder of PNG or JPEG images for "
+        "each class. Settings follow a colon, as in uoft-cs/cifar100:label=fine_label.",
         metavar="NAME|FOLDER",
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from backpass.errors import BackpassError
 from backpass.lab.files import write_bytes_atomically
+from backpass.lab.models import Normalize
 
 __all__ = ["load_weights", "read_weights", "save_weights", "weights_hash"]
 
+_LOG = logging.getLogger(__name__)
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _SHOWN = 3
@@ -23,6 +26,8 @@ _SHOWN = 3
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Puts the weights of a file into a model, all of them or none.
+
+    A file without the normalisation that a lab network has in front, as other libraries write it, leaves that as it is.
 
     Raises:
         BackpassError: the file holds no weights, or those of another model; the message names the first differences.
@@ -32,6 +37,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    for name, module in model.named_modules():
+        buffers = (f"{name}.mean", f"{name}.std")
+        if isinstance(module, Normalize) and not state.keys() & buffers:
+            _LOG.warning("%s says nothing of a normalisation; the network keeps its own: %s", path, module)
+            state |= {key: own[key] for key in buffers}
     problems = _differences(own, state)
     if problems:
         raise BackpassError(f"the weights of {path} are not those of this {type(model).__name__}: {problems}.")

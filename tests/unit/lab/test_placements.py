@@ -14,7 +14,7 @@ TABLE = {
     ("resnet50:activation=silu", "attack"): (9, 49, "layer4.0.act1"),
     ("densenet161", "attack"): (50, 161, "features.transition3.act"),
     ("densenet161", "training"): (49, 161, "features.denseblock4.denselayer1.act1"),
-    ("mobilenetv2", "training"): (3, 35, "features.17.conv.2"),
+    ("mobilenetv2", "training"): (3, 35, "features.17.conv.0.2"),
     ("wrn-28-10", "attack"): (1, 25, "act"),
     ("mlp", "training"): (2, 3, "act2"),
     ("lenet5", "training"): (2, 4, "act3"),

@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backpass.errors import BackpassError
+from backpass.lab.models import build
+from backpass.lab.normalisation import Normalisation
 from backpass.lab.weights import load_weights, save_weights, weights_hash
 
 
@@ -106,3 +108,16 @@ def test_two_names_of_one_tensor_are_saved_as_two(tmp_path):
         copy := nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), save_weights(tied, tmp_path / "t.safetensors")
     )
     assert torch.equal(copy[0].weight, copy[1].weight)
+
+
+def test_weights_of_another_library_leave_a_lab_networks_normalisation(tmp_path, caplog):
+    model, other = build("mlp", normalisation=Normalisation((0.25,), (0.5,))), build("mlp", seed=1)
+    bare = {key: value for key, value in other.state_dict().items() if not key.startswith("normalize.")}
+    torch.save(bare, tmp_path / "bare.pt")
+    load_weights(model, tmp_path / "bare.pt")
+    assert torch.equal(model.linear2.weight, other.linear2.weight)
+    assert model.normalize.mean.item() == 0.25
+    assert "keeps its own: Normalize(mean=[0.25], std=[0.5])" in caplog.text
+    torch.save(other.state_dict(), tmp_path / "whole.pt")
+    load_weights(model, tmp_path / "whole.pt")
+    assert model.normalize.mean.item() == 0

@@ -18,9 +18,9 @@ _STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3
 
 def _convolution(
     channels: int, out: int, size: int, activation: str, stride: int = 1, groups: int = 1
-) -> list[nn.Module]:
+) -> nn.Sequential:
     convolution = nn.Conv2d(channels, out, size, stride=stride, padding=size // 2, groups=groups, bias=False)
-    return [convolution, nn.BatchNorm2d(out), make_activation(activation)]
+    return nn.Sequential(convolution, nn.BatchNorm2d(out), make_activation(activation))
 
 
 class _InvertedResidual(nn.Module):
@@ -31,8 +31,8 @@ class _InvertedResidual(nn.Module):
         wide = channels * expansion
         self.adds = stride == 1 and channels == out
         self.conv = nn.Sequential(
-            *(_convolution(channels, wide, 1, activation) if expansion != 1 else []),
-            *_convolution(wide, wide, 3, activation, stride=stride, groups=wide),
+            *([_convolution(channels, wide, 1, activation)] if expansion != 1 else []),
+            _convolution(wide, wide, 3, activation, stride=stride, groups=wide),
             nn.Conv2d(wide, out, 1, bias=False),
             nn.BatchNorm2d(out),
         )
@@ -43,18 +43,21 @@ class _InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """A convolution, seventeen inverted residuals ``features.1`` to ``features.17``, a convolution, a linear layer."""
+    """A convolution, seventeen inverted residuals ``features.1`` to ``features.17``, a convolution, a linear layer.
+
+    Names of layers and weights are torchvision's.
+    """
 
     def __init__(self, shape: Shape, classes: int, activation: str) -> None:
         super().__init__()
         self.normalize = Normalize(shape[0])
         channels = 32
-        layers: list[nn.Module] = [nn.Sequential(*_convolution(shape[0], channels, 3, activation))]
+        layers: list[nn.Module] = [_convolution(shape[0], channels, 3, activation)]
         for expansion, out, count, stride in _STAGES:
             for index in range(count):
                 layers.append(_InvertedResidual(channels, out, 1 if index else stride, expansion, activation))
                 channels = out
-        layers.append(nn.Sequential(*_convolution(channels, 1280, 1, activation)))
+        layers.append(_convolution(channels, 1280, 1, activation))
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, classes))
