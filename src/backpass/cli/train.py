@@ -1,0 +1,259 @@
+"""``backpass train``: train a network, also against an adversary, with any rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backpass.cli import options as o
+from backpass.cli.entry import app
+from backpass.cli.printing import working
+
+if TYPE_CHECKING:
+    from backpass.lab.training.training_run import Trained
+
+__all__ = ["train"]
+
+_DIVERGED = 1  # the exit code of a run whose loss went out of bounds
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+[green]backpass train --data mnist --model lenet5 --rule linbp:start=-2 --out runs/lenet5[/green]
+  one epoch with linear backpropagation from the last two activations on
+
+[green]backpass train --data my_images --model my_nets:Net --epochs 20 --augment crop,flip
+--optimizer sgd:momentum=0.9,weight_decay=5e-4 --lr 0.1 --scheduler cosine --out runs/net[/green]
+  your own network and images; Net stands in my_nets.py of this folder, and takes pixels in 0 to 1
+
+[green]backpass train --data mnist --model lenet5 --adversary pgd:eps=0.2,steps=7 --out runs/robust[/green]
+  adversarial training; with --trades 6 that of TRADES; --adversary-rule linbp:start=-2 makes the
+  examples with linear backpropagation
+
+[green]backpass train --recipe recipes/mnist-lenet5.toml --epochs 5 --out runs/longer[/green]
+  a recipe, and what is different
+
+[green]backpass train --resume --out runs/net[/green]  goes on where a run was stopped
+
+[green]torchrun --nproc-per-node 2 -m backpass train --recipe runs/net/recipe.toml --out runs/two[/green]
+  the same run in two processes, or on two GPUs with --device cuda"""
+)
+def train(
+    data: Annotated[
+        str | None, typer.Option(help="As for attack; its part train is learned from.", metavar="NAME|FOLDER")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A lab network, as in lenet5 or mlp:widths=400-200, or your own as module:callable.", metavar="SPEC"
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A TOML file with any of these settings; options override it.")
+    ] = None,
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            help="For the gradients of the weights, as in linbp:start=-2. Repeatable.",
+            metavar="NAME[:SETTINGS]",
+            show_default="bp",
+        ),
+    ] = None,
+    adversary: Annotated[
+        str | None,
+        typer.Option(
+            help="Learn from adversarial examples of this attack, as in pgd:eps=8/255,steps=10.",
+            metavar="NAME:SETTINGS",
+            show_default="none",
+        ),
+    ] = None,
+    adversary_rule: Annotated[
+        str | None, typer.Option(help="For the adversary's gradients.", metavar="NAME[:SETTINGS]", show_default="bp")
+    ] = None,
+    trades: Annotated[float | None, typer.Option(help="Beta of TRADES.", show_default="PGD training")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, help="Epochs until the adversary's eps is reached.", show_default="0")
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="sgd, adam, adamw, adagrad or rmsprop, with settings of torch's.",
+            metavar="NAME[:SETTINGS]",
+            show_default="sgd:momentum=0.9",
+        ),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="The learning rate.", show_default="sgd 0.01, adam 0.001")] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="cosine, linear, step:every=30,gamma=0.1, exponential:gamma=0.98; or controlled, by measurements.",
+            metavar="NAME[:SETTINGS]",
+            show_default="constant",
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.", show_default="1")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per step, over all processes.", show_default="64")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(min=1, help="Parts in which a step is computed, to save memory.", show_default="1")
+    ] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="crop, crop=2 (pixels of border), flip, or both.", show_default="none")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Learn from so many images only.", show_default="all")
+    ] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="In 0 to 1.", show_default="0")] = None,
+    clip: Annotated[float | None, typer.Option(help="Upper limit of the gradient's norm.", show_default="none")] = None,
+    average: Annotated[
+        str | None,
+        typer.Option(help="Keep averaged weights: ema:0.999, or polyak:0.5 for the last half.", show_default="none"),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, or on a GPU float16: compute in it.", show_default="float32")
+    ] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the network.", show_default="no")
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="A lab network normalises images of known data first.",
+            show_default="yes",
+        ),
+    ] = None,
+    robust: Annotated[
+        str | None,
+        typer.Option(
+            help="Attack that measures robust accuracy on the way; none for none.",
+            metavar="NAME:SETTINGS",
+            show_default="with an adversary PGD of 20 steps",
+        ),
+    ] = None,
+    robust_images: Annotated[
+        int | None, typer.Option(min=1, help="On how many test images.", show_default="500")
+    ] = None,
+    robust_every: Annotated[int | None, typer.Option(min=1, help="Every so many epochs.", show_default="1")] = None,
+    stop_overfitting: Annotated[
+        bool | None,
+        typer.Option(
+            "--stop-overfitting/--no-stop-overfitting",
+            help="End a run that is robust against its own adversary alone.",
+            show_default="no",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Start from the weights of a file.", show_default="random ones")
+    ] = None,
+    test_split: Annotated[
+        str | None, typer.Option(help="The part of the data to judge by.", show_default="test")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights, order, augmentation and adversary.", show_default="0")
+    ] = None,
+    device: o.Device = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for weights, recipe, checkpoints and logs.")] = Path("runs/train"),
+) -> None:
+    """Train a network, also against an adversary, with any rule.
+
+    The folder then holds the weights, which [green]backpass attack[/green] takes, and a recipe that repeats the run.
+    """
+    given: dict[str, Any] = {
+        "data": data,
+        "model": model,
+        "rule": rules or None,
+        "adversary": adversary,
+        "adversary_rule": adversary_rule,
+        "trades": trades,
+        "warmup": warmup,
+        "optimizer": optimizer,
+        "lr": lr,
+        "scheduler": scheduler,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "augment": augment,
+        "limit": limit,
+        "label_smoothing": label_smoothing,
+        "clip": clip,
+        "average": average,
+        "dtype": dtype,
+        "compile": compile_,
+        "normalize": normalize,
+        "robust": robust,
+        "robust_images": robust_images,
+        "robust_every": robust_every,
+        "stop_overfitting": stop_overfitting,
+        "weights": None if weights is None else str(weights),
+        "test_split": test_split,
+        "seed": seed,
+    }
+    with working("loading torch") as report:
+        from backpass.lab.subjects import parse_device
+        from backpass.lab.training.recipe import Recipe, read_recipe
+        from backpass.lab.training.training_run import check_folder, device_of_this_process, is_first_process
+        from backpass.lab.training.training_run import train as carry_out
+        from backpass.training import Interrupted
+
+        check_folder(out, resume)
+        file = recipe or (out / "recipe.toml" if resume else None)
+        values = read_recipe(file) if file else {}
+        wanted = Recipe.of(
+            {**values, **{name: value for name, value in given.items() if value is not None}},
+            str(file) if file else "the command line",
+        )
+        where = device_of_this_process(parse_device(device))
+        try:
+            trained = carry_out(wanted, out, device=where, resume=resume, report=report)
+        except Interrupted as stopped:
+            if is_first_process():
+                typer.echo(
+                    f"backpass: {str(stopped).partition(':')[0]}. Go on: backpass train --resume --out {out}", err=True
+                )
+            raise typer.Exit(130) from None
+    if is_first_process():
+        _print(trained, out)
+    if trained.result.diverged:
+        raise typer.Exit(_DIVERGED)
+
+
+def _print(trained: Trained, out: Path) -> None:
+    result, recipe = trained.result, trained.recipe
+    for line in trained.data:
+        typer.echo(line)
+    for record in result.history[-_SHOWN:]:
+        typer.echo(_epoch(record))
+    if result.diverged:
+        typer.echo(
+            f"\ndiverged: {result.diverged}. A lower --lr may help, and with linbp fewer linear sites.", err=True
+        )
+    numbers = [] if trained.accuracy is None else [f"test accuracy {trained.accuracy:.2%}"]
+    if trained.robust_accuracy is not None:
+        numbers.append(
+            f"robust accuracy {trained.robust_accuracy:.1%} ({recipe.robust}, {recipe.robust_images} images)"
+        )
+    typer.echo("\n" + ", ".join(numbers))
+    typer.echo(f"{result.seconds:.0f} s. Written: {trained.weights}, {out / 'recipe.toml'}, {out / 'log.jsonl'}")
+    typer.echo(f"Attack it: {trained.next}")
+
+
+_SHOWN = 10  # epochs in the summary
+
+
+def _epoch(record: dict[str, Any]) -> str:
+    words = [f"epoch {record['epoch']}: loss {record['loss']:.4f}"]
+    if record.get("accuracy") is not None:
+        words.append(f"training accuracy {record['accuracy']:.2%}")
+    for name, title in (("evaluation", "test"), ("averaged", "averaged")):
+        if "accuracy" in record.get(name, {}):
+            words.append(f"{title} {record[name]['accuracy']:.2%}")
+    if "robust" in record:
+        words.append(f"robust {record['robust']['robust_accuracy']:.1%}")
+    return ", ".join(words)

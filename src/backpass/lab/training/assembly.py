@@ -1,0 +1,204 @@
+"""From a recipe to a trainer: every name becomes what it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from backpass.attacks import Attack
+from backpass.attacks.guard import leave_no_trace
+from backpass.errors import BackpassError, UnknownNameError
+from backpass.lab.data.augmentation import Augmentation
+from backpass.lab.models import Normalize
+from backpass.lab.placements import parse_rule_for
+from backpass.lab.protocols import Normalisation
+from backpass.lab.subjects import load_subject
+from backpass.lab.training.adversaries import adversary_text, default_judge, make_adversary
+from backpass.lab.training.optimizers import default_rate, make_optimizer
+from backpass.lab.training.parts import Parts
+from backpass.lab.training.recipe import Recipe
+from backpass.lab.training.schedules import make_schedule
+from backpass.rules import BP, ProxProp, Rule
+from backpass.training import AdversarialTraining, CrossEntropy, Progress, RobustEvaluation, Trainer
+
+__all__ = ["Named", "assemble", "complete"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
+_RESIDENT = 4 * 2**30  # bytes of images that are kept on a GPU
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Named:
+    """What the words of a recipe name, as far as that is known without data.
+
+    Attributes:
+        recipe: with every default as a value.
+        rules: for the weights; plain backpropagation is no rule.
+        adversary: the inner maximiser.
+        adversary_rule: for its gradients.
+        judge: the attack that measures robustness.
+        augmentation: of training images, but for their white.
+    """
+
+    recipe: Recipe
+    rules: tuple[Rule, ...]
+    adversary: Attack | None
+    adversary_rule: Rule | None
+    judge: Attack | None
+    augmentation: Augmentation
+
+
+def complete(recipe: Recipe) -> Named:
+    """Read every text form of a recipe, and put in what it leaves to defaults.
+
+    Raises:
+        UnknownNameError: a name means nothing; the nearest that does is named.
+        BackpassError: a value is out of its range, or two do not go together.
+    """
+    for name in ("trades", "adversary_rule"):
+        if getattr(recipe, name) is not None and recipe.adversary is None:
+            raise BackpassError(f"{name} is for adversarial training: give an adversary too, as in pgd:eps=8/255.")
+    for name in ("warmup", "stop_overfitting"):
+        if getattr(recipe, name) and recipe.adversary is None:
+            raise BackpassError(f"{name} is for adversarial training: give an adversary too, as in pgd:eps=8/255.")
+    if recipe.dtype is not None and recipe.dtype not in _DTYPES:
+        raise UnknownNameError("dtype", recipe.dtype, _DTYPES)
+    rules = tuple(parse_rule_for(recipe.model, text, use="training") for text in recipe.rule)
+    adversary = make_adversary(recipe.adversary, "the adversary") if recipe.adversary else None
+    rule = parse_rule_for(recipe.model, recipe.adversary_rule, use="attack") if recipe.adversary_rule else None
+    judge: Attack | None = None
+    if recipe.robust not in (None, "none"):
+        judge = make_adversary(str(recipe.robust), "robust")
+    elif recipe.robust is None and adversary is not None:
+        judge = default_judge(adversary)
+    lr = default_rate(recipe.optimizer) if recipe.lr is None else recipe.lr
+    probe = make_optimizer(recipe.optimizer, [nn.Parameter(torch.zeros(1))], lr)
+    if recipe.scheduler is not None:
+        make_schedule(recipe.scheduler, probe, 1)
+    return Named(
+        recipe=replace(
+            recipe,
+            lr=lr,
+            adversary=adversary_text(adversary) if adversary else None,
+            robust=adversary_text(judge) if judge else recipe.robust,
+        ),
+        rules=tuple(one for one in rules if not isinstance(one, BP)),
+        adversary=adversary,
+        adversary_rule=None if isinstance(rule, BP) else rule,
+        judge=judge,
+        augmentation=_augmentation(recipe.augment),
+    )
+
+
+def assemble(
+    named: Named, parts: Parts, *, device: torch.device, folder: Path, report: Callable[[Progress], None] | None
+) -> Trainer:
+    """The trainer of a recipe.
+
+    Args:
+        named: what the recipe names.
+        parts: its data.
+        device: where to train.
+        folder: for checkpoints and logs.
+        report: gets the progress.
+
+    Raises:
+        NoSiteError: a rule would act nowhere in the network.
+        BackpassError: the network does not take the images, weights do not fit, or a setting is out of its range.
+    """
+    recipe, images = named.recipe, parts.train.images
+    weights = Path(recipe.weights) if recipe.weights else None
+    subject = load_subject(recipe.model, weights, device=device, seed=recipe.seed, data=parts.train)
+    network = subject.network
+    if not recipe.normalize and weights is None:
+        for module in network.modules():
+            if isinstance(module, Normalize):
+                module.use(Normalisation((0.0,), (1.0,)))
+    few = images.x[:2].to(device)
+    subject.try_on(few, recipe.data)
+    assert recipe.lr is not None  # noqa: S101  `complete` has given one
+    optimizer = make_optimizer(recipe.optimizer, network.parameters(), recipe.lr)
+    _check_rules(network, named, optimizer, few)
+    steps = recipe.epochs * max(1, len(images) // max(1, recipe.batch_size))
+    schedule = make_schedule(recipe.scheduler, optimizer, steps) if recipe.scheduler else None
+    return Trainer(
+        network,
+        optimizer,
+        (_resident(images.pixels, device), _resident(images.labels, device)),
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        objective=_objective(named),
+        rules=named.rules,
+        scheduler=schedule and schedule.scheduler,
+        step_scheduler=schedule.after if schedule else "epoch",
+        accumulate=recipe.accumulate,
+        prepare=replace(named.augmentation, white=images.white),
+        seed=recipe.seed,
+        dtype=_DTYPES[recipe.dtype or "float32"],
+        compile=recipe.compile,
+        clip_norm=recipe.clip,
+        normalize_gradient=recipe.normalize_gradient,
+        average=recipe.average,
+        evaluation=(parts.test.images.pixels if images.white == 255 else parts.test.images.x, parts.test.images.y),
+        robust=_robust(named),
+        robust_every=recipe.robust_every,
+        folder=folder,
+        on_progress=report,
+    )
+
+
+def _objective(named: Named) -> AdversarialTraining | CrossEntropy:
+    recipe = named.recipe
+    if named.adversary is None:
+        return CrossEntropy(label_smoothing=recipe.label_smoothing)
+    return AdversarialTraining(
+        named.adversary,
+        rule=named.adversary_rule,
+        trades=recipe.trades,
+        warmup=recipe.warmup,
+        label_smoothing=recipe.label_smoothing,
+    )
+
+
+def _robust(named: Named) -> RobustEvaluation | None:
+    if named.judge is None:
+        return None
+    return RobustEvaluation(
+        named.judge,
+        images=named.recipe.robust_images,
+        training_attack=named.adversary if named.adversary != named.judge else None,
+        stop=named.recipe.stop_overfitting,
+    )
+
+
+def _check_rules(network: nn.Module, named: Named, optimizer: torch.optim.Optimizer, few: Tensor) -> None:
+    """One forward pass under each rule: that a rule acts nowhere is better known before the folder is made."""
+    with leave_no_trace(network), torch.no_grad():
+        for rule in filter(None, (*named.rules, named.adversary_rule)):
+            union = isinstance(rule, ProxProp) and rule.union
+            with rule.attach(network, optimizer=optimizer) if union else rule.attach(network):  # type: ignore[call-arg]
+                network(few)
+
+
+def _augmentation(text: str | None) -> Augmentation:
+    """``crop``, ``crop=2`` and ``flip``, with commas between."""
+    crop, flip = 0, False
+    for part in filter(None, (text or "").replace(" ", "").split(",")):
+        name, equals, value = part.partition("=")
+        if name not in ("crop", "flip"):
+            raise UnknownNameError("augmentation", name, ("crop", "flip"))
+        if equals and (name == "flip" or not (value.isascii() and value.isdigit())):
+            raise BackpassError(f"cannot read {part!r}: augment is crop, crop=2 (pixels of border), flip, or several.")
+        flip = flip or name == "flip"
+        crop = (int(value) if equals else 4) if name == "crop" else crop
+    return Augmentation(crop=crop, flip=flip)
+
+
+def _resident(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, if it is one that should not wait for images and has room for them."""
+    small = tensor.numel() * tensor.element_size() <= _RESIDENT
+    return tensor.to(device) if device.type == "cuda" and small else tensor

@@ -1,0 +1,153 @@
+"""One training run in its folder: the recipe, checkpoints and logs, and in the end the weights."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from backpass.attacks import Attack
+from backpass.errors import BackpassError
+from backpass.lab.numbers import fraction_text
+from backpass.lab.training.assembly import assemble, complete
+from backpass.lab.training.parts import load_parts
+from backpass.lab.training.recipe import Recipe, write_recipe
+from backpass.lab.weights import save_weights
+from backpass.rules import unwrap
+from backpass.training import Progress, TrainingResult, local_device
+
+__all__ = ["Trained", "check_folder", "device_of_this_process", "is_first_process", "train"]
+
+_EPS = 8 / 255
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """What a run left behind.
+
+    Attributes:
+        recipe: with every default as a value.
+        result: the trainer's.
+        weights: the file with the last weights, or their average where the recipe asks for one; None in a process
+            that does not write.
+        accuracy: on the test images, of the weights in the file.
+        robust_accuracy: of the last weights, under the attack of ``robust``; None where that was not measured.
+        data: one line about training and test images each.
+        next: the command that attacks the network.
+    """
+
+    recipe: Recipe
+    result: TrainingResult
+    weights: Path | None
+    accuracy: float | None
+    robust_accuracy: float | None
+    data: tuple[str, str]
+    next: str
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    report: Callable[[str, float], None] = lambda what, part: None,
+) -> Trained:
+    """Carry out a recipe; under ``torchrun`` every process calls this.
+
+    Args:
+        recipe: what to do.
+        folder: gets ``recipe.toml`` (with every default as a value), ``checkpoints``, ``log.jsonl``, ``run.json`` and
+            ``weights.safetensors``.
+        device: where to train.
+        resume: go on from the last checkpoint in the folder.
+        report: gets what is going on and the part done.
+
+    Raises:
+        BackpassError: the recipe cannot be meant, or the folder holds another run.
+        Interrupted: by Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    named = complete(recipe)
+    report("reading the data", 0.0)
+    parts = load_parts(recipe.data, test_split=recipe.test_split, limit=recipe.limit)
+    trainer = assemble(named, parts, device=device, folder=folder, report=_reporter(report))
+    check_folder(folder, resume)
+    if is_first_process() and not resume:
+        write_recipe(named.recipe, folder / "recipe.toml")
+    result = trainer.fit(resume=resume)
+    weights = None
+    if is_first_process():
+        write_recipe(named.recipe, folder / "recipe.toml")  # a resumed run may have more epochs, and nothing else
+        weights = _save(unwrap(trainer.model), result, folder)
+    last = result.history[-1] if result.history else {}
+    return Trained(
+        recipe=named.recipe,
+        result=result,
+        weights=weights,
+        accuracy=last.get("averaged", last.get("evaluation", {})).get("accuracy"),
+        robust_accuracy=last.get("robust", {}).get("robust_accuracy"),
+        data=(parts.train.description, parts.test.description),
+        next=_attack_command(named.recipe, folder, named.judge),
+    )
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Whether a run may begin, or go on, in a folder.
+
+    Raises:
+        BackpassError: it may not.
+    """
+    there = any((folder / "checkpoints").glob("step-*.pt"))
+    if resume and not there:
+        raise BackpassError(f"there is no run in {folder} to go on with: leave --resume out, or give its --out.")
+    if there and not resume:
+        raise BackpassError(f"{folder} holds a run already: --resume goes on with it, another --out begins anew.")
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def device_of_this_process(device: torch.device) -> torch.device:
+    """Under ``torchrun`` a GPU of its own for each process, where GPUs are asked for."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return local_device() if several and device.type == "cuda" else device
+
+
+def _reporter(report: Callable[[str, float], None]) -> Callable[[Progress], None]:
+    def told(progress: Progress) -> None:
+        record = progress.record
+        words = [f"epoch {progress.epoch}/{progress.epochs}"]
+        words += [f"loss {record['loss']:.4f}"] if "loss" in record else []
+        words += [f"accuracy {record['accuracy']:.2%}"] if record.get("accuracy") is not None else []
+        report("  ".join(words), progress.step / progress.steps)
+
+    return told
+
+
+def _save(model: nn.Module, result: TrainingResult, folder: Path) -> Path:
+    path = folder / "weights.safetensors"
+    if result.averaged is None:
+        return save_weights(model, path)
+    save_weights(model, folder / "weights-last.safetensors")
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(result.averaged)
+    try:
+        return save_weights(model, path)
+    finally:
+        model.load_state_dict(own)
+
+
+def _attack_command(recipe: Recipe, folder: Path, judge: Attack | None) -> str:
+    eps = judge.eps if judge is not None else _EPS
+    words = ["backpass", "attack", "--model", recipe.model, "--weights", str(folder / "weights.safetensors")]
+    words += ["--data", recipe.data, "--eps", fraction_text(eps)]
+    words += [] if recipe.test_split == "test" else ["--split", recipe.test_split]
+    words += [] if judge is None or judge.norm == "linf" else ["--norm", judge.norm]
+    return shlex.join(words)
