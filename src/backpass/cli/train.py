@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backpass.cli import options as o
+from backpass.cli import training_options as t
 from backpass.cli.entry import app
 from backpass.cli.printing import working
 
@@ -42,121 +43,35 @@ _DIVERGED = 1  # the exit code of a run whose loss went out of bounds
   the same run in two processes, or on two GPUs with --device cuda"""
 )
 def train(
-    data: Annotated[
-        str | None, typer.Option(help="As for attack; its part train is learned from.", metavar="NAME|FOLDER")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A lab network, as in lenet5 or mlp:widths=400-200, or your own as module:callable.", metavar="SPEC"
-        ),
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A TOML file with any of these settings; options override it.")
-    ] = None,
-    rules: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rule",
-            help="For the gradients of the weights, as in linbp:start=-2. Repeatable.",
-            metavar="NAME[:SETTINGS]",
-            show_default="bp",
-        ),
-    ] = None,
-    adversary: Annotated[
-        str | None,
-        typer.Option(
-            help="Learn from adversarial examples of this attack, as in pgd:eps=8/255,steps=10.",
-            metavar="NAME:SETTINGS",
-            show_default="none",
-        ),
-    ] = None,
-    adversary_rule: Annotated[
-        str | None, typer.Option(help="For the adversary's gradients.", metavar="NAME[:SETTINGS]", show_default="bp")
-    ] = None,
-    trades: Annotated[float | None, typer.Option(help="Beta of TRADES.", show_default="PGD training")] = None,
-    warmup: Annotated[
-        int | None, typer.Option(min=0, help="Epochs until the adversary's eps is reached.", show_default="0")
-    ] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(
-            help="sgd, adam, adamw, adagrad or rmsprop, with settings of torch's.",
-            metavar="NAME[:SETTINGS]",
-            show_default="sgd:momentum=0.9",
-        ),
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="The learning rate.", show_default="sgd 0.01, adam 0.001")] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="cosine, linear, step:every=30,gamma=0.1, exponential:gamma=0.98; or controlled, by measurements.",
-            metavar="NAME[:SETTINGS]",
-            show_default="constant",
-        ),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.", show_default="1")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per step, over all processes.", show_default="64")
-    ] = None,
-    accumulate: Annotated[
-        int | None, typer.Option(min=1, help="Parts in which a step is computed, to save memory.", show_default="1")
-    ] = None,
-    augment: Annotated[
-        str | None, typer.Option(help="crop, crop=2 (pixels of border), flip, or both.", show_default="none")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Learn from so many images only.", show_default="all")
-    ] = None,
-    label_smoothing: Annotated[float | None, typer.Option(help="In 0 to 1.", show_default="0")] = None,
-    clip: Annotated[float | None, typer.Option(help="Upper limit of the gradient's norm.", show_default="none")] = None,
-    average: Annotated[
-        str | None,
-        typer.Option(help="Keep averaged weights: ema:0.999, or polyak:0.5 for the last half.", show_default="none"),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, or on a GPU float16: compute in it.", show_default="float32")
-    ] = None,
-    compile_: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile the network.", show_default="no")
-    ] = None,
-    normalize: Annotated[
-        bool | None,
-        typer.Option(
-            "--normalize/--no-normalize",
-            help="A lab network normalises images of known data first.",
-            show_default="yes",
-        ),
-    ] = None,
-    robust: Annotated[
-        str | None,
-        typer.Option(
-            help="Attack that measures robust accuracy on the way; none for none.",
-            metavar="NAME:SETTINGS",
-            show_default="with an adversary PGD of 20 steps",
-        ),
-    ] = None,
-    robust_images: Annotated[
-        int | None, typer.Option(min=1, help="On how many test images.", show_default="500")
-    ] = None,
-    robust_every: Annotated[int | None, typer.Option(min=1, help="Every so many epochs.", show_default="1")] = None,
-    stop_overfitting: Annotated[
-        bool | None,
-        typer.Option(
-            "--stop-overfitting/--no-stop-overfitting",
-            help="End a run that is robust against its own adversary alone.",
-            show_default="no",
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Start from the weights of a file.", show_default="random ones")
-    ] = None,
-    test_split: Annotated[
-        str | None, typer.Option(help="The part of the data to judge by.", show_default="test")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of weights, order, augmentation and adversary.", show_default="0")
-    ] = None,
+    data: t.Data = None,
+    model: t.Model = None,
+    recipe: t.Recipe = None,
+    weights: t.Weights = None,
+    normalize: t.Normalize = None,
+    augment: t.Augment = None,
+    limit: t.Limit = None,
+    test_split: t.TestSplit = None,
+    rules: t.Rules = None,
+    optimizer: t.Optimizer = None,
+    lr: t.Lr = None,
+    scheduler: t.Scheduler = None,
+    epochs: t.Epochs = None,
+    batch_size: t.BatchSize = None,
+    label_smoothing: t.LabelSmoothing = None,
+    clip: t.Clip = None,
+    average: t.Average = None,
+    seed: t.Seed = None,
+    adversary: t.Adversary = None,
+    adversary_rule: t.AdversaryRule = None,
+    trades: t.Trades = None,
+    warmup: t.Warmup = None,
+    robust: t.Robust = None,
+    robust_images: t.RobustImages = None,
+    robust_every: t.RobustEvery = None,
+    stop_overfitting: t.StopOverfitting = None,
+    dtype: t.Dtype = None,
+    compiled: t.Compile = None,
+    accumulate: t.Accumulate = None,
     device: o.Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for weights, recipe, checkpoints and logs.")] = Path("runs/train"),
@@ -185,7 +100,7 @@ def train(
         "clip": clip,
         "average": average,
         "dtype": dtype,
-        "compile": compile_,
+        "compile": compiled,
         "normalize": normalize,
         "robust": robust,
         "robust_images": robust_images,

@@ -1,0 +1,124 @@
+"""What the folders of training runs say: their settings, how far they came, how well they do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backpass.errors import BackpassError, UnknownNameError
+from backpass.lab.training.recipe import read_recipe
+
+__all__ = ["SORTED_BY", "Run", "find_runs", "sort_runs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        folder: where it is.
+        status: ``running``, ``finished``, ``diverged`` or ``interrupted``; of a run that was killed still ``running``.
+        data: the data set; empty where the folder has no recipe.
+        model: the network.
+        rule: for the weights' gradients.
+        adversary: the attack trained against, with its rule; empty for none.
+        epoch: epochs that are finished.
+        epochs: epochs that are wanted.
+        loss: of the last epoch's training images.
+        accuracy: on the test images, in [0, 1]; of the averaged weights where there are such.
+        robust_accuracy: under the attack of the recipe's ``robust``.
+        seconds: of training, without pauses.
+    """
+
+    folder: str
+    status: str
+    data: str
+    model: str
+    rule: str
+    adversary: str
+    epoch: int
+    epochs: int
+    loss: float | None
+    accuracy: float | None
+    robust_accuracy: float | None
+    seconds: float
+
+
+SORTED_BY: dict[str, Callable[[Run], Any]] = {
+    "folder": lambda run: run.folder,
+    "accuracy": lambda run: -(-1.0 if run.accuracy is None else run.accuracy),
+    "robust": lambda run: -(-1.0 if run.robust_accuracy is None else run.robust_accuracy),
+    "loss": lambda run: (run.loss is None, run.loss),
+    "seconds": lambda run: run.seconds,
+}
+"""By what runs can be sorted, each the best, or the quickest, first."""
+
+
+def find_runs(places: Iterable[Path]) -> list[Run]:
+    """The runs in some folders and below them, each once.
+
+    Raises:
+        BackpassError: there is no such folder, or no run in it.
+    """
+    found: dict[Path, Run] = {}
+    for place in places:
+        if not place.is_dir():
+            raise BackpassError(f"there is no folder {place}.")
+        here = sorted(place.rglob("run.json"))
+        if not here:
+            raise BackpassError(f"there is no training run in {place}: a run has a file run.json.")
+        found |= {file.resolve(): _read(file.parent) for file in here}
+    return list(found.values())
+
+
+def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
+    """The runs in the order of one of `SORTED_BY`.
+
+    Raises:
+        UnknownNameError: there is no such order.
+    """
+    if by not in SORTED_BY:
+        raise UnknownNameError("order of runs", by, SORTED_BY)
+    return sorted(runs, key=SORTED_BY[by])
+
+
+def _read(folder: Path) -> Run:
+    try:
+        state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        last = state.get("last") or {}
+        settings = state["settings"]
+        recipe = read_recipe(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else {}
+        rules = recipe.get("rule") or settings.get("rules") or ["bp"]
+        adversary = [recipe.get("adversary", ""), *([recipe["adversary_rule"]] if "adversary_rule" in recipe else [])]
+        return Run(
+            folder=str(folder),
+            status=state["status"],
+            data=recipe.get("data", ""),
+            model=recipe.get("model", settings.get("model", {}).get("type", "")),
+            rule=" ".join(rules),
+            adversary=" by ".join(adversary) + (f" (TRADES {recipe['trades']:g})" if "trades" in recipe else ""),
+            epoch=state["epoch"],
+            epochs=settings["epochs"],
+            loss=last.get("loss"),
+            accuracy=last.get("averaged", last.get("evaluation", {})).get("accuracy"),
+            robust_accuracy=last.get("robust", {}).get("robust_accuracy"),
+            seconds=_seconds(folder / "timing.jsonl"),
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise BackpassError(
+            f"{folder / 'run.json'} is not that of a training run ({type(error).__name__}: {error}): it may be "
+            "damaged, or of another program."
+        ) from error
+
+
+def _seconds(file: Path) -> float:
+    """The sum over the run's starts; at each start the clock begins at 0."""
+    total = last = 0.0
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        now = json.loads(line)["seconds"]
+        total += last if now < last else 0.0
+        last = now
+    return total + last
