@@ -66,13 +66,17 @@ def halves(
 
 @contextmanager
 def _unmoved(model: nn.Module) -> Iterator[None]:
-    """Buffers and generators are afterwards what they were before."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """Inside, the model writes into copies of its buffers; generators are afterwards what they were before.
+
+    Copies, because a graph may need the buffers that it read, as they were.
+    """
+    own = [(module, name, one) for module in model.modules() for name, one in module._buffers.items() if one is not None]
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for module, name, buffer in own:
+            module._buffers[name] = buffer.clone()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+            for module, name, buffer in own:
+                module._buffers[name] = buffer

@@ -117,9 +117,8 @@ class Settings:
             raise BackpassError("robust is measured on the evaluation set: give evaluation=(x, y) too.")
         if self.folder is None and (self.checkpoint_every is not None or self.tensorboard):
             raise BackpassError("checkpoints and logs need a place: give folder=... too.")
-        for rule in self.rules:
-            if not isinstance(rule, Rule):
-                raise BackpassError(f"rules is a sequence of rules, such as (LinBP(start=-2),); got {rule!r} in it.")
+        if not isinstance(self.rules, Sequence) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise BackpassError(f"rules is a sequence of rules, such as (LinBP(start=-2),); got {self.rules!r}.")
 
     def _check_optimizer(self) -> None:
         if not isinstance(self.model, nn.Module):

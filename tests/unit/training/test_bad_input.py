@@ -1,0 +1,84 @@
+"""What cannot be meant is refused before anything is trained or written, and the message says what to do."""
+
+import pytest
+import torch
+from torch import nn
+
+from backpass import BackpassError, LinBP
+from backpass.training import CrossEntropy, PerSample, Trainer
+
+X, Y = torch.randn(20, 4), torch.arange(20) % 3
+
+
+def make(model=None, optimizer=None, data=(X, Y), **settings) -> Trainer:
+    model = model or nn.Linear(4, 3)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.1)
+    return Trainer(model, optimizer, data, **{"epochs": 1, "batch_size": 5, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs is an int of at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs is an int"),
+        ({"batch_size": 0}, "batch_size is an int of at least 1"),
+        ({"log_every": True}, "log_every is an int"),
+        ({"accumulate": 6}, "accumulate=6 parts of a batch_size=5"),
+        ({"clip_norm": 0.0}, "clip_norm is a finite number above 0"),
+        ({"diverged_above": 1.0}, "diverged_above is a finite number above 1"),
+        ({"clip_norm": 1.0, "normalize_gradient": True}, "leave out clip_norm"),
+        ({"step_scheduler": "steps"}, "Did you mean 'step'"),
+        ({"dtype": torch.float64}, "bfloat16"),
+        ({"dtype": torch.float16}, "float16 is for CUDA"),
+        ({"average": "ema"}, "ema:0.999"),
+        ({"average": "ema:1"}, "0 < d < 1"),
+        ({"average": "polyak:0"}, "0 < f <= 1"),
+        ({"robust": lambda *_: {}}, "evaluation"),
+        ({"checkpoint_every": 10}, "folder"),
+        ({"tensorboard": True}, "folder"),
+        ({"rules": ("linbp",)}, "LinBP"),
+        ({"rules": LinBP()}, "sequence of rules"),
+        ({"data": (X[:0], Y[:0])}, "empty"),
+        ({"optimizer": torch.optim.SGD(nn.Linear(4, 3).parameters(), 0.1)}, "no parameters of the model"),
+        ({"optimizer": torch.optim.LBFGS(nn.Linear(4, 3).parameters())}, "no parameters of the model|LBFGS"),
+        (
+            {"scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1)], 0.1), 1)},
+            "scheduler is of another optimizer",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(BackpassError, match=message):
+        make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 21}, "batch_size=21 is more than the 20 samples"),
+        ({"data": (X, Y + 1)}, r"0..2 for a model of 3 outputs, and these are 1 to 3"),
+        ({"data": (X, Y - 1)}, "number the classes from 0"),
+        ({"data": (X, Y.float())}, "labels are integers"),
+        ({"data": (X, nn.functional.one_hot(Y))}, "labels are integers"),
+        ({"model": nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))}, r"logits \(B, K\), got \(5, 3, 1\)"),
+        ({"objective": PerSample(lambda output, y: output.mean())}, "one number per sample"),
+    ],
+    ids=str,
+)
+def test_data_and_model_that_do_not_fit(settings, message, tmp_path):
+    with pytest.raises(BackpassError, match=message):
+        make(**settings, folder=tmp_path / "run").fit()
+
+
+def test_label_smoothing():
+    with pytest.raises(BackpassError, match="label_smoothing"):
+        CrossEntropy(label_smoothing=2)
+
+
+def test_tensorboard_that_is_not_installed(monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BackpassError, match=r"backpass\[lab\]"):
+        make(tensorboard=True, folder=tmp_path).fit()
