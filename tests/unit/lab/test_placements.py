@@ -6,6 +6,7 @@ import torch
 from backpass import BackpassError, LinBP, UnknownNameError, list_sites, parse_rule
 from backpass.lab.models import INPUT_SHAPES, build
 from backpass.lab.placements import parse_rule_for
+from backpass.lab.studies.attack.study import order_rules
 
 # Linear activations of all, and the module of the first one; attack and training differ for DenseNet-161 alone.
 TABLE = {
@@ -55,3 +56,9 @@ def test_a_misspelt_network_or_rule_is_told():
         parse_rule_for("resnet5", "linbp:start=paper")
     with pytest.raises(UnknownNameError, match="Did you mean 'linbp'"):
         parse_rule_for("resnet50", "linpb:start=paper")
+
+
+def test_a_study_of_one_network_names_the_place_itself():
+    assert order_rules(["linbp:start=paper", "bp"], "resnet50") == ["bp", "linbp:start=layer4"]
+    with pytest.raises(BackpassError, match="linbp:start=-2 stands twice"):
+        order_rules(["linbp:start=paper", "linbp:start=-2"], "mlp")

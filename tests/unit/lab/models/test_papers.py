@@ -126,6 +126,23 @@ def test_the_papers_mlp_on_mnist():
     assert sum(p.numel() for p in model.parameters()) == 785 * 400 + 401 * 200 + 201 * 100 + 101 * 10
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("vgg16", (64, 32, 32), (4096,)),
+        ("resnet18", (64, 32, 32), (512, 2, 2)),
+        ("resnet50", (64, 32, 32), (2048, 2, 2)),
+        ("densenet161", (96, 32, 32), (2208, 2, 2)),
+        ("mobilenetv2", (32, 32, 32), (1280, 4, 4)),
+        ("wrn-28-10", (16, 32, 32), (640, 8, 8)),
+        ("resnet", (16, 32, 32), (64, 8, 8)),
+    ],
+)
+def test_of_a_32x32_image_is_left_what_the_variants_for_cifar10_leave(name, first, last):
+    sites = list_sites(build(name).eval(), torch.rand(1, 3, 32, 32))
+    assert (sites[0].shape[1:], sites[-1].shape[1:]) == (first, last)
+
+
 def test_mobilenetv2_has_relu6():
     assert {site.function for site in list_sites(build("mobilenetv2"), torch.rand(2, 3, 32, 32))} == {"hardtanh"}
 
