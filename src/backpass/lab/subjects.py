@@ -13,7 +13,7 @@ from backpass.errors import BackpassError
 from backpass.lab.data import Labelled
 from backpass.lab.models import Normalize
 from backpass.lab.models.lookup import find
-from backpass.lab.normalisation import Normalisation, known_normalisation
+from backpass.lab.normalisation import Normalisation, known_normalisation, measured_normalisation
 from backpass.lab.protocols import Rescaled
 from backpass.lab.weights import load_weights, weights_hash
 
@@ -85,7 +85,7 @@ def load_subject(
         seed: of the initial weights; the global random state is not touched.
         normalisation: what the network expects to be done to pixels, if it does not do so itself.
         data: what a lab network is made for: its images' shape, its classes and, until a file of weights says
-            otherwise, its normalisation; ``None``: what the network has by default.
+            otherwise, its normalisation, the usual one or that of these images; ``None``: what it has by default.
 
     Raises:
         UnknownNameError: there is no such network.
@@ -124,7 +124,8 @@ def load_subject(
 def _make(name: str, data: Labelled | None, seed: int) -> nn.Module:
     if data is None:
         return find(name, seed=seed)[0]
-    shape, own = tuple(data.images.pixels.shape[1:]), known_normalisation(data.name)
+    shape = tuple(data.images.pixels.shape[1:])
+    own = known_normalisation(data.name) or measured_normalisation(data.images)
     return find(name, shape=shape, classes=data.classes, normalisation=own, seed=seed)[0]
 
 

@@ -1,11 +1,14 @@
 """What is attacked: names, devices, and a normalisation in front."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from backpass.errors import BackpassError
+from backpass.lab.data import load_data
 from backpass.lab.models import build
-from backpass.lab.protocols import Normalisation
+from backpass.lab.normalisation import Normalisation, known_normalisation
 from backpass.lab.subjects import load_named, load_subject, parse_device, short_names
 
 CPU = torch.device("cpu")
@@ -34,6 +37,23 @@ def test_a_normalisation_stands_in_front_of_the_network():
     subject = load_subject("mlp", None, device=CPU, normalisation=Normalisation((0.25,), (0.5,)))
     x = torch.rand(3, 1, 8, 8)
     assert torch.allclose(subject.model(x), subject.network((x - 0.25) / 0.5), atol=1e-5)
+
+
+def test_a_lab_network_is_made_for_its_data():
+    data = load_data("digits")
+    subject = load_subject("mlp:widths=8", None, device=CPU, data=data)
+    (mean,), (std,) = known_normalisation("digits").mean, known_normalisation("digits").std
+    own = subject.network.normalize
+    assert (own.mean.item(), own.std.item()) == pytest.approx((mean, std))
+    yours = replace(data, name="yours", classes=12, images=replace(data.images, pixels=data.images.pixels // 2))
+    found = load_subject("mlp:widths=8", None, device=CPU, data=yours)
+    assert found.model(yours.images.x[:3]).shape == (3, 12)
+    assert found.network.normalize.mean.item() == pytest.approx(yours.images.x.mean().item(), abs=1e-4)
+
+
+def test_a_network_that_normalises_itself_gets_no_second_normalisation():
+    with pytest.raises(BackpassError, match="'mlp' normalises images itself, .*leave --normalize out"):
+        load_subject("mlp", None, device=CPU, data=load_data("digits"), normalisation=Normalisation((0.5,), (0.5,)))
 
 
 def test_trying_a_network_on_images_tells_what_it_does_not_take_and_keeps_its_mode():
