@@ -104,7 +104,7 @@ def test_a_missing_part_of_the_extra_is_answered_the_same_way(monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "jinja2", None)
     from backpass.lab import report
 
-    monkeypatch.setattr("backpass.lab.studies.demo.measure.measure", lambda *_: report.page(None))
+    monkeypatch.setattr("backpass.lab.studies.demo.measure.measure", lambda *_: report.render("report.html"))
     code, _, err = call(monkeypatch, capsys, "demo", "--out", str(tmp_path))
     assert code == 2
     assert "need 'jinja2'" in err
