@@ -126,7 +126,7 @@ def train(
         )
         where = device_of_this_process(parse_device(device))
         try:
-            trained = carry_out(wanted, out, device=where, resume=resume, report=report)
+            trained = carry_out(wanted, out, device=where, resume=resume, report=report, tell=typer.echo)
         except Interrupted as stopped:
             if is_first_process():
                 typer.echo(
@@ -141,10 +141,6 @@ def train(
 
 def _print(trained: Trained, out: Path) -> None:
     result, recipe = trained.result, trained.recipe
-    for line in trained.data:
-        typer.echo(line)
-    for record in result.history[-_SHOWN:]:
-        typer.echo(_epoch(record))
     if result.diverged:
         typer.echo(
             f"\ndiverged: {result.diverged}. A lower --lr may help, and with linbp fewer linear sites.", err=True
@@ -157,18 +153,3 @@ def _print(trained: Trained, out: Path) -> None:
     typer.echo("\n" + ", ".join(numbers))
     typer.echo(f"{result.seconds:.0f} s. Written: {trained.weights}, {out / 'recipe.toml'}, {out / 'log.jsonl'}")
     typer.echo(f"Attack it: {trained.next}")
-
-
-_SHOWN = 10  # epochs in the summary
-
-
-def _epoch(record: dict[str, Any]) -> str:
-    words = [f"epoch {record['epoch']}: loss {record['loss']:.4f}"]
-    if record.get("accuracy") is not None:
-        words.append(f"training accuracy {record['accuracy']:.2%}")
-    for name, title in (("evaluation", "test"), ("averaged", "averaged")):
-        if "accuracy" in record.get(name, {}):
-            words.append(f"{title} {record[name]['accuracy']:.2%}")
-    if "robust" in record:
-        words.append(f"robust {record['robust']['robust_accuracy']:.1%}")
-    return ", ".join(words)

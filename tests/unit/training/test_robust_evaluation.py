@@ -83,6 +83,14 @@ def test_a_network_equally_weak_under_both_is_not(trained, caplog):
     assert not caplog.records
 
 
+def test_a_network_that_withstands_nothing_yet_has_not_collapsed(trained):
+    model, x, y = trained
+    metrics = RobustEvaluation(PGD(eps=0.4, step=0.1, steps=10), training_attack=FGSM(eps=0.15))(model, x, y)
+    assert 0 < metrics["training_attack_accuracy"] < 0.2
+    assert metrics["robust_accuracy"] == 0
+    assert metrics["catastrophic_overfitting"] == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

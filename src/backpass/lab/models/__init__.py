@@ -10,6 +10,7 @@ from torch import nn
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.models.cnn import cnn
+from backpass.lab.models.convnet import convnet
 from backpass.lab.models.densenet import densenet161
 from backpass.lab.models.lenet import lenet5
 from backpass.lab.models.mlp import mlp
@@ -26,6 +27,7 @@ __all__ = ["INPUT_SHAPES", "MODELS", "Normalize", "build"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn,
+    "convnet": convnet,
     "densenet161": densenet161,
     "lenet5": lenet5,
     "mlp": mlp,

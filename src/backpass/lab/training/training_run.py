@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,6 @@ class Trained:
             that does not write.
         accuracy: on the test images, of the weights in the file.
         robust_accuracy: of the last weights, under the attack of ``robust``; None where that was not measured.
-        data: one line about training and test images each.
         next: the command that attacks the network.
     """
 
@@ -46,7 +46,6 @@ class Trained:
     weights: Path | None
     accuracy: float | None
     robust_accuracy: float | None
-    data: tuple[str, str]
     next: str
 
 
@@ -57,6 +56,7 @@ def train(
     device: torch.device,
     resume: bool = False,
     report: Callable[[str, float], None] = lambda what, part: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Trained:
     """Carry out a recipe; under ``torchrun`` every process calls this.
 
@@ -67,6 +67,7 @@ def train(
         device: where to train.
         resume: go on from the last checkpoint in the folder.
         report: gets what is going on and the part done.
+        tell: gets one line about the data, and one about each epoch.
 
     Raises:
         BackpassError: the recipe cannot be meant, or the folder holds another run.
@@ -75,8 +76,9 @@ def train(
     named = complete(recipe)
     report("reading the data", 0.0)
     parts = load_parts(recipe.data, test_split=recipe.test_split, limit=recipe.limit)
-    trainer = assemble(named, parts, device=device, folder=folder, report=_reporter(report))
+    trainer = assemble(named, parts, device=device, folder=folder, report=_reporter(report, tell))
     check_folder(folder, resume)
+    tell(f"{parts.train.description}\n{parts.test.description}")
     if is_first_process() and not resume:
         write_recipe(named.recipe, folder / "recipe.toml")
     result = trainer.fit(resume=resume)
@@ -91,7 +93,6 @@ def train(
         weights=weights,
         accuracy=last.get("averaged", last.get("evaluation", {})).get("accuracy"),
         robust_accuracy=last.get("robust", {}).get("robust_accuracy"),
-        data=(parts.train.description, parts.test.description),
         next=_attack_command(named.recipe, folder, named.judge),
     )
 
@@ -120,15 +121,26 @@ def device_of_this_process(device: torch.device) -> torch.device:
     return local_device() if several and device.type == "cuda" else device
 
 
-def _reporter(report: Callable[[str, float], None]) -> Callable[[Progress], None]:
+def _reporter(report: Callable[[str, float], None], tell: Callable[[str], None]) -> Callable[[Progress], None]:
     def told(progress: Progress) -> None:
-        record = progress.record
-        words = [f"epoch {progress.epoch}/{progress.epochs}"]
-        words += [f"loss {record['loss']:.4f}"] if "loss" in record else []
-        words += [f"accuracy {record['accuracy']:.2%}"] if record.get("accuracy") is not None else []
-        report("  ".join(words), progress.step / progress.steps)
+        report(f"epoch {progress.epoch}/{progress.epochs}", progress.step / progress.steps)
+        if progress.record["kind"] == "epoch":
+            tell(_line(progress.record))
 
     return told
+
+
+def _line(record: dict[str, Any]) -> str:
+    """An epoch in words."""
+    words = [f"epoch {record['epoch']}: loss {record['loss']:.4f}"]
+    if record.get("accuracy") is not None:
+        words.append(f"training accuracy {record['accuracy']:.2%}")
+    for name, title in (("evaluation", "test"), ("averaged", "averaged")):
+        if "accuracy" in record.get(name, {}):
+            words.append(f"{title} {record[name]['accuracy']:.2%}")
+    if "robust_accuracy" in record.get("robust", {}):
+        words.append(f"robust {record['robust']['robust_accuracy']:.1%}")
+    return ", ".join(words)
 
 
 def _save(model: nn.Module, result: TrainingResult, folder: Path) -> Path:
@@ -147,7 +159,8 @@ def _save(model: nn.Module, result: TrainingResult, folder: Path) -> Path:
 def _attack_command(recipe: Recipe, folder: Path, judge: Attack | None) -> str:
     eps = judge.eps if judge is not None else _EPS
     words = ["backpass", "attack", "--model", recipe.model, "--weights", str(folder / "weights.safetensors")]
-    words += ["--data", recipe.data, "--eps", fraction_text(eps)]
+    # APGD chooses its steps itself, whatever the ball.
+    words += ["--data", recipe.data, "--attack", "apgd", "--eps", fraction_text(eps), "--limit", "1000"]
     words += [] if recipe.test_split == "test" else ["--split", recipe.test_split]
     words += [] if judge is None or judge.norm == "linf" else ["--norm", judge.norm]
     return shlex.join(words)
