@@ -93,7 +93,8 @@ def _render(series: Sequence[Series], *, size: tuple[float, float], background: 
         if background != "none":  # a page explains the crosses below its plots; a picture must by itself
             handles.append(Line2D([], [], linestyle="none", marker="x", markeredgewidth=1.8, color=_INK))
             labels.append("a run diverged")
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+        columns = _legend_columns(labels, size[0])
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         stream = io.StringIO()
         canvas: Any = FigureCanvasSVG(figure)
         canvas.print_svg(stream, metadata={"Date": None, "Creator": None})
@@ -101,6 +102,12 @@ def _render(series: Sequence[Series], *, size: tuple[float, float], background: 
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     return re.sub(r"(font: (?:[\w.]+ )*[\d.]+px )[^;\"]*", lambda m: m[1] + _FONTS, svg)
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """All in one row where they fit into the width, in inches; else as many columns of the widest as do."""
+    widths = [0.6 + 0.065 * len(label) for label in labels]
+    return len(labels) if sum(widths) <= width else max(1, int(width / max(widths)))
 
 
 def _draw(axes: Any, series: Series, *, titled: bool) -> None:

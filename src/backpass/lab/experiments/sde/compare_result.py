@@ -23,10 +23,10 @@ _TITLES = {
 }
 _WORDS = {
     "SGD": "SGD",
-    "SGD, C": "SGD, predicted",
-    "AT": "adversarial training",
-    "AT, C": "predicted, exact attack (C)",
-    "AT, B": "predicted, expanded (B)",
+    "SGD, C": "SGD, its SDE",
+    "AT": "AT",
+    "AT, C": "AT, exact (C)",
+    "AT, B": "AT, expanded (B)",
 }
 _PREDICTED = ("gradient_penalty", "expected_loss")
 
@@ -65,7 +65,10 @@ def describe(measured: Measured) -> Result:
         series=[_series(measured, quantity) for quantity in _TITLES],
         tables=[_table(measured)],
         claims=_claims(measured),
-        plots_note="Lines are means over the paths, bands their 95 % intervals.",
+        plots_note=(
+            "Lines are means over the paths, bands their 95 % intervals. AT is adversarial training; exact (C) and "
+            "expanded (B) are its SDEs."
+        ),
         claims_note=(
             "Differences between the two ways of training are paired over the paths, which see the same batches; those "
             "between predictions are taken over the recorded times, which depend on each other. Each interval is "
@@ -157,7 +160,7 @@ def _claims(measured: Measured) -> list[Claim]:
             found.append(
                 judge(
                     f"predicted-{who}-{quantity}".lower().replace("_", "-"),
-                    f"{_WORDS[who]}: the SDE predicts {_TITLES[quantity][1]} within 3 standard errors plus 5 %",
+                    f"{_WORDS[who]}: its SDE predicts {_TITLES[quantity][1]} within 3 standard errors plus 5 %",
                     ours=gap(measured, quantity, who).tolist(),
                     theirs=tolerance(measured, quantity, who).tolist(),
                     direction="lower",

@@ -28,9 +28,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 WORDS = {
     "b0": "b0: gradient flow",
-    "b0+sigma": "b0 + sigma: with noise",
-    "B": "B: order 2, expanded",
-    "C": "C: order 2, exact attack",
+    "b0+sigma": "b0 + sigma: noise",
+    "B": "B: expanded",
+    "C": "C: exact attack",
 }
 
 
