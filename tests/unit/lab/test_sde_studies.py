@@ -13,7 +13,7 @@ from backpass.lab.experiments.sde.compare_result import describe, gap, tolerance
 from backpass.lab.experiments.sde.tanh_network import make_problem
 from backpass.sde import VARIANTS
 
-SMALL = compare.Study(paths=40, t=3.0, records=3, points=40)
+SMALL = compare.Study(paths=40, t=1.5, records=3, points=40)
 
 
 @pytest.fixture(scope="module")
