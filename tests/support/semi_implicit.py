@@ -57,8 +57,8 @@ def step_of_layer(
 ) -> Tensor:
     """The increment of all units, (units, columns); g is the gradient at s(z).
 
-    After the Newton steps come ``descents`` along the gradient of the objective, each as long as the quadratic model
-    around the point says, and dropped if the objective would rise.
+    With ``descents`` the Newton steps are dropped if the objective rises by them, and so many steps along its gradient
+    follow, each as long as the quadratic model around the point says, and dropped if the objective would rise.
     """
     each, value = [], s or (lambda v: v)
     for j in range(z.shape[1]):
@@ -67,15 +67,17 @@ def step_of_layer(
         for _ in range(newton_steps if s else 1):
             moved = z[:, j] + A @ d
             d = d + least_squares(A, derivative(s, moved), target - value(moved), lam, d)
+
+        def objective(d: Tensor, j: int = j, target: Tensor = target) -> Tensor:
+            return (value(z[:, j] + A @ d) - target).square().sum() + lam * d @ d
+
+        if descents and objective(d) > objective(torch.zeros_like(d)):
+            d = torch.zeros_like(d)
         for _ in range(descents):
             moved = z[:, j] + A @ d
             DA = derivative(value, moved)[:, None] * A
             down = DA.T @ (target - value(moved)) - lam * d
             further = d + down * (down @ down) / ((DA @ down).square().sum() + lam * down @ down)
-
-            def objective(d: Tensor, j: int = j, target: Tensor = target) -> Tensor:
-                return (value(z[:, j] + A @ d) - target).square().sum() + lam * d @ d
-
             d = further if objective(further) <= objective(d) else d
         each.append(d)
     return torch.stack(each)

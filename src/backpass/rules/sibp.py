@@ -10,6 +10,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.activations import ACTIVATIONS
@@ -20,6 +21,8 @@ from backpass.rules.attaching.redefinition import EVERYTHING, TorchFunction
 from backpass.rules.layers.linear_calls import LINEAR, OPAQUE, LinearCall, linear_call
 from backpass.rules.rule import Rule
 from backpass.rules.semi_implicit.backward import Call, Steps, announce, semi_implicit_layer
+from backpass.rules.semi_implicit.checkpoints import checkpoint_hooks, checkpointed_without_gradients
+from backpass.rules.semi_implicit.divergence import StepSizes
 from backpass.rules.semi_implicit.elementwise import elementwise
 from backpass.rules.semi_implicit.single_use import SingleUse
 from backpass.rules.semi_implicit.weight_step import SemiImplicitStep
@@ -112,22 +115,29 @@ class SIBP(Rule):
 
 
 class SemiImplicitInterception(Interception):
-    """An interception that gives layers their semi-implicit backward, together with the activation that follows."""
+    """An interception that gives layers their semi-implicit backward, together with the activation that follows.
+
+    Attributes:
+        outputs: of the layers no activation was called on so far, with the layer and where it was called.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.outputs: list[tuple[Tensor, LinearCall]] = []
+        self.outputs: list[tuple[Tensor, LinearCall, Any]] = []
+        self.recomputed: list[tuple[ref[Tensor], Any]] = []
 
     def __torch_function__(
         self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in ACTIVATIONS and self.outputs and torch.is_grad_enabled() and not _has_rule_of_its_own(func):
+        if func in ACTIVATIONS and (self.outputs or self.recomputed) and not _has_rule_of_its_own(func):
             found = elementwise(func, args, kwargs)
-            for at, (z, layer) in enumerate(self.outputs):
-                if found is not None and z is found[1]:
-                    self.outputs.pop(at)
-                    return self._activate(layer, *found)
+            if found is not None:
+                self._refuse_parted(found[1], found[0].name)
+                for at, (z, layer, _) in enumerate(self.outputs):
+                    if z is found[1] and torch.is_grad_enabled():
+                        self.outputs.pop(at)
+                        return self._activate(layer, *found)
         return super().__torch_function__(func, types, args, kwargs)
 
     def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,13 +151,33 @@ class SemiImplicitInterception(Interception):
         layer = linear_call(func, args, kwargs)
         learns = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
         if not torch.is_grad_enabled() or not learns:
-            return func(*args, **kwargs)
+            z = func(*args, **kwargs)
+            if learns and not is_dynamo_compiling() and (place := checkpointed_without_gradients(self.running)):
+                self.recomputed.append((ref(z), place))
+            return z
         _refuse_half(layer)
         z = semi_implicit_layer(layer, None, layer.compute, layer.rest, self._call(layer, "", ()))
         if layer.batched:
-            self.outputs.append((z, layer))
+            self.outputs.append((z, layer, None if is_dynamo_compiling() else checkpoint_hooks()))
             return z
         return z.squeeze(0)
+
+    def _refuse_parted(self, z: Tensor, name: str) -> None:
+        """Refuse an activation that a recomputation would find without its layer, or its layer without it."""
+        if is_dynamo_compiling():
+            return
+        here = checkpointed_without_gradients(self.running)
+        parted = any(one() is z and place is not here for one, place in self.recomputed)
+        for output, _, hooks in self.outputs:
+            if output is z:
+                now = checkpoint_hooks()
+                parted |= here is not None or (now is not None and now is not hooks)
+        if parted:
+            raise BackpassError(
+                f"{name!r} in module {self.running[-1].path or '(model)'!r} and the layer it is called on lie on two "
+                "sides of a checkpoint's border: recomputed apart, they would not be one sub-problem. Checkpoint them "
+                "in the same block."
+            )
 
     def _activate(self, layer: LinearCall, s: Any, z: Tensor, in_place: bool) -> Tensor:
         before = z.detach().clone() if in_place else z.detach()
@@ -198,7 +228,8 @@ class SemiImplicitAttached(Attached):
             found = attached()
             return rule.step(len(found.last_call[1]) if found else 0)
 
-        self._steps = Steps(step, SingleUse(self._model))
+        uses = SingleUse(self._model)
+        self._steps = Steps(step, uses, StepSizes(uses))
         announce(self.token, self._steps)
 
     def __getstate__(self) -> dict[str, Any]:

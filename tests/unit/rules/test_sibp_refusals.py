@@ -1,11 +1,16 @@
 """What SIBP cannot do exactly raises, and names the alternative."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from backpass import SIBP, BackpassError, NoSiteError, UnknownNameError, parse_rule
+from backpass.rules.semi_implicit.divergence import DivergedError
 from support.processes import in_processes
 
 
@@ -35,6 +40,74 @@ def test_a_shared_weight() -> None:
     model.zero_grad()
     with SIBP(where=lambda site: site.index == 1).attach(model):
         model(torch.randn(2, 3)).sum().backward()
+
+
+class Parted(nn.Module):
+    """Two blocks with the boundary between a layer and its activation; each block is checkpointed, or neither."""
+
+    def __init__(self, first: list[nn.Module], second: list[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Sequential(*first), nn.Sequential(*second)
+        self.how: tuple[str, ...] = ()
+        self.reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("first", "second"):
+            block = getattr(self, name)
+            x = checkpoint(block, x, use_reentrant=self.reentrant) if name in self.how else block(x)
+        return x
+
+
+def parted() -> tuple[Parted, Tensor, list[Tensor]]:
+    """With the gradients that it has where nothing is checkpointed."""
+    torch.manual_seed(0)
+    model = Parted([nn.Linear(4, 5)], [nn.Tanh(), nn.Linear(5, 3)]).double()
+    x = torch.randn(6, 4).double().requires_grad_()
+    with SIBP().attach(model):
+        model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return model, x, expected
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("how", [("first",), ("second",), ("first", "second")])
+def test_checkpointing_that_parts_a_layer_from_its_activation_is_exact_or_raises(
+    how: tuple[str, ...], reentrant: bool
+) -> None:
+    model, x, expected = parted()
+    model.how, model.reentrant = how, reentrant
+    with SIBP().attach(model):
+        if how == ("first",) and not reentrant:  # the activation's own node holds what it needs
+            model(x).square().sum().backward()
+            for p, known in zip(model.parameters(), expected, strict=True):
+                torch.testing.assert_close(p.grad, known, rtol=0, atol=0)
+        else:
+            with pytest.raises(BackpassError, match=r"'tanh'.*checkpoint.*same block"):
+                model(x)
+    model.zero_grad()
+    # What is not under the rule, or not learned, is none of its business.
+    with SIBP(where=lambda site: site.module != "first.0").attach(model):
+        model(x).square().sum().backward()
+    with torch.no_grad(), SIBP().attach(model):
+        model(x)
+
+
+def test_an_activation_of_a_layer_without_gradients_raises_nothing() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.below, self.above = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                z = self.below(x)
+            return self.above(torch.relu(z))
+
+    model, x = Frozen(), torch.randn(2, 4)
+    with SIBP().attach(model):
+        model(x).sum().backward()
+    assert model.below.weight.grad is None
 
 
 def test_a_double_backward() -> None:
@@ -74,6 +147,53 @@ def test_divergence_is_explained(poison: str) -> None:
         model[0].weight.data[0] = torch.nan
     with SIBP(eta=0.7).attach(model), pytest.raises(BackpassError, match=r"diverged\. eta is 0\.7; about 1 / \(number"):
         (model(x).sum() * (torch.inf if poison == "loss" else 1)).backward()
+
+
+def deep(s: type[nn.Module], std: float = 0.05) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for i, o in pairwise([64, *[100] * 8, 10]):
+        layers += [nn.Linear(i, o), s()]
+        nn.init.normal_(layers[-2].weight, 0, std)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
+
+
+def train(model: nn.Module, rule: SIBP, steps: int, optimizer: torch.optim.Optimizer | None = None) -> list[float]:
+    x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    x, generator = x.float() / 16, torch.Generator().manual_seed(0)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), 1.0)
+    losses = []
+    with rule.attach(model):
+        for _ in range(steps):
+            rows = torch.randint(len(x), (100,), generator=generator)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def test_a_finite_explosion_is_divergence_too() -> None:
+    with pytest.raises(DivergedError, match=r"times as long as its weights and as every step before, so the network"):
+        train(deep(nn.ReLU), SIBP(eta=10.0, corrections=0), 300)
+
+
+@pytest.mark.parametrize("s", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("std", [0.01, 0.05, 0.3])
+def test_escaping_from_bad_initial_weights_is_no_divergence(s: type[nn.Module], std: float) -> None:
+    train(deep(s, std), SIBP(eta=0.1), 100)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
+def test_divergence_has_no_scale(factor: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 50), nn.Tanh(), nn.Linear(50, 10))
+    nn.init.zeros_(model[2].weight)
+    with torch.no_grad():
+        model[0].weight.mul_(factor)
+    train(model, SIBP(eta=0.1), 100)
+    train(model, SIBP(eta=50.0), 100, torch.optim.AdamW(model.parameters(), 1e-3))
 
 
 def test_a_backward_pass_after_the_rule_is_gone() -> None:

@@ -89,9 +89,9 @@ def test_without_a_correction_kinks_make_a_few_layers_worse(conv: bool) -> None:
 def test_a_correction_never_raises_a_units_objective(conv: bool, eta: float) -> None:
     moved = 0
     for seed in range(10):
-        # The model's first four iterations, then none or up to three on the sub-problem itself.
+        # The model's first four iterations, then one to four on the sub-problem itself.
         found = []
-        for k in range(4):
+        for k in range(1, 5):
             objective, ours = random_layer(seed, conv, nn.ReLU(), eta, cg_steps=4 + k, corrections=k)
             zero = torch.zeros_like(ours)
             alone = [torch.where(torch.arange(len(ours))[:, None] == j, ours, zero) for j in range(len(ours))]
@@ -109,6 +109,22 @@ def test_the_step_lowers_the_objective(s: nn.Module, newton_steps: int) -> None:
         for conv, eta in ((False, 0.03), (True, 0.3), (False, 1.0)):
             objective, ours = random_layer(seed, conv, s, eta, newton_steps=newton_steps)
             assert objective(ours) < objective(torch.zeros_like(ours)), (seed, conv, eta)
+
+
+@LINEAR_AND_CONV
+@pytest.mark.parametrize("newton_steps", [1, 2])
+def test_no_units_objective_rises_however_far_the_targets_lie(conv: bool, newton_steps: int) -> None:
+    rises_without = 0
+    for seed in range(10):
+        for corrections in (0, 1):
+            settings = {"newton_steps": newton_steps, "corrections": corrections}
+            objective, ours = random_layer(seed, conv, nn.ReLU(), 100.0, **settings)
+            zero = torch.zeros_like(ours)
+            alone = [torch.where(torch.arange(len(ours))[:, None] == j, ours, zero) for j in range(len(ours))]
+            rises = sum(bool(objective(one) > objective(zero) * (1 + 1e-12)) for one in alone)
+            assert not (corrections and rises), seed
+            rises_without += rises
+    assert newton_steps > 1 or rises_without
 
 
 def test_two_newton_steps_lower_the_objective_however_far_the_targets_lie() -> None:

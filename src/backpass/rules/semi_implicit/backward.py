@@ -18,6 +18,7 @@ from backpass.rules.layers.asked_for import is_asked_for
 from backpass.rules.layers.convolution import Convolution
 from backpass.rules.layers.linear_calls import LinearCall
 from backpass.rules.layers.linear_layers import layer_of
+from backpass.rules.semi_implicit.divergence import StepSizes
 from backpass.rules.semi_implicit.elementwise import Elementwise
 from backpass.rules.semi_implicit.single_use import SingleUse
 from backpass.rules.semi_implicit.unit_systems import UnitSystem, unit_system
@@ -33,10 +34,12 @@ class Steps:
     Attributes:
         step: the settings; asked for in every pass, because eta may depend on the depth of the last call.
         uses: which weights were used when.
+        sizes: how long their steps were.
     """
 
     step: Callable[[], SemiImplicitStep]
     uses: SingleUse
+    sizes: StepSizes
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _solve(
         of_weight = of_bias = None
         if wants[1] or wants[2]:
             system = unit_system(layer, rows, (wants[1], wants[2]), step.ratio, direct=z is None)
-            of_weight, of_bias = _decrements(system, of_z, weighting, curved, step, steps, weight)
+            of_weight, of_bias = _decrements(system, of_z, weighting, curved, step, steps, weight, bias)
         of_x = None
         if wants[0]:
             through = weight.to(dtype)
@@ -123,6 +126,7 @@ def _decrements(
     step: SemiImplicitStep,
     steps: Steps,
     weight: Tensor,
+    bias: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The negative steps of weight and bias."""
     x = system.x
@@ -136,16 +140,15 @@ def _decrements(
     weighting = None if weighting is None else system.arrange(weighting)
     try:
         found = increment(system, system.arrange(of_z), weighting, curved, scale, step)
-        if not bool(found.sum().isfinite()):
-            raise NotFiniteError("a step is not finite.")
     except NotFiniteError:
-        raise NotFiniteError(
-            f"{steps.uses.describe(weight)} has no finite semi-implicit step: its input or its gradient is inf or NaN, "
-            f"so the network has diverged. eta is {step.eta:g}; about 1 / (number of layers) is usually stable "
-            "(eta=None takes that), and a larger lam shortens the steps. Look at the losses of the steps before."
-        ) from None
+        raise steps.sizes.not_finite(weight, step.eta) from None
     # Negated while it is small: the weight's own size may be much larger.
-    return system.weights(found.neg_())
+    of_weight, of_bias = system.weights(found.neg_())
+    if of_weight is not None:
+        steps.sizes.admit(weight, of_weight, weight, step.eta)
+    elif of_bias is not None and bias is not None:
+        steps.sizes.admit(weight, of_bias, bias, step.eta)
+    return of_weight, of_bias
 
 
 def _like(tensor: Tensor | None, weight: Tensor) -> Tensor | None:

@@ -54,8 +54,13 @@ class SingleUse:
 
     def describe(self, weight: Tensor) -> str:
         """The layer's name, for errors."""
+        name = self.name(weight)
+        return f"the layer of {name!r}" if name else f"the layer with a weight of shape {tuple(weight.shape)}"
+
+    def name(self, weight: Tensor) -> str | None:
+        """The name of the model's parameter that this is, if it is one."""
         named = self._find(weight)
-        return f"the layer of {named[0]!r}" if named else f"the layer with a weight of shape {tuple(weight.shape)}"
+        return named[0] if named else None
 
     def _find(self, weight: Tensor) -> tuple[str, nn.Parameter] | None:
         """The model's parameter in this tensor's memory: in compiled code there is no other way to tell."""

@@ -113,16 +113,25 @@ def increment(
 
 
 def _correct(system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor, lam: float, corrections: int) -> None:
-    """Add steps of steepest descent on the sub-problem itself to ``found``.
+    """Drop ``found`` for units whose objective it raises, then add steps of steepest descent on the sub-problem.
 
-    The Gauss-Newton model does not see the kinks that A d crosses. Each step is that model's exact one along the
+    The Gauss-Newton model does not see the kinks that A d crosses: where targets lie far it may overshoot without
+    bound, and layer upon layer of that is how a network explodes. Each further step is the model's exact one along the
     gradient where the unit now stands, and a unit takes it if its objective does not rise.
     """
     s, at = curved.s, system.apply(found)
-    for left in reversed(range(corrections)):
+    moved = curved.z + at
+    misfit = s.value(moved).sub_(targets)
+    before = system.square(misfit) / lam
+    helps = before + system.inner(found, found, at) <= system.square(s.value(curved.z).sub_(targets)) / lam
+    if not bool(helps.all()):
+        # Not by a product: what overflowed is dropped too.
+        found.copy_(torch.where(helps, found, 0.0))
+        at = torch.where(system.over_outputs(helps), at, 0.0)
         moved = curved.z + at
         misfit = s.value(moved).sub_(targets)
         before = system.square(misfit) / lam
+    for left in reversed(range(corrections)):
         pulled = system.adjoint(s.backward(misfit, moved))
         gradient = torch.add(found, pulled, alpha=1 / lam, out=pulled)
         to = system.apply(gradient, misfit)
@@ -131,10 +140,13 @@ def _correct(system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor,
         misfit = s.value(moved.addcmul_(to, system.over_outputs(length), value=-1)).sub_(targets)
         # |d - length * gradient|^2 - |d|^2
         longer = length * (length * steepness - 2 * system.inner(gradient, found, at))
-        length *= system.square(misfit) / lam + longer <= before
+        length = torch.where(system.square(misfit) / lam + longer <= before, length, 0.0)
         found.addcmul_(gradient, length, value=-1)
         if left:
             at.addcmul_(to, system.over_outputs(length), value=-1)
+            moved = curved.z + at
+            misfit = s.value(moved).sub_(targets)
+            before = system.square(misfit) / lam
 
 
 def _length(system: UnitSystem, curved: Curved, targets: Tensor, start: Tensor, further: Tensor, lam: float) -> Tensor:
@@ -167,14 +179,15 @@ def _conjugate_gradients(system: UnitSystem, weighting: Tensor, residual: Tensor
     solution = direction
     for iteration in range(steps):
         image = system.damped(weighting, applied, direction, scratch)
-        length = _ratio(square, system.inner(image, direction, applied))
+        # The matrix is no smaller than I. Rounding may say otherwise where a unit has arrived, and would blow up.
+        length = _ratio(square, system.inner(image, direction, applied)).clamp_(0, 1)
         solution = solution.addcmul_(direction, length) if iteration else direction * length
         if iteration == steps - 1:
             break
         residual.addcmul_(image, length, value=-1)
         of_residual = system.apply(residual, of_residual)
         before, square = square, system.inner(residual, residual, of_residual)
-        turn = _ratio(square, before)
+        turn = _ratio(square, before).clamp_(min=0)
         torch.addcmul(residual, direction, turn, out=direction)
         torch.addcmul(of_residual, applied, system.over_outputs(turn), out=applied)
     return solution
