@@ -152,5 +152,5 @@ class GaussianRegression:
         second = vectors.mT @ start.second @ vectors
         one = torch.ones_like(second[0, :1])
         own = (diagonal @ torch.cat([second.diagonal(), one]))[:-1]
-        second = torch.where(torch.eye(len(own), dtype=torch.bool), own.diag(), pairs * second)
+        second = (pairs * second).diagonal_scatter(own)
         return Moments(vectors @ (mean * (vectors.mT @ start.mean)), vectors @ second @ vectors.mT)

@@ -66,12 +66,13 @@ class WeakErrors:
         return {v: {f: fit_slope(self.etas, e) for f, e in row.items()} for v, row in self.errors.items()}
 
     def __str__(self) -> str:
+        wide = max(len(name) for row in self.errors.values() for name in (*self.errors, *row, "SDE")) + 2
         head = "".join(f"{f'eta={eta:g}':>13}" for eta in self.etas)
-        lines = [f"{'SDE':<10}{'f':<14}{head}{'slope':>8}"]
+        lines = [f"{'SDE':<{wide}}{'f':<{wide}}{head}{'slope':>8}"]
         for variant, row in self.errors.items():
             for function, errors in row.items():
                 numbers = "".join(f"{error:13.3e}" for error in errors)
-                lines.append(f"{variant:<10}{function:<14}{numbers}{self.slope(variant, function):8.2f}")
+                lines.append(f"{variant:<{wide}}{function:<{wide}}{numbers}{self.slope(variant, function):8.2f}")
         return "\n".join(lines)
 
 
@@ -223,8 +224,8 @@ def _check(
     t: float,
     etas: Sequence[float],
 ) -> None:
-    if sde.data[0].dtype != torch.float64 or theta0.dtype != torch.float64:
-        raise BackpassError("weak errors go down to 1e-7: give data and theta0 in float64.")
+    if any(part.dtype != torch.float64 or part.device.type != "cpu" for part in (sde.data[0], theta0)):
+        raise BackpassError("weak errors go down to 1e-8: give data and theta0 in float64, on the CPU.")
     inside = theta0.shape == (len(bounds),) and all(
         low <= value <= high for value, (low, high) in zip(theta0.tolist(), bounds, strict=True)
     )
