@@ -22,7 +22,7 @@ class Products(NamedTuple):
         first: g1, the gradient of the first half.
         second: g2, that of the second.
         gradient: g = (g1 + g2) / 2.
-        curved: (Dg) (w g), the curvature of the batch along its step.
+        curved: (Dg2) (w g1), the second half's curvature along the first half's step.
     """
 
     first: Tensor
@@ -65,7 +65,11 @@ def half_losses(
 def products(
     parameters: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]], weights: Sequence[Tensor]
 ) -> Products:
-    """Two gradients and one curvature product, by differentiating twice.
+    """Two gradients and one curvature product, by differentiating the second half twice.
+
+    The halves are independent, so g1 . g2 is an unbiased |grad|^2, and g1 . H2 g1 an unbiased grad . H grad +
+    tr(H Cov g1). The curvature of a batch along its own gradient is not: each sample's gradient points where that
+    sample's own curvature is large; in a perceptron on MNIST that makes it 14 times too large.
 
     Args:
         parameters: all of them, on one device; those that are frozen count as zeros.
@@ -77,29 +81,29 @@ def products(
     """
     wanted = [p for p in parameters if p.requires_grad]
     with torch.enable_grad():
-        halves = [_gradients(loss(), wanted) for loss in losses]
-    first, second = (_vector(half, parameters) for half in halves)
-    gradient = (first + second) / 2
-    parts = torch.split(gradient, [p.numel() for p in parameters])
+        first = _vector(_gradients(losses[0](), wanted, twice=False), parameters)
+        half = _gradients(losses[1](), wanted, twice=True)
+    second = _vector(half, parameters)
+    parts = torch.split(first, [p.numel() for p in parameters])
     step = [
-        (w * part.view_as(p) / 2).to(p.dtype)
+        (w * part.view_as(p)).to(p.dtype)
         for w, part, p in zip(weights, parts, parameters, strict=True)
         if p.requires_grad
     ]
     # A gradient that does not depend on the parameters has no graph, and no curvature.
-    curved_ones = [(g, s) for half in halves for g, s in zip(half, step, strict=True) if g.requires_grad]
+    curved_ones = [(g, s) for g, s in zip(half, step, strict=True) if g.requires_grad]
     if curved_ones:
         outputs, seeds = zip(*curved_ones, strict=True)
         curved = torch.autograd.grad(outputs, wanted, seeds, materialize_grads=True)
     else:
         curved = tuple(torch.zeros_like(p) for p in wanted)
-    return Products(first, second, gradient, _vector(curved, parameters))
+    return Products(first, second, (first + second) / 2, _vector(curved, parameters))
 
 
-def _gradients(loss: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _gradients(loss: Tensor, wanted: Sequence[Tensor], *, twice: bool) -> tuple[Tensor, ...]:
     if loss.numel() != 1:
         raise BackpassError(f"each half's loss is a scalar, the mean over it; got shape {tuple(loss.shape)}.")
-    return torch.autograd.grad(loss.reshape(()), wanted, create_graph=True, materialize_grads=True)
+    return torch.autograd.grad(loss.reshape(()), wanted, create_graph=twice, materialize_grads=True)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ class Measured(NamedTuple):
 
     Attributes:
         progress: N, the mean of g1 . g2, an unbiased |grad|^2: what a step gains, per unit of rate.
-        loss: D, the mean of g . (Dh g): what noise and curvature cost, per half squared rate.
+        loss: D, the mean of (g1 . H2 g1 + a N) / 2: what noise and curvature cost, per half squared rate.
         curvature: a, the Rayleigh quotient of Dh along the averaged gradient.
         balance: N / (rate D): 1 where the rate is optimal, 1/2 where it is stationary and a step gains nothing.
     """
@@ -38,16 +38,18 @@ class Measured(NamedTuple):
 
 
 class ControlledLR(LRScheduler):
-    r"""Hold the largest rate while it pays, then let its inverse grow by a quarter of the curvature in each step.
+    r"""Hold the largest rate while it pays, then let its inverse grow by half of the curvature in each step.
 
-    A step of rate l changes the expected loss by -l N + l^2 D / 2, N = |grad|^2, D = E[g . (Dh) g]. For a quadratic
-    loss with noise the optimal control is l = N / D where that is below the largest rate; along its path 1/l grows by
-    the curvature a in each step. Measured are N = g1 . g2 of two halves of the batch, D and a from one curvature
-    product, all averaged over the last tenth of the measurements. Whenever N < threshold l D: 1/l += slope a.
+    A step of rate l changes the expected loss by -l N + l^2 D / 2, N = |grad|^2, D = E[g . H g]. For a quadratic loss
+    with noise the optimal control is l = N / D where that is below the largest rate; along its path 1/l grows by the
+    curvature a in each step. N is measured by g1 . g2, gradients of two halves of the batch, a by the Rayleigh quotient
+    of the second half's curvature H2 along the averaged gradient, and D by (g1 . H2 g1 + a N) / 2: one curvature
+    product in all. Averages reach over the last tenth of the measurements. Whenever N < threshold l D: 1/l += slope a.
 
     slope = 1 with threshold = 1 is the optimum where all curvatures are equal. With unequal ones a rate that falls
     faster than 1 / (2 a_min k) never reaches the flat directions, while one that falls too slowly by a factor c costs
-    the factor 1 / (c (2 - c)) in excess loss: hence 1/4, and 1/2, the point at which a step gains nothing.
+    the factor 1 / (c (2 - c)) in excess loss: hence a slope of 1/2, which noise in N makes 1/4 at the end, and 1/2,
+    the point at which a step gains nothing. In networks and short runs smaller slopes are better.
 
     Call `measure` before ``optimizer.step()`` whenever `due`, and ``step()`` after it, in every step of training:
     ``Trainer(scheduler=..., step_scheduler="step")`` does. A rate has to be stable to start at; no end is needed.
@@ -56,7 +58,7 @@ class ControlledLR(LRScheduler):
         optimizer: SGD with or without momentum; Adam, AdamW and RMSprop are followed in the metric of their present
             scales; others count as descent along the gradient. Groups keep the ratio of their rates.
         lr_max: the rate to start at, of all groups; None for the groups' own.
-        every: measure before each ``every``-th step only. A measurement costs two to three plain steps.
+        every: measure before each ``every``-th step only. See docs/how-to for its cost.
         window: the part of all measurements so far that averages reach back, in (0, 1].
         threshold: of N / (rate D), above 0.
         slope: the growth of 1/l in a step, in units of the curvature; above 0.
@@ -91,7 +93,7 @@ class ControlledLR(LRScheduler):
         every: int = 1,
         window: float = 0.1,
         threshold: float = 0.5,
-        slope: float = 0.25,
+        slope: float = 0.5,
         last_epoch: int = -1,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -113,7 +115,7 @@ class ControlledLR(LRScheduler):
         self.every, self.window, self.threshold, self.slope = every, window, threshold, slope
         self.inverse = 1.0  # of the control u; all rates are the largest ones times u
         self.measurements = 0
-        self.progress = self.loss = self.curvature = 0.0
+        self.progress = self.spread = self.curvature = 0.0
         self.gradient = self.product = torch.zeros(0)
         super().__init__(optimizer, last_epoch)
 
@@ -127,8 +129,9 @@ class ControlledLR(LRScheduler):
         """What the last window says; ``nan`` before the first measurement."""
         if not self.measurements:
             return Measured(math.nan, math.nan, math.nan, math.nan)
-        cost = self._rate() * self.loss
-        return Measured(self.progress, self.loss, self.curvature, self.progress / cost if cost else math.inf)
+        loss = self._loss()
+        cost = self._rate() * loss
+        return Measured(self.progress, loss, self.curvature, self.progress / cost if cost else math.inf)
 
     def get_lr(self) -> list[float | Tensor]:
         """The rates of the groups, their largest ones times the control."""
@@ -160,19 +163,19 @@ class ControlledLR(LRScheduler):
         turned = metric * mean_gradient
         pairs = (
             (found.first, metric * found.second),
-            (found.curved, metric * found.gradient),
+            (found.curved, metric * found.first),
             (mean_product, turned),
             (mean_gradient, turned),
         )
         numbers = torch.stack([torch.dot(u, v) for u, v in pairs])
-        progress, loss, along, length = numbers.tolist()
-        if not (math.isfinite(progress) and math.isfinite(loss)):
+        progress, spread, along, length = numbers.tolist()
+        if not (math.isfinite(progress) and math.isfinite(spread)):
             return  # the step itself will show it
         self.measurements, self.gradient, self.product = n, mean_gradient, mean_product
         self.progress += part * (progress - self.progress)
-        self.loss += part * (loss - self.loss)
+        self.spread += part * (spread - self.spread)
         self.curvature = along / length if length > 0 else 0.0
-        if n >= _SHORTEST and self.progress < self.threshold * self._rate() * self.loss:
+        if n >= _SHORTEST and self.progress < self.threshold * self._rate() * self._loss():
             largest = largest_rate(self.optimizer, self._base_rates())
             self.inverse += self.every * self.slope * largest * max(self.curvature, 0.0)
 
@@ -187,6 +190,10 @@ class ControlledLR(LRScheduler):
 
     def _base_rates(self) -> list[float]:
         return [float(rate) for rate in self.base_lrs]
+
+    def _loss(self) -> float:
+        """D, from E g1 . H2 g1 = grad . H grad + 2 tr(H Cov g): half a batch has twice its variance."""
+        return (self.spread + self.curvature * max(self.progress, 0.0)) / 2
 
     def _rate(self) -> float:
         """The largest effective rate at present."""

@@ -39,13 +39,39 @@ def test_a_measurement_is_what_dense_matrices_give():
     scheduler = ControlledLR(torch.optim.SGD([theta], lr=0.1))
     scheduler.measure(losses)
     at = theta.detach()
-    g1, g2, H = A @ at + c, B @ at + d, (A + B) / 2
+    g1, g2 = A @ at + c, B @ at + d
     g = (g1 + g2) / 2
     found = scheduler.measured
     assert found.progress == pytest.approx(float(g1 @ g2))
-    assert found.loss == pytest.approx(float(g @ H @ g))
-    assert found.curvature == pytest.approx(float(g @ H @ g / (g @ g)))
-    assert found.balance == pytest.approx(float(g1 @ g2 / (0.1 * g @ H @ g)))
+    curvature = float(g @ B @ g1 / (g @ g))
+    loss = (float(g1 @ B @ g1) + curvature * max(float(g1 @ g2), 0)) / 2
+    assert found.curvature == pytest.approx(curvature)
+    assert found.loss == pytest.approx(loss)
+    assert found.balance == pytest.approx(float(g1 @ g2) / (0.1 * loss))
+
+
+def test_in_the_mean_it_measures_the_gradient_and_the_curvature_of_the_population():
+    """Linear regression in 40 dimensions with batches of 8: a batch's own curvature would be far too large."""
+    size, batch = 40, 8
+    theta = nn.Parameter(torch.full((size,), 0.2, dtype=F64))
+    scheduler = ControlledLR(torch.optim.SGD([theta], lr=1e-9), window=1.0)
+    generator = torch.Generator().manual_seed(0)
+    own = []
+    for _ in range(3000):  # the targets are noise alone
+        x = torch.randn(batch, size, generator=generator, dtype=F64)
+        y = torch.randn(batch, generator=generator, dtype=F64)
+        scheduler.measure(
+            [lambda x=u, y=v: (x @ theta - y).square().mean() / 2 for u, v in zip(x.split(4), y.split(4), strict=True)]
+        )
+        g = (x @ theta.detach() - y) @ x / batch
+        own.append(float((x @ g).square().mean()))
+    at = theta.detach()
+    square = float(at @ at)  # H = I; Cov of one sample's gradient is (|theta|^2 + 1) I + theta theta^T
+    loss = square + (size * (square + 1) + square) / batch
+    assert scheduler.measured.progress == pytest.approx(square, rel=0.1)
+    assert scheduler.measured.loss == pytest.approx(loss, rel=0.05)
+    assert scheduler.measured.curvature == pytest.approx(1, rel=0.1)
+    assert sum(own) / len(own) > 4 * loss
 
 
 def test_momentum_counts_as_the_rate_that_it_makes():
@@ -102,7 +128,7 @@ def test_adaptive_optimizers_are_measured_in_the_metric_of_their_steps(make):
 
 def transcribed(streams, lr, *, every, window, threshold, slope):
     """The rule, written down for one parameter: lists and loops."""
-    N = D = gradient = product = 0.0
+    N = spread = gradient = product = 0.0
     rates, n, inverse = [], 0, 1 / lr
     for k, (g1, g2, curvature) in enumerate(streams):
         if k % every == 0:
@@ -110,11 +136,12 @@ def transcribed(streams, lr, *, every, window, threshold, slope):
             part = 1 / n if n <= max(10, n * window) else 1 / max(10, n * window)
             g = (g1 + g2) / 2
             N += part * (g1 * g2 - N)
-            D += part * (g * curvature * g - D)
+            spread += part * (g1 * curvature * g1 - spread)
             gradient += part * (g - gradient)
-            product += part * (curvature * g - product)
-            if n >= 10 and threshold * D / inverse > N:
-                inverse += every * slope * max(product / gradient, 0)
+            product += part * (curvature * g1 - product)
+            a = product / gradient
+            if n >= 10 and threshold * (spread + a * max(N, 0)) / 2 / inverse > N:
+                inverse += every * slope * max(a, 0)
         rates.append(1 / inverse)
     return rates
 
@@ -170,9 +197,9 @@ def test_with_slope_and_threshold_one_it_comes_near_the_optimal_control_of_equal
 
 
 def test_as_it_is_it_pays_the_price_of_its_caution():
-    """Where noise hides N it acts in every other step, so its slope is between 1/8 and 1/4 of the curvature."""
+    """Where noise hides N it acts in every other step, so its slope is between 1/4 and 1/2 of the curvature."""
     risk, error = noisy_descent()
-    dearest, cheapest = (1 / (c * (2 - c)) for c in (0.125, 0.25))
+    dearest, cheapest = (1 / (c * (2 - c)) for c in (0.25, 0.5))
     assert cheapest * BEST.value - 2 * error < risk < dearest * BEST.value + 2 * error
 
 
@@ -260,7 +287,7 @@ def test_a_checkpoint_goes_on_to_the_bit(make):
     file = io.BytesIO()
     torch.save({"m": model.state_dict(), "o": optimizer.state_dict(), "s": scheduler.state_dict()}, file)
     ahead = train(model, optimizer, scheduler, 40, first=41)
-    assert ahead[-1] < optimizer.param_groups[0]["initial_lr"]  # random labels: there is only noise
+    assert scheduler.measurements > 35
 
     file.seek(0)
     state = torch.load(file, weights_only=True)
