@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from backpass import LinBP, ProxProp
 from backpass.attacks import PGD
-from backpass.training import AdversarialTraining, Trainer, TrainingResult
+from backpass.training import AdversarialTraining, ControlledLR, Trainer, TrainingResult
 
 KINDS: dict[str, dict[str, Any]] = {
     "BP": {},
     "LinBP": {"rules": (LinBP(start=-1),)},
     "ProxProp union": {"rules": (ProxProp(tau=0.5, union=True),)},
     "adversarial": {"objective": AdversarialTraining(PGD(eps=0.1, step=0.05, steps=2, random_start=True))},
+    "controlled": {"accumulate": 1},
 }
 
 
@@ -54,11 +55,14 @@ def trainer(kind: str, folder: Path | None, optimizer: str = "momentum", **chang
         made: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True)
     else:
         made = torch.optim.AdamW(model.parameters(), 1e-2)
+    schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(made, 15)
+    if kind == "controlled":
+        schedule = ControlledLR(made, every=2)
     settings: dict[str, Any] = {
         "epochs": 3,
         "batch_size": 24,
         "accumulate": 2,
-        "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(made, 15),
+        "scheduler": schedule,
         "step_scheduler": "step",
         "average": "ema:0.9",
         "evaluation": images(40),

@@ -45,6 +45,7 @@ class Loop:
 
     def __init__(self, settings: Settings, attached: Sequence[Attached], interruption: Interruption) -> None:
         self._settings, self._interruption, self._begun = settings, interruption, time.perf_counter()
+        self._device, self._alone = settings.device, world() == 1
         self._batches = Batches(
             source=settings.source,
             size=settings.batch_size,
@@ -53,14 +54,14 @@ class Loop:
             rank=rank(),
             processes=world(),
             parts=settings.accumulate,
-            device=settings.device,
+            device=self._device,
             prepare=settings.prepare,
         )
         self._steps = settings.epochs * len(self._batches)
         core = unwrap(settings.model)
         called = _compiled(settings)
-        meter = Meter(settings.device)
-        self._update = Update(settings, distributed(called, settings.device), attached, meter)
+        meter = Meter(self._device)
+        self._update = Update(settings, distributed(called, self._device), attached, meter)
         self._evaluate = Evaluation(settings, called, self._update.plain, self._update.autocast)
         self._averaging = Averaging(settings.averaged, core, self._steps) if settings.averaged else None
         self._position = Position()
@@ -150,7 +151,7 @@ class Loop:
         if every is not None and self._position.step % every == 0:
             self._save()
         # Processes must stop after the same step, and to agree costs an exchange.
-        if world() == 1 or self._position.step % self._settings.log_every == 0:
+        if self._alone or self._position.step % self._settings.log_every == 0:
             self._stop_if_asked()
 
     def _record_steps(self) -> None:
@@ -222,7 +223,7 @@ class Loop:
 
     def _stop_if_asked(self) -> None:
         name = self._interruption.received
-        if not any_process(name is not None, self._settings.device):
+        if not (name is not None if self._alone else any_process(name is not None, self._device)):
             return
         self._save()
         step = self._position.step

@@ -8,9 +8,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from backpass.errors import BackpassError
+from backpass.rules import unwrap
 from backpass.training.batches import Batch
 from backpass.training.objective import Evaluated, Plain
 
@@ -51,7 +51,8 @@ def halves(
         raise BackpassError("this scheduler measures on halves of a batch, and the objective gives no `again`.")
     if len(batch) < 2:
         raise BackpassError("this scheduler measures on halves of a batch: batch_size must be at least 2 per process.")
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    # Without its wrappers: a schedule may differentiate twice, which compiled code cannot.
+    inner = unwrap(model)
 
     def on(rows: slice) -> Callable[[], Tensor]:
         def loss() -> Tensor:
@@ -70,7 +71,8 @@ def _unmoved(model: nn.Module) -> Iterator[None]:
 
     Copies, because a graph may need the buffers that it read, as they were.
     """
-    own = [(module, name, one) for module in model.modules() for name, one in module._buffers.items() if one is not None]
+    places = [(module, name) for module in model.modules() for name, one in module._buffers.items() if one is not None]
+    own = [(module, name, module.get_buffer(name)) for module, name in places]
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for module, name, buffer in own:

@@ -167,8 +167,9 @@ class Meter:
             rows, classified = before.to(self._device), classified or right is not None
             correct = correct + (right or 0)
         if self._scalars:
-            now = torch.stack([one.double() for one in self._scalars]).view(-1, len(self._names))
-            rows = torch.cat([rows, now])
+            kinds = {one.dtype for one in self._scalars}
+            scalars = self._scalars if len(kinds) == 1 else [one.double() for one in self._scalars]
+            rows = torch.cat([rows, torch.stack(scalars).double().view(-1, len(self._names))])
         if self._correct:
             correct = correct + torch.cat(self._correct).sum()
         return rows, correct, classified

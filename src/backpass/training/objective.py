@@ -28,7 +28,7 @@ class Evaluated:
 
     Attributes:
         loss: scalar with graph, the mean over the batch; this is what is differentiated.
-        losses: (B,) detached, each sample's own.
+        losses: (B,) detached, each sample's own, where the objective has them; the trainer needs only their mean.
         correct: (B,) bool, whether the model's answer was the label; None where this is no classification.
         metrics: further scalars to log, each a mean over the batch, detached.
         again: the loss on some rows of the batch once more, with graph: ``again(model, rows)``. Whatever was searched
@@ -36,7 +36,7 @@ class Evaluated:
     """
 
     loss: Tensor
-    losses: Tensor
+    losses: Tensor | None = None
     correct: Tensor | None = None
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     again: Callable[[nn.Module, slice], Tensor] | None = None
@@ -127,14 +127,23 @@ class CrossEntropy:
         Raises:
             BackpassError: the output is not one tensor (B, K).
         """
+        return self._of(output, y, "none")
+
+    def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
+        """The mean cross-entropy of the model on the batch."""
+        output = model(batch.x)
+        loss = self._of(output, batch.y, "mean")
+
+        def again(model: nn.Module, rows: slice) -> Tensor:
+            return self._of(model(batch.x[rows]), batch.y[rows], "mean")
+
+        return Evaluated(loss=loss, correct=correct(output, batch.y), again=again)
+
+    def _of(self, output: Tensor, y: Tensor, reduction: str) -> Tensor:
         if not isinstance(output, Tensor) or output.dim() != 2:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise BackpassError(
                 f"cross-entropy needs logits (B, K), got {got}: wrap the model so that it returns them, or give "
                 "objective=PerSample(loss) with a loss of your own."
             )
-        return F.cross_entropy(output, y, reduction="none", label_smoothing=self.label_smoothing)
-
-    def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
-        """The mean cross-entropy of the model on the batch."""
-        return PerSample(self.losses)(model, batch, plain)
+        return F.cross_entropy(output, y, reduction=reduction, label_smoothing=self.label_smoothing)

@@ -88,8 +88,9 @@ class Source:
         workers are those of a run without a break.
         """
         if self.tensors is not None:
-            for chosen in rows[start:]:
-                yield tuple(_to(one[chosen.to(one.device)], device) for one in self.tensors)  # type: ignore[misc]
+            x, y = self.tensors
+            for of_x, of_y in zip(_beside(x, rows[start:]), _beside(y, rows[start:]), strict=True):
+                yield _to(x[of_x], device), _to(y[of_y], device)
             return
         loader = DataLoader(
             self._data,
@@ -102,8 +103,15 @@ class Source:
             yield _to(x, device), _to(y, device)
 
 
+def _beside(tensor: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The rows on the tensor's device, moved at once."""
+    if tensor.device.type == "cpu" or not rows:
+        return rows
+    return torch.split(torch.cat(list(rows)).to(tensor.device), [len(chosen) for chosen in rows])
+
+
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device; from pinned memory, so that the host does not wait for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if tensor.device == device:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

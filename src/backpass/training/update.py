@@ -35,7 +35,7 @@ class Update:
         self._settings, self._model, self._attached, self._meter = settings, model, attached, meter
         self._optimizer, self._objective = settings.optimizer, settings.objective
         self._weights = [p for group in settings.optimizer.param_groups for p in group["params"]]
-        self._kind = settings.device.type
+        self._kind, self._processes = settings.device.type, world()
         self.scaler = GradScaler(self._kind) if settings.dtype == torch.float16 else None
         self._measuring = settings.scheduler if isinstance(settings.scheduler, Measuring) else None
         self._norm: Tensor | None = None
@@ -65,7 +65,7 @@ class Update:
         correct: list[Tensor] = []
         for batch in parts:
             # Processes average their gradients; the weights turn means over parts into the mean over all samples.
-            weight = len(batch) * world() / samples
+            weight = len(batch) * self._processes / samples
             with self._without_exchange(batch is not parts[-1]):
                 with self.autocast():
                     evaluated = self._objective(self._model, batch, self.plain)
