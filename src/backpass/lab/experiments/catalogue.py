@@ -7,13 +7,14 @@ from typing import Any
 
 from backpass.errors import UnknownNameError
 from backpass.lab.bench.experiment import Experiment
-from backpass.lab.experiments.linbp import simulated_attack, simulated_training
+from backpass.lab.experiments.linbp import simulated_attack, simulated_training, success_tables
 
 __all__ = ["EXPERIMENTS", "choose", "experiment_names"]
 
 EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *simulated_attack.EXPERIMENTS,
     *simulated_training.EXPERIMENTS,
+    *success_tables.EXPERIMENTS,
 )
 
 

@@ -95,7 +95,7 @@ def complete(recipe: Recipe) -> Named:
 
 
 def assemble(
-    named: Named, parts: Parts, *, device: torch.device, folder: Path, report: Callable[[Progress], None] | None
+    named: Named, parts: Parts, *, device: torch.device, folder: Path | None, report: Callable[[Progress], None] | None
 ) -> Trainer:
     """The trainer of a recipe.
 
@@ -103,7 +103,7 @@ def assemble(
         named: what the recipe names.
         parts: its data.
         device: where to train.
-        folder: for checkpoints and logs.
+        folder: for checkpoints and logs; None writes nothing.
         report: gets the progress.
 
     Raises:
