@@ -108,22 +108,24 @@ def increment(
         further = _conjugate_gradients(system, slope.square().div_(step.lam), right, steps)
         found += further.mul_(_length(system, curved, targets, found, further, step.lam))
     if corrections:
-        _correct(system, curved, targets, found, step.lam, corrections)
+        _correct(system, curved, targets, found, scale, step)
     return found
 
 
-def _correct(system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor, lam: float, corrections: int) -> None:
+def _correct(
+    system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor, scale: float, step: SemiImplicitStep
+) -> None:
     """Drop ``found`` for units whose objective it raises, then add steps of steepest descent on the sub-problem.
 
     The Gauss-Newton model does not see the kinks that A d crosses: where targets lie far it may overshoot without
     bound, and layer upon layer of that is how a network explodes. Each further step is the model's exact one along the
     gradient where the unit now stands, and a unit takes it if its objective does not rise.
     """
-    s, at = curved.s, system.apply(found)
+    s, lam, at = curved.s, step.lam, system.apply(found)
     moved = curved.z + at
     misfit = s.value(moved).sub_(targets)
     before = system.square(misfit) / lam
-    helps = before + system.inner(found, found, at) <= system.square(s.value(curved.z).sub_(targets)) / lam
+    helps = before + system.inner(found, found, at) <= system.square(curved.grad) * (scale**2 / lam)
     if not bool(helps.all()):
         # Not by a product: what overflowed is dropped too.
         found.copy_(torch.where(helps, found, 0.0))
@@ -131,7 +133,7 @@ def _correct(system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor,
         moved = curved.z + at
         misfit = s.value(moved).sub_(targets)
         before = system.square(misfit) / lam
-    for left in reversed(range(corrections)):
+    for left in reversed(range(step.corrects(s))):
         pulled = system.adjoint(s.backward(misfit, moved))
         gradient = torch.add(found, pulled, alpha=1 / lam, out=pulled)
         to = system.apply(gradient, misfit)
