@@ -214,7 +214,8 @@ class AdversarialSDE:
         slope: Tensor = clean(theta)
         if self.order == 1:
             return -slope
-        return -slope - self.eta_outer / 2 * _along(clean, theta, slope) - self._linear_term(theta)
+        plain = -slope - self.eta_outer / 2 * _along(clean, theta, slope)
+        return plain - self._linear_term(theta) if self.steps else plain
 
     def _linear_term(self, theta: Tensor) -> Tensor:
         """grad_theta E <L_x, delta> with delta from the loss linearised in delta, itself fixed unless unrolled."""

@@ -161,6 +161,58 @@ def test_a_network_gives_the_loss_of_its_parameters_and_stays_as_it_was():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+NETWORKS = {
+    "convolution, BatchNorm, ReLU, pooling": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)
+    ),
+    "LayerNorm, GELU": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 3)
+    ),
+    "SiLU, average pooling": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3)
+    ),
+}
+
+
+@pytest.fixture(params=NETWORKS, ids=str)
+def network(request):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return NETWORKS[request.param]().double().eval()
+
+
+IMAGES = torch.rand(5, 1, 6, 6, generator=torch.Generator().manual_seed(1), dtype=D), torch.arange(5) % 3
+
+
+@pytest.mark.parametrize("inner", ["gradient", "sign"])
+def test_the_correction_passes_through_the_attack_on_a_network(network, inner):
+    """(Dh) h by central differences of the mean field along itself."""
+    loss, theta = from_module(network, functools.partial(F.cross_entropy, reduction="none"))
+    sde = AdversarialSDE(loss, IMAGES, eta_outer=0.2, steps=2, eta_inner=0.01, inner=inner)
+    h = sde.mean_field(theta)
+    along = (sde.mean_field(theta + 1e-6 * h) - sde.mean_field(theta - 1e-6 * h)) / 2e-6
+    torch.testing.assert_close(sde.drift(theta), -h - 0.1 * along, rtol=1e-6, atol=1e-7)
+
+
+def test_the_chain_is_adversarial_training_with_torchs_own_sgd(network):
+    """Three batches, each attacked by two plain steps of ascent on its summed loss, then `torch.optim.SGD`."""
+    loss, theta = from_module(network, functools.partial(F.cross_entropy, reduction="none"))
+    sde = AdversarialSDE(loss, IMAGES, eta_outer=0.2, steps=2, eta_inner=0.05)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.2)
+    for rows in torch.tensor([[0, 3], [4, 4], [2, 1]]):
+        theta = sde.chain_step(theta, index=rows)
+        x, y = IMAGES[0][rows], IMAGES[1][rows]
+        attacked = x.clone()
+        for _ in range(2):
+            attacked.requires_grad_()
+            (ascent,) = torch.autograd.grad(F.cross_entropy(network(attacked), y, reduction="sum"), attacked)
+            attacked = (attacked + 0.05 * ascent).detach()
+        optimizer.zero_grad()
+        F.cross_entropy(network(attacked), y).backward()
+        optimizer.step()
+    torch.testing.assert_close(theta, nn.utils.parameters_to_vector(network.parameters()).detach())
+
+
 def test_frozen_parameters_stay_out_of_theta():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).requires_grad_(False)
     model[2].requires_grad_()
