@@ -8,6 +8,7 @@ from typing import Any
 from backpass.errors import UnknownNameError
 from backpass.lab.bench.experiment import Experiment
 from backpass.lab.experiments.linbp import simulated_attack, simulated_training, success_tables
+from backpass.lab.experiments.sde import learning_rate
 
 __all__ = ["EXPERIMENTS", "choose", "experiment_names"]
 
@@ -15,6 +16,7 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *simulated_attack.EXPERIMENTS,
     *simulated_training.EXPERIMENTS,
     *success_tables.EXPERIMENTS,
+    *learning_rate.EXPERIMENTS,
 )
 
 
