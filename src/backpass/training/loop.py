@@ -89,7 +89,7 @@ class Loop:
             while position.epoch < epochs and self._diverged is None:
                 self._epoch()
             self._status("diverged" if self._diverged else "finished")
-        except KeyboardInterrupt:
+        except BaseException:
             self._status("interrupted")
             raise
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from backpass.errors import BackpassError
 
 __all__ = ["any_process", "distributed", "from_all", "from_first", "joined", "local_device", "rank", "summed", "world"]
+
+_LOG = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -56,6 +60,12 @@ def distributed(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as each process calls it: its gradients are the mean over the processes."""
     if world() == 1 or isinstance(model, DistributedDataParallel):
         return model
+    if any(isinstance(one, _BatchNorm) and not isinstance(one, nn.SyncBatchNorm) for one in model.modules()):
+        _LOG.warning(
+            "BatchNorm normalizes over each process's own part of a batch, so %d processes do not learn what one does. "
+            "On GPUs convert the model first: torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).",
+            world(),
+        )
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 

@@ -38,7 +38,7 @@ class Settings:
 
     model: nn.Module
     optimizer: Optimizer
-    data: Data
+    data: Data = field(repr=False)
     _: KW_ONLY
     epochs: int
     batch_size: int
@@ -56,7 +56,7 @@ class Settings:
     normalize_gradient: bool = False
     average: str | None = None
     diverged_above: float | None = 10.0
-    evaluation: Data | None = None
+    evaluation: Data | None = field(default=None, repr=False)
     evaluate_every: int = 1
     prepare_evaluation: Callable[[Tensor], Tensor] | None = None
     robust: Callable[[nn.Module, Tensor, Tensor], Mapping[str, float]] | None = None

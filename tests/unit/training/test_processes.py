@@ -1,5 +1,6 @@
 """Several processes learn what one process learns from the union of their batches."""
 
+import logging
 import os
 import signal
 
@@ -87,8 +88,20 @@ def refusals(rank: int, folder: str) -> list[str]:
     return messages
 
 
+def warnings_of_batch_norm(rank: int) -> list[str]:
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("backpass.training").addHandler(handler)
+    trainer = make({"epochs": 1})
+    trainer.model[2] = nn.Sequential(nn.BatchNorm2d(3, affine=False).double(), nn.Flatten())
+    trainer.fit()
+    return messages
+
+
 def everything(rank: int, folder: str) -> dict:
     return {
+        "warnings": warnings_of_batch_norm(rank),
         "learned": {case: learned(rank, settings) for case, settings in CASES.items()},
         "resumed": resumed(rank, folder),
         "refusals": refusals(rank, folder),
@@ -131,6 +144,12 @@ def test_what_cannot_be_is_refused_in_every_process(by_two):
         assert "2 processes contribute" in rule
         assert "cannot be shared by 2 processes" in size
         assert "no checkpoint" in nothing
+
+
+def test_batch_norm_over_parts_is_warned_of(by_two):
+    for process in by_two:
+        (message,) = process["warnings"]
+        assert "SyncBatchNorm" in message
 
 
 def test_a_run_of_two_processes_is_not_resumed_by_one(by_two, folder):
