@@ -56,12 +56,12 @@ def network(name: str, seed: int) -> nn.Sequential:
     if name == "mlp":
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     return nn.Sequential(
-        nn.Conv2d(1, 8, 5, stride=2, padding=2),
+        nn.Conv2d(1, 6, 5, stride=2, padding=2),
         nn.ReLU(),
-        nn.Conv2d(8, 16, 5, stride=2, padding=2),
+        nn.Conv2d(6, 12, 5, stride=2, padding=2),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(784, 10),
+        nn.Linear(588, 10),
     )
 
 
