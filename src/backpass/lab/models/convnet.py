@@ -1,4 +1,4 @@
-"""The convolutional network of the paper on proximal backpropagation."""
+"""The convolutional network of the paper on proximal backpropagation (Frerix et al., ICLR 2018)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["convnet"]
 
 
 def convnet(shape: Shape, classes: int, generator: torch.Generator, *, activation: str = "relu") -> nn.Sequential:
-    """Three 5x5 convolutions of 16, 20 and 20 maps, the first two pooled, and one linear layer.
+    """Three 5x5 convolutions of 16, 20 and 20 channels, the first two pooled, and a linear layer.
 
     Args:
         shape: (C, H, W) of one image, at least 4x4.
@@ -31,10 +31,10 @@ def convnet(shape: Shape, classes: int, generator: torch.Generator, *, activatio
         BackpassError: the images are too small.
         UnknownNameError: no activation has this name.
 
-    Source: Frerix et al. (arXiv 1706.04638), Section 5.
+    Source: Frerix, Moellenhoff, Moeller, Cremers (arXiv 1706.04638), Section 5.
     """
     require_side("convnet", shape, 4)
-    channels, height, width = shape
+    channels, height, breadth = shape
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         normalize=Normalize(channels),
         conv1=nn.Conv2d(channels, 16, 5, padding=2),
@@ -46,7 +46,7 @@ def convnet(shape: Shape, classes: int, generator: torch.Generator, *, activatio
         conv3=nn.Conv2d(20, 20, 5, padding=2),
         act3=make_activation(activation),
         flatten=nn.Flatten(),
-        linear=nn.Linear(20 * (height // 4) * (width // 4), classes),
+        linear=nn.Linear(20 * (height // 4) * (breadth // 4), classes),
     )
     model = nn.Sequential(layers)
     initialise(model, generator)

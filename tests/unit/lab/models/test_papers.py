@@ -90,6 +90,7 @@ COUNTS = {
     "mlp": (by_hand_mlp(64, 400, 200, 100, 10), 3),
     "lenet5": (conv(1, 6, 5, 1) + conv(6, 16, 5, 1) + by_hand_mlp(400, 120, 84, 10), 4),
     "cnn": (conv(1, 16, 3, 1) + conv(16, 16, 3, 1) + conv(16, 32, 3, 1) + by_hand_mlp(128, 64, 10), 4),
+    "convnet": (conv(3, 16, 5, 1) + conv(16, 20, 5, 1) + conv(20, 20, 5, 1) + linear(20 * 8 * 8, 10), 3),
     "vgg16": (by_hand_vgg16(), 15),
     "resnet18": (by_hand_resnet18(), 17),
     "resnet50": (by_hand_resnet50(), 49),

@@ -1,0 +1,1 @@
+"""ProxProp: Frerix, Moellenhoff, Moeller, Cremers, Proximal Backpropagation."""

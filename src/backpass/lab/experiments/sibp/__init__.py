@@ -1,0 +1,1 @@
+"""SIBP: Liu, Zhang, Semi-Implicit Back Propagation."""
