@@ -7,8 +7,19 @@ from typing import Any
 
 from backpass.errors import UnknownNameError
 from backpass.lab.bench.experiment import Experiment
-from backpass.lab.experiments.linbp import simulated_attack, simulated_training, success_tables
+from backpass.lab.experiments.linbp import (
+    adversarial_training,
+    simulated_attack,
+    simulated_training,
+    sleeping_units,
+    step_sizes,
+    success_tables,
+    training,
+)
+from backpass.lab.experiments.proxprop import conjugate_gradients
+from backpass.lab.experiments.proxprop import training as proxprop_training
 from backpass.lab.experiments.sde import learning_rate
+from backpass.lab.experiments.sibp import training as sibp_training
 
 __all__ = ["EXPERIMENTS", "choose", "experiment_names"]
 
@@ -16,6 +27,13 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *simulated_attack.EXPERIMENTS,
     *simulated_training.EXPERIMENTS,
     *success_tables.EXPERIMENTS,
+    *sleeping_units.EXPERIMENTS,
+    *training.EXPERIMENTS,
+    *adversarial_training.EXPERIMENTS,
+    *step_sizes.EXPERIMENTS,
+    *proxprop_training.EXPERIMENTS,
+    *conjugate_gradients.EXPERIMENTS,
+    *sibp_training.EXPERIMENTS,
     *learning_rate.EXPERIMENTS,
 )
 
