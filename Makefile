@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(DOCS_INSTALLED): pyproject.toml
 	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
+	$(DOCS)/bin/python -m pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27' 'latex2mathml>=3.77'
 	@touch $@
 
 demo: $(INSTALLED) ## train and attack with another backward pass, on real data; writes runs/demo
@@ -45,7 +45,7 @@ docs: $(DOCS_INSTALLED) ## the documentation as a site in site/
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 
 bench: $(INSTALLED) ## side-by-side timings, as ratios
-	for name in rules attacks proxprop sibp; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in rules attacks proxprop sibp training sde; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean: ## remove what was made
 	rm -rf $(VENV) $(DOCS) site runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,7 +27,7 @@ class TransferReport:
 
     Attributes:
         correct: by target, (N,) bool: the samples that it has right when they are clean.
-        fooled: fooled[source][target], (N,) bool: of those, the ones that the source's image fools.
+        fooled: ``fooled[source][target]``, (N,) bool: of those, the ones that the source's image fools.
         settings: the attack's name and settings.
         versions: of torch and backpass.
     """
@@ -39,7 +39,7 @@ class TransferReport:
 
     @property
     def rates(self) -> dict[str, dict[str, Rate]]:
-        """rates[source][target]: fooled, of the samples that the target has right when they are clean."""
+        """``rates[source][target]``: fooled, of the samples that the target has right when they are clean."""
         trials = {target: int(right.sum()) for target, right in self.correct.items()}
         return {s: {t: Rate(int(some.sum()), trials[t]) for t, some in row.items()} for s, row in self.fooled.items()}
 

@@ -47,7 +47,7 @@ class WeakErrors:
 
     Attributes:
         etas: the learning rates.
-        errors: errors[variant][function], one per learning rate.
+        errors: ``errors[variant][function]``, one per learning rate.
         resolution: how much of an error is the oracle's own: by variant and function, the largest relative change
             when three nodes per dimension are left out.
     """
@@ -62,7 +62,7 @@ class WeakErrors:
 
     @property
     def slopes(self) -> dict[str, dict[str, float]]:
-        """All of them, slopes[variant][function]."""
+        """All of them, ``slopes[variant][function]``."""
         return {v: {f: fit_slope(self.etas, e) for f, e in row.items()} for v, row in self.errors.items()}
 
     def __str__(self) -> str:
