@@ -10,7 +10,7 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """What arithmatex marks, ``\\(...\\)`` and ``\\[...\\]``, written out."""
+    """What arithmatex marks as inline and display formulas, written out."""
     return _FORMULA.sub(_written_out, content)
 
 
