@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -89,10 +90,13 @@ def page(results: list[Result], costs: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pieces", type=Path, default=Path("runs/sde-learning-rate"), help="finished pieces")
+    parser.add_argument("--models", default="mlp,cnn", help="for MNIST")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(pieces=Pieces(arguments.pieces, progress=print))
-    results = [experiment.run("small", bench) for experiment in EXPERIMENTS]
+    regression, mnist = EXPERIMENTS
+    sizes = replace(mnist.settings("small"), models=tuple(arguments.models.split(",")))
+    results = [regression.run("small", bench), replace(mnist, scales={"small": sizes}).run("small", bench)]
     costs = {f"{name}, batch {batch}": cost(name, batch) for name in ("mlp", "cnn") for batch in (50, 500)}
     OUT.with_suffix(".md").write_text(page(results, costs))
     together = {"cost": costs, "results": [json.loads(result.as_json()) for result in results]}

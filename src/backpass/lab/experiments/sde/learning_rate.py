@@ -48,6 +48,7 @@ class Images:
     """Sizes of the comparison on MNIST.
 
     Attributes:
+        models: ``mlp``, ``cnn``.
         images: for training, the first of the training set.
         test: for judging, the first of the test set.
         epochs: of every run.
@@ -59,6 +60,7 @@ class Images:
         runs: seeds.
     """
 
+    models: tuple[str, ...] = ("mlp", "cnn")
     images: int = 5000
     test: int = 1000
     epochs: int = 4
@@ -136,7 +138,7 @@ def _images(settings: Images, bench: Bench) -> Outcome:
     grid = [settings.rate * 0.5**place for place in range(RATES)]
     plans = [*(("fixed", rate) for rate in grid), *((name, grid[0]) for name in ("linear", "cosine", "controlled"))]
     tables: list[dict[str, Ends]] = [{}, {}, {}]
-    for model in ("mlp", "cnn"):
+    for model in settings.models:
         for steps in (0, settings.attack_steps):
             task = Task(
                 model=model,
