@@ -9,12 +9,15 @@ from backpass.errors import UnknownNameError
 from backpass.lab.bench.experiment import Experiment
 from backpass.lab.experiments.linbp import (
     adversarial_training,
+    halving,
     simulated_attack,
     simulated_training,
     sleeping_units,
     step_sizes,
     success_tables,
     training,
+    transfer,
+    white_box_conditions,
 )
 from backpass.lab.experiments.proxprop import conjugate_gradients
 from backpass.lab.experiments.proxprop import training as proxprop_training
@@ -27,10 +30,13 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *simulated_attack.EXPERIMENTS,
     *simulated_training.EXPERIMENTS,
     *success_tables.EXPERIMENTS,
+    *halving.EXPERIMENTS,
+    *transfer.EXPERIMENTS,
+    *white_box_conditions.EXPERIMENTS,
     *sleeping_units.EXPERIMENTS,
     *training.EXPERIMENTS,
-    *adversarial_training.EXPERIMENTS,
     *step_sizes.EXPERIMENTS,
+    *adversarial_training.EXPERIMENTS,
     *proxprop_training.EXPERIMENTS,
     *conjugate_gradients.EXPERIMENTS,
     *sibp_training.EXPERIMENTS,
