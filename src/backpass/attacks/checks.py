@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from backpass.errors import BackpassError
 
 __all__ = [
+    "NotFiniteLogitsError",
     "check_images",
     "check_labels",
     "check_logits",
@@ -21,6 +22,10 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+
+class NotFiniteLogitsError(BackpassError):
+    """The model's outputs are not finite, so nothing can be said of it."""
 
 
 def check_radius(name: str, value: float, norm: str, bounds: tuple[float, float]) -> None:
@@ -132,7 +137,9 @@ def check_logits(output: object, batch: int) -> Tensor:
 def check_first_logits(logits: Tensor, y: Tensor) -> None:
     """What is worth looking at only once, as it waits for the device: finite values, and enough classes."""
     if not bool(logits.isfinite().all()):
-        raise BackpassError("the model's logits are not finite: its weights hold NaN or inf, or its forward overflows.")
+        raise NotFiniteLogitsError(
+            "the model's logits are not finite: its weights hold NaN or inf, or its forward overflows."
+        )
     if int(y.max()) >= logits.shape[1]:
         raise BackpassError(
             f"label {int(y.max())} is out of range: the model has {logits.shape[1]} classes, "

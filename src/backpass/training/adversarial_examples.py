@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backpass.attacks import Attack
+from backpass.attacks.checks import NotFiniteLogitsError
 from backpass.attacks.losses import Loss
 from backpass.attacks.search import SearchAttack
 from backpass.errors import BackpassError
@@ -48,7 +49,7 @@ class AdversarialExamples:
         plain: Plain,
         value: Loss | None = None,
     ) -> Tensor:
-        """x_adv (B, ...) for ``batch.x``.
+        """x_adv (B, ...) for ``batch.x``; x itself where the network's outputs are not finite: the loss shows it.
 
         Args:
             model: the network; of a DDP wrapper the module inside it.
@@ -65,9 +66,12 @@ class AdversarialExamples:
             seed=mixed(self.attack.seed, batch.seed, batch.epoch),
         )
         with plain(), self._ruled(inside):
-            if isinstance(attack, SearchAttack):
-                return attack.search(inside, batch.x, batch.y, indices=batch.index, value=value)
-            return attack(inside, batch.x, batch.y, indices=batch.index).x_adv
+            try:
+                if isinstance(attack, SearchAttack):
+                    return attack.search(inside, batch.x, batch.y, indices=batch.index, value=value)
+                return attack(inside, batch.x, batch.y, indices=batch.index).x_adv
+            except NotFiniteLogitsError:
+                return batch.x
 
     def close(self) -> None:
         """Take the rule off the model; a later call puts it there again."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks import Attack
+from backpass.attacks.checks import NotFiniteLogitsError
 from backpass.attacks.guard import leave_no_trace
 from backpass.errors import BackpassError
 from backpass.training.adversarial_examples import local_model
@@ -98,13 +99,18 @@ class RobustEvaluation:
 
     def _accuracy(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> float:
         """The share that is right on x and under the attack; this process measures all, whoever else does."""
-        standing = 0
-        for rows in torch.split(torch.arange(len(y), device=y.device), self.batch_size):
-            with leave_no_trace(model), torch.no_grad():
-                right = rows[attack.ask(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
-            if len(right):
-                standing += int((~attack(model, x[right], y[right], indices=right).success).sum())
-        return standing / len(y)
+        try:
+            rows = torch.split(torch.arange(len(y), device=y.device), self.batch_size)
+            return sum(_standing(attack, model, x, y, some) for some in rows) / len(y)
+        except NotFiniteLogitsError:
+            return 0.0  # a network that has diverged is right nowhere
+
+
+def _standing(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> int:
+    """How many of the images at some rows are right, and under the attack too."""
+    with leave_no_trace(model), torch.no_grad():
+        right = rows[attack.ask(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
+    return int((~attack(model, x[right], y[right], indices=right).success).sum()) if len(right) else 0
 
 
 def _explain(robust: float, trained: float) -> str:

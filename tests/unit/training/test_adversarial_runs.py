@@ -122,6 +122,25 @@ def test_catastrophic_overfitting_ends_the_run(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "diverged"
 
 
+@pytest.mark.parametrize("trades", [None, 2.0])
+def test_a_run_whose_network_is_no_longer_finite_has_diverged(trades):
+    model = network()
+    data, evaluation = digits()
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), 1e30),
+        data,
+        epochs=3,
+        batch_size=64,
+        evaluation=evaluation,
+        objective=AdversarialTraining(INNER, trades=trades),
+        robust=RobustEvaluation(JUDGE, images=20),
+        log_every=500,
+    )
+    assert "is nan" in trainer.fit().diverged
+    assert trainer.robust(model, *evaluation) == {"robust_accuracy": 0.0}
+
+
 def test_examples_compose_with_proximal_steps():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     objective = AdversarialTraining(INNER, rule=LIN)
