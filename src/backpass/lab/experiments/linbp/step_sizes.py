@@ -87,8 +87,8 @@ def _measure(settings: StepSizes, bench: Bench) -> Outcome:
             lost = int(sum(_failed(one, settings) for one in found[rule]))
             accuracy = mean_interval([one["train accuracy"][-1] for one in found[rule]])
             rows.append([f"{name}, {label}", case.network.rate, accuracy, f"{lost} of {training.seeds}"])
-            if lost:
-                failures[rule].append(f"{name} ({lost} of {training.seeds} runs)")
+            if lost and case.expected == "fails":
+                failures[rule].append(f"on {name} ({lost} of {training.seeds} runs)")
     seeds = max(training.seeds for training in settings.training.values())
     return Outcome(
         findings=_findings(settings, failures, rows),
@@ -98,9 +98,9 @@ def _measure(settings: StepSizes, bench: Bench) -> Outcome:
             Table(
                 id="end",
                 title="At the end of training",
-                columns=["Network, step and gradients", "rate", "training accuracy, %", "failed to converge"],
+                columns=["Network, step and gradients", "rate", "training accuracy, %", "diverged or not learned"],
                 rows=rows,
-                note=f"Failed: diverged, or below {settings.failed_below:g} % on the training images at the end.",
+                note=f"Not learned: below {settings.failed_below:g} % on the training images at the end.",
             )
         ],
         data=" ".join(lines.values()),
@@ -179,27 +179,31 @@ def _series(name: str, epochs: Sequence[float], found: Found) -> Series:
 def _findings(
     settings: StepSizes, failures: Mapping[str, Sequence[str]], rows: Sequence[Sequence[Cell]]
 ) -> list[Finding]:
-    told = {rule: listing(list(names)) or "nothing" for rule, names in failures.items()}
+    told = {rule: listing(list(names)) or "on none of them" for rule, names in failures.items()}
     accuracies = {str(row[0]): row[2] for row in rows}
 
     def both(name: str) -> str:
-        ours, theirs = (accuracies[f"{name}, {label}"] for label in ("LinBP", "BP"))
-        return f"{name}: {_text(ours)} and {_text(theirs)}"
+        ours, theirs = (_text(accuracies[f"{name}, {label}"]) for label in ("LinBP", "BP"))
+        return f"{ours} and {theirs} ({name})"
 
+    hard = [name for name, case in settings.cases.items() if case.expected == "fails"]
+    alike = [name for name, case in settings.cases.items() if case.expected == "alike"]
     unit = [name for name, case in settings.cases.items() if case.unit]
     return [
         Finding(
             "Large steps",
-            f"LinBP fails to converge on {told['linbp']}; BP on {told['bp']}. The paper: with large steps LeNet-5 "
-            "failed to converge with LinBP and still converged with BP, while on the MLP both were similar. Its "
-            "factors are missing in the text that this was made from, so several are tried; where one of them "
-            "is too small for the effect, the claim about it does not hold.",
+            f"Of {listing(hard)}, LinBP fails to converge {told['linbp']}, and BP {told['bp']}. On the MLP the "
+            "training accuracies in per cent, with LinBP and with BP, end at "
+            f"{listing([both(name) for name in alike])}. The paper: with larger steps LeNet-5 failed to converge with "
+            "LinBP and could still converge with BP, while on the MLP both were similar. Its factors are missing in "
+            "the text that this was made from, so several are tried; where one of them is too small for the effect, "
+            "the claim about it does not hold.",
         ),
         Finding(
             "Steps of unit length",
-            "Training accuracies in per cent at the end, with LinBP and with BP, where every weight tensor's gradient "
-            f"is scaled to length 1 as in the released code: {listing([both(name) for name in unit]) or 'not run'}. "
-            "The paper: LinBP performed no better than BP.",
+            "Where every weight tensor's gradient is scaled to length 1, as in the released code, the training "
+            "accuracies in per cent, with LinBP and with BP, end at "
+            f"{listing([both(name) for name in unit])}. The paper: LinBP performed no better than BP.",
         ),
     ]
 
@@ -208,15 +212,18 @@ def _text(cell: Cell) -> str:
     return interval_text(cell) if isinstance(cell, tuple) else str(cell)
 
 
-def _cases(training: Training, epochs: Mapping[int, int], unit_epochs: int) -> dict[str, Case]:
+def _cases(training: Training, epochs: Mapping[str, Mapping[int, int]]) -> dict[str, Case]:
+    """Every network at every factor, for so many epochs, and with unit steps for as many as at the largest."""
     cases = {}
     for name, one in training.networks.items():
-        for factor, count in epochs.items():
+        for factor, count in epochs[name].items():
             cases[f"{name} x{factor}"] = Case(
                 network=replace(one, rate=one.rate * factor, epochs=count),
                 expected="alike" if name == "MLP" else "fails",
             )
-        cases[f"{name}, unit steps"] = Case(network=replace(one, epochs=unit_epochs), expected="no better", unit=True)
+        cases[f"{name}, unit steps"] = Case(
+            network=replace(one, epochs=min(epochs[name].values())), expected="no better", unit=True
+        )
     return cases
 
 
@@ -224,7 +231,7 @@ def _without_networks(training: Training, per_epoch: int = 1) -> Training:
     return replace(training, networks={}, per_epoch=per_epoch)
 
 
-_VGG16 = Case(network=Network(model="vgg16", rate=0.1, epochs=100), expected="fails", data="cifar10")
+_VGG16 = Case(network=Network(model="vgg16", rate=0.05, epochs=100), expected="fails", data="cifar10")
 
 EXPERIMENTS = (
     Experiment(
@@ -233,16 +240,19 @@ EXPERIMENTS = (
         question=(
             "The networks of Figure 5 with 2, 5 and 10 times their learning rates (at the small scale fewer epochs for "
             "larger rates), from the same weights and on the same batches; and with gradients of unit length, at their "
-            "own rates. At the paper's scale also VGG-16 on CIFAR-10 at rate 0.1."
+            "own rates. At the paper's scale also VGG-16 on CIFAR-10 at rate 0.05, for the paper's is missing too."
         ),
         source=_PAPER,
         scales={
             "small": StepSizes(
-                cases=_cases(MNIST["small"], {2: 2, 5: 1, 10: 1}, 1),
+                cases=_cases(MNIST["small"], {"MLP": {2: 4, 5: 2, 10: 1}, "LeNet-5": {2: 2, 5: 1, 10: 1}}),
                 training={"mnist": _without_networks(MNIST["small"], per_epoch=4)},
             ),
             "paper": StepSizes(
-                cases={**_cases(MNIST["paper"], {2: 50, 5: 50, 10: 50}, 50), "VGG-16 at 0.1": _VGG16},
+                cases={
+                    **_cases(MNIST["paper"], dict.fromkeys(("MLP", "LeNet-5"), dict.fromkeys((2, 5, 10), 50))),
+                    "VGG-16 at 0.05": _VGG16,
+                },
                 training={
                     "mnist": _without_networks(MNIST["paper"]),
                     "cifar10": _without_networks(CIFAR10["cosine"]["paper"]),
