@@ -132,6 +132,16 @@ def test_linbp_loses_to_a_unit_that_never_wakes():
     assert (bp, linbp) == (100.0, 0.0)
 
 
+def test_logits_so_large_that_the_loss_saturates_blind_both_gradients(bench):
+    victim = one_victim(bench)
+    for rule in ("bp", "linbp:start=-1"):
+        plain, large = (attack_images(victim, parse_rule(rule), Trial(
+            attack="pgd:steps=4,restarts=1,random_start=false", eps=0.2, protocol="standard", images=40, scale=scale,
+        )) for scale in (1.0, 1e4))  # fmt: skip
+        assert torch.equal(plain.right, large.right)
+        assert plain.rate > large.rate
+
+
 def test_a_run_tells_ours_beside_the_papers(bench):
     result = experiment(settings()).run("small", bench)
     first = result.findings[0]

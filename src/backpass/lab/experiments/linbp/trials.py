@@ -37,6 +37,8 @@ class Trial:
         protocol: says what it means.
         images: how many test images, from the first; all where it is None.
         precision: in which the search computes, ``float32``, ``bfloat16`` (autocast) or ``float64``.
+        scale: what the logits are multiplied by, above 0: no decision changes, but a large one saturates the
+            cross-entropy.
     """
 
     attack: str
@@ -44,6 +46,7 @@ class Trial:
     protocol: str = "paper"
     images: int | None = None
     precision: str = "float32"
+    scale: float = 1.0
 
     def make(self, data: Labelled) -> Attack:
         """The attack for images of this data set in the protocol's space."""
@@ -156,8 +159,23 @@ def _prepared(victim: Victim, trial: Trial, skip: int) -> tuple[nn.Module, nn.Mo
     stop = None if trial.images is None else skip + trial.images
     x = protocol.images(images.pixels[skip:stop].float() / images.white)
     network, x = _in_precision(victim.network, x, trial.precision)
-    model = protocol.model(network)
-    return network, model.to(x.dtype) if model is not network else model, x, images.labels[skip:stop]
+    model = protocol.model(network).to(x.dtype)
+    if trial.scale != 1.0:
+        model = _Scaled(model, trial.scale)
+    return network, model, x, images.labels[skip:stop]
+
+
+class _Scaled(nn.Module):
+    """A model whose logits are multiplied."""
+
+    def __init__(self, model: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ...) to (N, C)."""
+        logits: Tensor = self.model(x) * self.factor
+        return logits
 
 
 def _in_precision(network: nn.Module, x: Tensor, precision: str) -> tuple[nn.Module, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import correlation
 
 from backpass.lab.bench.experiment import Bench, Outcome
 from backpass.lab.claims import Claim, judge
@@ -103,6 +104,7 @@ def measure(settings: WhiteBox, bench: Bench) -> Outcome:
             _finding(found, claims),
             *_by_factor(found),
             _one_step(settings, found),
+            _agreement(found),
             explain_data([condition.training for condition in settings.conditions]),
         ],
         series=[_rise(settings, one) for one in _networks(found)],
@@ -203,6 +205,25 @@ def _one_step(settings: WhiteBox, found: Sequence[_Measured]) -> Finding:
         "For steps that are short enough the gradient of the network itself raises the loss most; only a longer step, "
         f"which wakes sleeping units, can reward another direction. Which gradient's signed step raises it more: "
         f"{listing(parts)}.",
+    )
+
+
+def _agreement(found: Sequence[_Measured]) -> Finding:
+    """Whether LinBP does the worse the less the directions agree, over all networks and placements."""
+    points = [
+        (numbers["cosine"], ours - theirs)
+        for one in _networks(found)
+        for numbers, ours, theirs in zip(one.gradients, one.ours, one.theirs, strict=True)
+    ]
+    cosines, differences = zip(*points, strict=True)
+    varied = len(set(cosines)) > 1 and len(set(differences)) > 1
+    r = f"{correlation(cosines, differences):.2f}" if varied else "not defined"
+    return Finding(
+        "How much the directions agree",
+        f"Over {len(points)} networks and placements the correlation between the cosine of the two gradients and "
+        f"LinBP's difference to BP is {r}. Positive: LinBP costs success in the measure in which it leaves the "
+        f"gradient. The cosines run from {min(cosines):.2f} to {max(cosines):.2f}, the differences from {min(differences):+.1f} to "
+        f"{max(differences):+.1f} points. The attacks of different networks are not the same ones.",
     )
 
 

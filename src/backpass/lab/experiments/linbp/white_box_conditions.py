@@ -68,6 +68,8 @@ def _small() -> WhiteBox:
             a.attack("steps", "50", attack=_pgd(50, 2.5 * eps / 50)),
             a.attack("loss", "dlr", attack=_pgd(10, eps / 4, ",loss=dlr")),
             a.attack("loss", "margin", attack=_pgd(10, eps / 4, ",loss=margin")),
+            a.attack("saturation", "logits times 10", scale=10.0),
+            a.attack("saturation", "logits times 100", scale=100.0),
             a.attack("norm", "l2", attack=_pgd(10, 1.5 / 4, ",norm=l2"), eps=1.5),
             a.attack("radius", "0.05", attack=_pgd(10, 0.05 / 4), eps=0.05),
             a.attack("radius", "0.2", attack=_pgd(10, 0.2 / 4), eps=0.2),
@@ -114,6 +116,7 @@ def _large() -> WhiteBox:
             a.attack("restarts", "1", attack="pgd:steps=10,restarts=1"),
             a.attack("loss", "dlr", attack="pgd:steps=10,restarts=5,loss=dlr"),
             a.attack("loss", "margin", attack="pgd:steps=10,restarts=5,loss=margin"),
+            a.attack("saturation", "logits times 10", scale=10.0),
             a.attack("precision", "float32", precision="float32"),
             a.attack("protocol", "standard, radius 1/255", protocol="standard", eps=1 / 255,
                      attack="pgd:steps=10,restarts=5,step=0.25/255"),
@@ -128,9 +131,9 @@ EXPERIMENTS = (
         question=(
             "The paper's tables say that it does, everywhere; small checks said that it does not. One thing at a time "
             "is changed: depth, width and normalisation of the network, how long and with how much weight decay it was "
-            "trained, where LinBP is placed, how far the steps of the attack reach, how many there are, the loss, the "
-            "norm, the radius, the precision. Both gradients see the same networks, images and starts. The experiment "
-            "linbp-sleeping-units asks the same of networks made for it."
+            "trained, where LinBP is placed, how far the steps of the attack reach, how many there are, the loss and "
+            "its saturation, the norm, the radius, the precision. Both gradients see the same networks, images and "
+            "starts. The experiment linbp-sleeping-units asks the same of networks made for it."
         ),
         source=f"{PAPER}, Section 4.2.1",
         scales={"small": _small(), "paper": _large()},
