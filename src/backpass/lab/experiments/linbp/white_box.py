@@ -222,8 +222,8 @@ def _agreement(found: Sequence[_Measured]) -> Finding:
         "How much the directions agree",
         f"Over {len(points)} networks and placements the correlation between the cosine of the two gradients and "
         f"LinBP's difference to BP is {r}. Positive: LinBP costs success in the measure in which it leaves the "
-        f"gradient. The cosines run from {min(cosines):.2f} to {max(cosines):.2f}, the differences from {min(differences):+.1f} to "
-        f"{max(differences):+.1f} points. The attacks of different networks are not the same ones.",
+        f"gradient. The cosines run from {min(cosines):.2f} to {max(cosines):.2f}, the differences from "
+        f"{min(differences):+.1f} to {max(differences):+.1f} points. Attacks differ between some networks.",
     )
 
 
