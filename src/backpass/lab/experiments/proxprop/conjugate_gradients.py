@@ -62,9 +62,9 @@ class Solvers:
 
     @property
     def solvers(self) -> dict[str, str]:
-        """The rules' text forms by name, without tau."""
-        steps = {f"CG-{k}": f"proxprop:stop=-1,solver=cg,cg_steps={k}" for k in self.cg_steps}
-        return {"exact": "proxprop:stop=-1", **steps}
+        """The rules' text forms by name, with ``{tau}`` in the place of tau."""
+        exact = "proxprop:tau={tau},stop=-1"
+        return {"exact": exact, **{f"CG-{k}": f"{exact},solver=cg,cg_steps={k}" for k in self.cg_steps}}
 
 
 Directions = list[dict[str, dict[str, float]]]
@@ -84,9 +84,13 @@ def _directions(settings: Solvers, seed: int, device: torch.device) -> Direction
         optimizer.step()
     x, y = batches[settings.warm % len(batches)]
     return [
-        directions(model, x, y, {name: parse_rule(f"{text},tau={tau:g}") for name, text in settings.solvers.items()})
+        directions(model, x, y, {name: parse_rule(_at_tau(text, tau)) for name, text in settings.solvers.items()})
         for tau in settings.taus
     ]
+
+
+def _at_tau(text: str, tau: float) -> str:
+    return text.replace("{tau}", f"{tau:g}")
 
 
 def _batches(parts: Parts, size: int, seed: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -122,7 +126,7 @@ def _measure(settings: Solvers, bench: Bench) -> Outcome:
         )
         for seed in seeds
     ]
-    rules = {name: (f"{text},tau={settings.tau:g}", settings.rate) for name, text in settings.solvers.items()}
+    rules = {name: (_at_tau(text, settings.tau), settings.rate) for name, text in settings.solvers.items()}
     trained = {
         name: [curves(bench, _run(settings, text, rate, seed), settings.source) for seed in seeds]
         for name, (text, rate) in {**rules, "gradient": ("bp", settings.plain_rate)}.items()
@@ -299,7 +303,7 @@ EXPERIMENTS = (
             "small": Solvers(
                 model="mlp:widths=1000-250-1000",
                 source=Source(data="cifar10", train=4000, held_out=2000, test=2000),
-                marks=(0, 8, 16, 24, 32),
+                marks=(0, 8, 16, 24, 32, 40, 48),
                 judged=2000,
             ),
             "paper": Solvers(

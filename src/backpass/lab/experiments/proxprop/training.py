@@ -109,7 +109,6 @@ def _marks(steps: int, count: int) -> tuple[int, ...]:
 
 _MLP = {
     "SGD": Method(optimizer=NESTEROV, rates=(0.02, 0.05, 0.1)),
-    "AdamW": Method(optimizer="adamw", rates=(3e-4, 1e-3, 3e-3)),
     "ProxProp + SGD": Method(rule="proxprop:tau=0.05,stop=-1", optimizer=NESTEROV, rates=(0.3, 1.0, 3.0)),
     "ProxProp + Adam": Method(rule="proxprop:tau=0.05,stop=-1", optimizer="adam", rates=(3e-4, 1e-3, 3e-3)),
     "Adam": Method(optimizer="adam", rates=(3e-4, 1e-3, 3e-3)),
@@ -126,7 +125,7 @@ _CONVNET_PAPER = {
     "SGD": Method(optimizer=NESTEROV, rates=(3e-3, 1e-2, 3e-2)),
     "CG-10 + Adam": Method(rule=f"{_PROX},solver=cg,cg_steps=10", optimizer="adam", rates=(3e-3, 1e-2)),
 }
-_MLP_PAIRS = (("ProxProp + SGD", "SGD"), ("ProxProp + Adam", "Adam"), ("ProxProp + SGD", "AdamW"))
+_MLP_PAIRS = (("ProxProp + SGD", "SGD"), ("ProxProp + Adam", "Adam"), ("ProxProp + SGD", "Adam"))
 _CONVNET_PAIRS = (("ProxProp + Adam", "Adam"), ("CG-3 + Adam", "Adam"), ("Toeplitz + Adam", "Adam"))
 _QUESTION = (
     "Training by implicit (proximal) steps in the weights of all layers but the last, beside the gradient, with the "
@@ -146,7 +145,7 @@ EXPERIMENTS = (
             "small": Comparison(
                 name="MLP",
                 protocol=Protocol(
-                    model="mlp:widths=1000-250-1000", source=_LITTLE, batch=500, marks=_marks(32, 4), judged=2000,
+                    model="mlp:widths=1000-250-1000", source=_LITTLE, batch=500, marks=_marks(48, 6), judged=2000,
                     normalise=True,
                 ),
                 methods=_MLP,
