@@ -17,6 +17,7 @@ from backpass.lab.experiments.linbp.success import Contest, Success, measure
 from backpass.lab.experiments.linbp.trials import Trial, attack_images, run_trial
 from backpass.lab.experiments.linbp.victims import Training, Victim, victims
 from backpass.rules import parse_rule
+from backpass.training.loop import Loop
 
 CPU = torch.device("cpu")
 TINY = Training(model="mlp:widths=24-16", data="digits", epochs=3)
@@ -71,6 +72,28 @@ def test_a_trained_network_and_its_outcomes_are_found_again(tmp_path):
     assert (first.computed, again.computed, again.found) == (2, 0, 2)
     assert torch.equal(outcomes[0].fooled, outcomes[1].fooled)
     assert torch.equal(*weights)
+
+
+def test_training_that_was_interrupted_goes_on_and_ends_with_the_same_weights(tmp_path, monkeypatch):
+    def weights(folder):
+        return torch.cat([p.flatten() for p in one_victim(Bench(shared=Pieces(folder))).network.parameters()])
+
+    whole = weights(tmp_path / "whole")
+    epoch, calls = Loop._epoch, []
+
+    def interrupted(loop):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return epoch(loop)
+
+    monkeypatch.setattr(Loop, "_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        weights(tmp_path / "broken")
+    assert list((tmp_path / "broken" / "training").iterdir())
+    assert torch.equal(weights(tmp_path / "broken"), whole)
+    assert len(calls) == 4  # two epochs, the interruption, and the one that was missing
+    assert not list((tmp_path / "broken" / "training").iterdir())
 
 
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])

@@ -63,7 +63,7 @@ def measure(settings: Halving, bench: Bench) -> Outcome:
         series=[_curves(found)],
         claims=claims,
         tables=[_table(found)],
-        data=data_text(settings.training),
+        data=data_text([settings.training]),
         seeds=settings.seeds,
         plots_note=OVER_NETWORKS,
         claims_note=PAIRED_NETWORKS,

@@ -119,7 +119,7 @@ def measure(settings: Success, bench: Bench, *, reference: str) -> Outcome:
             _pairs(settings, found),
             networks_table(told),
         ],
-        data=data_text(settings.contests[0].training),
+        data=data_text(contest.training for contest in settings.contests),
         seeds=settings.seeds,
         plots_note=OVER_NETWORKS,
         claims_note=PAIRED_NETWORKS,
@@ -143,8 +143,7 @@ def networks_table(told: dict[str, list[Victim]]) -> Table:
 
 def explain_data(trainings: Sequence[Training]) -> Finding:
     """What the images are, and what must be known of them."""
-    texts = dict.fromkeys(data_text(training) for training in trainings)
-    return Finding("The images", " ".join(texts))
+    return Finding("The images", data_text(trainings))
 
 
 def _starting(start: str) -> str:

@@ -78,7 +78,7 @@ def measure(settings: Transfer, bench: Bench) -> Outcome:
                     )
                 )
     return Outcome(
-        findings=[_finding(settings, rates), explain_data([settings.source])],
+        findings=[_finding(settings, rates), explain_data([settings.source, *settings.targets])],
         series=[_curves(settings, rates, target.model) for target in settings.targets],
         claims=[
             claim
@@ -87,7 +87,7 @@ def measure(settings: Transfer, bench: Bench) -> Outcome:
             for claim in [_claim(settings, rates, target.model, name)]
         ],
         tables=[_table(settings, rates), networks_table({**told, **judges})],
-        data=data_text(settings.source),
+        data=data_text([settings.source, *settings.targets]),
         seeds=settings.seeds,
         plots_note=OVER_NETWORKS,
         claims_note=PAIRED_NETWORKS,

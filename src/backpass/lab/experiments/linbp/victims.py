@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,7 +120,7 @@ def victims(training: Training, seeds: tuple[int, ...], bench: Bench) -> Iterato
         told = bench.shared.network(
             f"{training.model}, seed {seed}",
             network,
-            partial(_train, recipe=recipe, parts=parts, device=bench.device),
+            partial(_train, recipe=recipe, parts=parts, device=bench.device, folder=_folder(bench, training, seed)),
             training=asdict(training),
             seed=seed,
             device=bench.device.type,
@@ -124,17 +128,33 @@ def victims(training: Training, seeds: tuple[int, ...], bench: Bench) -> Iterato
         yield Victim(training=training, seed=seed, network=network.eval(), test=parts.test, device=bench.device, **told)
 
 
-def data_text(training: Training) -> str:
-    """One line about the images, with what a reader must know of them."""
-    parts = load_parts(training.data, limit=training.limit)
-    return " ".join(filter(None, [f"{parts.train.description}. {parts.test.description}.", parts.test.warning]))
+def data_text(trainings: Iterable[Training]) -> str:
+    """What the images are of which networks learn, with what a reader must know of them."""
+    texts = []
+    for training in trainings:
+        parts = load_parts(training.data, limit=training.limit)
+        texts += [f"{parts.train.description}.", f"{parts.test.description}.", parts.test.warning]
+    return " ".join(filter(None, dict.fromkeys(texts)))
 
 
-def _train(network: nn.Module, recipe: Recipe, parts: Parts, device: torch.device) -> dict[str, float]:
+def _folder(bench: Bench, training: Training, seed: int) -> Path | None:
+    """Where checkpoints are while a network is trained, so that hours of training can be gone on with."""
+    if bench.shared.folder is None:
+        return None
+    asked = json.dumps([asdict(training), seed, bench.device.type], sort_keys=True)
+    return bench.shared.folder / "training" / hashlib.sha256(asked.encode()).hexdigest()[:12]
+
+
+def _train(
+    network: nn.Module, recipe: Recipe, parts: Parts, device: torch.device, folder: Path | None
+) -> dict[str, float]:
+    """Trains on, from where an interrupted run stopped, and clears away what it needed for that."""
     few = Parts(parts.train, parts.test.first(_LOOKED_AT))
-    trainer = assemble(complete(recipe), few, device=device, folder=None, report=None)
+    trainer = assemble(complete(recipe), few, device=device, folder=folder, report=None)
     trainer.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    result = trainer.fit()
+    result = trainer.fit(resume="auto" if folder else False)
+    if folder is not None:
+        shutil.rmtree(folder)
     if result.diverged:
         raise BackpassError(f"{recipe.model} with seed {recipe.seed} diverged: {result.diverged}.")
     network.load_state_dict(trainer.model.state_dict())

@@ -110,7 +110,7 @@ def measure(settings: WhiteBox, bench: Bench) -> Outcome:
         series=[_rise(settings, one) for one in _networks(found)],
         claims=claims,
         tables=[_table(found, claims), _gradients_table(found)],
-        data=data_text(settings.conditions[0].training),
+        data=data_text(condition.training for condition in settings.conditions),
         seeds=settings.seeds,
         plots_note=OVER_NETWORKS,
         claims_note=PAIRED_NETWORKS,
