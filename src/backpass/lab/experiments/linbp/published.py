@@ -30,7 +30,7 @@ TABLES = {
 }
 """By attack, radius in 255ths, and network. Tables I and II."""
 
-# Section 4.2.1 names two settings and two pairs of rates; 10 steps are those of Table I's first row.
+# Section 4.2.1 has two pairs of rates; that they are of 10 steps and the radii of Table I is our reading.
 TABLES["pgd:steps=10"][8]["resnet50:activation=silu"] = (74.24, 75.85)
 TABLES["pgd:steps=10"][16]["resnet50:activation=silu"] = (82.65, 87.97)
 

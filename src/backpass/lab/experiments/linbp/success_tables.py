@@ -92,7 +92,10 @@ EXPERIMENTS = (
     Experiment(
         name="linbp-silu",
         title="Does LinBP help where the activation is smooth?",
-        question="A ResNet with SiLU in the place of ReLU; LinBP's derivative is 1 there too." + _SETTING,
+        question=(
+            "A ResNet with SiLU in the place of ReLU; LinBP's derivative is 1 there too. The paper has two pairs of "
+            "rates; that they belong to 10 steps and the two radii of Table I is our reading." + _SETTING
+        ),
         source=f"{PAPER}, Section 4.2.1",
         scales={
             "small": Success(
