@@ -185,7 +185,8 @@ def table_of(name: str, tuned: Mapping[str, Tuned]) -> Table:
     rows: list[list[Cell]] = []
     for method, one in tuned.items():
         for rate, runs in one.by_rate.items():
-            chosen = "chosen" if rate == one.rate else ""
+            inside = min(one.by_rate) < rate < max(one.by_rate) or len(one.by_rate) == 1
+            chosen = "" if rate != one.rate else "chosen" if inside else "chosen, at the edge"
             lost = sum(not math.isfinite(run["train loss"][-1]) for run in runs)
             last = ("train loss", "test accuracy", "held-out accuracy", "seconds")
             values = [mean_interval([run[what][-1] for run in runs]) for what in last]

@@ -25,6 +25,8 @@ def test_the_rate_that_learns_is_chosen_and_a_diverging_one_is_not():
     assert tuned.at("test accuracy", -1) == [run["test accuracy"][-1] for run in tuned.by_rate[0.3]]
     chosen = {row[1]: row[2] for row in table_of("MLP", {"SGD": tuned}).rows}
     assert chosen == {1e-6: "", 0.3: "chosen", 1e9: ""}
+    edge = Tuned(rate=0.3, by_rate={0.1: tuned.runs, 0.3: tuned.runs})
+    assert [row[2] for row in table_of("MLP", {"SGD": edge}).rows] == ["", "chosen, at the edge"]
 
 
 def test_a_rate_in_the_rule_leaves_the_optimizers_at_one():

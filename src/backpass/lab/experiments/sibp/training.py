@@ -138,7 +138,7 @@ def _finding(name: str, protocol: Protocol, tuned: Mapping[str, Tuned]) -> Findi
         f"After {last} batches of {protocol.batch}, SIBP at eta {ours.rate:g} has the training loss {loss}, and a test "
         f"accuracy that differs by {listing(gaps)}, in percentage points. For large lam its step is eta n / lam times "
         f"the gradient; the largest such rate at which it learns as well as at its best is {steps['SIBP']}, and for "
-        f"SGD {steps['SGD']} (of the rates tried, so at least that). A step takes "
+        f"SGD {steps['SGD']} (of the rates tried). A step takes "
         f"{interval_text(mean_interval(ratio))} times as long as one of SGD. The paper's words: large step sizes, and "
         "better performance in loss decreasing and in training and validation accuracy than SGD and ProxProp.",
     )
@@ -146,6 +146,8 @@ def _finding(name: str, protocol: Protocol, tuned: Mapping[str, Tuned]) -> Findi
 
 def _range(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
+    if high == 0:
+        return "none, for it learns at no rate"
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
