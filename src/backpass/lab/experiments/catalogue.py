@@ -21,7 +21,7 @@ from backpass.lab.experiments.linbp import (
 )
 from backpass.lab.experiments.proxprop import conjugate_gradients
 from backpass.lab.experiments.proxprop import training as proxprop_training
-from backpass.lab.experiments.sde import learning_rate
+from backpass.lab.experiments.sde import learning_rate, theorems
 from backpass.lab.experiments.sibp import training as sibp_training
 
 __all__ = ["EXPERIMENTS", "choose", "experiment_names"]
@@ -40,6 +40,7 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *proxprop_training.EXPERIMENTS,
     *conjugate_gradients.EXPERIMENTS,
     *sibp_training.EXPERIMENTS,
+    *theorems.EXPERIMENTS,
     *learning_rate.EXPERIMENTS,
 )
 
