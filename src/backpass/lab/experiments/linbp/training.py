@@ -151,7 +151,7 @@ def _quoted(words: str) -> str:
 
 
 def _early(epochs: Sequence[float]) -> str:
-    return f"after the first {epochs[1]:g} epochs" if epochs[1] > 1 else f"early (after {epochs[1]:g} of an epoch)"
+    return "after the first epoch" if epochs[1] == 1 else f"after {epochs[1]:g} of the first epoch"
 
 
 def _at(runs: Sequence[Curves], what: str, place: int) -> list[float]:
@@ -184,7 +184,8 @@ def _experiment(
 
 _SMALL = (
     "Rate 0.005, momentum 0.9, weight decay 0.0005, batches of 128 and augmentation are those of the released code. "
-    "The small scale has small networks, with LinBP in the last stage of a ResNet and at the last two sites of a CNN."
+    "The small scale has small networks, with LinBP in the last stage of a ResNet and at the last two sites of a CNN, "
+    "and batches of 32."
 )
 
 EXPERIMENTS = (
