@@ -51,7 +51,8 @@ class AdversarialTraining:
 
     Source:
         Madry et al. (2018), equation (2.1); Zhang et al., Theoretically principled trade-off between robustness and
-        accuracy (2019), equation (5) with 1 / lambda = beta, and algorithm 1; Li et al. (arXiv 2112.11018), section 4.2.3.
+        accuracy (2019), equation (5) with 1 / lambda = beta, and algorithm 1; Li et al. (arXiv 2112.11018),
+        section 4.2.3.
 
     Example:
         >>> from backpass.attacks import PGD
