@@ -83,6 +83,8 @@ def test_transfer_judges_each_source_by_networks_of_other_seeds(bench):
     fooled = right & (target.network(made).argmax(1) != y)
     curve = next(c for s in result.series if "resnet" in s.id for c in s.curves if c.label == "BP")
     assert curve.runs[2][1] == pytest.approx(100 * int(fooled.sum()) / int(right.sum()))
+    with pytest.raises(BackpassError, match="two seeds"):
+        run(transfer.EXPERIMENTS[0], replace(settings, seeds=(0,)), bench)
 
 
 def test_the_two_gradients_are_compared_as_defined(bench):

@@ -1,6 +1,7 @@
 """The attack tables: outcomes are those of the attack itself, weaker and stronger gradients are found out, and told."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from backpass.attacks import PGD
+from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench, Experiment
 from backpass.lab.bench.pieces import Pieces
 from backpass.lab.data import Images, Labelled
@@ -72,6 +74,11 @@ def test_a_trained_network_and_its_outcomes_are_found_again(tmp_path):
     assert (first.computed, again.computed, again.found) == (2, 0, 2)
     assert torch.equal(outcomes[0].fooled, outcomes[1].fooled)
     assert torch.equal(*weights)
+
+
+def test_a_network_that_has_learned_nothing_is_told():
+    with pytest.raises(BackpassError, match="has learned nothing"):
+        list(victims(replace(TINY, lr=1e-9), (0,), Bench()))
 
 
 def test_training_that_was_interrupted_goes_on_and_ends_with_the_same_weights(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from backpass.lab.experiments.linbp.victims import Training
 
 __all__ = ["LARGE", "SMALL_CNN", "SMALL_RESNET", "large"]
 
-SMALL_CNN = Training(model="cnn", limit=4000, epochs=10, augment="flip")
+SMALL_CNN = Training(model="cnn", limit=4000, epochs=10, lr=0.02, augment="flip")
 SMALL_RESNET = Training(model="resnet:width=8", limit=5000, epochs=12, augment="flip")
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from backpass.attacks import transfer
+from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
 from backpass.lab.claims import Claim, judge
 from backpass.lab.experiments.linbp.networks import LARGE, SMALL_CNN, SMALL_RESNET
@@ -56,7 +57,13 @@ Rates = Mapping[tuple[str, int], list[dict[str, float]]]
 
 
 def measure(settings: Transfer, bench: Bench) -> Outcome:
-    """Makes images against each source with all gradients, and shows them to the targets."""
+    """Makes images against each source with all gradients, and shows them to the targets.
+
+    Raises:
+        BackpassError: there is one seed only.
+    """
+    if len(settings.seeds) < 2:
+        raise BackpassError("transfer needs at least two seeds: a network's own images say nothing of others.")
     shifted = (*settings.seeds[1:], settings.seeds[0])
     judges = {training.model: list(victims(training, shifted, bench)) for training in settings.targets}
     told: dict[str, list[Victim]] = {}

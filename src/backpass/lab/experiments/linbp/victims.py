@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ __all__ = ["Training", "Victim", "data_text", "victims"]
 
 _LOOKED_AT = 1000  # images on which the trained network is described
 _BATCH = 500
+_NOTHING = 0.98  # of the loss of a guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ def victims(training: Training, seeds: tuple[int, ...], bench: Bench) -> Iterato
     """The networks of these seeds, one after the other: one is in memory at a time.
 
     Raises:
-        BackpassError: the data is not there, or a training run diverged.
+        BackpassError: the data is not there, a training run diverged, or a network learned nothing.
     """
     parts = load_parts(training.data, limit=training.limit)
     for seed in seeds:
@@ -160,6 +162,12 @@ def _train(
     network.load_state_dict(trainer.model.state_dict())
     network.eval()
     loss, accuracy = _describe(network, parts.train, device)
+    if loss > _NOTHING * math.log(parts.train.classes):
+        # Its gradients are next to nothing, and no attack on it compares anything.
+        raise BackpassError(
+            f"{recipe.model} with seed {recipe.seed} has learned nothing: its loss is {loss:.3f}, that of a guess "
+            f"{math.log(parts.train.classes):.3f}. Train it longer, or with a lower rate than {recipe.lr:g}."
+        )
     return {"loss": loss, "accuracy": accuracy, "test_accuracy": _describe(network, parts.test, device)[1]}
 
 
