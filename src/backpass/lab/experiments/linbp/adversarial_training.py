@@ -290,7 +290,7 @@ EXPERIMENTS = (
         ),
         source=f"{_PAPER}, Figures 11 and 12",
         scales={
-            "small": Strategies(),
+            "small": Strategies(limit=15_000, epochs=5, judged=150, queries=300),
             "paper": Strategies(seeds=(0, 1, 2, 3, 4), epochs=20, judged=2000, queries=5000),
         },
         measure=_measure,
