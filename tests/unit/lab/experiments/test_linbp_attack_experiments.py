@@ -22,7 +22,7 @@ from backpass.lab.studies.attack.plans import make_plans
 from backpass.rules import parse_rule
 
 MLP = Training(model="mlp:widths=24-16", data="digits", epochs=3)
-RESNET = Training(model="resnet:blocks=1-1,width=4", data="digits", epochs=1, limit=400)
+RESNET = Training(model="resnet:blocks=1-1,width=4", data="digits", epochs=4, limit=600)
 
 
 @pytest.fixture(scope="module")
