@@ -63,8 +63,8 @@ def page(results: list[Result], costs: dict[str, float]) -> str:
     parts = ["# ControlledLR and its rivals\n", results[0].question + "\n"]
     environment = results[0].environment
     parts.append(
-        f"PyTorch {environment['versions']['torch']}, one CPU thread. Written by `benchmarks/sde_learning_rate.py`; the "
-        "same comparison is `backpass reproduce sde-learning-rate sde-learning-rate-mnist`.\n"
+        f"PyTorch {environment['versions']['torch']}, one CPU thread. Written by `benchmarks/sde_learning_rate.py`; "
+        "the same comparison is `backpass reproduce sde-learning-rate sde-learning-rate-mnist`.\n"
     )
     parts.append("## What it costs\n")
     listed = ", ".join(f"{name}: {ratio:.1f}" for name, ratio in costs.items())
