@@ -92,10 +92,21 @@ def test_sibp_is_compared_with_every_other_method(name):
     assert result.settings["chosen rates"] == {"MLP": {"SIBP": 0.3, "SGD": 0.1, "ProxProp": 10.0}}
 
 
-def test_the_longest_usable_step_is_the_largest_rate_near_the_best():
-    ends = {0.1: 90.0, 0.3: 95.0, 1.0: 93.0, 3.0: 91.9, 10.0: math.nan}
-    one = Tuned(rate=0.3, by_rate={rate: [{"held-out accuracy": [10.0, end]}] for rate, end in ends.items()})
-    assert longest_step(one, 0) == 1.0
-    assert longest_step(one, 0, 100.0) == 100.0
-    guessing = Tuned(rate=0.1, by_rate={0.1: [{"held-out accuracy": [10.0, 11.0]}]})
-    assert longest_step(guessing, 0) == 0.0
+def by_rate(**ends):
+    runs = {
+        float(rate.strip("r")): [{"train loss": [2.3, loss], "held-out accuracy": [10.0, end]}]
+        for rate, (loss, end) in ends.items()
+    }
+    return Tuned(rate=min(runs), by_rate=runs)
+
+
+def test_the_longest_usable_step_is_the_largest_rate_that_learns_nearly_as_well_as_the_best():
+    lost = (math.nan, math.nan)
+    one = by_rate(r1=(0.5, 90.0), r3=(0.3, 95.0), r10=(0.4, 93.0), r30=(0.6, 91.9), r100=lost)
+    assert longest_step(one, 0) == 10
+    assert longest_step(one, 0, 100.0) == 1000
+
+
+def test_a_rate_at_which_the_loss_does_not_fall_is_not_usable():
+    assert longest_step(by_rate(r1=(2.29, 11.0), r3=(2.31, 12.0)), 0) == 1
+    assert longest_step(by_rate(r1=(2.4, 11.0)), 0) == 0

@@ -116,9 +116,9 @@ _MLP = {
 _PROX = "proxprop:tau=1.0,stop=-1"
 _CONVNET = {
     "Adam": Method(optimizer="adam", rates=(1e-3, 3e-3, 1e-2)),
-    "ProxProp + Adam": Method(rule=_PROX, optimizer="adam", rates=(3e-3, 1e-2, 3e-2)),
-    "Toeplitz + Adam": Method(rule=f"{_PROX},solver=toeplitz", optimizer="adam", rates=(3e-3, 1e-2, 3e-2)),
-    "CG-3 + Adam": Method(rule=f"{_PROX},solver=cg,cg_steps=3", optimizer="adam", rates=(3e-3, 1e-2)),
+    "ProxProp + Adam": Method(rule=_PROX, optimizer="adam", rates=(1e-2, 3e-2)),
+    "Toeplitz + Adam": Method(rule=f"{_PROX},solver=toeplitz", optimizer="adam", rates=(1e-2, 3e-2)),
+    "CG-3 + Adam": Method(rule=f"{_PROX},solver=cg,cg_steps=3", optimizer="adam", rates=(1e-2, 3e-2)),
 }
 _CONVNET_PAPER = {
     **_CONVNET,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,15 +33,16 @@ class Early:
 
 
 def longest_step(one: Tuned, seed: int, scale: float = 1.0) -> float:
-    """The largest rate times ``scale`` at which the run of a seed ends near the method's best run of that seed.
+    """The largest rate times ``scale`` at which the run of a seed learns as well as the method can.
 
-    Near is within 3 points of the accuracy on the held-out images; 0 where no run got beyond twice the accuracy of
-    guessing among ten.
+    That is, its training loss ends below its start, and its accuracy on the held-out images within 3 points of the best
+    of all rates. 0 where there is none.
     """
-    ends = {rate: runs[seed]["held-out accuracy"][-1] for rate, runs in one.by_rate.items()}
-    finite = {rate: end for rate, end in ends.items() if math.isfinite(end)}
-    floor = max(20.0, max(finite.values(), default=0.0) - _USABLE_WITHIN)
-    return scale * max((rate for rate, end in finite.items() if end >= floor), default=0.0)
+    runs = {rate: own[seed] for rate, own in one.by_rate.items()}
+    ends = {
+        rate: run["held-out accuracy"][-1] for rate, run in runs.items() if run["train loss"][-1] < run["train loss"][0]
+    }
+    return scale * max((rate for rate, end in ends.items() if end >= max(ends.values()) - _USABLE_WITHIN), default=0.0)
 
 
 def _measure(settings: Early, bench: Bench) -> Outcome:
