@@ -40,6 +40,13 @@ def test_a_rule_that_changes_nothing_differs_by_nothing():
     assert {(claim.estimate, claim.verdict) for claim in result.claims} == {(0, "undecided")}
 
 
+def test_a_run_that_diverged_is_told_and_not_compared():
+    wild = Network(model="mlp:widths=64", rule="linbp:slope=1000.0", rate=1.0, epochs=2)
+    result = run(training.EXPERIMENTS, "linbp-fig5", Training(**{**vars(SETTINGS), "networks": {"MLP": wild}}))
+    assert "diverged, 3 of 3 with LinBP and 0 of 3 with BP" in result.findings[0].text
+    assert {claim.verdict for claim in result.claims} == {"undecided"}
+
+
 def test_large_steps_find_the_rule_that_fails():
     """At rate 1 plain SGD learns the digits; a slope of 40 at every site makes LinBP's steps far too long."""
     wild = Network(model="mlp:widths=64", rule="linbp:slope=40.0", rate=1.0, epochs=5)

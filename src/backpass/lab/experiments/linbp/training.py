@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from backpass.lab.claims import Claim, judge
 from backpass.lab.experiments.linbp.training_settings import CIFAR10, MNIST, Network, Training
 from backpass.lab.result import Cell, Curve, Finding, Series, Table
 from backpass.lab.statistics import mean_interval, paired_interval
-from backpass.lab.wording import interval_text
+from backpass.lab.wording import interval_text, listing
 
 __all__ = ["EXPERIMENTS", "Told", "measure"]
 
@@ -129,20 +130,21 @@ def _finding(name: str, one: Network, epochs: Sequence[float], found: Found, tol
         ours, theirs = (interval_text(mean_interval(_at(found[rule], what, -1))) for rule in ("linbp", "bp"))
         return f"{ours} with LinBP and {theirs} with BP"
 
-    early, end = (
-        interval_text(
-            paired_interval(_at(found["linbp"], "train loss", place), _at(found["bp"], "train loss", place)),
-            signed=True,
-        )
-        for place in (1, -1)
-    )
+    def difference(place: int) -> str:
+        ours, theirs = (_at(found[rule], "train loss", place) for rule in ("linbp", "bp"))
+        lost = [f"{sum(map(math.isnan, runs))} of {len(runs)} with {_RULES[rule]}"
+                for rule, runs in (("linbp", ours), ("bp", theirs))]  # fmt: skip
+        if any(map(math.isnan, [*ours, *theirs])):
+            return f"cannot be compared, for runs have diverged, {listing(lost)}"
+        return f"differs from BP's by {interval_text(paired_interval(ours, theirs), signed=True)} nats"
+
     return Finding(
         name,
-        f"At rate {one.rate:g}, {_early(epochs)} LinBP's training loss differs from BP's by {early} nats; the paper "
-        f"says {_quoted(told.early)}. After {epochs[-1]:g} epochs it differs by {end} nats; the paper says "
-        f"{_quoted(told.end)}. The training loss is then {both('train loss')}, the test accuracy in per cent "
-        f"{both('test accuracy')}. The paper shows plots of one seed, and its released code plots the best test "
-        "accuracy until then; here it is the accuracy of the network as it is.",
+        f"At rate {one.rate:g}, {_early(epochs)} LinBP's training loss {difference(1)}; the paper says "
+        f"{_quoted(told.early)}. After {epochs[-1]:g} epochs it {difference(-1)}; the paper says {_quoted(told.end)}. "
+        f"The training loss is then {both('train loss')}, the test accuracy in per cent {both('test accuracy')}. The "
+        "paper shows plots of one seed, and its released code plots the best test accuracy until then; here it is the "
+        "accuracy of the network as it is.",
     )
 
 

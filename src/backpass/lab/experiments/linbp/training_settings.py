@@ -92,7 +92,7 @@ MNIST = {
     "small": Training(
         source=Source(data="mnist", test=2000),
         networks={
-            "MLP": Network(model="mlp", rate=0.001, epochs=5),
+            "MLP": Network(model="mlp", rate=0.001, epochs=10),
             "LeNet-5": Network(model="lenet5", rate=0.005, epochs=3),
         },
         per_epoch=2,
