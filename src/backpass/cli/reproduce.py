@@ -73,24 +73,32 @@ def reproduce(
             found.append(done)
         page = write_overview(out)
     print_overview([done.result for done in found])
+    kept = [done.result.experiment for done in found if done.kept]
+    if kept:
+        typer.echo(f"\nKept from an earlier run: {', '.join(kept)}. --again computes anew.")
     print_written(time.perf_counter() - began, [page, *(path for done in found for path in done.paths[1:])])
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Where backpass reproduce has written.", metavar="DIR")],
+    markdown: Annotated[Path | None, typer.Option(help="Also write the verdicts to this Markdown file.")] = None,
 ) -> None:
     """Build one page of all results in a folder: every verdict on top, each leading to its experiment."""
     import time
 
     began = time.perf_counter()
     with working("drawing"):
+        from backpass.lab.files import write_atomically
+        from backpass.lab.reproduction.markdown import verdicts
         from backpass.lab.reproduction.overview import read_results, write_overview
 
         results = read_results(folder)
-        page = write_overview(folder)
+        written = [write_overview(folder)]
+        if markdown is not None:
+            written.append(write_atomically(markdown, verdicts(results)))
     print_overview(results)
-    print_written(time.perf_counter() - began, [page])
+    print_written(time.perf_counter() - began, written)
 
 
 def _list(scale: str) -> None:

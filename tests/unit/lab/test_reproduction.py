@@ -11,6 +11,7 @@ from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.bench.experiment import Experiment, Outcome
 from backpass.lab.claims import judge
 from backpass.lab.experiments import catalogue
+from backpass.lab.reproduction.markdown import verdicts
 from backpass.lab.reproduction.overview import overview, read_results, write_overview
 from backpass.lab.reproduction.reading import read_result
 from backpass.lab.reproduction.running import reproduce
@@ -137,6 +138,15 @@ def test_the_page_has_every_verdict_once_each_leading_to_its_experiment(tmp_path
     assert "http" not in html.replace("http://www.w3.org", "")
     assert "<script" not in html
     assert overview(read_results(tmp_path)) == html
+
+
+def test_the_verdicts_as_markdown_have_a_row_for_every_claim(tmp_path):
+    run(tmp_path, "all")
+    text = verdicts(read_results(tmp_path))
+    assert text.count("| **holds** |") == 2
+    assert "| `one` | T | 1 |  |  |" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {6}
 
 
 def test_two_claims_of_one_id_are_refused(tmp_path, monkeypatch, tiny):
