@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from backpass.errors import BackpassError
+from backpass.rules import attachments
 from backpass.training.processes import summed, world
 
 __all__ = ["Products", "half_losses", "products"]
@@ -36,7 +38,8 @@ def half_losses(
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """The two functions that `ControlledLR.measure` takes: loss(model(x), y) on each half of a batch.
 
-    Running statistics and random numbers stay as they were.
+    Running statistics and random numbers stay as they were. Rules in force on the model are suspended: what is measured
+    is the loss itself, and nothing of it gets into what `ProxProp(union=True)` collects for the step.
 
     Args:
         model: as it trains; without its DistributedDataParallel wrapper.
@@ -53,7 +56,10 @@ def half_losses(
     def on(rows: slice) -> Callable[[], Tensor]:
         def evaluated() -> Tensor:
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            with ExitStack() as stack:
+                for attached in attachments(model):
+                    stack.enter_context(attached.suspended())
+                stack.enter_context(torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []))
                 return loss(functional_call(model, buffers, (x[rows],)), y[rows])
 
         return evaluated

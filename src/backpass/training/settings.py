@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -74,6 +75,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        self._check_objective()
         self._check_optimizer()
         object.__setattr__(self, "source", Source(self.data))
         object.__setattr__(self, "evaluated", None if self.evaluation is None else Source(self.evaluation))
@@ -120,6 +122,16 @@ class Settings:
         if not isinstance(self.rules, Sequence) or not all(isinstance(rule, Rule) for rule in self.rules):
             raise BackpassError(f"rules is a sequence of rules, such as (LinBP(start=-2),); got {self.rules!r}.")
 
+    def _check_objective(self) -> None:
+        called = self.objective.forward if isinstance(self.objective, nn.Module) else self.objective
+        try:
+            inspect.signature(called).bind(self.model, None, None)
+        except TypeError as error:
+            raise BackpassError(
+                "an objective is called as objective(model, batch, plain); of a loss of (output, y), one number per "
+                f"sample, PerSample(loss) makes one. {self.objective!r}: {error}."
+            ) from error
+
     def _check_optimizer(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise BackpassError(f"model is an nn.Module, got {type(self.model).__name__}.")
@@ -136,7 +148,14 @@ class Settings:
         if getattr(self.scheduler, "optimizer", self.optimizer) is not self.optimizer:
             raise BackpassError("the scheduler is of another optimizer: make it from the one that the trainer gets.")
         if isinstance(self.scheduler, Measuring) and self.accumulate > 1:
-            raise BackpassError("a scheduler that measures on halves of the batch needs all of it: use accumulate=1.")
+            raise BackpassError(
+                "a scheduler that measures on halves of the batch needs all of it: use accumulate=1, "
+                "or a loop of your own."
+            )
+        if isinstance(self.scheduler, Measuring) and self.step_scheduler != "step":
+            raise BackpassError(
+                'a scheduler that measures steps is stepped after each: give step_scheduler="step" too.'
+            )
         if self.dtype == torch.float16 and self.device.type != "cuda":
             raise BackpassError("float16 is for CUDA; on the CPU use dtype=torch.bfloat16, or None.")
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from backpass import BackpassError, LinBP
-from backpass.training import CrossEntropy, PerSample, Trainer
+from backpass.training import ControlledLR, CrossEntropy, PerSample, Trainer
 
 X, Y = torch.randn(20, 4), torch.arange(20) % 3
 
@@ -36,6 +36,7 @@ def make(model=None, optimizer=None, data=(X, Y), **settings) -> Trainer:
         ({"robust": lambda *_: {}}, "evaluation"),
         ({"checkpoint_every": 10}, "folder"),
         ({"tensorboard": True}, "folder"),
+        ({"objective": lambda output, y: (output - y).square()}, r"PerSample\(loss\) makes one"),
         ({"rules": ("linbp",)}, "LinBP"),
         ({"rules": LinBP()}, "sequence of rules"),
         ({"data": (X[:0], Y[:0])}, "empty"),
@@ -51,6 +52,21 @@ def make(model=None, optimizer=None, data=(X, Y), **settings) -> Trainer:
 def test_settings_out_of_range(settings, message):
     with pytest.raises(BackpassError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, 'step_scheduler="step"'),
+        ({"step_scheduler": "step", "accumulate": 2}, "accumulate=1, or a loop of your own"),
+    ],
+    ids=str,
+)
+def test_a_scheduler_that_measures_steps_needs_each_of_them_whole(settings, message):
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(BackpassError, match=message):
+        make(model, optimizer, scheduler=ControlledLR(optimizer), **settings)
 
 
 @pytest.mark.parametrize(

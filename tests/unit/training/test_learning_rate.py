@@ -3,13 +3,14 @@
 import copy
 import io
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backpass import BackpassError
+from backpass import BackpassError, LinBP, ProxProp
 from backpass.sde import optimal_lr
 from backpass.training.half_batches import half_losses
 from backpass.training.learning_rate import ControlledLR
@@ -315,6 +316,29 @@ def test_measuring_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+@pytest.mark.parametrize("rule", [ProxProp(tau=1.0, union=True), ProxProp(tau=1.0), LinBP(start=-1)], ids=str)
+def test_rules_in_force_neither_change_a_measurement_nor_are_changed_by_it(rule):
+    x, y = normal(8, 3), normal(8, 2, seed=1)
+
+    def one_step(*, ruled, measured):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = ControlledLR(optimizer)
+        optimizers = {"optimizer": optimizer} if getattr(rule, "union", False) else {}
+        with rule.attach(model, **optimizers) if ruled else nullcontext():
+            F.mse_loss(model(x), y).backward()
+            if measured:
+                scheduler.measure(half_losses(model, F.mse_loss, x, y))
+            optimizer.step()
+        return scheduler.measured, model.state_dict()
+
+    measurement, weights = one_step(ruled=True, measured=True)
+    assert measurement == one_step(ruled=False, measured=True)[0]
+    unmeasured = one_step(ruled=True, measured=False)[1]
+    assert all(torch.equal(weights[name], unmeasured[name]) for name in weights)
 
 
 def test_it_measures_under_no_grad_and_with_frozen_and_unused_weights():
