@@ -123,7 +123,8 @@ class Experiment(Generic[S]):
                     seeds=found.seeds,
                 ),
                 "seconds": round(time.perf_counter() - began, 1),
-                "pieces": f"{bench.pieces.computed} computed, {bench.pieces.found} found from an earlier run",
+                "pieces": f"{bench.pieces.computed + bench.shared.computed} computed, "
+                f"{bench.pieces.found + bench.shared.found} found from an earlier run",
             },
             settings={**{key.replace("_", " "): value for key, value in asdict(settings).items()}, **found.settings},
             series=found.series,
