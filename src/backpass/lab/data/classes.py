@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
 from backpass.errors import BackpassError
@@ -17,7 +18,8 @@ _SPLITS = ("train", "test", "validation", "val")
 def read_classes(folder: Path, split: str) -> tuple[Decoded, tuple[str, ...]]:
     """The PNG and JPEG images in ``folder/SPLIT/CLASS/``, or in ``folder/CLASS/`` where there are no splits.
 
-    Classes are numbered in the order of their sorted names, images sorted by name inside each.
+    Classes are numbered in the order of their sorted names. Images come in rounds, each class's first one, then each
+    class's second, by name: so the first n images, which ``--limit`` takes, are of all classes alike.
 
     Raises:
         BackpassError: there are fewer than two classes, a class has no image, or an image cannot be read.
@@ -36,7 +38,8 @@ def read_classes(folder: Path, split: str) -> tuple[Decoded, tuple[str, ...]]:
     for name, paths in files.items():
         if not paths:
             raise BackpassError(f"{root / name} holds no PNG or JPEG image.")
-    everything = [(path, label) for label, name in enumerate(names) for path in files[name]]
+    rounds = zip_longest(*([(path, label) for path in files[name]] for label, name in enumerate(names)))
+    everything = [one for several in rounds for one in several if one is not None]
     key = content_key([path for path, _ in everything], ["classes", *(f"{label}" for _, label in everything)])
     images = (Encoded(str(path), path.read_bytes(), label) for path, label in everything)
     return cached(key, lambda: decode(images)), tuple(names)

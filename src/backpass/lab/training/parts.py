@@ -14,6 +14,7 @@ from backpass.lab.data import Labelled, load_data
 __all__ = ["Parts", "load_parts"]
 
 _HELD_OUT = 0.1
+_NO_PARTS = "Only training holds them out: for an attack on them alone sort the images into the folders train and test"
 
 
 class Parts(NamedTuple):
@@ -69,7 +70,7 @@ def _hold_out(whole: Labelled) -> Parts:
     learned, judged = (~out).nonzero().squeeze(1), out.nonzero().squeeze(1)
     return Parts(
         _some(whole, learned, f"the {len(learned):,} to learn from"),
-        _some(whole, judged, f"the {len(judged):,} held out, a tenth of each class"),
+        _some(whole, judged, f"the {len(judged):,} held out, a tenth of each class. {_NO_PARTS}"),
     )
 
 

@@ -50,13 +50,22 @@ def test_the_columns_can_be_chosen(tmp_path):
 
 
 def test_a_folder_of_classes_is_numbered_by_sorted_names(tmp_path):
-    (cat, cat_pixels), (dog, dog_pixels) = picture(1), picture(2, colour=False)
-    classes(tmp_path / "d", {"dog/1.png": dog, "cat/b.png": cat, "cat/a.png": cat, "cat/notes.txt": b"no image"})
+    (a, a_pixels), (b, b_pixels), (dog, dog_pixels) = picture(1), picture(3), picture(2, colour=False)
+    classes(tmp_path / "d", {"dog/1.png": dog, "cat/b.png": b, "cat/a.png": a, "cat/notes.txt": b"no image"})
     data = load_data(str(tmp_path / "d"))
     assert data.class_names == ("cat", "dog")
-    assert data.images.labels.tolist() == [0, 0, 1]
+    assert data.images.labels.tolist() == [0, 1, 0]
     # Grey images among coloured ones become coloured.
-    assert torch.equal(data.images.pixels, torch.stack([cat_pixels, cat_pixels, dog_pixels.expand(3, -1, -1)]))
+    assert torch.equal(data.images.pixels, torch.stack([a_pixels, dog_pixels.expand(3, -1, -1), b_pixels]))
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes_alike(tmp_path):
+    content, _ = picture(1)
+    classes(
+        tmp_path / "d", {f"{name}/{i}.png": content for name, n in (("a", 5), ("b", 2), ("c", 4)) for i in range(n)}
+    )
+    assert load_data(str(tmp_path / "d")).first(6).images.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert load_data(str(tmp_path / "d")).images.labels.bincount().tolist() == [5, 2, 4]
 
 
 def test_a_folder_of_classes_may_have_splits(tmp_path):

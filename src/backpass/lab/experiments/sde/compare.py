@@ -58,8 +58,10 @@ class Study:
             )
         chain = round(self.t / self.eta)
         if abs(chain * self.eta - self.t) > 1e-9 * self.t or chain % self.records:
+            fitting = max(1, round(chain / self.records)) * self.records * self.eta
             raise BackpassError(
-                f"t={self.t:g} must be a number of steps of eta={self.eta:g} that {self.records} records divide."
+                f"t / eta is the number of steps, a whole one that the number of records divides; got t={self.t:g}, "
+                f"eta={self.eta:g} and {self.records} records. Try t={fitting:g}."
             )
 
 
