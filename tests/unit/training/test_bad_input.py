@@ -16,6 +16,11 @@ def make(model=None, optimizer=None, data=(X, Y), **settings) -> Trainer:
     return Trainer(model, optimizer, data, **{"epochs": 1, "batch_size": 5, **settings})
 
 
+def _names(value):
+    """A test's name without the addresses of functions, which differ from process to process."""
+    return value if isinstance(value, str) else " ".join(value)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -47,7 +52,7 @@ def make(model=None, optimizer=None, data=(X, Y), **settings) -> Trainer:
             "scheduler is of another optimizer",
         ),
     ],
-    ids=str,
+    ids=_names,
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(BackpassError, match=message):
@@ -60,7 +65,7 @@ def test_settings_out_of_range(settings, message):
         ({}, 'step_scheduler="step"'),
         ({"step_scheduler": "step", "accumulate": 2}, "accumulate=1, or a loop of your own"),
     ],
-    ids=str,
+    ids=_names,
 )
 def test_a_scheduler_that_measures_steps_needs_each_of_them_whole(settings, message):
     model = nn.Linear(4, 3)
@@ -80,7 +85,7 @@ def test_a_scheduler_that_measures_steps_needs_each_of_them_whole(settings, mess
         ({"model": nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))}, r"logits \(B, K\), got \(5, 3, 1\)"),
         ({"objective": PerSample(lambda output, y: output.mean())}, "one number per sample"),
     ],
-    ids=str,
+    ids=_names,
 )
 def test_data_and_model_that_do_not_fit(settings, message, tmp_path):
     with pytest.raises(BackpassError, match=message):
