@@ -17,6 +17,7 @@ from backpass import cli
 from backpass.attacks import PGD, evaluate
 from backpass.lab.data import load_data
 from backpass.lab.subjects import load_subject
+from backpass.lab.training.parts import load_parts
 
 NETWORK = '''
 from torch import nn
@@ -161,9 +162,13 @@ def test_folders_of_classes_without_parts_have_a_tenth_held_out(here):
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray((digits.pixels[row, 0] * 15).numpy()).save(place / f"{row}.png")
     told = train("out", *ADAM, "--epochs", 10, "--limit", 300, data="images")
-    assert "held out, a tenth of each class" in told
+    assert "40 held out" in told
     assert "300 of them" in told
     assert float(re.search(r"test accuracy ([\d.]+)%", told)[1]) > 60
+    assert "--split held-out" in told  # or the attack would be on images that were learned from
+    parts, held = load_parts("images"), load_data("images", split="held-out")
+    assert torch.equal(held.images.pixels, parts.test.images.pixels)
+    assert len(parts.train.images) + len(held.images) == len(load_data("images").images) == 400
 
 
 def test_a_run_that_diverges_says_so(here):

@@ -37,7 +37,7 @@ def print_claims(result: Result, title: str) -> None:
 
     table = Table(title=title, title_justify="left", show_lines=False)
     table.add_column("claim", overflow="fold")
-    table.add_column("difference", no_wrap=True)
+    table.add_column("measured", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for claim in result.claims:
         difference = interval_text(estimate(claim), signed=True)

@@ -107,7 +107,10 @@ def _list(scale: str) -> None:
 
     from backpass.lab.experiments.catalogue import EXPERIMENTS
 
-    table = Table("name", "what", "from", "data", title=f"{len(EXPERIMENTS)} experiments", title_justify="left")
+    table = Table(title=f"{len(EXPERIMENTS)} experiments", title_justify="left")
+    table.add_column("name", no_wrap=True)  # to be copied
+    for column in ("what", "from", "data"):
+        table.add_column(column, overflow="fold")
     for experiment in EXPERIMENTS:
         experiment.settings(scale)
         table.add_row(experiment.name, experiment.title, experiment.source, ", ".join(experiment.data) or "made")

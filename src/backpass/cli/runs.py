@@ -25,14 +25,17 @@ __all__ = ["runs"]
 [green]backpass runs runs --json[/green]  for programs"""
 )
 def runs(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders above them.", metavar="DIR...")],
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of runs, or folders above them.", metavar="DIR...", show_default="runs"),
+    ] = None,
     sort: Annotated[str, typer.Option(help="folder, accuracy, robust, loss or seconds.")] = "folder",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List training runs: status, settings, accuracy, robust accuracy, seconds."""
     from backpass.lab.training.listing import find_runs, sort_runs
 
-    found = sort_runs(find_runs(folders), sort)
+    found = sort_runs(find_runs(folders or [Path("runs")]), sort)
     if as_json:
         import json
         from dataclasses import asdict

@@ -16,7 +16,7 @@ _SPLITS = ("train", "test", "validation", "val")
 
 
 def read_classes(folder: Path, split: str) -> tuple[Decoded, tuple[str, ...]]:
-    """The PNG and JPEG images in ``folder/SPLIT/CLASS/``, or in ``folder/CLASS/`` where there are no splits.
+    """The PNG and JPEG images in ``folder/SPLIT/CLASS/``, or all in ``folder/CLASS/`` where there are no splits.
 
     Classes are numbered in the order of their sorted names. Images come in rounds, each class's first one, then each
     class's second, by name: so the first n images, which ``--limit`` takes, are of all classes alike.

@@ -6,10 +6,13 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.data.classes import read_classes
 from backpass.lab.data.decode import Decoded
 from backpass.lab.data.digits import load_digits
+from backpass.lab.data.held_out import HELD_OUT, held_out_rows
 from backpass.lab.data.hub import fetch
 from backpass.lab.data.images import Images
 from backpass.lab.data.names import HUB, base_name, read_name
@@ -57,8 +60,12 @@ class Labelled:
             return self
         if count < 1:
             raise BackpassError(f"the number of images must be at least 1, got {count}.")
-        some = replace(self.images, pixels=self.images.pixels[:count], labels=self.images.labels[:count])
-        return replace(self, images=some, description=f"{self.description}; the first {count:,} of them")
+        return self.some(slice(count), f"the first {count:,} of them")
+
+    def some(self, rows: Tensor | slice, words: str) -> Labelled:
+        """The images of some rows; ``words`` are added to the description."""
+        chosen = replace(self.images, pixels=self.images.pixels[rows], labels=self.images.labels[rows])
+        return replace(self, images=chosen, description=f"{self.description}; {words}")
 
 
 def load_data(name: str, *, split: str = "test") -> Labelled:
@@ -69,7 +76,8 @@ def load_data(name: str, *, split: str = "test") -> Labelled:
             ``mnist`` and ``cifar10``; one of the Hugging Face hub as ``owner/name``, downloaded once (``mnist`` and
             ``cifar10`` too, where BACKPASS_DATA has them not); a folder of Parquet files; or a folder with a folder of
             images for each class. Settings may follow, as in ``uoft-cs/cifar100:label=fine_label``; see `DataName`.
-        split: the part, for instance ``train`` or ``test``.
+        split: the part, for instance ``train`` or ``test``. A folder of classes that has no parts is taken whole,
+            whatever is asked; but of it ``held-out`` is a tenth of every class, from which `load_parts` does not learn.
 
     Returns:
         The images, decoded at the first time and mapped from the cache later.
@@ -92,7 +100,10 @@ def load_data(name: str, *, split: str = "test") -> Labelled:
         decoded, names = read_parquet(parquet_files(folder, split), image=wanted.image, label=wanted.label)
     else:
         decoded, names = read_classes(folder, split)
-    return _labelled(name, split, decoded, names, "")
+    whole = _labelled(name, split, decoded, names, "")
+    if split != HELD_OUT:
+        return whole
+    return whole.some(held_out_rows(decoded.labels, name).nonzero().squeeze(1), "a tenth of each class")
 
 
 def _folder(name: str) -> Path | None:

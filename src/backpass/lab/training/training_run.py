@@ -93,7 +93,7 @@ def train(
         weights=weights,
         accuracy=last.get("averaged", last.get("evaluation", {})).get("accuracy"),
         robust_accuracy=last.get("robust", {}).get("robust_accuracy"),
-        next=_attack_command(named.recipe, folder, named.judge),
+        next=_attack_command(named.recipe, folder, named.judge, parts.test.split),
     )
 
 
@@ -156,11 +156,11 @@ def _save(model: nn.Module, result: TrainingResult, folder: Path) -> Path:
         model.load_state_dict(own)
 
 
-def _attack_command(recipe: Recipe, folder: Path, judge: Attack | None) -> str:
+def _attack_command(recipe: Recipe, folder: Path, judge: Attack | None, split: str) -> str:
     eps = judge.eps if judge is not None else _EPS
     words = ["backpass", "attack", "--model", recipe.model, "--weights", str(folder / "weights.safetensors")]
     # APGD chooses its steps itself, whatever the ball.
     words += ["--data", recipe.data, "--attack", "apgd", "--eps", fraction_text(eps), "--limit", "1000"]
-    words += [] if recipe.test_split == "test" else ["--split", recipe.test_split]
+    words += [] if split == "test" else ["--split", split]
     words += [] if judge is None or judge.norm == "linf" else ["--norm", judge.norm]
     return shlex.join(words)

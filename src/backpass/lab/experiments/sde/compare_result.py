@@ -198,7 +198,7 @@ def _findings(measured: Measured) -> list[Finding]:
             f"{penalty['AT, B']:.3f}: use the exact one to predict, the expanded one to explain.",
         ),
         Finding(
-            "Price",
+            "The losses",
             f"Clean loss ends at {clean['AT']:.3f} instead of {clean['SGD']:.3f}; loss under the training attack at "
             f"{robust['AT']:.3f} instead of {robust['SGD']:.3f}.",
         ),
