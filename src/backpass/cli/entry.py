@@ -93,7 +93,7 @@ def main() -> None:
         if (error.name or "").partition(".")[0] in _LAB:
             _lab_is_missing(error)
         raise
-    except RuntimeError as error:  # torch's own, for instance of a network that cannot be differentiated
+    except Exception as error:  # torch's own or the network's, for instance of one that cannot be differentiated
         if os.environ.get(_TRACEBACK):
             raise
         _fail(f"{type(error).__name__}: {str(error).strip()} (Set {_TRACEBACK}=1 to see where.)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +13,7 @@ from backpass.attacks import FAB, Attack
 from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.search import SearchAttack
 from backpass.errors import BackpassError
+from backpass.numbers import is_number, is_whole
 from backpass.rules import Rule
 from backpass.training.adversarial_examples import AdversarialExamples, local_model
 from backpass.training.batches import Batch
@@ -74,10 +74,10 @@ class AdversarialTraining:
             raise BackpassError("adversarial training leads away from each sample's label: leave targeted=False.")
         if self.rule is not None and not isinstance(self.rule, Rule):
             raise BackpassError(f"rule is a rule such as LinBP(start=-2), or None; got {self.rule!r}.")
-        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
+        if not is_whole(self.warmup, 0):
             raise BackpassError(f"warmup is a whole number of epochs, at least 0; got {self.warmup!r}.")
         if self.trades is not None:
-            if not 0 < self.trades < math.inf:
+            if not (is_number(self.trades) and self.trades > 0):
                 raise BackpassError(f"trades is beta, a positive number such as 6, or None; got {self.trades!r}.")
             chooses = isinstance(self.attack, FAB) or self.attack.loss == "dlr-targeted"
             if chooses or not isinstance(self.attack, SearchAttack):

@@ -34,7 +34,7 @@ class Average:
         Raises:
             BackpassError: it is none.
         """
-        kind, _, number = text.partition(":")
+        kind, _, number = text.partition(":") if isinstance(text, str) else ("", "", "")
         try:
             amount = float(number)
         except ValueError:

@@ -13,7 +13,7 @@ from torch import Tensor
 from backpass.errors import BackpassError
 from backpass.training.sources import Source
 
-__all__ = ["Batch", "Batches", "Prepare", "epoch_order", "mixed", "to_unit_interval"]
+__all__ = ["Batch", "Batches", "Prepare", "epoch_order", "mixed", "to_unit_interval", "unit_interval"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +46,11 @@ Prepare = Callable[[Tensor, Batch], Tensor]
 
 def to_unit_interval(x: Tensor, batch: Batch) -> Tensor:
     """uint8 images become floats in [0, 1]; anything else stays as it is."""
+    return unit_interval(x)
+
+
+def unit_interval(x: Tensor) -> Tensor:
+    """The same of images alone."""
     return x.to(torch.get_default_dtype()).div_(255) if x.dtype == torch.uint8 else x
 
 

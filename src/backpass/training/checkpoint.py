@@ -95,9 +95,15 @@ class Checkpoints:
         for step in reversed(steps):
             path = self.path(step)
             content = path.read_bytes()
-            expected = _sum(path).read_text().split()[:1] if _sum(path).exists() else []
-            if expected == [hashlib.sha256(content).hexdigest()]:
-                return _read(content)
+            expected = _sum(path).read_bytes().split()[:1] if _sum(path).exists() else []
+            if expected == [hashlib.sha256(content).hexdigest().encode()]:
+                try:
+                    return _read(content)
+                except Exception as error:  # whatever torch makes of bytes that it has not written
+                    raise BackpassError(
+                        f"{path} is no checkpoint of backpass, or holds what cannot be read without running code: "
+                        "resume where the run itself has written, or start anew in another folder."
+                    ) from error
             _LOG.warning("%s is damaged (its SHA-256 sum is another): the checkpoint before it is used.", path)
         if steps:
             raise BackpassError(f"no checkpoint in {self._folder} is whole: start anew in another folder.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from backpass.attacks.guard import leave_no_trace
 from backpass.errors import BackpassError
+from backpass.training.batches import unit_interval
 from backpass.training.objective import Loss, correct
 from backpass.training.processes import from_first, rank, summed, world
 from backpass.training.settings import Settings
@@ -59,14 +60,12 @@ class Evaluation:
     def robust(self, source: Source) -> dict[str, Any]:
         """What `robust` gives on the evaluation set, in process 0; the others wait."""
         tensors, function = source.tensors, self._settings.robust
-        if tensors is None or function is None:
-            raise BackpassError("robust needs the evaluation set as tensors (x, y).")
+        assert tensors is not None  # noqa: S101  the settings are checked
+        assert function is not None  # noqa: S101
         x, y = (one.to(self._settings.device) for one in tensors)
         with leave_no_trace(self._model), self._plain():
             _share_buffers(self._model)
-            return from_first(
-                lambda: {name: float(v) for name, v in function(self._model, self._prepare(x), y).items()}
-            )
+            return from_first(lambda: _numbers(function(self._model, self._prepare(x), y)))
 
     def _read(self, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
         first, last = (len(source) * place // world() for place in (rank(), rank() + 1))
@@ -78,11 +77,20 @@ class Evaluation:
     def _prepare(self, x: Tensor) -> Tensor:
         if self._settings.prepare_evaluation is not None:
             return self._settings.prepare_evaluation(x)
-        return x.to(torch.get_default_dtype()).div_(255) if x.dtype == torch.uint8 else x
+        return unit_interval(x)
 
 
 def _cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(output, y, reduction="none")
+
+
+def _numbers(measured: object) -> dict[str, float]:
+    if isinstance(measured, Mapping):
+        try:
+            return {str(name): float(value) for name, value in measured.items()}
+        except (TypeError, ValueError, RuntimeError):
+            pass  # the message below says it
+    raise BackpassError(f"robust gives a dict of numbers, such as {{'robust_accuracy': 0.4}}; got {measured!r}.")
 
 
 def _share_buffers(model: nn.Module) -> None:

@@ -50,8 +50,9 @@ def half_losses(
     Raises:
         BackpassError: the batch cannot be halved.
     """
-    if len(x) < 2 or len(x) != len(y):
-        raise BackpassError(f"a batch of at least 2 samples with as many labels is needed, got {len(x)} and {len(y)}.")
+    if not all(isinstance(one, Tensor) and one.dim() for one in (x, y)) or len(x) < 2 or len(x) != len(y):
+        got = " and ".join(str(tuple(one.shape)) if isinstance(one, Tensor) else type(one).__name__ for one in (x, y))
+        raise BackpassError(f"a batch of at least 2 samples with as many labels is needed, got {got}.")
 
     def on(rows: slice) -> Callable[[], Tensor]:
         def evaluated() -> Tensor:
@@ -107,8 +108,11 @@ def products(
 
 
 def _gradients(loss: Tensor, wanted: Sequence[Tensor], *, twice: bool) -> tuple[Tensor, ...]:
-    if loss.numel() != 1:
-        raise BackpassError(f"each half's loss is a scalar, the mean over it; got shape {tuple(loss.shape)}.")
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise BackpassError(f"each half's loss is a scalar, the mean over it; got {got}.")
+    if not loss.requires_grad:
+        raise BackpassError("each half's loss depends differentiably on the parameters; this one has no graph.")
     return torch.autograd.grad(loss.reshape(()), wanted, create_graph=twice, materialize_grads=True)
 
 

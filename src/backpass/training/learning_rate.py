@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from backpass.errors import BackpassError
+from backpass.numbers import is_number, is_whole
 from backpass.training.half_batches import half_losses, products
 from backpass.training.step_metric import largest_rate, step_weights
 
@@ -96,12 +97,14 @@ class ControlledLR(LRScheduler):
         slope: float = 0.5,
         last_epoch: int = -1,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if not isinstance(optimizer, Optimizer):
+            raise BackpassError(f"optimizer is one of torch's, got {optimizer!r}.")
+        if not is_whole(every, 1):
             raise BackpassError(f"every is a whole number of steps, at least 1, got {every!r}.")
-        if not 0 < window <= 1:
+        if not (is_number(window) and 0 < window <= 1):
             raise BackpassError(f"window is a part of all measurements, in (0, 1], got {window!r}.")
         for name, value in (("threshold", threshold), ("slope", slope), ("lr_max", 1.0 if lr_max is None else lr_max)):
-            if not (math.isfinite(value) and value > 0):
+            if not (is_number(value) and value > 0):
                 raise BackpassError(f"{name} is a finite number above 0, got {value!r}.")
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}
         if len(devices) > 1:
@@ -147,8 +150,11 @@ class ControlledLR(LRScheduler):
         Raises:
             BackpassError: there are not two, or one gives no scalar.
         """
-        if len(losses) != 2:
-            raise BackpassError(f"measure takes the losses of the two halves of a batch, got {len(losses)} losses.")
+        if not isinstance(losses, Sequence) or len(losses) != 2 or not all(map(callable, losses)):
+            got = f"{len(losses)} losses" if isinstance(losses, Sequence) else type(losses).__name__
+            raise BackpassError(
+                f"measure takes the losses of the two halves of a batch, two functions as half_losses gives; got {got}."
+            )
         weights = step_weights(self.optimizer, self._base_rates())
         if weights is None:
             return  # Adam's scales come with its first step

@@ -53,9 +53,15 @@ class Logs:
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._stream = (self._folder / "log.jsonl").open("ab")
-        self._stream.truncate(offset)
-        self._stream.seek(offset)
+        path = self._folder / "log.jsonl"
+        self._stream = path.open("ab")
+        there = path.stat().st_size
+        if there < offset:
+            _LOG.warning(
+                "%s has lost %d bytes since the checkpoint: records are missing from it.", path, offset - there
+            )
+        self._stream.truncate(min(offset, there))
+        self._stream.seek(min(offset, there))
         if self._tensorboard is not None:
             self._events = self._tensorboard(str(self._folder / "tensorboard"), purge_step=step + 1)
         self._run = {"settings": settings, "environment": _environment()}

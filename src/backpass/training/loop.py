@@ -88,6 +88,7 @@ class Loop:
             self._status("running")
             while position.epoch < epochs and self._diverged is None:
                 self._epoch()
+            self._check_weights()
             self._status("diverged" if self._diverged else "finished")
         except BaseException:
             self._status("interrupted")
@@ -102,6 +103,13 @@ class Loop:
             averaged=self._averaged(),
             folder=self._settings.path,
         )
+
+    def _check_weights(self) -> None:
+        """What the very last step has done shows in no loss."""
+        weights = [p for group in self._settings.optimizer.param_groups for p in group["params"]]
+        if self._diverged is None and not all(bool(p.isfinite().all()) for p in weights):
+            self._diverged = f"the weights after step {self._position.step} are not finite"
+            _LOG.warning("the run has diverged: %s.", self._diverged)
 
     def _open(self, resume: Resume) -> None:
         """Restore a checkpoint, or write the first one, so that there is always one to resume from."""
@@ -120,7 +128,7 @@ class Loop:
         if resume is True or there:
             state = from_first(checkpoints.load)
             self._state.load_state_dict(state)
-            offset = state["log_offset"]
+            offset = state.get("log_offset", 0)
         self._logs.open(offset, self._position.step, description)
         if not there:
             self._save()

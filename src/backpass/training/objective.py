@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
+from backpass.numbers import is_number
 from backpass.training.batches import Batch
 
 __all__ = ["CrossEntropy", "Evaluated", "Loss", "Objective", "PerSample", "Plain", "correct"]
@@ -118,7 +120,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
+        if not (is_number(self.label_smoothing) and 0 <= self.label_smoothing <= 1):
             raise BackpassError(f"label_smoothing is in [0, 1], got {self.label_smoothing!r}.")
 
     def losses(self, output: Tensor, y: Tensor) -> Tensor:
@@ -140,10 +142,23 @@ class CrossEntropy:
         return Evaluated(loss=loss, correct=correct(output, batch.y), again=again)
 
     def _of(self, output: Tensor, y: Tensor, reduction: str) -> Tensor:
-        if not isinstance(output, Tensor) or output.dim() != 2:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if (
+            not isinstance(output, Tensor)
+            or output.dim() != 2
+            or len(output) != len(y)
+            or not output.is_floating_point()
+        ):
+            got = f"{tuple(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
             raise BackpassError(
-                f"cross-entropy needs logits (B, K), got {got}: wrap the model so that it returns them, or give "
-                "objective=PerSample(loss) with a loss of your own."
+                f"cross-entropy needs logits (B, K), got {got} for {len(y)} labels: wrap the model so that it returns "
+                "them, or give objective=PerSample(loss) with a loss of your own."
             )
-        return F.cross_entropy(output, y, reduction=reduction, label_smoothing=self.label_smoothing)
+        if y.dim() == 1 and y.dtype not in (torch.int64, torch.uint8):
+            raise BackpassError(f"labels are int64 or uint8, got {y.dtype}: convert them (y.long()).")
+        try:
+            return F.cross_entropy(output, y, reduction=reduction, label_smoothing=self.label_smoothing)
+        except IndexError as error:  # of a Dataset labels are not known before
+            raise BackpassError(
+                f"labels are in 0..{output.shape[1] - 1} for a model of {output.shape[1]} outputs, and these are "
+                f"{int(y.min())} to {int(y.max())}: number the classes from 0, or give the model more outputs."
+            ) from error

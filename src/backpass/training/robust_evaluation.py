@@ -13,6 +13,7 @@ from backpass.attacks import Attack
 from backpass.attacks.checks import NotFiniteLogitsError
 from backpass.attacks.guard import leave_no_trace
 from backpass.errors import BackpassError
+from backpass.numbers import is_number, is_whole
 from backpass.training.adversarial_examples import local_model
 
 __all__ = ["RobustEvaluation"]
@@ -51,18 +52,21 @@ class RobustEvaluation:
     batch_size: int = field(default=256, kw_only=True)
 
     def __post_init__(self) -> None:
-        for attack in (self.attack, self.training_attack):
-            if attack is not None and (not isinstance(attack, Attack) or attack.targeted):
+        given = (self.attack,) if self.training_attack is None else (self.attack, self.training_attack)
+        for attack in given:
+            if not isinstance(attack, Attack) or attack.targeted:
                 raise BackpassError(
                     f"robustness is judged by an untargeted attack such as PGD(eps=8/255); got {attack!r}."
                 )
         for name, value in (("images", self.images), ("batch_size", self.batch_size)):
             if value is None and name == "images":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value, 1):
                 raise BackpassError(f"{name} is a whole number of at least 1, got {value!r}.")
-        if not 0 < self.collapse < 1:
+        if not (is_number(self.collapse) and 0 < self.collapse < 1):
             raise BackpassError(f"collapse is a share in (0, 1), got {self.collapse!r}.")
+        if not isinstance(self.stop, bool):
+            raise BackpassError(f"stop is True or False, got {self.stop!r}.")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
         """The metrics of a model on the first of some images.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.numbers import is_number, is_whole
 from backpass.rules import Rule, unwrap
 from backpass.training.averaging import Average
 from backpass.training.batches import Prepare, to_unit_interval
@@ -27,6 +27,8 @@ from backpass.training.sources import Data, Source
 __all__ = ["Settings"]
 
 _COUNTS = ("epochs", "batch_size", "accumulate", "log_every", "evaluate_every", "robust_every", "keep")
+_SWITCHES = ("drop_last", "normalize_gradient", "tensorboard")
+_CALLED = {"prepare": False, "prepare_evaluation": True, "robust": True, "on_progress": True}  # whether it may be None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +76,14 @@ class Settings:
     description: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         self._check_numbers()
         self._check_objective()
         self._check_optimizer()
         object.__setattr__(self, "source", Source(self.data))
         object.__setattr__(self, "evaluated", None if self.evaluation is None else Source(self.evaluation))
+        if self.robust is not None and self.evaluated is not None and self.evaluated.tensors is None:
+            raise BackpassError("robust needs the evaluation set as tensors: evaluation=(x, y).")
         object.__setattr__(self, "averaged", None if self.average is None else Average.parse(self.average))
         # Now, before a run moves rates and weights.
         object.__setattr__(self, "description", self._describe())
@@ -93,16 +98,41 @@ class Settings:
         """The run's folder."""
         return None if self.folder is None else Path(self.folder)
 
+    def _check_kinds(self) -> None:
+        """What is not even of the kind that is meant."""
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise BackpassError(f"{name} is True or False, got {getattr(self, name)!r}.")
+        for name, optional in _CALLED.items():
+            value = getattr(self, name)
+            if not (callable(value) or (optional and value is None)):
+                raise BackpassError(f"{name} is a function{' or None' if optional else ''}, got {value!r}.")
+        if not isinstance(self.compile, bool | Mapping):
+            raise BackpassError(f"compile is True, False or a dict of torch.compile's arguments, got {self.compile!r}.")
+        if not (is_whole(self.seed, -(2**63)) and self.seed < 2**64):
+            raise BackpassError(f"seed is a whole number of 64 bits, got {self.seed!r}.")
+        if not isinstance(self.folder, str | Path | None):
+            raise BackpassError(f"folder is a path, or None to write nothing; got {self.folder!r}.")
+        if not isinstance(self.optimizer, Optimizer):
+            raise BackpassError(
+                f"optimizer is one of torch's, such as torch.optim.SGD(model.parameters(), lr=0.1); got "
+                f"{self.optimizer!r}."
+            )
+        if self.scheduler is not None and not all(
+            callable(getattr(self.scheduler, name, None)) for name in ("step", "state_dict", "load_state_dict")
+        ):
+            raise BackpassError(f"scheduler is one of torch's, or has its methods, or None; got {self.scheduler!r}.")
+
     def _check_numbers(self) -> None:
         for name in (*_COUNTS, "checkpoint_every"):
             value = getattr(self, name)
             if value is None and name == "checkpoint_every":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value, 1):
                 raise BackpassError(f"{name} is an int of at least 1, got {value!r}.")
         for name, above in (("clip_norm", 0.0), ("diverged_above", 1.0)):
             value = getattr(self, name)
-            if value is not None and not above < value < math.inf:
+            if value is not None and not (is_number(value) and value > above):
                 raise BackpassError(f"{name} is a finite number above {above:g}, or None; got {value!r}.")
         if self.step_scheduler not in ("step", "epoch"):
             raise UnknownNameError("step_scheduler", str(self.step_scheduler), ("step", "epoch"))
@@ -117,6 +147,8 @@ class Settings:
             raise BackpassError(f"dtype of autocast is torch.bfloat16, torch.float16 or None, got {self.dtype!r}.")
         if self.robust is not None and self.evaluation is None:
             raise BackpassError("robust is measured on the evaluation set: give evaluation=(x, y) too.")
+        if isinstance(self.scheduler, ReduceLROnPlateau) and self.step_scheduler == "step":
+            raise BackpassError('ReduceLROnPlateau looks at the loss of an epoch: leave step_scheduler="epoch".')
         if self.folder is None and (self.checkpoint_every is not None or self.tensorboard):
             raise BackpassError("checkpoints and logs need a place: give folder=... too.")
         if not isinstance(self.rules, Sequence) or not all(isinstance(rule, Rule) for rule in self.rules):
@@ -143,6 +175,10 @@ class Settings:
                 f"{strange} of the {len(held)} tensors that the optimizer holds are no parameters of the model: make "
                 "the optimizer from model.parameters(), after the model was moved or copied."
             )
+        if not any(p.requires_grad for p in held):
+            raise BackpassError("all parameters of the optimizer are frozen: requires_grad_() those to be learned.")
+        if self.device.type == "meta":
+            raise BackpassError("the model is on the device meta, which holds no numbers: move it with to_empty().")
         if isinstance(self.optimizer, LBFGS):
             raise BackpassError("LBFGS calls the objective several times a step, which the trainer does not do.")
         if getattr(self.scheduler, "optimizer", self.optimizer) is not self.optimizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -42,14 +42,18 @@ class Source:
         if isinstance(data, TensorDataset) and len(data.tensors) == 2:
             data = (data.tensors[0], data.tensors[1])
         if isinstance(data, tuple | list):
-            if len(data) != 2 or not all(isinstance(one, Tensor) for one in data) or len(data[0]) != len(data[1]):
+            if len(data) != 2 or not all(map(_has_rows, data)) or len(data[0]) != len(data[1]):
                 raise BackpassError(
                     "data must be a pair (x, y) of tensors with as many rows each, a Dataset or a DataLoader; got "
-                    + ", ".join(f"{type(one).__name__} {tuple(getattr(one, 'shape', ()))}" for one in data)
+                    + ", ".join(map(_words, data))
                     + "."
                 )
             data = (data[0], data[1])
-        elif isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        elif (
+            isinstance(data, IterableDataset | str | bytes | Mapping | Tensor)
+            or not hasattr(data, "__getitem__")
+            or not hasattr(data, "__len__")
+        ):
             raise BackpassError(
                 f"data of type {type(data).__name__} has no samples by position, so no order could be drawn and no "
                 "run resumed: give (x, y), a map-style Dataset (__getitem__ and __len__), or a DataLoader of one."
@@ -99,8 +103,27 @@ class Source:
             **self._workers,
         )
         for pair in islice(loader, start if self._workers["num_workers"] else 0, None):
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(one, Tensor) for one in pair):
+                got = f"{type(pair).__name__} of {len(pair)}" if hasattr(pair, "__len__") else type(pair).__name__
+                raise BackpassError(
+                    "a sample of the data must be a pair (x, y) that can be put together as tensors; a batch of "
+                    f"{type(self._data).__qualname__} is a {got}. Give a Dataset of pairs, or a DataLoader with a "
+                    "collate_fn that gives a pair of tensors."
+                )
             x, y = pair
             yield _to(x, device), _to(y, device)
+
+
+def _has_rows(one: object) -> bool:
+    return isinstance(one, Tensor) and one.dim() > 0 and one.layout == torch.strided and one.device.type != "meta"
+
+
+def _words(one: object) -> str:
+    """A tensor, or what came instead of one."""
+    if not isinstance(one, Tensor):
+        return type(one).__name__
+    kind = "" if one.layout == torch.strided else "sparse "
+    return f"{kind}Tensor {tuple(one.shape)}" + (" on meta" if one.device.type == "meta" else "")
 
 
 def _beside(tensor: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:

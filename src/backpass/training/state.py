@@ -83,8 +83,19 @@ class RunState:
         """Go on from a checkpoint.
 
         Raises:
-            BackpassError: it is of a run with other settings; the message names them.
+            BackpassError: it is of a run with other settings, which the message names, or lacks something.
         """
+        try:
+            self._load(state)
+        except BackpassError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise BackpassError(
+                f"the checkpoint lacks what a run needs ({type(error).__name__}: {error}): it is of another program "
+                "or of another version of backpass. Start anew in another folder, with the version at hand."
+            ) from error
+
+    def _load(self, state: dict[str, Any]) -> None:
         settings, position, model = self.settings, self.position, self._model
         self._refuse_others(state["settings"])
         position.epoch, position.within, position.step = state["position"]
@@ -113,7 +124,7 @@ class RunState:
         epochs, average = before["epochs"], self.settings.averaged
         whole = average is not None and average.kind == "polyak"
         if self.settings.epochs < epochs or (whole and self.settings.epochs != epochs):
-            others.append(f"epochs: was {epochs}, is {self.settings.epochs}")
+            others.append(f"epochs: was {epochs}, is {self.settings.epochs} (they may only grow)")
         if others:
             raise BackpassError(
                 "the checkpoint is of a run with other settings: "

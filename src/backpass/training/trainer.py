@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from backpass.errors import BackpassError
 from backpass.rules import Attached, ProxProp, Rule, unwrap
 from backpass.training.batches import mixed
 from backpass.training.interruption import Interruption
@@ -98,7 +99,10 @@ class Trainer(Settings):
                 already, or data and model do not fit.
             Interrupted: by Ctrl-C or SIGTERM, with how to go on; it is a ``KeyboardInterrupt``.
         """
+        if resume not in (True, False, "auto"):
+            raise BackpassError(f'resume is True, False or "auto", got {resume!r}.')
         with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
             stack.enter_context(joined(self.device))
             interruption = stack.enter_context(Interruption())
             gpu = [self.device] if self.device.type == "cuda" else []

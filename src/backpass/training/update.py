@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from backpass.errors import BackpassError
 from backpass.rules import Attached
 from backpass.training.batches import Batch
 from backpass.training.measuring import Measuring, halves
@@ -69,6 +70,11 @@ class Update:
             with self._without_exchange(batch is not parts[-1]):
                 with self.autocast():
                     evaluated = self._objective(self._model, batch, self.plain)
+                if not evaluated.loss.requires_grad:
+                    raise BackpassError(
+                        "the loss does not depend differentiably on a parameter: the model or the objective detaches, "
+                        "or works under no_grad."
+                    )
                 loss = evaluated.loss if weight == 1 else evaluated.loss * weight
                 torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
             for name, value in {"loss": evaluated.loss, **evaluated.metrics}.items():

@@ -59,6 +59,10 @@ def complete(recipe: Recipe) -> Named:
         UnknownNameError: a name means nothing; the nearest that does is named.
         BackpassError: a value is out of its range, or two do not go together.
     """
+    for name, least in (("limit", 1), ("robust_images", 1), ("seed", -(2**63))):
+        value = getattr(recipe, name)
+        if value is not None and not least <= value < 2**63:
+            raise BackpassError(f"{name} is a whole number of at least {least}, of 64 bits; got {value}.")
     for name in ("trades", "adversary_rule"):
         if getattr(recipe, name) is not None and recipe.adversary is None:
             raise BackpassError(f"{name} is for adversarial training: give an adversary too, as in pgd:eps=8/255.")

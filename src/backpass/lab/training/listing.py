@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.training.recipe import read_recipe
 
 __all__ = ["SORTED_BY", "Run", "find_runs", "sort_runs"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,13 @@ def find_runs(places: Iterable[Path]) -> list[Run]:
         here = sorted(place.rglob("run.json"))
         if not here:
             raise BackpassError(f"there is no training run in {place}: a run has a file run.json.")
-        found |= {file.resolve(): _read(file.parent) for file in here}
+        for file in here:
+            try:
+                found[file.resolve()] = _read(file.parent)
+            except BackpassError as error:
+                if len(here) == 1:
+                    raise
+                _LOG.warning("%s", error)  # the others can be listed all the same
     return list(found.values())
 
 
@@ -95,30 +104,37 @@ def _read(folder: Path) -> Run:
         adversary = [recipe.get("adversary", ""), *([recipe["adversary_rule"]] if "adversary_rule" in recipe else [])]
         return Run(
             folder=str(folder),
-            status=state["status"],
-            data=recipe.get("data", ""),
-            model=recipe.get("model", settings.get("model", {}).get("type", "")),
+            status=str(state["status"]),
+            data=str(recipe.get("data", "")),
+            model=str(recipe.get("model", settings.get("model", {}).get("type", ""))),
             rule=" ".join(rules),
             adversary=" by ".join(adversary) + (f" (TRADES {recipe['trades']:g})" if "trades" in recipe else ""),
-            epoch=state["epoch"],
-            epochs=settings["epochs"],
-            loss=last.get("loss"),
-            accuracy=last.get("averaged", last.get("evaluation", {})).get("accuracy"),
-            robust_accuracy=last.get("robust", {}).get("robust_accuracy"),
+            epoch=int(state["epoch"]),
+            epochs=int(settings["epochs"]),
+            loss=_number(last.get("loss")),
+            accuracy=_number(last.get("averaged", last.get("evaluation", {})).get("accuracy")),
+            robust_accuracy=_number(last.get("robust", {}).get("robust_accuracy")),
             seconds=_seconds(folder / "timing.jsonl"),
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BackpassError(
             f"{folder / 'run.json'} is not that of a training run ({type(error).__name__}: {error}): it may be "
             "damaged, or of another program."
         ) from error
 
 
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 def _seconds(file: Path) -> float:
     """The sum over the run's starts; at each start the clock begins at 0."""
     total = last = 0.0
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        now = json.loads(line)["seconds"]
+        try:
+            now = float(json.loads(line)["seconds"])
+        except json.JSONDecodeError:
+            continue  # cut off where the run was killed
         total += last if now < last else 0.0
         last = now
     return total + last

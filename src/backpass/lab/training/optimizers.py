@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.numbers import is_number
 from backpass.rules.text import read_settings
 
 __all__ = ["OPTIMIZERS", "default_rate", "make_optimizer", "read_named"]
@@ -41,6 +42,8 @@ def make_optimizer(text: str, parameters: Iterable[nn.Parameter], lr: float) -> 
         BackpassError: a value is out of its range.
     """
     name, settings = read_named("optimizer", text, OPTIMIZERS)
+    if not (is_number(lr) and lr > 0):
+        raise BackpassError(f"the learning rate, --lr, is a finite number above 0; got {lr!r}.")
     try:
         return OPTIMIZERS[name](parameters, lr=lr, **settings)
     except (TypeError, ValueError) as error:

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR,
 
 from backpass.errors import BackpassError
 from backpass.lab.training.optimizers import read_named
+from backpass.numbers import is_number
 from backpass.training.learning_rate import ControlledLR
 
 __all__ = ["SCHEDULES", "Schedule", "make_schedule"]
@@ -79,7 +80,7 @@ def make_schedule(text: str, optimizer: Optimizer, steps: int) -> Schedule:
         BackpassError: a value is out of its range.
     """
     name, settings = read_named("scheduler", text, SCHEDULES)
-    if any(isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 for value in settings.values()):
+    if not all(is_number(value) and value > 0 for value in settings.values()):
         raise BackpassError(f"the settings of the scheduler {text!r} are numbers above 0.")
     try:
         return SCHEDULES[name](optimizer, steps, **settings)
