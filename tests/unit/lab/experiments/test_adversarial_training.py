@@ -85,7 +85,6 @@ def test_claims_are_paired_over_seeds(monkeypatch):
         "second-worse": "holds",
         "first-over-plain": "holds",
         "both-over-plain": "undecided",
-        "recipe": "does not hold",
     }
     assert all(claim.n == 3 for claim in outcome.claims)
     assert len(outcome.tables[0].rows) == len(STRATEGIES)
