@@ -19,5 +19,5 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def is_whole(value: object, least: int) -> TypeGuard[int]:
-    """Whether this is an int of at least ``least``; a bool is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether this is an int of at least ``least`` that 64 bits hold; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63

@@ -273,7 +273,7 @@ MISTAKES = {
         "Did you mean 'momentum'",
     ),
     "momentum a word": (["--data", "digits", "--model", "mlp", "--optimizer", "sgd:momentum=big"], "cannot be made"),
-    "negative lr": (["--data", "digits", "--model", "mlp", "--lr", "-1"], "cannot be made"),
+    "negative lr": (["--data", "digits", "--model", "mlp", "--lr", "-1"], "a finite number above 0"),
     "unknown scheduler": (["--data", "digits", "--model", "mlp", "--scheduler", "cosin"], "Did you mean 'cosine'"),
     "scheduler's setting": (["--data", "digits", "--model", "mlp", "--scheduler", "step:every=x"], "numbers above 0"),
     "unknown dtype": (["--data", "digits", "--model", "mlp", "--dtype", "bf16"], "Did you mean 'bfloat16'"),

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Literal
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.numbers import is_number, is_whole
 from backpass.sde.control_hjb import solve_hjb
 
 __all__ = ["LinearQuadratic", "Schedule", "optimal_lr"]
@@ -41,11 +42,13 @@ class LinearQuadratic:
 
     def __post_init__(self) -> None:
         for name, value in (("curvature", self.curvature), ("eta", self.eta), ("start", self.start)):
-            if not (math.isfinite(value) and value > 0):
+            if not (is_number(value) and value > 0):
                 raise BackpassError(f"{name} is a finite number above 0, got {value!r}.")
-        if not (math.isfinite(self.noise) and self.noise >= 0):
+        if not (is_number(self.noise) and self.noise >= 0):
             raise BackpassError(f"noise is the variance of a gradient, finite and at least 0, got {self.noise!r}.")
-        if not (math.isfinite(self.adversarial) and self.effective > 0):
+        if not is_number(self.adversarial):
+            raise BackpassError(f"adversarial is a finite number, got {self.adversarial!r}.")
+        if not self.effective > 0:
             raise BackpassError(
                 f"curvature + adversarial is the curvature at the shifted minimum, above 0; got {self.curvature:g} + "
                 f"{self.adversarial:g}: the adversary has turned the minimum into a maximum. Take a smaller eta_inner."
@@ -184,10 +187,10 @@ def optimal_lr(
     1511.06251, section 4, who control plain stochastic gradient descent.
     """
     problem = LinearQuadratic(curvature=curvature, noise=noise, eta=eta, start=start, adversarial=adversarial)
-    if not (math.isfinite(horizon) and horizon > 0):
+    if not (is_number(horizon) and horizon > 0):
         raise BackpassError(f"horizon is SDE time, steps * eta, a finite number above 0, got {horizon!r}.")
-    if points < 10 or steps < 10:
-        raise BackpassError(f"points and steps are at least 10, got {points} and {steps}.")
+    if not (is_whole(points, 10) and is_whole(steps, 10)):
+        raise BackpassError(f"points and steps are whole numbers of at least 10, got {points!r} and {steps!r}.")
     if method not in ("closed", "hjb"):
         raise UnknownNameError("method", str(method), ("closed", "hjb"))
     fixed = problem.best_fixed(horizon)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.numbers import is_number, is_whole
 from backpass.sde.inner import Direction, InnerLoop, Regulariser
 from backpass.sde.problem import Data, Loss, check_data, check_losses, check_theta
 
@@ -83,15 +84,17 @@ class AdversarialSDE:
         if not callable(self.loss):
             raise BackpassError(f"loss is a function loss(theta, x, y) -> (N,); got {type(self.loss).__name__}.")
         check_data(self.data)
-        if not (math.isfinite(self.eta_outer) and self.eta_outer > 0):
+        if not (is_number(self.eta_outer) and self.eta_outer > 0):
             raise BackpassError(
                 f"eta_outer is the learning rate, which is also the unit of the noise: > 0; got {self.eta_outer!r}."
             )
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+        if not is_whole(self.batch_size, 1):
             raise BackpassError(f"batch_size is an integer >= 1; got {self.batch_size!r}.")
         if self.mode not in ("exact", "expanded"):
             raise UnknownNameError("mode", str(self.mode), ("exact", "expanded"))
-        if self.order not in (1, 2):
+        if not isinstance(self.unrolled, bool):
+            raise BackpassError(f"unrolled is True or False; got {self.unrolled!r}.")
+        if isinstance(self.order, bool) or self.order not in (1, 2):
             raise BackpassError(f"order is 1 or 2; got {self.order!r}.")
         _ = self.inner_loop  # refuses settings out of their range
 
@@ -128,9 +131,11 @@ class AdversarialSDE:
             xi: standard normal, (..., N); times sqrt(dt) for an increment of length dt.
         """
         check_theta(theta, self.data[0])
-        if xi.shape != (*theta.shape[:-1], self.noise_dim):
+        if not isinstance(xi, Tensor) or xi.dtype != theta.dtype or xi.shape != (*theta.shape[:-1], self.noise_dim):
+            got = f"{tuple(xi.shape)} {xi.dtype}" if isinstance(xi, Tensor) else type(xi).__name__
             raise BackpassError(
-                f"xi needs a number per path and sample, {(*theta.shape[:-1], self.noise_dim)}; got {tuple(xi.shape)}."
+                f"xi needs a number per path and sample, {(*theta.shape[:-1], self.noise_dim)} {theta.dtype}; "
+                f"got {got}."
             )
         return self._over_paths(self._noise, theta, xi)
 
@@ -169,10 +174,21 @@ class AdversarialSDE:
         if index is None:
             shape = (*theta.shape[:-1], self.batch_size)
             index = torch.randint(self.noise_dim, shape, generator=generator, device=theta.device)
-        elif index.shape[:-1] != theta.shape[:-1]:
-            raise BackpassError(f"index needs a batch per path, {(*theta.shape[:-1], 'B')}; got {tuple(index.shape)}.")
+        else:
+            self._check_index(index, theta)
         x, y = self.data
-        return self._over_paths(self._chain_step, theta, x[index], y[index])
+        try:
+            batch = x[index], y[index]
+        except IndexError as error:
+            raise BackpassError(f"index is in 0..{self.noise_dim - 1}: {error}.") from error
+        return self._over_paths(self._chain_step, theta, *batch)
+
+    def _check_index(self, index: Tensor, theta: Tensor) -> None:
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise BackpassError(f"index is an int64 tensor of positions in the data; got {got}.")
+        if index.ndim != theta.ndim or index.shape[:-1] != theta.shape[:-1] or not index.numel():
+            raise BackpassError(f"index needs a batch per path, {(*theta.shape[:-1], 'B')}; got {tuple(index.shape)}.")
 
     def _over_paths(self, function: Callable[..., Tensor], theta: Tensor, *rest: Tensor) -> Tensor:
         check_theta(theta, self.data[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.func import grad
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.numbers import is_number, is_whole
 
 __all__ = ["Direction", "InnerLoop", "Regulariser"]
 
@@ -46,13 +46,15 @@ class InnerLoop:
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+        if not is_whole(self.steps, 0):
             raise BackpassError(f"steps, the adversary's, is an integer >= 0 (0: plain SGD); got {self.steps!r}.")
         for name, value in (("eta_inner", self.eta), ("lam", self.lam)):
-            if not (math.isfinite(value) and value >= 0):
+            if not (is_number(value) and value >= 0):
                 raise BackpassError(f"{name} is a finite number >= 0; got {value!r}.")
-        if self.eps is not None and not (math.isfinite(self.eps) and self.eps > 0):
+        if self.eps is not None and not (is_number(self.eps) and self.eps > 0):
             raise BackpassError(f"eps, the radius of the ball, is a finite number > 0, or None; got {self.eps!r}.")
+        if self.regulariser is not None and not callable(self.regulariser):
+            raise BackpassError(f"regulariser is a function (N, ...) -> (N,), or None; got {self.regulariser!r}.")
         if self.regulariser is not None and self.lam == 0:
             raise BackpassError("a regulariser without its weight does nothing: give lam > 0 too.")
         if not callable(self.direction) and self.direction not in ("gradient", "sign"):

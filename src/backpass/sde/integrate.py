@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.numbers import is_number, is_whole
 from backpass.sde.dynamics import AdversarialSDE
 
 __all__ = ["SDE", "ItoSDE", "Paths", "integrate", "run_chain"]
@@ -108,7 +109,7 @@ def integrate(
     if method not in ("heun", "euler"):
         raise UnknownNameError("method", str(method), ("heun", "euler"))
     theta = _start(theta0, paths)
-    if not (math.isfinite(t) and t > 0):
+    if not (is_number(t) and t > 0):
         raise BackpassError(f"t is the final time, > 0; got {t!r}.")
     dt = _step_length(sde, dt, method, coarse)
     records = _check_record(record)
@@ -153,8 +154,8 @@ def run_chain(
         BackpassError: a setting is out of its range.
     """
     theta, records = _start(theta0, paths), _check_record(record)
-    if steps < 1 or steps % records:
-        raise BackpassError(f"steps is a positive multiple of record={records}; got {steps}.")
+    if not is_whole(steps, 1) or steps % records:
+        raise BackpassError(f"steps is a positive multiple of record={records}; got {steps!r}.")
 
     def advance(theta: Tensor) -> Tensor:
         for _ in range(steps // records):
@@ -172,6 +173,8 @@ def _record(
     interval: float,
     observe: Observe | None,
 ) -> Paths:
+    if observe is not None and not callable(observe):
+        raise BackpassError(f"observe is a function (..., P) -> (...), or None; got {observe!r}.")
     observe = observe or (lambda theta: theta)
     values = [observe(theta)] if with_start else []
     for _ in range(records):
@@ -189,22 +192,22 @@ def _start(theta0: Tensor, paths: int | None) -> Tensor:
         raise BackpassError("theta0 has values that are NaN or infinite.")
     if paths is None:
         return theta0
-    if theta0.ndim != 1 or paths < 1:
+    if theta0.ndim != 1 or not is_whole(paths, 1):
         raise BackpassError(
-            f"paths >= 1 starts that many at one theta0 of shape (P,); got paths={paths}, shape {tuple(theta0.shape)}."
+            f"paths >= 1 starts that many at one theta0 of shape (P,); got {paths!r} and shape {tuple(theta0.shape)}."
         )
     return theta0.expand(paths, -1)
 
 
 def _check_record(record: int | None) -> int:
-    if record is not None and record < 1:
+    if record is not None and not is_whole(record, 1):
         raise BackpassError(f"record is how many equal intervals, >= 1, or None; got {record!r}.")
     return record or 1
 
 
 def _step_length(sde: SDE, dt: float | None, method: Method, coarse: bool) -> float:
     """The given dt or its default, unless it would lose the order of the SDE."""
-    if dt is not None and not (math.isfinite(dt) and dt > 0):
+    if dt is not None and not (is_number(dt) and dt > 0):
         raise BackpassError(f"dt is the length of a step, > 0; got {dt!r}.")
     if not isinstance(sde, AdversarialSDE):
         if dt is None:

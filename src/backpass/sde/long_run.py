@@ -71,6 +71,8 @@ def stationary(sde: AdversarialSDE, theta0: Tensor, *, degenerate: bool = False)
         >>> round(law.rate, 3)
         0.512
     """
+    if not isinstance(sde, AdversarialSDE):
+        raise BackpassError(f"stationary takes an AdversarialSDE, got {type(sde).__name__}.")
     check_theta(theta0, sde.data[0])
     if theta0.ndim != 1:
         raise BackpassError(f"theta0 is one start (P,) for Newton's method, got shape {tuple(theta0.shape)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.numbers import is_number, is_whole
 
 __all__ = ["GaussianRegression", "Moments"]
 
@@ -66,16 +66,25 @@ class GaussianRegression:
 
     def __post_init__(self) -> None:
         s = self.covariance
-        if s.ndim != 2 or s.shape[0] != s.shape[1] or not torch.allclose(s, s.mT) or not (self._basis[0] > 0).all():
+        if not isinstance(s, Tensor) or not s.is_floating_point():
+            raise BackpassError(f"covariance is a floating-point matrix (d, d); got {s!r}.")
+        if (
+            s.ndim != 2
+            or not s.numel()
+            or s.shape[0] != s.shape[1]
+            or not torch.allclose(s, s.mT)
+            or not (self._basis[0] > 0).all()
+        ):
             raise BackpassError(
                 f"covariance is a symmetric, positive definite matrix (d, d); got shape {tuple(s.shape)}."
             )
-        if not (math.isfinite(self.eta_outer) and self.eta_outer > 0):
+        if not (is_number(self.eta_outer) and self.eta_outer > 0):
             raise BackpassError(f"eta_outer is the learning rate, > 0; got {self.eta_outer!r}.")
-        if min(self.noise, self.steps, self.eta_inner) < 0 or self.batch_size < 1:
+        real = all(is_number(value) and value >= 0 for value in (self.noise, self.eta_inner))
+        if not (real and is_whole(self.steps, 0) and is_whole(self.batch_size, 1)):
             raise BackpassError(
                 "noise, steps and eta_inner are >= 0 and batch_size >= 1; got "
-                f"{self.noise}, {self.steps}, {self.eta_inner} and {self.batch_size}."
+                f"{self.noise!r}, {self.steps!r}, {self.eta_inner!r} and {self.batch_size!r}."
             )
 
     @cached_property
@@ -99,6 +108,8 @@ class GaussianRegression:
             start: at step 0.
             steps: of the outer loop, >= 0.
         """
+        if not is_whole(steps, 0):
+            raise BackpassError(f"steps is a whole number of at least 0; got {steps!r}.")
         values, _ = self._basis
         e = self.stretch * self.eta_outer
         noise = e**2 / self.batch_size
@@ -126,6 +137,10 @@ class GaussianRegression:
         """
         if mode not in ("exact", "expanded"):
             raise UnknownNameError("mode", str(mode), ("exact", "expanded"))
+        if isinstance(order, bool) or order not in (1, 2):
+            raise BackpassError(f"order is 1 or 2; got {order!r}.")
+        if not (is_number(t) and t >= 0):
+            raise BackpassError(f"t is a finite time of at least 0; got {t!r}.")
         values, _ = self._basis
         q = self.stretch if mode == "exact" else 1.0
         rates = q * values
@@ -149,6 +164,9 @@ class GaussianRegression:
     def _apply(self, start: Moments, mean: Tensor, pairs: Tensor, diagonal: Tensor) -> Moments:
         """Multiply in the eigenbasis: the mean, the entries off the diagonal, and (diagonal, 1)."""
         _, vectors = self._basis
+        if not isinstance(start, Moments) or start.second.shape != self.covariance.shape:
+            got = tuple(start.second.shape) if isinstance(start, Moments) else type(start).__name__
+            raise BackpassError(f"start is of type Moments, of {len(vectors)} parameters; got {got}.")
         second = vectors.mT @ start.second @ vectors
         one = torch.ones_like(second[0, :1])
         own = (diagonal @ torch.cat([second.diagonal(), one]))[:-1]

@@ -40,8 +40,12 @@ def from_module(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor])
     Raises:
         BackpassError: the model has no trainable parameter, or a layer that mixes or drops samples is training.
     """
+    if not isinstance(model, nn.Module) or not callable(criterion):
+        raise BackpassError(
+            f"a network and a criterion of its output and y are needed; got {model!r} and {criterion!r}."
+        )
     for path, module in model.named_modules():
-        mixing = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
+        mixing = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd | nn.RReLU)
         if mixing and module.training:
             raise BackpassError(
                 f"the loss of a sample must depend on it alone and on no chance, but {path!r} "
@@ -111,6 +115,8 @@ def check_theta(theta: Tensor, like: Tensor) -> Tensor:
     if not isinstance(theta, Tensor) or theta.ndim not in (1, 2) or theta.numel() == 0:
         got = tuple(theta.shape) if isinstance(theta, Tensor) else type(theta).__name__
         raise BackpassError(f"theta is a vector (P,), or one per path (M, P); got {got}.")
+    if theta.device != like.device:
+        raise BackpassError(f"theta is on {theta.device} but the data are on {like.device}: move one of them.")
     if theta.dtype != like.dtype:
         raise BackpassError(f"theta is {theta.dtype} but the data are {like.dtype}: convert one of them.")
     return theta

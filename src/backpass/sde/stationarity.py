@@ -67,8 +67,9 @@ def fluctuation_dissipation(
     """
     if law not in ("chain", "sde"):
         raise UnknownNameError("law", str(law), ("chain", "sde"))
-    if theta.ndim not in (2, 3):
-        raise BackpassError(f"theta holds records (R, P), or (R, M, P) of several paths; got {tuple(theta.shape)}.")
+    if not isinstance(theta, Tensor) or theta.ndim not in (2, 3):
+        got = tuple(theta.shape) if isinstance(theta, Tensor) else type(theta).__name__
+        raise BackpassError(f"theta holds records (R, P), or (R, M, P) of several paths; got {got}.")
     flat = theta.flatten(0, -2)
     away = flat - (flat.mean(0) if centre is None else centre)
     noise = sde.covariance(flat).diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -94,9 +95,11 @@ def stationarity_test(values: Tensor) -> Drifting:
     Raises:
         BackpassError: there are too few records, or they are not finite.
     """
+    if not isinstance(values, Tensor):
+        raise BackpassError(f"values are a tensor (R,), or (R, M); got {type(values).__name__}.")
     if not torch.isfinite(values).all():
         raise BackpassError("the observable has values that are NaN or infinite: a path has diverged.")
-    half, several = len(values) // 2, values.ndim == 2
+    half, several = len(values) // 2 if values.ndim else 0, values.ndim == 2
     if (
         values.ndim not in (1, 2)
         or (several and (values.shape[1] < 8 or half < 1))

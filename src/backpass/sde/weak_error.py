@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.sde.chebyshev import ChebyshevGrid
+from backpass.numbers import is_number, is_whole
+from backpass.sde.chebyshev import MOST_NODES, ChebyshevGrid
 from backpass.sde.dynamics import AdversarialSDE
 
 __all__ = ["VARIANTS", "Variant", "WeakErrors", "fit_slope", "weak_error"]
@@ -22,6 +23,7 @@ Function = Callable[[Tensor], Tensor]
 
 _MOST_BATCHES = 2000
 _BLOW_UP = 100.0
+_MOST_STEPS = 10**6
 
 
 class Variant(NamedTuple):
@@ -82,8 +84,11 @@ def fit_slope(etas: Sequence[float], errors: Sequence[float]) -> float:
     Raises:
         BackpassError: fewer than two points, or an error that is not above 0.
     """
-    if len(etas) < 2 or len(etas) != len(errors) or min(*etas, *errors) <= 0:
-        raise BackpassError(f"a slope needs two or more positive etas and errors; got {list(etas)}, {list(errors)}.")
+    lists = all(isinstance(one, Sequence) for one in (etas, errors)) and len(etas) == len(errors)
+    if not lists or len(set(etas)) < 2 or not all(is_number(one) and one > 0 for one in (*etas, *errors)):
+        raise BackpassError(
+            f"a slope needs errors at two or more etas, all above 0 and finite; got {etas!r}, {errors!r}."
+        )
     x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (etas, errors))
     x = x - x.mean()
     return ((x @ y) / (x @ x)).item()
@@ -125,7 +130,7 @@ def weak_error(
     Source: derived for this project.
     """
     chosen = _choose(variants)
-    _check(sde, bounds, theta0, functions, t, etas)
+    _check(sde, bounds, theta0, functions, t, etas, nodes)
     fine, rough = (
         [_errors(sde, ChebyshevGrid(bounds, n), theta0, functions, t, eta, chosen) for eta in etas]
         for n in (nodes, nodes - 3)
@@ -152,7 +157,7 @@ def _errors(
 ) -> list[list[float]]:
     """At one eta, by variant and function."""
     at = replace(sde, eta_outer=eta, eta_inner=sde.eta_inner / sde.eta_outer * eta)
-    values = torch.stack([function(grid.points) for function in functions.values()], 1)
+    values = torch.stack([_at_nodes(name, function, grid) for name, function in functions.items()], 1)
     read, steps = grid.interpolation(theta0), math.floor(t / eta + 1e-9)
     chain = _powers(_transfer_operator(at, grid), values, steps, read, f"the chain at eta={eta:g}")
     found = []
@@ -161,6 +166,17 @@ def _errors(
         ours = _powers(operator, values, steps, read, f"SDE {name!r} at eta={eta:g}")
         found.append((chain - ours).abs().amax(0).tolist())
     return found
+
+
+def _at_nodes(name: str, function: Function, grid: ChebyshevGrid) -> Tensor:
+    values = function(grid.points)
+    if not isinstance(values, Tensor) or values.shape != grid.points.shape[:1] or not values.isfinite().all():
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise BackpassError(
+            f"function {name!r} must give a finite number per row of theta, shape ({len(grid.points)},), everywhere in "
+            f"the box; got {got}."
+        )
+    return values
 
 
 def _powers(operator: Tensor, values: Tensor, steps: int, read: Tensor, what: str) -> Tensor:
@@ -209,9 +225,13 @@ def _generator(sde: AdversarialSDE, grid: ChebyshevGrid, variant: Variant) -> Te
 
 def _choose(variants: Mapping[str, Variant] | Sequence[str]) -> dict[str, Variant]:
     if isinstance(variants, Mapping):
+        if not variants or not all(isinstance(one, Variant) for one in variants.values()):
+            raise BackpassError(f"variants are one or more of type Variant by name; got {variants!r}.")
         return dict(variants)
+    if isinstance(variants, str) or not isinstance(variants, Sequence) or not variants:
+        raise BackpassError(f"variants are names of {list(VARIANTS)}, one or more; got {variants!r}.")
     for name in variants:
-        if name not in VARIANTS:
+        if not isinstance(name, str) or name not in VARIANTS:
             raise UnknownNameError("variant", str(name), VARIANTS)
     return {name: VARIANTS[name] for name in variants}
 
@@ -223,18 +243,37 @@ def _check(
     functions: Mapping[str, Function],
     t: float,
     etas: Sequence[float],
+    nodes: int,
 ) -> None:
+    if not isinstance(sde, AdversarialSDE) or not isinstance(theta0, Tensor):
+        raise BackpassError(
+            f"weak_error takes an AdversarialSDE and a tensor theta0; got {type(sde).__name__} and "
+            f"{type(theta0).__name__}."
+        )
     if any(part.dtype != torch.float64 or part.device.type != "cpu" for part in (sde.data[0], theta0)):
         raise BackpassError("weak errors go down to 1e-8: give data and theta0 in float64, on the CPU.")
+    if not isinstance(bounds, Sequence) or not all(
+        isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair)) for pair in bounds
+    ):
+        raise BackpassError(f"bounds are finite pairs (low, high), one per parameter; got {bounds!r}.")
     inside = theta0.shape == (len(bounds),) and all(
         low <= value <= high for value, (low, high) in zip(theta0.tolist(), bounds, strict=True)
     )
     if not inside:
         raise BackpassError(f"theta0 is a point of the box, of shape ({len(bounds)},); got {theta0.tolist()}.")
-    if not functions:
-        raise BackpassError("functions has no test function.")
-    if not etas or not all(math.isfinite(eta) and 0 < eta <= t for eta in etas):
-        raise BackpassError(f"etas are learning rates in (0, t={t:g}]; got {list(etas)}.")
+    if not isinstance(functions, Mapping) or not functions or not all(map(callable, functions.values())):
+        raise BackpassError(f"functions are test functions by name, one or more; got {functions!r}.")
+    if not (is_number(t) and t > 0):
+        raise BackpassError(f"t is the horizon, a finite number above 0; got {t!r}.")
+    if not isinstance(etas, Sequence) or not etas or not all(is_number(eta) and 0 < eta <= t for eta in etas):
+        raise BackpassError(f"etas are learning rates in (0, t={t:g}]; got {etas!r}.")
+    if t / min(etas) > _MOST_STEPS:
+        raise BackpassError(
+            f"t={t:g} is {t / min(etas):.3g} steps at eta={min(etas):g}, and the limit is {_MOST_STEPS:,}: take a "
+            "nearer horizon or larger etas."
+        )
+    if not (is_whole(nodes, 7) and nodes <= MOST_NODES):
+        raise BackpassError(f"nodes is a whole number per dimension, 7 to {MOST_NODES}; got {nodes!r}.")
     batches = math.comb(sde.noise_dim + sde.batch_size - 1, sde.batch_size)
     if batches > _MOST_BATCHES:
         raise BackpassError(

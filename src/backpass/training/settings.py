@@ -109,7 +109,7 @@ class Settings:
                 raise BackpassError(f"{name} is a function{' or None' if optional else ''}, got {value!r}.")
         if not isinstance(self.compile, bool | Mapping):
             raise BackpassError(f"compile is True, False or a dict of torch.compile's arguments, got {self.compile!r}.")
-        if not (is_whole(self.seed, -(2**63)) and self.seed < 2**64):
+        if not is_whole(self.seed, -(2**63)):
             raise BackpassError(f"seed is a whole number of 64 bits, got {self.seed!r}.")
         if not isinstance(self.folder, str | Path | None):
             raise BackpassError(f"folder is a path, or None to write nothing; got {self.folder!r}.")

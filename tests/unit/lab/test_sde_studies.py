@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from backpass import BackpassError, cli
-from backpass.lab.experiments.sde import compare, weak_error
+from backpass.lab.experiments.sde import compare, control, long_run, weak_error
 from backpass.lab.experiments.sde.compare_result import describe, gap, tolerance
 from backpass.lab.experiments.sde.tanh_network import make_problem
 from backpass.sde import VARIANTS
@@ -91,3 +91,20 @@ def test_the_comparison_writes_its_page(tmp_path):
     assert ended.exit_code == 0, ended.output
     result = json.loads((tmp_path / "result.json").read_text())
     assert {series["id"] for series in result["series"]} == {"gradient-penalty", "expected-loss", "adversarial-loss"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: compare.Study(t=float("nan")),
+        lambda: compare.Study(eta=0.0),
+        lambda: compare.Study(t=float("inf")),
+        lambda: long_run.Study(relaxations=float("inf")),
+        lambda: long_run.Study(relaxations=1e30),
+        lambda: weak_error.measure(weak_error.Study(t=float("inf"))),
+        lambda: control.measure(control.Study(t=1e30)),
+    ],
+)
+def test_a_horizon_without_end_is_refused(make):
+    with pytest.raises(BackpassError):
+        make()

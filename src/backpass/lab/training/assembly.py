@@ -22,6 +22,7 @@ from backpass.lab.training.optimizers import default_rate, make_optimizer
 from backpass.lab.training.parts import Parts
 from backpass.lab.training.recipe import Recipe
 from backpass.lab.training.schedules import make_schedule
+from backpass.numbers import is_whole
 from backpass.rules import BP, ProxProp, Rule
 from backpass.training import AdversarialTraining, CrossEntropy, Progress, RobustEvaluation, Trainer
 
@@ -61,7 +62,7 @@ def complete(recipe: Recipe) -> Named:
     """
     for name, least in (("limit", 1), ("robust_images", 1), ("seed", -(2**63))):
         value = getattr(recipe, name)
-        if value is not None and not least <= value < 2**63:
+        if value is not None and not is_whole(value, least):
             raise BackpassError(f"{name} is a whole number of at least {least}, of 64 bits; got {value}.")
     for name in ("trades", "adversary_rule"):
         if getattr(recipe, name) is not None and recipe.adversary is None:

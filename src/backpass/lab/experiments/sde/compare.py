@@ -11,10 +11,14 @@ from torch import Tensor
 
 from backpass.errors import BackpassError
 from backpass.lab.experiments.sde.tanh_network import make_problem
+from backpass.lab.threads import one_thread
+from backpass.numbers import is_number
 from backpass.sde import AdversarialSDE, integrate, run_chain
 from backpass.sde.generator import generator
 
 __all__ = ["QUANTITIES", "Measured", "Study", "measure"]
+
+_MOST_STEPS = 10**6
 
 Progress = Callable[[str, float], None]
 """Called with what is going on and with the part that is done, in [0, 1]."""
@@ -56,6 +60,11 @@ class Study:
             raise BackpassError(
                 f"compare needs an adversary, steps >= 1, and paths >= 2; got {self.steps} and {self.paths}."
             )
+        if not all(is_number(one) and one > 0 for one in (self.t, self.eta)) or self.t / self.eta > _MOST_STEPS:
+            raise BackpassError(
+                f"t and eta are finite numbers above 0, and t / eta at most {_MOST_STEPS:,} steps; got "
+                f"t={self.t:g} and eta={self.eta:g}."
+            )
         chain = round(self.t / self.eta)
         if abs(chain * self.eta - self.t) > 1e-9 * self.t or chain % self.records:
             fitting = max(1, round(chain / self.records)) * self.records * self.eta
@@ -85,6 +94,7 @@ class Measured:
     seconds: float
 
 
+@one_thread()
 def measure(study: Study, progress: Progress = lambda what, part: None) -> Measured:
     """Run both chains and their SDEs from one start; the chains' paths see the same batches in pairs.
 
@@ -92,7 +102,6 @@ def measure(study: Study, progress: Progress = lambda what, part: None) -> Measu
         BackpassError: a setting is out of its range.
     """
     began = time.perf_counter()
-    torch.set_num_threads(1)
     trained, start = make_problem(
         seed=study.seed,
         samples=study.samples,

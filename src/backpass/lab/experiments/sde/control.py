@@ -7,11 +7,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from backpass.errors import BackpassError
 from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
 from backpass.lab.statistics import Interval
+from backpass.lab.threads import one_thread
 from backpass.sde import Schedule, optimal_lr
 
 __all__ = ["Measured", "Study", "describe", "measure"]
+
+_MOST_STEPS = 10**6
 
 _POINTS = 200
 """Of each curve."""
@@ -59,6 +63,7 @@ class Measured:
     seconds: float
 
 
+@one_thread()
 def measure(study: Study) -> Measured:
     """Both schedules, and the chain's risk under them.
 
@@ -71,6 +76,10 @@ def measure(study: Study) -> Measured:
     closed = optimal_lr(**problem, horizon=horizon)
     numeric = optimal_lr(**problem, horizon=horizon, method="hjb")
     steps = max(1, round(horizon / study.eta))
+    if steps > _MOST_STEPS:
+        raise BackpassError(
+            f"t / eta is {steps:.3g} steps of the chain, and the limit is {_MOST_STEPS:,}: take a smaller t."
+        )
     return Measured(
         study=study,
         closed=closed,

@@ -14,12 +14,14 @@ from backpass.lab.claims import Claim, judge_within
 from backpass.lab.experiments.sde.regression import choose, squared_loss
 from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
 from backpass.lab.statistics import Interval, mean_interval
+from backpass.lab.threads import one_thread
 from backpass.sde import AdversarialSDE, Stationary, fluctuation_dissipation, run_chain, stationarity_test, stationary
 from backpass.sde.stationarity import Balance, Drifting
 
 __all__ = ["Measured", "Study", "describe", "measure"]
 
 _SOURCE = "derived for this project in the setting of Gu and Guo, arXiv 2105.08037"
+_LONGEST = 10_000
 _TOLERANCE = 0.1
 """The part by which a prediction of order eta may be off."""
 
@@ -51,10 +53,10 @@ class Study:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.paths < 8 or self.records < 8 or not self.relaxations >= 2:
+        if self.paths < 8 or self.records < 8 or not 2 <= self.relaxations <= _LONGEST:
             raise BackpassError(
-                f"a long run takes at least 8 paths, 8 records and 2 relaxation times; got {self.paths}, "
-                f"{self.records} and {self.relaxations:g}."
+                f"a long run takes at least 8 paths, 8 records and 2 relaxation times, at most {_LONGEST:,}; got "
+                f"{self.paths}, {self.records} and {self.relaxations:g}."
             )
 
 
@@ -85,6 +87,7 @@ class Measured:
     seconds: float
 
 
+@one_thread()
 def measure(study: Study) -> Measured:
     """Predict the stationary law, and run the chain into it.
 
@@ -92,7 +95,6 @@ def measure(study: Study) -> Measured:
         BackpassError: a setting is out of its range, or there is no stationary law.
     """
     began = time.perf_counter()
-    torch.set_num_threads(1)
     problem = choose(study.dimension)
     sde = AdversarialSDE(
         squared_loss,

@@ -15,6 +15,7 @@ from backpass.lab.claims import Claim, Direction, judge
 from backpass.lab.experiments.sde.regression import choose, squared_loss
 from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
 from backpass.lab.statistics import Interval
+from backpass.lab.threads import one_thread
 from backpass.sde import VARIANTS, AdversarialSDE, WeakErrors, weak_error
 
 __all__ = ["FUNCTIONS", "Measured", "Study", "describe", "measure"]
@@ -81,6 +82,7 @@ class Measured:
     seconds: float
 
 
+@one_thread()
 def measure(study: Study) -> Measured:
     """Every SDE against the chain at every learning rate.
 
@@ -88,7 +90,6 @@ def measure(study: Study) -> Measured:
         BackpassError: a setting is out of its range, or the adversary drives the chain out of the oracle's box.
     """
     began = time.perf_counter()
-    torch.set_num_threads(1)
     problem = choose(study.dimension)
     errors = weak_error(
         AdversarialSDE(

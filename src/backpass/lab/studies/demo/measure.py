@@ -17,6 +17,7 @@ from backpass.lab.models import MODELS, build
 from backpass.lab.models.text import read_model
 from backpass.lab.statistics import geometric_interval
 from backpass.lab.studies.demo.fit import Run, fit, gradient
+from backpass.lab.threads import one_thread
 from backpass.rules import parse_rule
 
 __all__ = ["SCALES", "Demo", "Measured", "measure"]
@@ -117,12 +118,9 @@ def measure(demo: Demo, progress: Progress = lambda what, part: None) -> Measure
     Raises:
         BackpassError: the first rule diverged at every rate, so that there is no network to attack.
     """
-    began, threads = time.perf_counter(), torch.get_num_threads()
-    torch.set_num_threads(1)  # networks this small lose time on more, and sums must not depend on the machine
-    try:
+    began = time.perf_counter()
+    with one_thread():
         return _measure(demo, progress, began)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measure(demo: Demo, progress: Progress, began: float) -> Measured:

@@ -1,0 +1,30 @@
+"""Measuring on one thread leaves the number of threads as it was."""
+
+import pytest
+import torch
+
+from backpass.lab.experiments.sde import compare, control, long_run, weak_error
+from backpass.lab.threads import one_thread
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_inside_and_as_many_as_before_afterwards(threads):
+    with pytest.raises(ZeroDivisionError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == 3
+
+
+def test_the_studies_of_the_sde_leave_it(threads):
+    weak_error.measure(weak_error.Study(t=0.04, halvings=1))
+    control.measure(control.Study(t=1.0))
+    long_run.measure(long_run.Study(dimension=1, paths=8, relaxations=2.0, eta=0.1))
+    compare.measure(compare.Study(paths=2, t=0.3, records=3, points=2))
+    assert torch.get_num_threads() == 3
