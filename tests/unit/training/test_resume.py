@@ -113,7 +113,15 @@ def test_the_seed_names_the_run_and_the_callers_random_numbers_stay():
     assert run(4) != first
 
 
-def test_the_second_signal_stops_at_once(tmp_path):
+@pytest.fixture
+def heeded():
+    """Ctrl-C is heeded, also where the shell that started the tests has switched it off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_stops_at_once(tmp_path, heeded):
     def twice(x, batch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
