@@ -65,6 +65,8 @@ def decode(images: Iterable[Encoded]) -> Decoded:
                 pixels, size = _pixels(image, encoded.name), image.size
         except UnidentifiedImageError as error:
             raise BackpassError(f"{encoded.name} is no image that can be read: the file may be corrupt.") from error
+        except Image.DecompressionBombError as error:
+            raise BackpassError(f"{encoded.name} is too large to be an image of a data set: {error}") from error
         except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
             raise BackpassError(f"{encoded.name} is a corrupt image: {error}.") from error
         if first is None:
@@ -80,7 +82,9 @@ def decode(images: Iterable[Encoded]) -> Decoded:
         raise BackpassError("there are no images to decode.")
     channels = max(part.shape[2] for part in parts)
     pixels = torch.stack([part.expand(-1, -1, channels) for part in parts])
-    return Decoded(pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), tuple(sorted(formats)))
+    return Decoded(
+        pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64), tuple(sorted(formats))
+    )
 
 
 def _pixels(image: Image, name: str) -> Tensor:

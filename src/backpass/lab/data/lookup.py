@@ -15,7 +15,7 @@ from backpass.lab.data.digits import load_digits
 from backpass.lab.data.held_out import HELD_OUT, held_out_rows
 from backpass.lab.data.hub import fetch
 from backpass.lab.data.images import Images
-from backpass.lab.data.names import HUB, base_name, read_name
+from backpass.lab.data.names import HUB, DataName, base_name, read_name
 from backpass.lab.data.parquet import parquet_files, read_parquet
 
 __all__ = ["Labelled", "load_data"]
@@ -88,6 +88,8 @@ def load_data(name: str, *, split: str = "test") -> Labelled:
     """
     wanted = read_name(name)
     if wanted.name == _DIGITS:
+        if wanted != DataName(name=wanted.name):
+            raise BackpassError(f"digits has no settings, it is part of scikit-learn; got {name!r}.")
         return _digits(split)
     folder = _folder(wanted.name)
     if folder is None and wanted.repository is not None:
