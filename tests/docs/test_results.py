@@ -1,0 +1,37 @@
+"""The committed results, the page of verdicts and README's table say the same."""
+
+from pathlib import Path
+
+import pytest
+
+from backpass.lab.experiments.catalogue import experiment_names
+from backpass.lab.reproduction.markdown import verdict_counts, verdicts
+from backpass.lab.reproduction.overview import read_results
+
+ROOT = Path(__file__).parents[2]
+SMALL = ROOT / "docs" / "results" / "small"
+
+
+@pytest.fixture(scope="module")
+def results():
+    return read_results(SMALL)
+
+
+def test_the_page_of_verdicts_is_made_from_the_committed_results(results):
+    assert (ROOT / "docs" / "results" / "claims.md").read_text() == verdicts(results)
+
+
+def test_readmes_table_is_made_from_the_committed_results(results):
+    assert verdict_counts(results) in (ROOT / "README.md").read_text()
+
+
+def test_every_committed_result_is_of_an_experiment_in_its_own_folder(results):
+    names = [result.experiment for result in results]
+    assert set(names) <= set(experiment_names())
+    assert sorted(names) == sorted(path.name for path in SMALL.iterdir())
+
+
+def test_no_verdict_rests_on_fewer_than_three_runs(results):
+    for result in results:
+        for claim in result.claims:
+            assert claim.verdict == "undecided" or claim.n >= 3
