@@ -30,7 +30,7 @@ def test_an_error_of_the_network_has_a_traceback_only_where_it_is_asked_for(monk
         "--out",
         "run",
     ]
-    monkeypatch.setattr(sys, "argv", ["backpass", *arguments])
+    monkeypatch.setattr(sys, "argv", ["backpass", *arguments, "--out", "run"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
@@ -38,6 +38,6 @@ def test_an_error_of_the_network_has_a_traceback_only_where_it_is_asked_for(monk
     assert "ValueError: Expected more than 1 value per channel" in error
     assert "Traceback" not in error
     monkeypatch.setenv("BACKPASS_TRACEBACK", "1")
-    monkeypatch.setattr(sys, "argv", ["backpass", *arguments[:-1], "again"])
+    monkeypatch.setattr(sys, "argv", ["backpass", *arguments, "--out", "again"])
     with pytest.raises(ValueError, match="Expected more than 1 value"):
         cli.main()

@@ -87,7 +87,7 @@ def fit_slope(etas: Sequence[float], errors: Sequence[float]) -> float:
     lists = all(isinstance(one, Sequence) for one in (etas, errors)) and len(etas) == len(errors)
     if not lists or len(set(etas)) < 2 or not all(is_number(one) and one > 0 for one in (*etas, *errors)):
         raise BackpassError(
-            f"a slope needs errors at two or more etas, all above 0 and finite; got {etas!r}, {errors!r}."
+            f"a slope needs two or more positive etas, with an error above 0 each; got {etas!r}, {errors!r}."
         )
     x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (etas, errors))
     x = x - x.mean()
@@ -262,7 +262,7 @@ def _check(
     if not inside:
         raise BackpassError(f"theta0 is a point of the box, of shape ({len(bounds)},); got {theta0.tolist()}.")
     if not isinstance(functions, Mapping) or not functions or not all(map(callable, functions.values())):
-        raise BackpassError(f"functions are test functions by name, one or more; got {functions!r}.")
+        raise BackpassError(f"functions are one or more test functions by name; got {functions!r}.")
     if not (is_number(t) and t > 0):
         raise BackpassError(f"t is the horizon, a finite number above 0; got {t!r}.")
     if not isinstance(etas, Sequence) or not etas or not all(is_number(eta) and 0 < eta <= t for eta in etas):

@@ -113,9 +113,9 @@ def test_a_box_that_does_not_hold_the_chain_is_an_error_not_a_number():
         ({"etas": [0.0]}, "etas are learning rates"),
         ({"theta0": torch.tensor([9.0], dtype=D)}, "point of the box"),
         ({"theta0": torch.tensor([1.0])}, "float64"),
-        ({"functions": {}}, "no test function"),
+        ({"functions": {}}, "one or more test functions"),
         ({"batch_size": 40}, "different batches"),
-        ({"nodes": 40}, "from 4 to 20"),
+        ({"nodes": 40}, "7 to 20"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

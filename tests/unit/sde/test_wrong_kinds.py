@@ -134,7 +134,7 @@ def test_settings_of_weak_errors(settings, message):
 
 def test_a_slope_needs_two_learning_rates():
     for etas, found in (([1, 1], [1, 2]), ([1, 2], [1, math.nan]), (None, None), (["a", "b"], [1, 2])):
-        with pytest.raises(BackpassError, match="two or more etas"):
+        with pytest.raises(BackpassError, match="two or more positive etas"):
             fit_slope(etas, found)
 
 
