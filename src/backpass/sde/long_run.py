@@ -113,7 +113,8 @@ def _zero(sde: AdversarialSDE, theta: Tensor) -> Tensor:
         size = float(drift.norm())
         if size <= goal:
             return theta
-        direction = torch.linalg.lstsq(_jacobian(sde, theta), -drift[:, None]).solution[:, 0]
+        # Not lstsq: its default driver reads pivots from memory that no one has set, and then misjudges the rank.
+        direction = -(torch.linalg.pinv(_jacobian(sde, theta)) @ drift)
         for halving in range(_HALVINGS):
             trial = theta + direction * 0.5**halving
             there = sde.drift(trial)

@@ -242,6 +242,16 @@ def test_a_maximum_and_a_flat_direction_are_refused():
         stationary(flat, torch.zeros(3, dtype=F64), degenerate=True)
 
 
+def test_a_flat_direction_is_found_whatever_was_in_memory_before():
+    data = (random_matrix(6, 5)[:, :3], torch.zeros(6, dtype=F64))
+    flat = AdversarialSDE(lambda theta, x, y: (theta[0] - x[:, 0]).square() / 2, data, eta_outer=0.1)
+    for _ in range(50):
+        left = [torch.full((size,), 7, dtype=torch.int32) for size in (3, 3, 3, 4)]
+        del left
+        with pytest.raises(BackpassError, match="positive real part"):
+            stationary(flat, torch.zeros(3, dtype=F64), degenerate=True)
+
+
 def test_where_there_is_no_minimum_it_says_so():
     x = random_matrix(6, 5)[:, :3]
     slope = AdversarialSDE(lambda theta, x, y: (theta * x + theta).sum(1), (x, x[:, 0]), eta_outer=0.1)
