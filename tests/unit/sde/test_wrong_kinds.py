@@ -20,6 +20,7 @@ from backpass.sde import (
     stationary,
     weak_error,
 )
+from support.names import name_of
 
 X, Y = torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None], torch.ones(4, dtype=torch.float64)
 THETA = torch.zeros(1, dtype=torch.float64)
@@ -93,7 +94,7 @@ def test_parameters_on_another_device_are_refused():
         make().drift(THETA.to("meta"))
 
 
-@pytest.mark.parametrize("layer", [nn.RReLU(), nn.Dropout(), nn.BatchNorm1d(1)], ids=str)
+@pytest.mark.parametrize("layer", [nn.RReLU(), nn.Dropout(), nn.BatchNorm1d(1)], ids=name_of)
 def test_a_module_with_chance_or_mixing_is_refused(layer):
     with pytest.raises(BackpassError, match=r"model\.eval\(\)"):
         from_module(nn.Sequential(nn.Linear(1, 1), layer), nn.functional.mse_loss)
@@ -125,7 +126,7 @@ def test_from_module_takes_a_network_and_a_function():
         ({"variants": {"mine": 3}}, "variants"),
         ({"nodes": 8.5}, "nodes"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_settings_of_weak_errors(settings, message):
     with pytest.raises(BackpassError, match=message):

@@ -6,6 +6,7 @@ from torch import nn
 
 from backpass import BackpassError, LinBP
 from backpass.training import ControlledLR, CrossEntropy, PerSample, Trainer
+from support.names import name_of
 
 X, Y = torch.randn(20, 4), torch.arange(20) % 3
 
@@ -14,11 +15,6 @@ def make(model=None, optimizer=None, data=(X, Y), **settings) -> Trainer:
     model = model or nn.Linear(4, 3)
     optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.1)
     return Trainer(model, optimizer, data, **{"epochs": 1, "batch_size": 5, **settings})
-
-
-def _names(value):
-    """A test's name without the addresses of functions, which differ from process to process."""
-    return value if isinstance(value, str) else " ".join(value)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +48,7 @@ def _names(value):
             "scheduler is of another optimizer",
         ),
     ],
-    ids=_names,
+    ids=name_of,
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(BackpassError, match=message):
@@ -65,7 +61,7 @@ def test_settings_out_of_range(settings, message):
         ({}, 'step_scheduler="step"'),
         ({"step_scheduler": "step", "accumulate": 2}, "accumulate=1, or a loop of your own"),
     ],
-    ids=_names,
+    ids=name_of,
 )
 def test_a_scheduler_that_measures_steps_needs_each_of_them_whole(settings, message):
     model = nn.Linear(4, 3)
@@ -85,7 +81,7 @@ def test_a_scheduler_that_measures_steps_needs_each_of_them_whole(settings, mess
         ({"model": nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))}, r"logits \(B, K\), got \(5, 3, 1\)"),
         ({"objective": PerSample(lambda output, y: output.mean())}, "one number per sample"),
     ],
-    ids=_names,
+    ids=name_of,
 )
 def test_data_and_model_that_do_not_fit(settings, message, tmp_path):
     with pytest.raises(BackpassError, match=message):

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from backpass import BackpassError
 from backpass.attacks import PGD
 from backpass.training import AdversarialTraining, ControlledLR, CrossEntropy, RobustEvaluation, Trainer, half_losses
+from support.names import name_of
 
 X, Y = torch.randn(20, 4), torch.arange(20) % 3
 ATTACK = PGD(eps=0.1, step=0.1, steps=1)
@@ -79,7 +80,7 @@ def test_a_seed_is_a_whole_number(seed):
         ({"model": nn.Linear(4, 3, device="meta")}, "device meta"),
         ({"model": nn.Linear(4, 3).requires_grad_(False)}, "frozen"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_what_cannot_be_trained_on_is_told_when_the_trainer_is_made(settings, message):
     with pytest.raises(BackpassError, match=message):
@@ -155,7 +156,7 @@ def test_a_dataset_of_other_than_labelled_samples(sample, message):
         make(data=Samples(sample)).fit()
 
 
-@pytest.mark.parametrize("measured", [None, [1], {"a": "x"}, {"a": torch.ones(2)}], ids=str)
+@pytest.mark.parametrize("measured", [None, [1], {"a": "x"}, {"a": torch.ones(2)}], ids=name_of)
 def test_robust_gives_numbers_by_name(measured):
     with pytest.raises(BackpassError, match="robust gives a dict of numbers"):
         make(evaluation=(X, Y), robust=lambda *_: measured).fit()
@@ -190,7 +191,7 @@ def test_settings_beside_the_trainer(value):
 
 
 @pytest.mark.parametrize(
-    "losses", [None, [torch.ones(())] * 2, [lambda: 1.0] * 2, [lambda: torch.ones(())] * 2], ids=str
+    "losses", [None, [torch.ones(())] * 2, [lambda: 1.0] * 2, [lambda: torch.ones(())] * 2], ids=name_of
 )
 def test_measure_takes_two_functions_with_graph(losses):
     scheduler = ControlledLR(torch.optim.SGD(nn.Linear(3, 1).parameters(), 0.1))
