@@ -35,7 +35,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
     if isinstance(value, type) or (isinstance(value, Callable) and hasattr(value, "__qualname__")):  # type: ignore[arg-type]
-        return f"{value.__module__}.{value.__qualname__}"
+        owner = getattr(value, "__objclass__", value)  # a method of a class written in C knows its class alone
+        return f"{owner.__module__}.{value.__qualname__}"
     state = getattr(value, "__dict__", {})
     public = {name: describe(one) for name, one in state.items() if isinstance(one, bool | int | float | str | Tensor)}
     return {"type": type(value).__qualname__, **public}

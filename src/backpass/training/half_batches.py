@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from backpass.errors import BackpassError
-from backpass.rules import attachments
+from backpass.rules import attachments, unwrap
 from backpass.training.processes import summed, world
 
-__all__ = ["Products", "half_losses", "products"]
+__all__ = ["Products", "half_losses", "on_halves", "products"]
 
 
 class Products(NamedTuple):
@@ -42,7 +41,7 @@ def half_losses(
     is the loss itself, and nothing of it gets into what `ProxProp(union=True)` collects for the step.
 
     Args:
-        model: as it trains; without its DistributedDataParallel wrapper.
+        model: as it trains; what wraps it for compilation or several processes is left out.
         loss: of the output and y, a scalar mean.
         x: (B, ...), B >= 2; adversarial examples for adversarial training.
         y: (B, ...).
@@ -54,19 +53,49 @@ def half_losses(
         got = " and ".join(str(tuple(one.shape)) if isinstance(one, Tensor) else type(one).__name__ for one in (x, y))
         raise BackpassError(f"a batch of at least 2 samples with as many labels is needed, got {got}.")
 
+    inner = unwrap(model)
+    return on_halves(inner, len(x), lambda rows: loss(inner(x[rows]), y[rows]))
+
+
+def on_halves(
+    model: nn.Module, count: int, evaluate: Callable[[slice], Tensor]
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """``evaluate(rows)`` on the first and on the second half of ``count`` samples, to be called later.
+
+    Meanwhile rules in force on the model are suspended; its buffers and the generators are afterwards as they were.
+    """
+
     def on(rows: slice) -> Callable[[], Tensor]:
         def evaluated() -> Tensor:
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             with ExitStack() as stack:
+                stack.enter_context(_unmoved(model))
                 for attached in attachments(model):
                     stack.enter_context(attached.suspended())
-                stack.enter_context(torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []))
-                return loss(functional_call(model, buffers, (x[rows],)), y[rows])
+                return evaluate(rows)
 
         return evaluated
 
-    middle = len(x) // 2
-    return on(slice(0, middle)), on(slice(middle, len(x)))
+    middle = count // 2
+    return on(slice(0, middle)), on(slice(middle, count))
+
+
+@contextmanager
+def _unmoved(model: nn.Module) -> Iterator[None]:
+    """Inside, the model writes into copies of its buffers; generators are afterwards what they were before.
+
+    Copies, because a graph may need the buffers that it read, as they were.
+    """
+    places = [(module, name) for module in model.modules() for name, one in module._buffers.items() if one is not None]
+    own = [(module, name, module.get_buffer(name)) for module, name in places]
+    devices = {one.device for one in model.parameters() if one.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        for module, name, buffer in own:
+            module._buffers[name] = buffer.clone()
+        try:
+            yield
+        finally:
+            for module, name, buffer in own:
+                module._buffers[name] = buffer
 
 
 def products(

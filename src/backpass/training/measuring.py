@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
 from backpass.rules import unwrap
 from backpass.training.batches import Batch
-from backpass.training.objective import Evaluated, Plain
+from backpass.training.half_batches import on_halves
+from backpass.training.objective import Evaluated
 
 __all__ = ["Measuring", "halves"]
 
@@ -35,7 +35,6 @@ def halves(
     evaluated: Evaluated,
     batch: Batch,
     model: nn.Module,
-    plain: Plain,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """Two functions, each the scalar objective on one half of this process's batch, with graph.
@@ -54,31 +53,8 @@ def halves(
     # Without its wrappers: a schedule may differentiate twice, which compiled code cannot.
     inner = unwrap(model)
 
-    def on(rows: slice) -> Callable[[], Tensor]:
-        def loss() -> Tensor:
-            with _unmoved(inner), plain(), autocast():
-                return again(inner, rows)
+    def evaluate(rows: slice) -> Tensor:
+        with autocast():
+            return again(inner, rows)
 
-        return loss
-
-    middle = len(batch) // 2
-    return on(slice(0, middle)), on(slice(middle, len(batch)))
-
-
-@contextmanager
-def _unmoved(model: nn.Module) -> Iterator[None]:
-    """Inside, the model writes into copies of its buffers; generators are afterwards what they were before.
-
-    Copies, because a graph may need the buffers that it read, as they were.
-    """
-    places = [(module, name) for module in model.modules() for name, one in module._buffers.items() if one is not None]
-    own = [(module, name, module.get_buffer(name)) for module, name in places]
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for module, name, buffer in own:
-            module._buffers[name] = buffer.clone()
-        try:
-            yield
-        finally:
-            for module, name, buffer in own:
-                module._buffers[name] = buffer
+    return on_halves(inner, len(batch), evaluate)

@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from backpass.errors import BackpassError
 from backpass.rules import Attached, ProxProp, Rule, unwrap
@@ -17,7 +19,7 @@ from backpass.training.processes import joined, rank
 from backpass.training.progress import TrainingResult
 from backpass.training.settings import Settings
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "attach"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +116,12 @@ class Trainer(Settings):
             check_labels(self, model)
             if hasattr(self.objective, "close"):
                 stack.callback(self.objective.close)
-            attached = [stack.enter_context(self._attach(rule)) for rule in self.rules]
+            attached = [stack.enter_context(attach(rule, self.model, self.optimizer)) for rule in self.rules]
             return Loop(self, attached, interruption).run(resume)
 
-    def _attach(self, rule: Rule) -> Attached:
-        if isinstance(rule, ProxProp) and rule.union:
-            return rule.attach(self.model, optimizer=self.optimizer)
-        return rule.attach(self.model)
+
+def attach(rule: Rule, model: nn.Module, optimizer: Optimizer) -> Attached:
+    """The rule in force on a model that an optimizer trains, whose steps `ProxProp(union=True)` has to know."""
+    if isinstance(rule, ProxProp) and rule.union:
+        return rule.attach(model, optimizer=optimizer)
+    return rule.attach(model)

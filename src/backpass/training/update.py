@@ -120,4 +120,4 @@ class Update:
 
     def _measure(self, evaluated: Evaluated, batch: Batch) -> None:
         if self._measuring is not None and self._measuring.due:
-            self._measuring.measure(halves(evaluated, batch, self._model, self.plain, self.autocast))
+            self._measuring.measure(halves(evaluated, batch, self._model, self.autocast))

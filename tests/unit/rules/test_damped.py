@@ -29,11 +29,13 @@ def test_a_well_conditioned_system_is_solved_in_float32():
 
 
 def test_a_system_too_hard_for_float32_is_computed_anew_in_float64():
-    a, right, asked = random(1, 1, 4).expand(1, 5, 4), random(1, 5, 2), []
-    solution = solve(system_of(a @ a.mT, right, asked), 1e-9, torch.float32, 1e-7)
+    # Five equal rows of length 5: in float32 the damping is lost, and the second pivot is 25 - 5 * 5 on any machine.
+    a, right, asked = torch.tensor([1.0, 2, 2, 4]).double().expand(1, 5, 4), random(1, 5, 2), []
+    damping = 1e-8
+    solution = solve(system_of(a @ a.mT, right, asked), damping, torch.float32, 1e-7)
     assert asked == [torch.float32, torch.float64]
-    # The part in the range of K, all that a layer sees of it.
-    torch.testing.assert_close(a.mT @ solution, a.mT @ right / a.square().sum())
+    # The part in the range of K, all that a layer sees of it; eps / damping is 2e-8.
+    torch.testing.assert_close(a.mT @ solution, a.mT @ right / (a.square().sum() + damping))
 
 
 def test_a_system_too_hard_for_float64_is_solved_by_eigenvalues():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -151,7 +152,11 @@ def test_examples_compose_with_proximal_steps():
 
 def _weights_in_a_process(rank):
     model, trainer = train(
-        AdversarialTraining(PGD(eps=EPS, step=0.05, steps=2), rule=LIN, trades=2.0), smooth(), epochs=1
+        AdversarialTraining(PGD(eps=EPS, step=0.05, steps=2), rule=LIN, trades=2.0),
+        smooth().double(),
+        epochs=1,
+        prepare=lambda x, batch: x.double(),
+        prepare_evaluation=torch.Tensor.double,
     )
     trainer.fit()
     return [p.tolist() for p in model.parameters()]
@@ -166,4 +171,4 @@ def test_two_processes_learn_what_one_does():
     one = _weights_in_a_process(0)
     for weights in in_processes(2, _weights_in_a_process):
         for a, b in zip(one, weights, strict=True):
-            assert torch.allclose(torch.tensor(a), torch.tensor(b), rtol=0, atol=2e-4)
+            assert np.allclose(a, b, rtol=0, atol=1e-9)

@@ -48,5 +48,5 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
     def extra_repr(self) -> str:
-        """Mean and std, as ``print(model)`` shows them."""
+        """Mean and std, where the model is shown."""
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"

@@ -23,8 +23,9 @@ from backpass.lab.training.parts import Parts
 from backpass.lab.training.recipe import Recipe
 from backpass.lab.training.schedules import make_schedule
 from backpass.numbers import is_whole
-from backpass.rules import BP, ProxProp, Rule
+from backpass.rules import BP, Rule
 from backpass.training import AdversarialTraining, CrossEntropy, Progress, RobustEvaluation, Trainer
+from backpass.training.trainer import attach
 
 __all__ = ["Named", "assemble", "complete"]
 
@@ -184,8 +185,7 @@ def _check_rules(network: nn.Module, named: Named, optimizer: torch.optim.Optimi
     """One forward pass under each rule: that a rule acts nowhere is better known before the folder is made."""
     with leave_no_trace(network), torch.no_grad():
         for rule in filter(None, (*named.rules, named.adversary_rule)):
-            union = isinstance(rule, ProxProp) and rule.union
-            with rule.attach(network, optimizer=optimizer) if union else rule.attach(network):  # type: ignore[call-arg]
+            with attach(rule, network, optimizer):
                 network(few)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,15 +11,13 @@ from torch import Tensor, nn
 
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
 from backpass.lab.claims import Claim, judge
+from backpass.lab.experiments.linbp.draws import LABELS, PAPER, column
 from backpass.lab.result import Cell, Curve, Finding, Series, Table
 from backpass.lab.statistics import Interval, mean_interval, paired_interval
 from backpass.lab.wording import interval_text
 from backpass.rules import Rule, parse_rule
 
 __all__ = ["EXPERIMENTS", "Attack", "Update", "simulate"]
-
-_PAPER = "Li et al., arXiv 2112.11018"
-_RULES = ("bp", "linbp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +132,14 @@ def _measure(settings: Attack, bench: Bench) -> Outcome:
                 widths=settings.widths,
                 seed=settings.seed,
             )
-            for rule in _RULES
+            for rule in LABELS
         }
         claims += _claims(name, update, settings, found)
         series.append(_curves(name, settings, found))
-        for rule in _RULES:
-            at = [_column(found[rule]["distance"], step) for step in (0, 10, settings.steps // 2, settings.steps)]
-            last = mean_interval(_column(found[rule]["loss"], settings.steps))
-            rows.append([f"{name}, {_label(rule)}", *map(mean_interval, at), last])
+        for rule in LABELS:
+            at = [column(found[rule]["distance"], step) for step in (0, 10, settings.steps // 2, settings.steps)]
+            last = mean_interval(column(found[rule]["loss"], settings.steps))
+            rows.append([f"{name}, {LABELS[rule]}", *map(mean_interval, at), last])
         findings.append(_finding(name, settings, found))
     return Outcome(
         findings=findings,
@@ -175,11 +172,11 @@ def _claims(name: str, update: Update, settings: Attack, found: dict[str, dict[s
         judge(
             f"nearer-{name}-{step}",
             f"LinBP's example is nearer to the best one after {step} steps ({name} update)",
-            ours=_column(ours["distance"], step),
-            theirs=_column(theirs["distance"], step),
+            ours=column(ours["distance"], step),
+            theirs=column(theirs["distance"], step),
             direction="lower",
             quantity="l1 distance to x*",
-            reference=f"{_PAPER}, {figure} and Theorem 1",
+            reference=f"{PAPER}, {figure} and Theorem 1",
             published="nearer, in a plot",
         )
         for step in ((10, settings.steps // 2, settings.steps) if update.norm == "none" else (settings.steps,))
@@ -188,11 +185,11 @@ def _claims(name: str, update: Update, settings: Attack, found: dict[str, dict[s
         judge(
             f"loss-{name}",
             f"and it has the lower loss, so that it is the stronger attack ({name} update)",
-            ours=_column(ours["loss"], settings.steps),
-            theirs=_column(theirs["loss"], settings.steps),
+            ours=column(ours["loss"], settings.steps),
+            theirs=column(theirs["loss"], settings.steps),
             direction="lower",
             quantity="loss, half the squared distance of the outputs",
-            reference=f"{_PAPER}, section 4.1.1: \N{LEFT DOUBLE QUOTATION MARK}more powerful adversarial "
+            reference=f"{PAPER}, section 4.1.1: \N{LEFT DOUBLE QUOTATION MARK}more powerful adversarial "
             "examples\N{RIGHT DOUBLE QUOTATION MARK}",
         )
     )
@@ -201,11 +198,11 @@ def _claims(name: str, update: Update, settings: Attack, found: dict[str, dict[s
             judge(
                 "longer-first",
                 "LinBP's gradient is longer at the first step",
-                ours=_column(ours["norm"], 0),
-                theirs=_column(theirs["norm"], 0),
+                ours=column(ours["norm"], 0),
+                theirs=column(theirs["norm"], 0),
                 direction="higher",
                 quantity="l2 norm of the gradient",
-                reference=f"{_PAPER}, section 4.1.1",
+                reference=f"{PAPER}, section 4.1.1",
             )
         )
     return made
@@ -220,23 +217,23 @@ def _curves(name: str, settings: Attack, found: dict[str, dict[str, Any]]) -> Se
         y_label="l1 distance to x*",
         curves=[
             Curve(
-                label=_label(rule),
+                label=LABELS[rule],
                 x=range(settings.steps + 1),
                 given=[mean_interval(values) for values in zip(*found[rule]["distance"], strict=True)],
             )
-            for rule in _RULES
+            for rule in LABELS
         ],
     )
 
 
 def _finding(name: str, settings: Attack, found: dict[str, dict[str, Any]]) -> Finding:
     def compared(what: str) -> tuple[Interval, float]:
-        ours, theirs = (_column(found[rule][what], settings.steps) for rule in ("linbp", "bp"))
+        ours, theirs = (column(found[rule][what], settings.steps) for rule in ("linbp", "bp"))
         return paired_interval(ours, theirs), 100 * sum(map(float.__lt__, ours, theirs)) / len(ours)
 
     distance, nearer = compared("distance")
     loss, lower = compared("loss")
-    start = mean_interval(_column(found["bp"]["distance"], 0)).mean
+    start = mean_interval(column(found["bp"]["distance"], 0)).mean
     return Finding(
         f"The {name} update",
         f"After {settings.steps} steps LinBP's example is nearer to the best one in {nearer:.0f} % of the draws, by "
@@ -244,14 +241,6 @@ def _finding(name: str, settings: Attack, found: dict[str, dict[str, Any]]) -> F
         f"is lower in {lower:.0f} % of the draws; the difference is {interval_text(loss, signed=True)}. To be nearer "
         "to the teacher's example and to fool the student are not the same thing.",
     )
-
-
-def _column(values: Sequence[Sequence[float]], place: int) -> list[float]:
-    return [row[place] for row in values]
-
-
-def _label(rule: str) -> str:
-    return {"bp": "BP", "linbp": "LinBP"}[rule]
 
 
 _PLAIN = {"plain": Update(norm="none", step=1e-3)}
@@ -267,7 +256,7 @@ EXPERIMENTS = (
         name="linbp-fig1",
         title="Does LinBP attack a two-layer network faster?",
         question=_QUESTION + "The step is 0.001 times the gradient.",
-        source=f"{_PAPER}, Figure 1, Theorem 1",
+        source=f"{PAPER}, Figure 1, Theorem 1",
         scales={"small": Attack(updates=_PLAIN), "paper": Attack(updates=_PLAIN, runs=2000)},
         measure=_measure,
     ),
@@ -275,7 +264,7 @@ EXPERIMENTS = (
         name="linbp-fig2",
         title="Does it still, when the steps have equal length?",
         question=_QUESTION + "The gradient is scaled to l2 norm 1, or replaced by its sign.",
-        source=f"{_PAPER}, Figure 2",
+        source=f"{PAPER}, Figure 2",
         scales={"small": Attack(updates=_NORMALISED), "paper": Attack(updates=_NORMALISED, runs=2000)},
         measure=_measure,
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
 from backpass.lab.claims import Claim, judge
+from backpass.lab.experiments.linbp.draws import LABELS, PAPER, column
 from backpass.lab.result import Cell, Curve, Finding, Series, Table
 from backpass.lab.statistics import mean_interval, paired_interval
 from backpass.lab.wording import interval_text
@@ -19,8 +19,6 @@ from backpass.rules import parse_rule
 
 __all__ = ["EXPERIMENTS", "Training", "simulate"]
 
-_PAPER = "Li et al., arXiv 2112.11018"
-_RULES = ("bp", "linbp")
 _PLAIN_STEP = 1e-3
 
 
@@ -83,7 +81,7 @@ def simulate(settings: Training, device: torch.device) -> Found:
     n, d = settings.inputs, settings.width
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(settings.seed), dtype=torch.float64)
     best, start = (1 + 3 * draw(settings.runs, d)).to(device), draw(settings.runs, d).to(device)
-    pupils = {rule: _Pupil(start, rule) for rule in _RULES}
+    pupils = {rule: _Pupil(start, rule) for rule in LABELS}
     inputs = torch.Generator(device).manual_seed(settings.seed + 1)
     for step in range(settings.steps + 1):
         x = torch.randn(settings.runs, n, d, generator=inputs, dtype=torch.float64, device=device)
@@ -135,7 +133,7 @@ def _measure(settings: Training, bench: Bench) -> Outcome:
     found = _simulated(settings, bench)
     claims = _normalised_claims(settings, bench, found) if settings.unit else _plain_claims(settings, found)
     rows: list[list[Cell]] = [
-        [_label(rule), *map(mean_interval, zip(*found[rule]["distance"], strict=True))] for rule in _RULES
+        [LABELS[rule], *map(mean_interval, zip(*found[rule]["distance"], strict=True))] for rule in LABELS
     ]
     return Outcome(
         findings=[_finding(settings, found)],
@@ -185,11 +183,11 @@ def _plain_claims(settings: Training, found: Found) -> list[Claim]:
             judge(
                 f"nearer-{step}",
                 f"LinBP's weights are nearer to the teacher's after {step:,} steps",
-                ours=_column(ours["distance"], places.index(step)),
-                theirs=_column(theirs["distance"], places.index(step)),
+                ours=column(ours["distance"], places.index(step)),
+                theirs=column(theirs["distance"], places.index(step)),
                 direction="lower",
                 quantity="l1 distance to w*",
-                reference=f"{_PAPER}, Figure 3 and Theorem 2",
+                reference=f"{PAPER}, Figure 3 and Theorem 2",
                 published="nearer, in a plot",
             )
         )
@@ -197,11 +195,11 @@ def _plain_claims(settings: Training, found: Found) -> list[Claim]:
             judge(
                 f"loss-{step}",
                 f"and the training loss is lower after {step:,} steps",
-                ours=_column(ours["loss"], places.index(step)),
-                theirs=_column(theirs["loss"], places.index(step)),
+                ours=column(ours["loss"], places.index(step)),
+                theirs=column(theirs["loss"], places.index(step)),
                 direction="lower",
                 quantity="loss on the step's inputs",
-                reference=f"{_PAPER}, Figure 3",
+                reference=f"{PAPER}, Figure 3",
                 published="lower, in words",
             )
         )
@@ -210,11 +208,11 @@ def _plain_claims(settings: Training, found: Found) -> list[Claim]:
             judge(
                 f"longer-{'early' if place == 0 else 'all'}",
                 f"LinBP's gradient is longer {when}",
-                ours=_column(ours["norm"], place),
-                theirs=_column(theirs["norm"], place),
+                ours=column(ours["norm"], place),
+                theirs=column(theirs["norm"], place),
                 direction="higher",
                 quantity="mean l1 norm of the gradient",
-                reference=f"{_PAPER}, section 4.1.2",
+                reference=f"{PAPER}, section 4.1.2",
             )
         )
     return made
@@ -226,18 +224,18 @@ def _normalised_claims(settings: Training, bench: Bench, found: Found) -> list[C
     plain = _simulated(replace(settings, unit=False, step=_PLAIN_STEP), bench)
 
     def gains(of: Found) -> list[float]:
-        ours, theirs = (_column(of[rule]["distance"], last) for rule in ("linbp", "bp"))
+        ours, theirs = (column(of[rule]["distance"], last) for rule in ("linbp", "bp"))
         return [math.log(b / a) for a, b in zip(ours, theirs, strict=True)]
 
     return [
         judge(
             "nearer-unit",
             f"LinBP's weights are nearer to the teacher's after {settings.steps:,} steps of one length",
-            ours=_column(found["linbp"]["distance"], last),
-            theirs=_column(found["bp"]["distance"], last),
+            ours=column(found["linbp"]["distance"], last),
+            theirs=column(found["bp"]["distance"], last),
             direction="lower",
             quantity="l1 distance to w*",
-            reference=f"{_PAPER}, Figure 4",
+            reference=f"{PAPER}, Figure 4",
         ),
         judge(
             "smaller-gain",
@@ -246,7 +244,7 @@ def _normalised_claims(settings: Training, bench: Bench, found: Found) -> list[C
             theirs=gains(plain),
             direction="lower",
             quantity="log of BP's distance over LinBP's",
-            reference=f"{_PAPER}, section 4.1.2",
+            reference=f"{PAPER}, section 4.1.2",
             published="drops a lot, in words",
         ),
     ]
@@ -261,18 +259,18 @@ def _curves(settings: Training, found: Found, what: str, title: str, y_label: st
         y_label=y_label,
         curves=[
             Curve(
-                label=_label(rule),
+                label=LABELS[rule],
                 x=_places(settings),
                 given=[mean_interval(values) for values in zip(*found[rule][what], strict=True)],
             )
-            for rule in _RULES
+            for rule in LABELS
         ],
         log_y=True,
     )
 
 
 def _finding(settings: Training, found: Found) -> Finding:
-    ours, theirs = (_column(found[rule]["distance"], -1) for rule in ("linbp", "bp"))
+    ours, theirs = (column(found[rule]["distance"], -1) for rule in ("linbp", "bp"))
     nearer = 100 * sum(map(float.__lt__, ours, theirs)) / len(ours)
     early, overall = (
         mean_interval(
@@ -289,14 +287,6 @@ def _finding(settings: Training, found: Found) -> Finding:
     )
 
 
-def _column(values: Sequence[Sequence[float]], place: int) -> list[float]:
-    return [row[place] for row in values]
-
-
-def _label(rule: str) -> str:
-    return {"bp": "BP", "linbp": "LinBP"}[rule]
-
-
 _QUESTION = (
     "A student y = relu(X w) learns a teacher's weights by SGD, with fresh standard normal inputs at every step. Both "
     "rules see the same teachers, starts and inputs. "
@@ -307,7 +297,7 @@ EXPERIMENTS = (
         name="linbp-fig3",
         title="Does LinBP teach a one-layer network faster?",
         question=_QUESTION + "The step is 0.001 times the gradient.",
-        source=f"{_PAPER}, Figure 3, Theorem 2",
+        source=f"{PAPER}, Figure 3, Theorem 2",
         scales={"small": Training(), "paper": Training(runs=200)},
         measure=_measure,
     ),
@@ -315,7 +305,7 @@ EXPERIMENTS = (
         name="linbp-fig4",
         title="Does it still, when the steps have equal length?",
         question=_QUESTION + "Every gradient is scaled to l2 norm 1; the step is 0.0015.",
-        source=f"{_PAPER}, Figure 4",
+        source=f"{PAPER}, Figure 4",
         scales={"small": Training(step=0.0015, unit=True), "paper": Training(step=0.0015, unit=True, runs=200)},
         measure=_measure,
     ),
