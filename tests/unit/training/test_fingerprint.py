@@ -37,7 +37,7 @@ class Bag:
         (functools.partial(nn.Linear, 2, bias=False), ["torch.nn.modules.linear.Linear", [2], {"bias": False}]),
         (Bag("x"), {"type": "Bag", "shown": "x"}),
     ],
-    ids=["none", "number", "dict", "tuple and set", "dataclass", "function", "method of C", "class", "partial", "object"],
+    ids=["none", "number", "dict", "tuple and set", "dataclass", "function", "C method", "class", "partial", "object"],
 )
 def test_a_value_has_words_in_json_s_types(value, words):
     assert describe(value) == words
