@@ -1,6 +1,12 @@
 """Pieces: finished work is found again, and nothing else is."""
 
 import math
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -50,7 +56,7 @@ def test_another_version_is_another_piece(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"value": 7}', '{"asked": {}, "value": 7}'])
 def test_a_damaged_piece_is_computed_again(tmp_path, damage):
     Pieces(tmp_path).value("run", Count(1.0))
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.json")
     file.write_text(damage)
     assert Pieces(tmp_path).value("run", Count(1.0)) == 1.0
 
@@ -61,7 +67,8 @@ def test_a_failing_piece_leaves_nothing_behind(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         Pieces(tmp_path).value("run", fail)
-    assert list(tmp_path.iterdir()) == []
+    assert not any(tmp_path.glob("*.*"))
+    assert Pieces(tmp_path).value("run", Count(2.0)) == 2.0
 
 
 def test_the_first_run_sees_the_types_that_a_resumed_one_sees(tmp_path):
@@ -78,6 +85,32 @@ def test_a_trained_network_comes_back_to_the_bit(tmp_path):
     assert Pieces(tmp_path).network("net", first, train, seed=0) == 0.5
     assert Pieces(tmp_path).network("net", second, lambda model: pytest.fail("trained again"), seed=0) == 0.5
     assert torch.equal(first.weight, second.weight)
+
+
+def count_and_compute(folder, rank):
+    """Runs in a process of its own; leaves a file for every time that it had to compute."""
+
+    def compute():
+        (folder / f"computed by {rank}").touch()
+        time.sleep(0.3)
+        return 7
+
+    return Pieces(folder).value("run", compute, seed=0)
+
+
+def test_several_processes_compute_a_piece_once(tmp_path):
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert list(pool.map(count_and_compute, [tmp_path] * 3, range(3))) == [7, 7, 7]
+    assert len(list(tmp_path.glob("computed by *"))) == 1
+
+
+def test_a_killed_process_does_not_keep_the_others_waiting(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from backpass.lab.bench.pieces import Pieces;"
+        "Pieces(Path(sys.argv[1])).value('run', lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -signal.SIGKILL
+    assert Pieces(tmp_path).value("run", Count(2.0)) == 2.0
 
 
 def test_without_a_folder_nothing_is_kept():

@@ -6,9 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock
 from torch import nn
 
 from backpass.lab.files import write_atomically
@@ -24,7 +26,8 @@ class Pieces:
     """Pieces of work by name and settings, each a file that is written whole or not at all.
 
     A run that was interrupted finds the pieces that it had finished; other settings, or another version of backpass,
-    find none of them. Without a folder nothing is kept.
+    find none of them. Several processes may share a folder: no piece is computed twice. Without a folder nothing is
+    kept.
 
     Args:
         folder: where they are kept, or ``None``.
@@ -46,22 +49,19 @@ class Pieces:
             **settings: all that the value depends on, of JSON's types.
         """
         asked, path = self._asked(name, settings, "json")
-        if path is not None and path.exists():
-            kept = _read(path)
-            if kept is not None and kept["asked"] == asked:
+        with _alone(path):
+            self.progress(name)
+            text = _read(path, asked) if path is not None else None
+            if text is not None:
                 self.found += 1
-                self.progress(name)
-                value: T = kept["value"]
-                return value
-        self.progress(name)
-        value = compute()
-        text = json.dumps({"asked": asked, "value": value})
-        if path is not None:
-            write_atomically(path, text)
-        self.computed += 1
+            else:
+                text = json.dumps({"asked": asked, "value": compute()})
+                if path is not None:
+                    write_atomically(path, text)
+                self.computed += 1
         # Through JSON also the first time: a resumed run must see the very same types.
-        again: T = json.loads(text)["value"]
-        return again
+        value: T = json.loads(text)["value"]
+        return value
 
     def network(self, name: str, model: nn.Module, train: Callable[[nn.Module], T], **settings: Any) -> T:
         """Trains ``model`` in place, or gives it the weights that an earlier run has trained.
@@ -97,10 +97,20 @@ class Pieces:
         return asked, self.folder / f"{slug}-{digest}.{suffix}"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """What a piece's file holds; nothing where it is damaged, so that the piece is computed again."""
+def _alone(path: Path | None) -> AbstractContextManager[object]:
+    """Of several processes that want a piece, one computes it and the others wait; a killed one holds up nobody."""
+    if path is None:
+        return nullcontext()
+    locks = path.parent / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / path.stem)
+
+
+def _read(path: Path, asked: dict[str, Any]) -> str | None:
+    """A finished piece's text; nothing where it is not there or damaged, so that the piece is computed."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        text = path.read_text(encoding="utf-8")
+        kept = json.loads(text)
+    except (FileNotFoundError, ValueError):
         return None
-    return kept if isinstance(kept, dict) and {"asked", "value"} <= set(kept) else None
+    return text if isinstance(kept, dict) and kept.get("asked") == asked and "value" in kept else None
