@@ -311,6 +311,37 @@ def test_ctrl_c_ends_with_130(monkeypatch, capsys, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("limit", [["--limit", "120"], []], ids=["images left", "no image left"])
+def test_linbp_starts_where_it_does_best_on_images_that_are_not_attacked(tmp_path, limit):
+    count = len(load_data("digits").images)
+    attacked, aside = (120, 200) if limit else (count - count // 4, count // 4)
+    ended = run(
+        "attack", "--model", "mymodel:Net", "--weights", "net.pt", "--data", "digits", *limit, "--step", "0.02",
+        "--eps", "0.1", "--rule", "bp", "--rule", "linbp:start=auto", "--curves", "0", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    data, model = load_data("digits").images, net()
+    others = slice(attacked, attacked + aside)
+    attack, fooled = PGD(eps=0.1, step=0.02, restarts=1), {}
+    for start in (-1, -2):
+        with LinBP(start=start).attach(model):
+            fooled[start] = evaluate(model, (data.x[others], data.y[others]), attack).fooled().hits
+    best = max(fooled, key=fooled.get)
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert list(written["numbers"]["rules"]) == ["bp", f"linbp:start={best}"]
+    assert written["numbers"]["rules"]["bp"]["clean_accuracy"]["trials"] == attacked
+    (found,) = (one for one in written["findings"] if one["topic"] == "Where linbp:start=auto starts")
+    assert f"At linbp:start={best}: of 2 starts" in found["text"]
+    assert f"{aside} after the first {attacked}" in found["text"]
+
+
+def test_a_chosen_start_that_was_also_asked_for_is_measured_once(tmp_path):
+    rules = ["--rule", "linbp:start=auto", "--rule", "linbp:start=-1", "--rule", "linbp:start=-2"]
+    assert run(*ATTACK, *rules, "--curves", "0", "--out", str(tmp_path)).exit_code == 0
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert sorted(written["numbers"]["rules"]) == ["linbp:start=-1", "linbp:start=-2"]
+
+
 def test_transfer_is_the_librarys_matrix_for_every_rule(tmp_path):
     ended = run(
         "transfer", "--source", "mymodel:Net@net.pt", "--target", "mymodel:Net@net.pt", "--target",
@@ -366,6 +397,26 @@ ATTACK = ["attack", *BASE, "--eps", "0.1"]
         ([*ATTACK, "--model", "mymodel:broken"], "failed when it was imported or called: RuntimeError: no such wheel"),
         ([*ATTACK, "--model", "torch.nn:Tanh", "--weights", "net.pt"], "the model lacks first.weight"),
         ([*ATTACK, "--model", "mymodel:Pair"], "Select it with logits="),
+        (
+            ["attack", *BASE[:-2], "--attack", "square", "--eps", "0.1", "--rule", "linbp:start=auto"],
+            "needs an attack that uses gradients",
+        ),
+        (
+            [
+                "transfer",
+                "--source",
+                "mymodel:Net@net.pt",
+                "--target",
+                "mymodel:wide@wide.pt",
+                "--data",
+                "digits",
+                "--eps",
+                "0.1",
+                "--rule",
+                "linbp:start=auto",
+            ],
+            "which is not success against others",
+        ),
         (["transfer", "--source", "mymodel:Net@no.pt", "--target", "cnn", "--data", "digits", "--eps", "0.1"], "no.pt"),
     ],
 )

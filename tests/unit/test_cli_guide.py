@@ -23,7 +23,7 @@ def test_the_guides_commands_run_as_they_stand(tmp_path, monkeypatch):
         shlex.split(block.replace("\\\n", " "))
         for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     ]
-    assert [command[:2] for command in commands] == [["backpass", "attack"]] * 2 + [["backpass", "transfer"]]
+    assert [command[:2] for command in commands] == [["backpass", "attack"]] * 3 + [["backpass", "transfer"]]
     for command in commands:
         ended = CliRunner().invoke(cli.app, command[1:])
         assert ended.exit_code == 0, ended.output

@@ -28,6 +28,10 @@ __all__ = ["attack"]
 --rule bp --rule linbp:start=layer4[/green]
   is a stronger attack hiding behind plain gradients?
 
+[green]backpass attack --model my_nets:Net --weights net.pt --data cifar10 --eps 8/255 --limit 1000
+--rule bp --rule linbp:start=auto[/green]
+  the same, from where it does best on images that are not attacked
+
 [green]backpass attack --model my_nets:Net --weights net.pt --data cifar10 --eps 8/255 --eps 16/255
 --protocol paper --rule bp --rule linbp:start=layer4[/green]
   as in the paper on linear backpropagation
@@ -93,6 +97,7 @@ def attack(
         from backpass.lab.protocols import make_protocol
         from backpass.lab.report import write_report
         from backpass.lab.studies.attack.measure import measure
+        from backpass.lab.studies.attack.placing import place, set_aside
         from backpass.lab.studies.attack.plans import make_plans
         from backpass.lab.studies.attack.result import describe
         from backpass.lab.studies.attack.study import Study, check_rules, order_rules
@@ -104,7 +109,7 @@ def attack(
         settings = given.as_options()
         make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
         in_front = o.normalisation_in_front(normalize, mean, std, data=data, protocol=protocol)
-        images = load_data(data, split=split).first(limit)
+        images, aside = set_aside(load_data(data, split=split), limit, ordered)
         subject = load_subject(model, weights, device=where, seed=seed, normalisation=in_front, data=images)
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])
@@ -126,6 +131,9 @@ def attack(
             shown=_SHOWN,
             shards=o.open_shards(out, resume),
         )
+        if aside is not None:
+            report("choose where LinBP starts", 0.0)
+            study = place(study, aside)
         measured = measure(study, report)
         result = describe(measured)
         written = write_report(result, out)

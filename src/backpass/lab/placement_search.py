@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from backpass.attacks import Attack, Rate, evaluate
 from backpass.errors import BackpassError
-from backpass.rules import LinBP, list_sites
+from backpass.rules import LinBP, Rule, list_sites, parse_rule
 
-__all__ = ["AUTO", "Choice", "choose_start"]
+__all__ = ["Choice", "choose_start", "is_automatic"]
 
-AUTO = "auto"
-"""The name that stands for the search, as ``start`` of ``linbp``."""
+_AUTO = "auto"
 
 
 class Choice(NamedTuple):
@@ -31,6 +30,12 @@ class Choice(NamedTuple):
     rule: LinBP
     rates: dict[int, Rate]
     plain: Rate
+
+
+def is_automatic(rule: Rule | str) -> bool:
+    """Whether a rule, or its text form, is LinBP with ``start=auto``, which stands for the search."""
+    rule = parse_rule(rule) if isinstance(rule, str) else rule
+    return isinstance(rule, LinBP) and rule.start == _AUTO
 
 
 def choose_start(

@@ -9,6 +9,7 @@ from backpass.errors import BackpassError
 from backpass.lab.models import MODELS
 from backpass.lab.models.lookup import is_the_labs
 from backpass.lab.models.text import read_model
+from backpass.lab.placement_search import is_automatic
 from backpass.rules import LinBP, Rule, parse_rule
 
 __all__ = ["PAPER", "parse_rule_for"]
@@ -44,6 +45,10 @@ def parse_rule_for(model: str, text: str, *, use: Literal["attack", "training"] 
     Source: Li, Guo, Liu, Zhang (arXiv 2112.11018), Section 4.2, as their code has it.
     """
     rule = parse_rule(text)
+    if use == "training" and is_automatic(rule):
+        raise BackpassError(
+            f"{text!r} is chosen by the success of attacks, for attacks: in training say where, as in linbp:start=-2."
+        )
     if isinstance(rule, LinBP) and rule.start == PAPER:
         return replace(rule, start=_paper_start(model, text, _ATTACK if use == "attack" else _TRAINING))
     return rule

@@ -16,7 +16,7 @@ from backpass.lab.bench.experiment import Bench
 from backpass.lab.data import Labelled
 from backpass.lab.experiments.linbp.victims import Victim
 from backpass.lab.numbers import fraction_text
-from backpass.lab.placement_search import AUTO, choose_start
+from backpass.lab.placement_search import choose_start, is_automatic
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import make_protocol
 from backpass.lab.studies.attack.plans import make_plans
@@ -97,7 +97,7 @@ def run_trial(bench: Bench, victim: Victim, rule: str, trial: Trial) -> Outcomes
     asked = {"rule": rule, "trial": asdict(trial), "victim": victim.key}
     who = f"{rule} against {victim.training.model}, seed {victim.seed}: {trial}"
     concrete = parse_rule_for(victim.training.model, rule)
-    if isinstance(concrete, LinBP) and concrete.start == AUTO:
+    if isinstance(concrete, LinBP) and is_automatic(concrete):
         start = bench.shared.value(f"start of {who}", partial(_search, concrete, victim, trial), **asked)
         concrete = replace(concrete, start=start)
     marks = bench.shared.value(who, compute, **asked)

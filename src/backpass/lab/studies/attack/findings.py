@@ -8,7 +8,7 @@ from backpass.lab.numbers import fraction_text
 from backpass.lab.proportions import percent_text
 from backpass.lab.result import Finding
 from backpass.lab.studies.attack.comparison import Comparison, Worst, rule_name
-from backpass.lab.studies.attack.study import Measured, Study
+from backpass.lab.studies.attack.study import Measured, Placing, Study
 from backpass.lab.wording import interval_text, listing
 
 __all__ = ["findings", "subject_findings"]
@@ -30,6 +30,7 @@ def findings(measured: Measured, comparisons: Sequence[Comparison], worst: Seque
         found += [_attack(measured, [c for c in comparisons if c.plan == plan]) for plan in study.plans]
         found += _together(study, worst)
         found += _masking(measured)
+    found += [_placing(text, placing) for text, placing in study.placings.items()]
     found += subject_findings(study)
     found.append(
         Finding(
@@ -78,6 +79,23 @@ def _attack(measured: Measured, comparisons: Sequence[Comparison]) -> Finding:
                 f"{interval_text(one.difference.interval, signed=True)} points ({told})"
             )
     return Finding(f"{plan.text}, eps {fraction_text(plan.eps)}", _sentence("; ".join(parts)))
+
+
+def _placing(text: str, placing: Placing) -> Finding:
+    choice = placing.choice
+    assert isinstance(choice.rule.start, int)  # noqa: S101  a search gives a place counted from the end
+    best = choice.rates[choice.rule.start]
+    told = (
+        "On them no start does better than plain backpropagation."
+        if best.hits <= choice.plain.hits
+        else "That is the best of several on the very images that it was chosen by; the numbers above are of others."
+    )
+    return Finding(
+        f"Where {text} starts",
+        f"At {choice.rule}: of {len(choice.rates)} starts it fools most images, {percent_text(best)}, with "
+        f"{placing.plan} on images that are not attacked otherwise ({placing.images}). Plain backpropagation fools "
+        f"{percent_text(choice.plain)} of them. {told}",
+    )
 
 
 def _together(study: Study, worst: Sequence[Worst]) -> list[Finding]:

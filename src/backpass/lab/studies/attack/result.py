@@ -13,7 +13,7 @@ from backpass.lab.studies.attack.comparison import Comparison, Worst, claims, co
 from backpass.lab.studies.attack.findings import findings
 from backpass.lab.studies.attack.gallery import gallery
 from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text
-from backpass.lab.studies.attack.study import Measured, Sweep
+from backpass.lab.studies.attack.study import Measured, Placing, Sweep
 from backpass.lab.wording import listing
 
 __all__ = ["CLAIMS_NOTE", "PLOTS_NOTE", "describe"]
@@ -124,7 +124,21 @@ def _tables(measured: Measured, comparisons: Sequence[Comparison], worst: Sequen
     ]
     if len(study.attacks) > 1 or len(study.rules) > 1:
         tables.append(_worst(measured, worst))
-    return [*tables, _confusion(measured)]
+    return [*tables, *(_placing(text, placing) for text, placing in study.placings.items()), _confusion(measured)]
+
+
+def _placing(text: str, placing: Placing) -> Table:
+    """How every start did that was tried."""
+    choice = placing.choice
+    rows: list[list[Cell]] = [["none: BP", percent(choice.plain)]]
+    rows += [[f"{start}", percent(rate)] for start, rate in choice.rates.items()]
+    return Table(
+        id=f"placing-{choice.rule.start}",
+        title=f"Where {text} starts",
+        columns=["First linear site, from the end", "Fooled of those right (%)"],
+        rows=rows,
+        note=f"{placing.plan}; {placing.images}. None of these images is attacked otherwise.",
+    )
 
 
 def _worst(measured: Measured, worst: Sequence[Worst]) -> Table:

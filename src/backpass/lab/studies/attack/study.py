@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,29 @@ from torch import Tensor
 from backpass.attacks import Rate, Report
 from backpass.errors import BackpassError
 from backpass.lab.data import Labelled
+from backpass.lab.placement_search import Choice, is_automatic
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Protocol
 from backpass.lab.studies.attack.plans import Plan, make_plans
 from backpass.lab.subjects import Subject
-from backpass.rules import parse_rule
+from backpass.rules import LinBP, parse_rule
 
-__all__ = ["Measured", "Sample", "Study", "Sweep", "check_rules", "order_rules"]
+__all__ = ["Measured", "Placing", "Sample", "Study", "Sweep", "check_rules", "order_rules"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Placing:
+    """Where ``linbp:start=auto`` has come to start.
+
+    Attributes:
+        choice: the rule, and how every start did.
+        plan: the attack by which it was chosen.
+        images: on which.
+    """
+
+    choice: Choice
+    plan: str
+    images: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +55,7 @@ class Study:
         swept: how many images the curves over eps and steps are measured on; 0 leaves the curves out.
         shown: how many fooled images are shown.
         shards: the folder that keeps finished parts.
+        placings: by the text form that asked for it, the start that was chosen.
     """
 
     subject: Subject
@@ -53,6 +70,7 @@ class Study:
     swept: int
     shown: int
     shards: Path | None
+    placings: Mapping[str, Placing] = field(default_factory=dict)
 
     @property
     def plans(self) -> list[Plan]:
@@ -136,12 +154,17 @@ def order_rules(rules: Sequence[str], model: str | None = None) -> list[str]:
 
     Raises:
         UnknownNameError: a rule has no known name.
-        BackpassError: a rule cannot be read, or stands twice.
+        BackpassError: a rule cannot be read, stands twice, or is to be chosen without a network to choose for.
     """
     texts = [str(parse_rule(rule) if model is None else parse_rule_for(model, rule)) for rule in rules]
     for index, text in enumerate(texts):
         if text in texts[:index]:
             raise BackpassError(f"--rule {text} stands twice.")
+        if model is None and is_automatic(text):
+            raise BackpassError(
+                f"--rule {text} is chosen by success against one network, which is not success against others: say "
+                "where, as in linbp:start=-2, or let backpass attack choose for each source."
+            )
     return sorted(texts, key=lambda text: text != "bp")
 
 
@@ -151,6 +174,9 @@ def check_rules(subject: Subject, rules: Sequence[str], x: Tensor, data: str) ->
     Raises:
         NoSiteError: one does not.
     """
-    for rule in rules:
-        with parse_rule_for(subject.name, rule).attach(subject.network):
+    for text in rules:
+        rule = parse_rule_for(subject.name, text)
+        if isinstance(rule, LinBP) and is_automatic(rule):
+            rule = replace(rule, start=None)
+        with rule.attach(subject.network):
             subject.try_on(x, data)

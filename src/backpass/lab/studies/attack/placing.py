@@ -1,0 +1,59 @@
+"""``linbp:start=auto`` in a study: linear backpropagation starts where it does best on images set aside for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from backpass.errors import BackpassError
+from backpass.lab.data import Labelled
+from backpass.lab.placement_search import choose_start, is_automatic
+from backpass.lab.studies.attack.study import Placing, Study
+from backpass.rules import LinBP, parse_rule
+
+__all__ = ["place", "set_aside"]
+
+_MOST = 200
+
+
+def set_aside(data: Labelled, limit: int | None, rules: Sequence[str]) -> tuple[Labelled, Labelled | None]:
+    """The images to attack, and those by which a start is chosen, where a rule asks for that.
+
+    The latter follow the first ``limit``, at most 200; where none is left, they are the last of all, at most a quarter.
+
+    Raises:
+        BackpassError: there are fewer than two images.
+    """
+    attacked = data.first(limit)
+    if not any(map(is_automatic, rules)):
+        return attacked, None
+    count = len(data.images)
+    if count < 2:
+        raise BackpassError("linbp:start=auto needs an image to attack and another one to choose by, got 1.")
+    if len(attacked.images) == count:
+        attacked = data.first(count - min(_MOST, max(1, count // 4)))
+    first = len(attacked.images)
+    rows = slice(first, min(first + _MOST, count))
+    return attacked, data.some(rows, f"{rows.stop - first:,} after the first {first:,}")
+
+
+def place(study: Study, aside: Labelled) -> Study:
+    """The study with a start in the place of every ``auto``, chosen by its first attack that uses gradients.
+
+    Raises:
+        BackpassError: no attack uses gradients.
+    """
+    plan = next((plan for plan in study.plans if plan.uses_gradients), None)
+    if plan is None:
+        raise BackpassError("linbp:start=auto needs an attack that uses gradients, to choose by.")
+    model, x = study.protocol.model(study.subject.model), study.protocol.images(aside.images.x)
+    placed: dict[str, Placing] = {}
+    for text in filter(is_automatic, study.rules):
+        rule = parse_rule(text)
+        assert isinstance(rule, LinBP)  # noqa: S101  no other rule is automatic
+        choice = choose_start(
+            rule, study.subject.network, x, aside.images.y, plan.attack, model=model, batch_size=study.batch_size
+        )
+        placed[text] = Placing(choice=choice, plan=plan.name, images=aside.description)
+    rules = [str(placed[text].choice.rule) if text in placed else text for text in study.rules]
+    return replace(study, rules=list(dict.fromkeys(rules)), placings=placed)
