@@ -13,7 +13,7 @@ from backpass.cli.printing import print_overview, print_written, working
 from backpass.errors import BackpassError
 
 if TYPE_CHECKING:
-    from backpass.lab.reproduction.running import Done
+    from backpass.lab.reproduction.running import Done, Failed
 
 __all__ = ["report", "reproduce"]
 
@@ -52,31 +52,45 @@ def reproduce(
         raise BackpassError("name an experiment, or all; backpass reproduce --list names them.")
     began = time.perf_counter()
     found: list[Done] = []
+    failed: list[Failed] = []
     with working("loading torch") as show:
         from backpass.lab.experiments.catalogue import choose
+        from backpass.lab.report import count_verdicts
         from backpass.lab.reproduction.overview import write_overview
+        from backpass.lab.reproduction.running import Done
         from backpass.lab.reproduction.running import reproduce as run
         from backpass.lab.subjects import parse_device
 
         total = len(choose(names))
         place = parse_device(device)
         side_by_side = jobs or (1 if place.type == "cuda" else os.cpu_count() or 1)
-        for done in run(
+        for ended in run(
             names,
             scale=scale,
             out=out,
             device=place,
             jobs=side_by_side,
             again=again,
-            progress=lambda what: show(what, len(found) / total),
+            progress=lambda what: show(what, (len(found) + len(failed)) / total),
         ):
-            found.append(done)
-        page = write_overview(out)
+            if isinstance(ended, Done):
+                found.append(ended)
+                counts = count_verdicts(ended.result.claims)
+                told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+            else:
+                failed.append(ended)
+                told = f"failed: {ended.reason}"
+            typer.echo(f"{ended.name} ({time.perf_counter() - began:.0f} s): {told}", err=True)
+        page = write_overview(out) if found else None
     print_overview([done.result for done in found])
     kept = [done.result.experiment for done in found if done.kept]
     if kept:
         typer.echo(f"\nKept from an earlier run: {', '.join(kept)}. --again computes anew.")
-    print_written(time.perf_counter() - began, [page, *(path for done in found for path in done.paths[1:])])
+    if page is not None:
+        print_written(time.perf_counter() - began, [page, *(path for done in found for path in done.paths[1:])])
+    if failed:
+        names_of = ", ".join(one.name for one in failed)
+        raise BackpassError(f"{len(failed)} of {total} experiments failed, see above: {names_of}.")
 
 
 @app.command()

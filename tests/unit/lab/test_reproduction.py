@@ -2,11 +2,17 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
+from backpass import cli
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.bench.experiment import Experiment, Outcome
 from backpass.lab.claims import judge
@@ -105,6 +111,59 @@ def test_an_interrupted_experiment_goes_on_from_its_finished_pieces(tmp_path, mo
     assert resumed.claims == whole.claims
 
 
+def test_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, tiny):
+    def fail(settings, bench):
+        raise ZeroDivisionError("a bug")
+
+    broken = Experiment(**{**vars(tiny), "name": "broken", "measure": fail})
+    monkeypatch.setattr(catalogue, "EXPERIMENTS", (broken, tiny))
+    first, second = run(tmp_path, "all")
+    assert (first.name, first.reason) == ("broken", "ZeroDivisionError: a bug")
+    assert (second.name, second.kept) == ("one", False)
+    assert not (tmp_path / "broken").exists()
+
+
+def test_the_command_line_tells_of_each_and_fails_if_one_did(tmp_path, monkeypatch, capsys, tiny):
+    monkeypatch.setitem(tiny.scales, "small", Sizes(runs=-1))  # no pair: an error
+    monkeypatch.setattr(sys, "argv", ["backpass", "reproduce", "all", "--jobs", "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    told = capsys.readouterr()
+    assert end.value.code == 2
+    assert "one (" in told.err
+    assert "failed: " in told.err
+    assert "2 of 2 experiments failed, see above: one, two." in told.err
+    assert "Traceback" not in told.err
+
+
+@pytest.mark.slow
+def test_side_by_side_they_find_what_they_find_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.undo()  # processes of their own see the real catalogue
+    names = ["linbp-fig1", "sde-long-run"]
+    both, single = (
+        {done.name: done.result.claims for done in run(tmp_path / str(jobs), *names, jobs=jobs)} for jobs in (2, 1)
+    )
+    assert set(both) == set(names)
+    assert both == single
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found through /proc")
+def test_an_interrupted_command_leaves_no_process_behind(tmp_path):
+    command = [sys.executable, "-m", "backpass", "reproduce", "linbp-fig3", "linbp-fig4", "--jobs", "2"]
+    running = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    deadline = time.monotonic() + 120
+    while len(workers := children.read_text().split()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)  # two workers, and the one that tracks resources
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) == 130
+    deadline = time.monotonic() + 10
+    while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
 def test_what_was_written_is_what_is_read(tmp_path):
     (done,) = run(tmp_path)
     again = read_result(tmp_path / "one" / "result.json")
@@ -155,8 +214,8 @@ def test_two_claims_of_one_id_are_refused(tmp_path, monkeypatch, tiny):
         return Outcome(**{**vars(found), "claims": [*found.claims, *found.claims]})
 
     monkeypatch.setattr(catalogue, "EXPERIMENTS", (Experiment(**{**vars(tiny), "measure": twice}),))
-    with pytest.raises(BackpassError, match="two claims of one id"):
-        run(tmp_path)
+    (failed,) = run(tmp_path)
+    assert "two claims of one id" in failed.reason
 
 
 def test_unknown_names_and_scales_are_told_before_anything_runs(tmp_path):

@@ -22,7 +22,7 @@ from backpass.lab.reproduction.reading import read_result
 from backpass.lab.result import Result
 from backpass.version import __version__
 
-__all__ = ["Done", "reproduce"]
+__all__ = ["Done", "Failed", "reproduce"]
 
 Progress = Callable[[str], None]
 """Called with what is being computed."""
@@ -44,6 +44,24 @@ class Done:
     seconds: float
     kept: bool
 
+    @property
+    def name(self) -> str:
+        """Of the experiment."""
+        return self.result.experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """One experiment that has none.
+
+    Attributes:
+        name: of the experiment.
+        reason: in words.
+    """
+
+    name: str
+    reason: str
+
 
 def reproduce(
     names: Sequence[str],
@@ -54,8 +72,8 @@ def reproduce(
     jobs: int = 1,
     again: bool = False,
     progress: Progress = lambda what: None,
-) -> Iterator[Done]:
-    """Runs experiments and yields each as it is done.
+) -> Iterator[Done | Failed]:
+    """Runs experiments and yields each as it is done, or has failed: that does not stop the others.
 
     A finished experiment of the same scale and version is kept; of an interrupted one, the finished pieces are.
 
@@ -79,35 +97,41 @@ def reproduce(
         load_data(name, split="train")  # before any work: hours later would be a bad moment to miss it
     if jobs < 1:
         raise BackpassError(f"jobs must be at least 1, got {jobs}.")
-    if jobs == 1 or len(chosen) == 1:
-        for experiment in chosen:
-            yield _run(experiment.name, scale, out, device, again, progress)
+    names = [experiment.name for experiment in chosen]
+    if jobs == 1 or len(names) == 1:
+        for name in names:
+            yield _try(name, scale, out, device, again, progress)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # Spawned, not forked: a fork of a process with torch's threads may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        waiting = {
-            pool.submit(_run, experiment.name, scale, out, device, again): experiment.name for experiment in chosen
-        }
+        waiting = [pool.submit(_try, name, scale, out, device, again) for name in names]
         try:
             for future in as_completed(waiting):
-                done = future.result()
-                progress(f"{done.result.experiment} is done")
-                yield done
+                ended = future.result()
+                progress(f"{ended.name} {'is done' if isinstance(ended, Done) else 'failed'}")
+                yield ended
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in waiting:
+                future.cancel()
+            for process in multiprocessing.active_children():
+                process.terminate()  # finished pieces are on disk; nobody waits for the others
             raise
 
 
-def _run(
-    name: str,
-    scale: str,
-    out: Path,
-    device: torch.device,
-    again: bool,
-    progress: Progress = lambda what: None,
-) -> Done:
+def _try(
+    name: str, scale: str, out: Path, device: torch.device, again: bool, progress: Progress = lambda what: None
+) -> Done | Failed:
+    try:
+        return _run(name, scale, out, device, again, progress)
+    except BackpassError as error:
+        return Failed(name=name, reason=str(error))
+    except Exception as error:
+        return Failed(name=name, reason=f"{type(error).__name__}: {error}")
+
+
+def _run(name: str, scale: str, out: Path, device: torch.device, again: bool, progress: Progress) -> Done:
     began = time.perf_counter()
     (experiment,) = choose([name])
     folder = out / name
