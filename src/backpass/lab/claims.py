@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from backpass.lab.statistics import Interval, mean_interval, paired_interval
+from backpass.lab.statistics import LEVEL, Interval, mean_interval, paired_interval, sign_test
 
 __all__ = ["FEWEST_PAIRS", "Claim", "Direction", "Verdict", "judge", "judge_within", "verdict"]
 
@@ -71,6 +71,7 @@ def judge(
     reference: str | None = None,
     published: str = "",
     seeds: Sequence[int] = (),
+    diverged: Literal["undecided", "worse"] = "undecided",
 ) -> Claim:
     """Measure ``ours - theirs`` over paired runs and give the verdict.
 
@@ -84,23 +85,29 @@ def judge(
         reference: where the claim comes from.
         published: the source's own number.
         seeds: the pairs' seeds, to name the runs that diverged.
+        diverged: what becomes of a claim with diverged runs, which have no difference: it stays ``undecided``, or a
+            diverged run is ``worse`` than any other and the exact sign test over the pairs decides at the same level.
 
     Raises:
         BackpassError: the two sides differ in length, or are empty.
     """
     difference = paired_interval(ours, theirs)
+    decided = verdict(difference, direction)
     names = list(seeds) or list(range(len(ours)))
     lost = [name for name, a, b in zip(names, ours, theirs, strict=True) if not (math.isfinite(a) and math.isfinite(b))]
     note = ""
     if lost:
         note = f"a run diverged in {len(lost)} of {len(ours)} pairs, seed {', '.join(map(str, lost))}"
+        if diverged == "worse":
+            decided, told = _by_signs(ours, theirs, direction)
+            note = f"{note}; {told}"
     elif difference.n < FEWEST_PAIRS:
         note = f"fewer than {FEWEST_PAIRS} pairs: no verdict"
     return Claim(
         id=id,
         statement=statement,
         quantity=quantity,
-        verdict=verdict(difference, direction),
+        verdict=decided,
         estimate=difference.mean,
         interval=(difference.low, difference.high),
         n=difference.n,
@@ -108,6 +115,21 @@ def judge(
         published=published,
         note=note,
     )
+
+
+def _by_signs(ours: Sequence[float], theirs: Sequence[float], direction: Direction) -> tuple[Verdict, str]:
+    """Which side is ahead in how many pairs, a diverged run being behind, and what that says."""
+    sign = 1 if direction == "higher" else -1
+    scores = [
+        tuple(sign * value if math.isfinite(value) else -math.inf for value in pair)
+        for pair in zip(ours, theirs, strict=True)
+    ]
+    ahead, behind = sum(a > b for a, b in scores), sum(a < b for a, b in scores)
+    p = sign_test(ahead, behind)
+    told = f"counting these as worse it is ahead in {ahead} pairs and behind in {behind}, sign test p = {p:.2g}"
+    if p > 1 - LEVEL:
+        return "undecided", told
+    return "holds" if ahead > behind else "does not hold", told
 
 
 def judge_within(

@@ -10,7 +10,7 @@ from torch import Tensor
 from backpass.attacks import Rate
 from backpass.errors import BackpassError
 from backpass.lab.claims import Claim, verdict
-from backpass.lab.statistics import Interval
+from backpass.lab.statistics import Interval, sign_test
 from backpass.lab.wording import interval_text
 
 __all__ = ["PairedDifference", "judge_images", "paired_difference", "percent", "percent_text"]
@@ -64,7 +64,7 @@ def paired_difference(ours: Tensor, theirs: Tensor) -> PairedDifference:
     centre = (b - c) / (n + 2)
     half = _Z * math.sqrt(max(b + c + 1 - (b - c) ** 2 / (n + 2), 0.0)) / (n + 2)
     ends = max(centre - half, -1.0), min(centre + half, 1.0)
-    return PairedDifference(b, c, Interval(100 * (b - c) / n, 100 * ends[0], 100 * ends[1], n), _mcnemar(b, c))
+    return PairedDifference(b, c, Interval(100 * (b - c) / n, 100 * ends[0], 100 * ends[1], n), sign_test(b, c))
 
 
 def judge_images(
@@ -97,13 +97,3 @@ def judge_images(
         note=f"{difference.only_ours} images fooled by it only, {difference.only_theirs} by {theirs} only; exact "
         f"McNemar p = {difference.p:.2g}",
     )
-
-
-def _mcnemar(b: int, c: int) -> float:
-    """The chance that a fair coin of b + c throws is at least as uneven as b to c."""
-    throws = b + c
-    tail = term = 1
-    for k in range(min(b, c)):
-        term = term * (throws - k) // (k + 1)  # exact: binomial coefficients in whole numbers
-        tail += term
-    return float(min(1.0, 2 * tail / 2**throws))

@@ -14,6 +14,7 @@ __all__ = [
     "geometric_interval",
     "mean_interval",
     "paired_interval",
+    "sign_test",
     "student_cdf",
     "student_quantile",
 ]
@@ -119,3 +120,16 @@ def paired_interval(ours: Sequence[float], theirs: Sequence[float], level: float
     if len(ours) != len(theirs):
         raise BackpassError(f"paired values must come in pairs, got {len(ours)} and {len(theirs)}.")
     return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)], level)
+
+
+def sign_test(ours: int, theirs: int) -> float:
+    """The chance that a fair coin of ``ours + theirs`` throws is at least as uneven: the exact two-sided sign test.
+
+    On pairs of which only one side has succeeded it is McNemar's exact test.
+    """
+    throws = ours + theirs
+    tail = term = 1
+    for k in range(min(ours, theirs)):
+        term = term * (throws - k) // (k + 1)  # exact: binomial coefficients in whole numbers
+        tail += term
+    return float(min(1.0, 2 * tail / 2**throws))

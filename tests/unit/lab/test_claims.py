@@ -62,6 +62,35 @@ def test_a_diverged_run_leaves_the_claim_undecided_and_is_named():
     assert claim.note == "a run diverged in 1 of 4 pairs, seed 11"
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ([math.nan] * 6, [1.0] * 6, "does not hold"),
+        ([1.0] * 6, [math.inf] * 6, "holds"),
+        ([math.nan] * 5, [1.0] * 5, "undecided"),  # 5 of 5 is p = 1/16
+        ([math.nan, 0.5, 0.5, 0.5, 0.5, 0.5], [1.0] * 6, "undecided"),  # 5 of 6
+        ([math.nan] * 6, [math.nan] * 6, "undecided"),
+        ([math.nan, *[0.5] * 9], [1.0] * 10, "holds"),  # 9 of 10
+    ],
+)
+def test_where_a_diverged_run_is_worse_the_signs_of_the_pairs_decide(ours, theirs, expected):
+    claim = judge("i", "c", ours=ours, theirs=theirs, direction="lower", quantity="loss", diverged="worse")
+    assert claim.verdict == expected
+    opposite = judge("i", "c", ours=theirs, theirs=ours, direction="lower", quantity="loss", diverged="worse")
+    assert opposite.verdict == {"holds": "does not hold", "does not hold": "holds"}.get(expected, expected)
+
+
+def test_planted_nulls_with_diverged_runs_are_decided_at_most_at_the_stated_error_rate():
+    draw = torch.rand(1000, 2, 12, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    values = torch.where(draw < 0.1, math.nan, draw)
+    verdicts = [
+        judge("i", "c", ours=a, theirs=b, direction="lower", quantity="loss", diverged="worse").verdict
+        for a, b in values.tolist()
+    ]
+    assert verdicts.count("holds") + verdicts.count("does not hold") < 50 + 4 * math.sqrt(1000 * 0.05 * 0.95)
+    assert verdicts.count("holds") > 5
+
+
 def test_no_difference_at_all_is_undecided():
     assert _judge([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).verdict == "undecided"
 

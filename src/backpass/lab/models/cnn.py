@@ -16,7 +16,13 @@ __all__ = ["cnn"]
 
 
 def cnn(
-    shape: Shape, classes: int, generator: torch.Generator, *, width: int = 16, activation: str = "relu"
+    shape: Shape,
+    classes: int,
+    generator: torch.Generator,
+    *,
+    width: int = 16,
+    activation: str = "relu",
+    batch_norm: bool = False,
 ) -> nn.Sequential:
     """Three 3x3 convolutions, two poolings, two linear layers: four activations in all.
 
@@ -26,6 +32,7 @@ def cnn(
         generator: of the weights.
         width: channels of the first two convolutions; the third has twice as many.
         activation: the name of the activation.
+        batch_norm: batch normalisation before every activation.
 
     Returns:
         A module from images (N, C, H, W) in [0, 1] to logits (N, classes).
@@ -36,21 +43,22 @@ def cnn(
     """
     require_side("cnn", shape, 4)
     channels, height, breadth = shape
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        normalize=Normalize(channels),
-        conv1=nn.Conv2d(channels, width, 3, padding=1),
-        act1=make_activation(activation),
-        conv2=nn.Conv2d(width, width, 3, padding=1),
-        act2=make_activation(activation),
-        pool1=nn.MaxPool2d(2),
-        conv3=nn.Conv2d(width, 2 * width, 3, padding=1),
-        act3=make_activation(activation),
-        pool2=nn.MaxPool2d(2),
-        flatten=nn.Flatten(),
-        linear1=nn.Linear(2 * width * (height // 4) * (breadth // 4), 64),
-        act4=make_activation(activation),
-        linear2=nn.Linear(64, classes),
-    )
+    layers: OrderedDict[str, nn.Module] = OrderedDict(normalize=Normalize(channels))
+
+    def add(index: int, name: str, layer: nn.Module, norm: nn.Module) -> None:
+        layers[name] = layer
+        if batch_norm:
+            layers[f"bn{index}"] = norm
+        layers[f"act{index}"] = make_activation(activation)
+
+    add(1, "conv1", nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width))
+    add(2, "conv2", nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width))
+    layers["pool1"] = nn.MaxPool2d(2)
+    add(3, "conv3", nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width))
+    layers["pool2"] = nn.MaxPool2d(2)
+    layers["flatten"] = nn.Flatten()
+    add(4, "linear1", nn.Linear(2 * width * (height // 4) * (breadth // 4), 64), nn.BatchNorm1d(64))
+    layers["linear2"] = nn.Linear(64, classes)
     model = nn.Sequential(layers)
     initialise(model, generator)
     return model

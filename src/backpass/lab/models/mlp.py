@@ -26,6 +26,7 @@ def mlp(
     *,
     widths: Sequence[int] = (400, 200, 100),
     activation: str = "relu",
+    batch_norm: bool = False,
 ) -> nn.Sequential:
     r"""A perceptron :math:`W_L\,\sigma(W_{L-1} \cdots \sigma(W_1 x))` with biases.
 
@@ -35,6 +36,7 @@ def mlp(
         generator: of the weights.
         widths: of the hidden layers, at least one; each has an activation.
         activation: its name.
+        batch_norm: batch normalisation before every activation.
 
     Returns:
         A module from images (N, C, H, W) in [0, 1] to logits (N, classes).
@@ -50,6 +52,8 @@ def mlp(
     layers: OrderedDict[str, nn.Module] = OrderedDict(normalize=Normalize(shape[0]), flatten=nn.Flatten())
     for index, (fan_in, fan_out) in enumerate(pairwise((math.prod(shape), *widths)), start=1):
         layers[f"linear{index}"] = nn.Linear(fan_in, fan_out)
+        if batch_norm:
+            layers[f"bn{index}"] = nn.BatchNorm1d(fan_out)
         layers[f"act{index}"] = make_activation(activation)
     layers[f"linear{len(widths) + 1}"] = nn.Linear(widths[-1], classes)
     model = nn.Sequential(layers)

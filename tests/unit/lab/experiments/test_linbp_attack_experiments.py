@@ -23,6 +23,7 @@ from backpass.rules import parse_rule
 
 MLP = Training(model="mlp:widths=24-16", data="digits", epochs=3)
 RESNET = Training(model="resnet:blocks=1-1,width=4", data="digits", epochs=4, limit=600)
+SEEDS = (0, 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_halvings_are_those_of_apgd_without_an_early_end(bench):
 
 def test_the_halving_experiment_tells_ours_beside_the_papers(bench):
     trial = Trial(attack="apgd:steps=30,restarts=1", eps=8 / 255, images=15)
-    settings = halving.Halving(training=MLP, rule="linbp:start=-1", trial=trial)
+    settings = halving.Halving(seeds=SEEDS, training=MLP, rule="linbp:start=-1", trial=trial)
     result = run(halving.EXPERIMENTS[0], settings, bench)
     assert "22.95 and 25.85" in result.findings[0].text
     assert [claim.id for claim in result.claims] == [f"linbp-halving.halving-{n}" for n in (1, 2, 3, 4)]
@@ -67,7 +68,7 @@ def test_the_halving_experiment_tells_ours_beside_the_papers(bench):
 
 def test_transfer_judges_each_source_by_networks_of_other_seeds(bench):
     settings = transfer.Transfer(
-        source=RESNET, targets=(RESNET, MLP), start="layer2", steps=(2, 4),
+        seeds=SEEDS, source=RESNET, targets=(RESNET, MLP), start="layer2", steps=(2, 4),
         trial=Trial(attack="ifgsm:step=0.05,noise=0.05", eps=0.2, protocol="standard", images=40),
     )  # fmt: skip
     result = run(transfer.EXPERIMENTS[0], settings, bench)
@@ -138,6 +139,7 @@ def test_the_white_box_experiment_gives_every_condition_a_verdict(bench):
     trial = Trial(attack="pgd:steps=3,restarts=1", eps=0.1, protocol="standard", images=40)
     base = Condition(factor="base", value="small", training=MLP, rule="linbp:start=-1", trial=trial)
     settings = WhiteBox(
+        seeds=SEEDS,
         conditions=(
             base,
             replace(base, factor="placement", value="all", rule="linbp"),

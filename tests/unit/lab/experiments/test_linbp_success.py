@@ -28,7 +28,13 @@ TRIAL = Trial(attack="pgd:steps=4,restarts=1", eps=0.1, protocol="standard", ima
 
 def settings(**changes):
     contest = Contest(training=TINY, placements=("linbp:start=-1",), sweep=("-1", "-2"), counterpart="resnet50")
-    usual = {"contests": (contest,), "attacks": ("pgd:steps=4,restarts=1",), "radii": (8 / 255,), "images": 40}
+    usual = {
+        "contests": (contest,),
+        "seeds": (0, 1, 2),
+        "attacks": ("pgd:steps=4,restarts=1",),
+        "radii": (8 / 255,),
+        "images": 40,
+    }
     return Success(**{**usual, **changes})
 
 

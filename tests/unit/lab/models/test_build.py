@@ -44,6 +44,17 @@ def test_an_mlp_has_the_widths_and_the_activation_that_were_asked_for():
         assert others == [Normalize, nn.Flatten, nn.SiLU, nn.SiLU]
 
 
+@pytest.mark.parametrize("name", ["mlp:widths=7-5", "cnn"])
+def test_batch_normalisation_stands_before_every_activation(name):
+    plain, normalised = build(name), build(f"{name}:batch_norm=true" if ":" not in name else f"{name},batch_norm=true")
+    kinds = [type(module) for module in normalised]
+    norms = [place for place, kind in enumerate(kinds) if kind in (nn.BatchNorm1d, nn.BatchNorm2d)]
+    assert [place + 1 for place in norms] == [place for place, kind in enumerate(kinds) if kind is nn.ReLU]
+    assert [kind for place, kind in enumerate(kinds) if place not in norms] == [type(module) for module in plain]
+    weights = dict(plain.named_parameters())
+    assert all(torch.equal(weights[n], p) for n, p in normalised.named_parameters() if not n.startswith("bn"))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_another_activation_stands_everywhere(name):
     model = build(name, activation="mish")

@@ -8,7 +8,7 @@ from functools import partial
 
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
 from backpass.lab.claims import Claim, judge
-from backpass.lab.experiments.linbp.networks import LARGE, SMALL_RESNET
+from backpass.lab.experiments.linbp.networks import LARGE, LARGE_SEEDS, SMALL_RESNET
 from backpass.lab.experiments.linbp.published import HALVINGS
 from backpass.lab.experiments.linbp.success import OVER_NETWORKS, PAIRED_NETWORKS, PAPER, explain_data
 from backpass.lab.experiments.linbp.trials import Trial, search_halvings
@@ -36,7 +36,7 @@ class Halving:
     training: Training
     rule: str
     trial: Trial
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 Found = Mapping[str, Sequence[Sequence[Sequence[int]]]]
@@ -195,6 +195,7 @@ EXPERIMENTS = (
             "paper": replace(
                 _SMALL,
                 training=LARGE[1],
+                seeds=LARGE_SEEDS,
                 rule="linbp:start=paper",
                 trial=replace(_SMALL.trial, images=None, precision="bfloat16"),
             ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backpass.lab.experiments.linbp.victims import Training
 
-__all__ = ["LARGE", "SMALL_CNN", "SMALL_RESNET", "large"]
+__all__ = ["LARGE", "LARGE_SEEDS", "SMALL_CNN", "SMALL_RESNET", "large"]
 
 SMALL_CNN = Training(model="cnn", limit=4000, epochs=10, lr=0.02, augment="flip")
 SMALL_RESNET = Training(model="resnet:width=8", limit=5000, epochs=12, augment="flip")
@@ -27,3 +27,6 @@ LARGE = (
     ),
 )
 """The last is trained on adversarial examples; the paper takes its robust one from RobustBench."""
+
+LARGE_SEEDS = (0, 1, 2)
+"""Fewer than of the small ones: each is hours of a GPU's work."""

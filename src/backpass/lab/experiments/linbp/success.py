@@ -63,7 +63,7 @@ class Success:
     """
 
     contests: tuple[Contest, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     attacks: tuple[str, ...]
     radii: tuple[float, ...] = (8 / 255, 16 / 255)
     protocols: tuple[str, ...] = ("paper", "standard")

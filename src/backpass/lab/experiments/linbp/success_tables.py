@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from backpass.lab.bench.experiment import Experiment
-from backpass.lab.experiments.linbp.networks import LARGE, SMALL_CNN, SMALL_RESNET, large
+from backpass.lab.experiments.linbp.networks import LARGE, LARGE_SEEDS, SMALL_CNN, SMALL_RESNET, large
 from backpass.lab.experiments.linbp.success import PAPER, Contest, Success, measure
 
 __all__ = ["EXPERIMENTS"]
@@ -35,7 +35,7 @@ _PAPERS = tuple(
     )
     for training in LARGE
 )
-_PAPER_SIZE = Success(contests=_PAPERS, attacks=(), precision="bfloat16")
+_PAPER_SIZE = Success(contests=_PAPERS, seeds=LARGE_SEEDS, attacks=(), precision="bfloat16")
 _FEW = 200  # images
 
 

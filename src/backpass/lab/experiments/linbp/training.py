@@ -108,6 +108,7 @@ def _claims(name: str, epochs: Sequence[float], found: Found, told: Told) -> lis
                     reference=f"{_PAPER}, {told.test if what.startswith('test') else told.train}",
                     published=told.early if key == "early" else told.end,
                     seeds=range(len(found["bp"])),
+                    diverged="worse",
                 )
             )
     return made

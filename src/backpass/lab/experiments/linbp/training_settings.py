@@ -97,6 +97,7 @@ MNIST = {
         },
         per_epoch=2,
         judged=2000,
+        seeds=6,
         schedule=_SLOWLY,
     ),
     "paper": Training(
@@ -129,6 +130,7 @@ _LITTLE = replace(
     source=Source(data="cifar10", train=3000, test=2000),
     networks={"Small ResNet": _RESIDUAL, "Small CNN": _CONVOLUTIONAL},
     judged=2000,
+    seeds=6,
     batch=32,  # four times the steps that 128 make, without which such short a training would not begin to learn
 )
 

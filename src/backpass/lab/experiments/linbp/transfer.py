@@ -10,7 +10,7 @@ from backpass.attacks import transfer
 from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
 from backpass.lab.claims import Claim, judge
-from backpass.lab.experiments.linbp.networks import LARGE, SMALL_CNN, SMALL_RESNET
+from backpass.lab.experiments.linbp.networks import LARGE, LARGE_SEEDS, SMALL_CNN, SMALL_RESNET
 from backpass.lab.experiments.linbp.success import OVER_NETWORKS, PAIRED_NETWORKS, explain_data, networks_table, slug
 from backpass.lab.experiments.linbp.trials import Trial
 from backpass.lab.experiments.linbp.victims import Training, Victim, data_text, victims
@@ -43,7 +43,7 @@ class Transfer:
     start: str
     steps: tuple[int, ...]
     trial: Trial
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
     @property
     def rules(self) -> dict[str, str]:
@@ -219,7 +219,9 @@ EXPERIMENTS = (
         scales={
             "small": _of(SMALL_RESNET, (SMALL_RESNET, SMALL_CNN), "layer2", 150, "float32"),
             "paper": replace(
-                _of(LARGE[1], (LARGE[0], LARGE[3], LARGE[4]), "layer3.1", None, "bfloat16"), steps=(10, 50, 100, 300)
+                _of(LARGE[1], (LARGE[0], LARGE[3], LARGE[4]), "layer3.1", None, "bfloat16"),
+                steps=(10, 50, 100, 300),
+                seeds=LARGE_SEEDS,
             ),
         },
         measure=measure,

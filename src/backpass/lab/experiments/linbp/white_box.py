@@ -56,7 +56,7 @@ class WhiteBox:
     """
 
     conditions: tuple[Condition, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     lengths: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 

@@ -6,13 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from backpass.lab.bench.experiment import Experiment
-from backpass.lab.experiments.linbp.networks import LARGE, SMALL_CNN, SMALL_RESNET
+from backpass.lab.experiments.linbp.networks import LARGE, LARGE_SEEDS, SMALL_CNN, SMALL_RESNET
 from backpass.lab.experiments.linbp.success import PAPER
 from backpass.lab.experiments.linbp.trials import Trial
 from backpass.lab.experiments.linbp.victims import Training
 from backpass.lab.experiments.linbp.white_box import Condition, WhiteBox, measure
 
 __all__ = ["EXPERIMENTS"]
+
+_MNIST_STD = 0.3081  # of a pixel: the length of one normalised unit
 
 
 class _From:
@@ -57,6 +59,14 @@ def _small() -> WhiteBox:
             a.other("training", "40 epochs", epochs=40),
             a.other("weight decay", "0", weight_decay=0.0),
             a.other("weight decay", "0.005", weight_decay=0.005),
+            a.other("normalisation", "of every batch", model=f"{base.training.model},batch_norm=true"),
+            a.attack(
+                "normalisation",
+                "of images, as in the paper",
+                protocol="paper",
+                eps=eps / 2 / _MNIST_STD,
+                attack=_pgd(10, eps / 4 / _MNIST_STD),
+            ),
             a.other("placement", "last site", rule="linbp:start=-1"),
             a.other("placement", "all sites", rule="linbp"),
             a.other("placement", "chosen on other images", rule="linbp:start=auto"),
@@ -76,6 +86,13 @@ def _small() -> WhiteBox:
             a.attack("precision", "float64", precision="float64"),
             a.attack("precision", "bfloat16", precision="bfloat16"),
             Condition(factor="network", value="CNN, CIFAR-10", training=SMALL_CNN, rule="linbp:start=-1", trial=papers),
+            Condition(
+                factor="network",
+                value="CNN with batch normalisation, CIFAR-10",
+                training=replace(SMALL_CNN, model=f"{SMALL_CNN.model}:batch_norm=true"),
+                rule="linbp:start=-1",
+                trial=papers,
+            ),
             Condition(
                 factor="network",
                 value="ResNet with batch normalisation, CIFAR-10",
@@ -99,6 +116,7 @@ def _large() -> WhiteBox:
     )
     a = _From(base)
     return WhiteBox(
+        seeds=LARGE_SEEDS,
         conditions=(
             base,
             a.other("network", "VGG-16", model=vgg.model),
