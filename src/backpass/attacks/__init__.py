@@ -6,6 +6,7 @@ from backpass.attacks.autoattack import AutoAttack
 from backpass.attacks.evaluation import evaluate
 from backpass.attacks.fab import FAB
 from backpass.attacks.fgsm import FGSM, IFGSM, MIFGSM
+from backpass.attacks.iterative import Iterative
 from backpass.attacks.names import make_attack
 from backpass.attacks.pgd import PGD
 from backpass.attacks.report import Rate, Report
@@ -23,6 +24,7 @@ __all__ = [
     "PGD",
     "Attack",
     "AutoAttack",
+    "Iterative",
     "Rate",
     "Report",
     "Result",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,15 @@ class Attack(ABC):
         eot: forward passes over which gradients are averaged; a success must then hold in each of `eot` more.
         logits: where the logits are in the model's output: a key, an index, or a function of it.
 
+    Attributes:
+        uses_gradients: whether a rule attached to the model can make a difference.
+
     Raises:
         BackpassError: a setting is out of range.
         UnknownNameError: no norm or loss has this name.
     """
+
+    uses_gradients: ClassVar[bool] = True
 
     eps: float = 8 / 255
     norm: str = "linf"

@@ -46,7 +46,8 @@ class IFGSM(Iterative):
     Source: Kurakin, Goodfellow, Bengio, Adversarial examples in the physical world (2017), section 2.2.
     """
 
-    def _direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Steepest ascent, without memory."""
         return oracle.threat.direction(gradient), None
 
 
@@ -80,14 +81,16 @@ class MIFGSM(Iterative):
     def _random(self) -> bool:
         return super()._random or self.diversity > 0
 
-    def _view(self, jobs: Jobs, iteration: int) -> Callable[[Tensor], Tensor] | None:
-        noisy = super()._view(jobs, iteration)
+    def view(self, jobs: Jobs, iteration: int) -> Callable[[Tensor], Tensor] | None:
+        """With noise, shrunk and padded."""
+        noisy = super().view(jobs, iteration)
         if not self.diversity:
             return noisy
         diverse = Diversity(self.diversity, self.resize).draw(self.seed, jobs, iteration)
         return diverse if noisy is None else lambda z: diverse(noisy(z))
 
-    def _direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Steepest ascent along the momentum, which is remembered."""
         length = gradient.abs().flatten(1).sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
         momentum = gradient / per_sample(length, gradient)
         if memory is not None:

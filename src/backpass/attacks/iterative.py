@@ -26,6 +26,8 @@ _START, _VIEW = 1, 2  # what a draw is for
 class Iterative(SearchAttack):
     """z_{k+1} = project(z_k + step * direction(grad loss(view_k(z_k)))), z_0 = x or a random point.
 
+    A subclass is a frozen dataclass that defines `direction`, and perhaps `view`.
+
     Args:
         step: length of a step in the attack's norm.
         steps: gradient steps of each restart.
@@ -68,11 +70,20 @@ class Iterative(SearchAttack):
         return self.random_start or self.noise > 0
 
     @abstractmethod
-    def _direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The step's direction (B, ...), and what the next step needs to remember, (B, ...) or None."""
+    def direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The step's direction, and what the next step needs to remember.
 
-    def _view(self, jobs: Jobs, iteration: int) -> Callable[[Tensor], Tensor] | None:
-        """How the model sees the image at this iteration; None for as it is."""
+        Args:
+            oracle: the model under attack; ``oracle.threat.direction`` is the steepest direction in the attack's norm.
+            gradient: (B, ...), of the loss, for the samples that are still searched.
+            memory: (B, ...), what the step before gave to remember; None at the first step.
+
+        Returns:
+            (B, ...), which the caller may overwrite, and (B, ...) or None.
+        """
+
+    def view(self, jobs: Jobs, iteration: int) -> Callable[[Tensor], Tensor] | None:
+        """How the model sees the images (B, ...) at this iteration; None for as they are."""
         if not self.noise:
             return None
         key = make_key(self.seed, jobs.index, jobs.restart, _VIEW, iteration, like=jobs.index)
@@ -87,7 +98,7 @@ class Iterative(SearchAttack):
             ball = make_threat(self.norm, radius, self.bounds)
             z = ball.start(jobs.x, make_key(self.seed, jobs.index, jobs.restart, _START, like=jobs.index))
         for iteration in range(self.steps):
-            view = self._view(jobs, iteration)
+            view = self.view(jobs, iteration)
             logits, _, gradient = oracle.gradient(z, jobs, view=view)
             keep = active.retire(z, active.fooled(oracle, z, jobs, logits, exact=view is None))
             if active.done:
@@ -95,6 +106,6 @@ class Iterative(SearchAttack):
             if keep is not None:
                 z, gradient, jobs = z[keep], gradient[keep], jobs[keep]
                 memory = None if memory is None else memory[keep]
-            direction, memory = self._direction(oracle, gradient, memory)
+            direction, memory = self.direction(oracle, gradient, memory)
             z = threat.project(jobs.x, direction.mul_(self.step).add_(z))
         return Found(active.finish(z))

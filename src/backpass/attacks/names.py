@@ -12,12 +12,36 @@ from backpass.attacks.fgsm import FGSM, IFGSM, MIFGSM
 from backpass.attacks.pgd import PGD
 from backpass.attacks.square import Square
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.plugins import added, added_names
 
-__all__ = ["ATTACKS", "make_attack"]
+__all__ = ["ATTACKS", "attack_type", "make_attack"]
+
+
+def _name(kind: type[Attack]) -> str:
+    return kind.__name__.lower()
+
 
 ATTACKS: dict[str, type[Attack]] = {
-    attack.__name__.lower(): attack for attack in (FGSM, IFGSM, MIFGSM, PGD, APGD, FAB, Square, AutoAttack)
+    _name(attack): attack for attack in (FGSM, IFGSM, MIFGSM, PGD, APGD, FAB, Square, AutoAttack)
 }
+
+
+"""backpass' own attacks by name."""
+
+_GROUP = "backpass.attacks"
+
+
+def attack_type(name: str) -> type[Attack]:
+    """The class of an attack, by its name in any case: one of `ATTACKS`, or one that an installed package adds.
+
+    Raises:
+        UnknownNameError: there is no attack of this name.
+        BackpassError: a package's attack cannot be imported, or is none.
+    """
+    found = ATTACKS.get(name.lower()) or added(_GROUP, name.lower(), Attack, _name)  # type: ignore[type-abstract]
+    if found is None:
+        raise UnknownNameError("attack", name, [*ATTACKS, *added_names(_GROUP)])
+    return found
 
 
 def make_attack(name: str, **settings: Any) -> Attack:
@@ -25,11 +49,9 @@ def make_attack(name: str, **settings: Any) -> Attack:
 
     Raises:
         UnknownNameError: no attack has this name, or the attack no such setting.
-        BackpassError: a setting is out of range.
+        BackpassError: a setting is out of range, or an added attack cannot be imported.
     """
-    if name.lower() not in ATTACKS:
-        raise UnknownNameError("attack", name, ATTACKS)
-    attack = ATTACKS[name.lower()]
+    attack = attack_type(name)
     known = attack.__dataclass_fields__
     for setting in settings:
         if setting not in known:

@@ -31,5 +31,6 @@ class PGD(Iterative):
     restarts: int = 5
     random_start: bool = True
 
-    def _direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Steepest ascent, without memory."""
         return oracle.threat.direction(gradient), None

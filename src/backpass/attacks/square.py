@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Square(SearchAttack):
         restarts: searches of each sample.
         share: p, the share of the image that the first window covers, in (0, 1].
     """
+
+    uses_gradients: ClassVar[bool] = False
 
     queries: int = 5000
     restarts: int = 1

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Annotated, NoReturn
 
+from backpass.allocator import keep_freed_memory
 from backpass.errors import BackpassError
 from backpass.version import __version__
 
@@ -81,6 +82,7 @@ def _app(
 
 def main() -> None:
     """Run the command line; a mistake that has a message ends with that message and exit code 2."""
+    keep_freed_memory()
     try:
         app()
     except KeyboardInterrupt:

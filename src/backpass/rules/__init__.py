@@ -1,5 +1,7 @@
 """Rules: replacement backward passes for some torch functions at chosen sites of a model."""
 
+from backpass.rules.activation_rule import ActivationRule
+from backpass.rules.activations import activations
 from backpass.rules.attaching.attached import Attached, attachments
 from backpass.rules.attaching.wrappers import unwrap
 from backpass.rules.linbp import LinBP
@@ -14,12 +16,14 @@ __all__ = [
     "BP",
     "RULES",
     "SIBP",
+    "ActivationRule",
     "Attached",
     "LinBP",
     "ProxProp",
     "Rule",
     "Site",
     "SiteTable",
+    "activations",
     "attachments",
     "list_sites",
     "parse_rule",

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "WITHOUT_ACTIVATION", "Activation", "read_call"]
+from backpass.errors import UnknownNameError
+
+__all__ = ["ACTIVATIONS", "WITHOUT_ACTIVATION", "Activation", "activations", "read_call"]
 
 aten = torch.ops.aten
 
@@ -80,6 +82,20 @@ ACTIVATIONS: Mapping[Callable[..., Any], str] = {
     function: activation.name for function, activation in _BY_FUNCTION.items()
 }
 """The torch functions that are activations, and the name of each."""
+
+
+def activations(*names: str) -> dict[Callable[..., Any], str]:
+    """The torch functions that compute the activations of these names, for instance ``activations("relu", "relu6")``.
+
+    Raises:
+        UnknownNameError: there is no activation of a name.
+    """
+    known = {activation.name for activation in _NAMED}
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("activation", name, known)
+    return {function: name for function, name in ACTIVATIONS.items() if name in names}
+
 
 WITHOUT_ACTIVATION: frozenset[type[nn.Module]] = frozenset(
     (

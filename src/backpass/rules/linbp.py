@@ -13,13 +13,13 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.rules.activations import ACTIVATIONS, WITHOUT_ACTIVATION, read_call
+from backpass.rules.activation_rule import ActivationRule
+from backpass.rules.activations import read_call
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.interception import Interception
-from backpass.rules.ranges import check_paths, check_places, resolve_range
+from backpass.rules.ranges import resolve_range
 from backpass.rules.residual import ResidualInterception
-from backpass.rules.rule import Rule
-from backpass.rules.sites import Site, SiteTable
+from backpass.rules.sites import SiteTable
 
 __all__ = ["LinBP"]
 
@@ -96,7 +96,7 @@ class _ValueAndGradientPath(torch.autograd.Function):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinBP(Rule):
+class LinBP(ActivationRule):
     """Linear backpropagation: selected activations pass gradients on as if they were linear.
 
     y = s(x) forward, exactly; dL/dx = slope * dL/dy backward, instead of s'(x) dL/dy. The same replacement in the
@@ -118,27 +118,15 @@ class LinBP(Rule):
     """
 
     name: ClassVar[str] = "linbp"
-    functions = ACTIVATIONS
-    silent = WITHOUT_ACTIVATION
-
-    start: int | float | str | None = None
-    stop: int | float | str | None = None
-    where: Callable[[Site], bool] | None = None
     slope: float = 1.0
     residual: Literal["plain", "renormalized"] = "plain"
 
     def __post_init__(self) -> None:
-        check_places(self.start, self.stop)
-        if self.where is not None and not callable(self.where):
-            raise BackpassError(f"where is a function of a Site that gives a bool, got {self.where!r}.")
+        super().__post_init__()
         if isinstance(self.slope, bool) or not isinstance(self.slope, int | float) or not math.isfinite(self.slope):
             raise BackpassError(f"slope is a finite number, got {self.slope!r}.")
         if self.residual not in ("plain", "renormalized"):
             raise UnknownNameError("residual", str(self.residual), ("plain", "renormalized"))
-
-    def check(self, model: nn.Module) -> None:
-        """Refuse a module path that the model does not have."""
-        check_paths(model, self.start, self.stop)
 
     def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
         """The site indices from ``start`` to ``stop``; residual blocks are looked for in the table of sites."""

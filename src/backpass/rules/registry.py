@@ -5,16 +5,32 @@ from __future__ import annotations
 from dataclasses import fields
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.plugins import added, added_names
 from backpass.rules.linbp import LinBP
 from backpass.rules.proxprop import ProxProp
 from backpass.rules.rule import BP, Rule
 from backpass.rules.sibp import SIBP
 from backpass.rules.text import read_settings
 
-__all__ = ["RULES", "parse_rule"]
+__all__ = ["RULES", "parse_rule", "rule_type"]
 
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (BP, LinBP, ProxProp, SIBP)}
-"""The rules by name."""
+"""backpass' own rules by name."""
+
+_GROUP = "backpass.rules"
+
+
+def rule_type(name: str) -> type[Rule]:
+    """The class of a rule: one of `RULES`, or one that an installed package adds by an entry point of backpass.rules.
+
+    Raises:
+        UnknownNameError: there is no rule of this name.
+        BackpassError: a package's rule cannot be imported, or is none.
+    """
+    found = RULES.get(name) or added(_GROUP, name, Rule, lambda kind: kind.name)
+    if found is None:
+        raise UnknownNameError("rule", name, [*RULES, *added_names(_GROUP)])
+    return found
 
 
 def parse_rule(text: str) -> Rule:
@@ -22,15 +38,14 @@ def parse_rule(text: str) -> Rule:
 
     Raises:
         UnknownNameError: no rule, or no setting of the rule, has that name.
-        BackpassError: the text has another form, or a value is out of its range.
+        BackpassError: the text has another form, a value is out of its range, or an added rule cannot be imported.
     """
     if not isinstance(text, str):
         raise BackpassError(f"a rule's text form is a string such as 'linbp:start=-2', got {text!r}.")
     name, settings = read_settings(text)
-    if name not in RULES:
-        raise UnknownNameError("rule", name, RULES)
-    known = [field.name for field in fields(RULES[name])]
+    kind = rule_type(name)
+    known = [field.name for field in fields(kind)]
     for setting in settings:
         if setting not in known:
             raise UnknownNameError(f"setting of rule {name!r}", setting, known)
-    return RULES[name](**settings)
+    return kind(**settings)

@@ -1,5 +1,6 @@
 """Training: any model, optimizer, rule and objective, resumable to the bit, in one or several processes."""
 
+from backpass.allocator import keep_freed_memory
 from backpass.training.adversary import AdversarialTraining
 from backpass.training.batches import Batch
 from backpass.training.half_batches import half_losses
@@ -25,5 +26,6 @@ __all__ = [
     "Trainer",
     "TrainingResult",
     "half_losses",
+    "keep_freed_memory",
     "local_device",
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from backpass.allocator import keep_freed_memory
 from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench
 from backpass.lab.bench.pieces import Pieces
@@ -105,7 +106,7 @@ def reproduce(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # Spawned, not forked: a fork of a process with torch's threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=(threads,)) as pool:
         waiting = [pool.submit(_try, name, scale, out, device, again) for name in names]
         try:
             for future in as_completed(waiting):
@@ -118,6 +119,12 @@ def reproduce(
             for process in multiprocessing.active_children():
                 process.terminate()  # finished pieces are on disk; nobody waits for the others
             raise
+
+
+def _prepare(threads: int) -> None:
+    """What a process of its own does first."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
 
 
 def _try(

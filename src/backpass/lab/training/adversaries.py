@@ -7,7 +7,7 @@ from typing import Any
 
 from backpass.attacks import Attack
 from backpass.attacks.iterative import Iterative
-from backpass.attacks.names import ATTACKS, make_attack
+from backpass.attacks.names import attack_type, make_attack
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.numbers import read_number
 from backpass.rules.text import read_settings
@@ -35,9 +35,8 @@ def make_adversary(text: str, what: str) -> Attack:
     """
     name, given = read_settings(text)
     name = name.lower()
-    if name not in ATTACKS:
-        raise UnknownNameError("attack", name, ATTACKS)
-    defaults = {field.name: field.default for field in fields(ATTACKS[name]) if field.name not in _NOT_IN_TEXT}
+    kind = attack_type(name)
+    defaults = {field.name: field.default for field in fields(kind) if field.name not in _NOT_IN_TEXT}
     settings: dict[str, Any] = {}
     for setting, value in given.items():
         if setting not in defaults:
@@ -49,7 +48,7 @@ def make_adversary(text: str, what: str) -> Attack:
         raise BackpassError(f"eps of {what} {text!r} must be above 0.")
     if "restarts" in defaults:
         settings.setdefault("restarts", 1)
-    if issubclass(ATTACKS[name], Iterative) and "step" not in settings:
+    if issubclass(kind, Iterative) and "step" not in settings:
         steps = settings.get("steps", defaults["steps"])
         settings["step"] = settings["eps"] * (2.5 / steps if isinstance(steps, int) and steps > 1 else 1.25)
     return make_attack(name, **settings)

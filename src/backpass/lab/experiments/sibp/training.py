@@ -228,7 +228,7 @@ EXPERIMENTS = (
         question=_QUESTION + "Networks of one and of three hidden layers of 500, weights from N(0, 0.05^2).",
         source=f"{_PAPER}, MNIST",
         scales={
-            "small": _mnist((0, 100, 200, 300), 2000, 3),
+            "small": _mnist((0, 100, 200, 300), 2000, 6),
             "paper": _mnist((0, 100, 300, 550, *range(1100, 11_001, 550)), None, 5),
         },
         measure=_measure,
@@ -240,7 +240,7 @@ EXPERIMENTS = (
         question=_QUESTION + "Eight hidden layers of 100, weights from N(0, 0.05^2): gradients vanish on their way.",
         source=f"{_PAPER}, abstract: gradient vanishing",
         scales={
-            "small": _depth((0, 100, 250, 400), 2000, 3),
+            "small": _depth((0, 100, 250, 400), 2000, 6),
             "paper": _depth((0, 100, 300, 550, *range(1100, 11_001, 550)), None, 5),
         },
         measure=_measure,

@@ -7,7 +7,7 @@ from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from backpass.attacks import Attack, make_attack
-from backpass.attacks.names import ATTACKS
+from backpass.attacks.names import attack_type
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.numbers import fraction_text, read_number
 from backpass.lab.protocols import Protocol
@@ -41,7 +41,7 @@ class Plan:
     @property
     def uses_gradients(self) -> bool:
         """Whether a rule can make a difference to it."""
-        return self.text.partition(":")[0].lower() != "square"
+        return self.attack.uses_gradients
 
 
 def make_plans(
@@ -70,7 +70,7 @@ def make_plans(
     parsed = [(text, *_parse(text)) for text in texts]
     given_options = {name: value for name, value in options.items() if value is not None}
     for option in given_options:
-        if not any(option in ATTACKS[name].__dataclass_fields__ for _, name, _ in parsed):
+        if not any(option in attack_type(name).__dataclass_fields__ for _, name, _ in parsed):
             raise BackpassError(f"--{option} has no meaning for {', '.join(texts)}.")
     return [
         Plan(text=text, eps=eps, attack=_make(name, own, eps, given_options, protocol))
@@ -82,9 +82,7 @@ def make_plans(
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
     name, own = read_settings(text)
     name = name.lower()
-    if name not in ATTACKS:
-        raise UnknownNameError("attack", name, ATTACKS)
-    known = {field.name: field for field in fields(ATTACKS[name])}
+    known = {field.name: field for field in fields(attack_type(name))}
     for setting, value in own.items():
         if setting in _ELSEWHERE:
             raise BackpassError(f"{setting} of {text!r} is given by {_ELSEWHERE[setting]}.")
@@ -108,7 +106,7 @@ def _typed(field: Field[Any], value: Any, text: str) -> Any:
 
 
 def _make(name: str, own: dict[str, Any], eps: float, options: Mapping[str, Any], protocol: Protocol) -> Attack:
-    known = ATTACKS[name].__dataclass_fields__
+    known = attack_type(name).__dataclass_fields__
     norm = own.get("norm", options.get("norm", "linf"))
     if not (eps > 0):
         raise BackpassError(f"eps must be above 0, got {eps:g}.")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from backpass.attacks import Attack
+from backpass.attacks import APGD, FGSM, Attack
+from backpass.attacks.iterative import Iterative
 from backpass.lab.studies.attack.plans import make_plans
 from backpass.lab.studies.attack.study import Study
 
 __all__ = ["planned_sweeps"]
 
-_SWEPT = {"fgsm", "ifgsm", "mifgsm", "pgd", "apgd"}
+_SWEPT = (FGSM, Iterative, APGD)  # quick enough to be run at many places
 _EPS_LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 _STEPS_LADDER = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _ENOUGH_RADII = 4
@@ -27,9 +28,9 @@ def planned_sweeps(study: Study) -> list[tuple[str, str, str, dict[float, Attack
         radii |= {eps for share in _EPS_LADDER if (eps := share * max(study.radii)) <= 1}
     found: list[tuple[str, str, str, dict[float, Attack]]] = []
     for text in study.attacks:
-        if text.partition(":")[0].lower() not in _SWEPT:
-            continue
         plans = make_plans([text], sorted(radii), study.options, study.protocol)
+        if not isinstance(plans[0].attack, _SWEPT):
+            continue
         steps = getattr(plans[0].attack, "steps", None)
         fixed = f"{steps} steps" if steps else "one step"
         found.append((text, "eps", fixed, {plan.eps: plan.attack for plan in plans}))

@@ -1,0 +1,126 @@
+"""The example package: its rule and attack compute what they say, and the command line finds them."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from typer.testing import CliRunner
+
+from backpass import BackpassError, cli, parse_rule
+from backpass.attacks import IFGSM, make_attack
+from backpass.plugins import _points
+from support.packages import install
+
+PACKAGE = Path(__file__).parents[2] / "examples" / "backpass-extras"
+
+
+@pytest.fixture(autouse=True)
+def _installed(tmp_path, monkeypatch):
+    points = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]["entry-points"]
+    install(tmp_path / "site", monkeypatch, "backpass-extras", points, PACKAGE / "src")
+    yield
+    _points.cache_clear()
+
+
+def run(*arguments):
+    ended = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "160", "TERM": "dumb"})
+    assert ended.exit_code == 0, ended.output
+    return ended.output
+
+
+def test_guided_backpropagation_is_its_formula():
+    torch.manual_seed(0)
+    first, second = nn.Linear(6, 8).double(), nn.Linear(8, 5).double()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
+    with parse_rule("guided").attach(model):
+        found = torch.autograd.grad(model(x).sum(), x)[0]
+    z1 = first(x)
+    z2 = second(z1.relu())
+    g = (torch.ones_like(z2) * (z2 > 0)) @ second.weight
+    assert (g < 0).any()
+    expected = (g.clamp(min=0) * (z1 > 0)) @ first.weight
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_of_one_pixel_is_plain_ifgsm(cnn, held_out):
+    x, y = held_out.x[:20], held_out.y[:20]
+    settings = {"eps": 0.1, "step": 0.03, "steps": 4}
+    ours = make_attack("tifgsm", side=1, **settings)(cnn, x, y)
+    assert torch.equal(ours.x_adv, IFGSM(**settings)(cnn, x, y).x_adv)
+
+
+def test_the_direction_is_the_gradient_smoothed_by_a_gaussian(cnn, held_out):
+    x, y = held_out.x[:5].double(), held_out.y[:5]
+    model = cnn.double()
+    attack = make_attack("tifgsm", side=3, width=1.0, eps=0.05, step=0.05, steps=1, early_stop=False)
+    z = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(z), y, reduction="sum"), z)
+    weights = {(i, j): torch.exp(torch.tensor(-(i * i + j * j) / 2)).item() for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    padded, smooth = F.pad(gradient, (1, 1, 1, 1)), torch.zeros_like(gradient)
+    for (i, j), weight in weights.items():
+        smooth += weight * padded[:, :, 1 + i : 9 + i, 1 + j : 9 + j]
+    expected = (x + 0.05 * smooth.sign()).clamp(0, 1)
+    torch.testing.assert_close(attack(model, x, y).x_adv, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"side": 2}, {"side": 0}, {"width": 0.0}])
+def test_a_window_that_cannot_be_meant_is_refused(settings):
+    with pytest.raises(BackpassError, match="side is odd and width above 0"):
+        make_attack("tifgsm", **settings)
+
+
+def test_the_command_line_finds_both(tmp_path):
+    assert "relu" in run("sites", "cnn", "--rule", "guided:start=-2")
+    digits = ["--data", "digits", "--limit", "30"]
+    attack = [
+        "--attack",
+        "tifgsm:side=3,step=0.03",
+        "--eps",
+        "0.1",
+        "--rule",
+        "bp",
+        "--rule",
+        "guided",
+        "--curves",
+        "6",
+    ]
+    run("attack", "--model", "cnn", *digits, *attack, "--out", str(tmp_path / "attack"))
+    written = json.loads((tmp_path / "attack" / "result.json").read_text())
+    assert list(written["numbers"]["rules"]) == ["bp", "guided"]
+    assert "side 3, width 3" in written["settings"]["tifgsm:side=3,step=0.03 at eps 0.1"]
+    assert len(written["series"]) == 2
+    adversary = [
+        "--batch-size",
+        "15",
+        "--adversary",
+        "tifgsm:eps=0.1,steps=2,side=3",
+        "--rule",
+        "guided",
+        "--robust",
+        "none",
+    ]
+    run("train", "--model", "cnn", *digits, *adversary, "--epochs", "1", "--out", str(tmp_path / "run"))
+    assert 'adversary = "tifgsm:eps=0.1' in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+@pytest.mark.slow
+def test_it_can_be_installed(tmp_path):
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    source = tmp_path / "source"
+    subprocess.run(["cp", "-r", str(PACKAGE), str(source)], check=True)  # building writes beside the source
+    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(source)], check=True)
+    code = "from backpass import parse_rule; print(type(parse_rule('guided')).__module__)"
+    shown = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == "backpass_extras.guided"
