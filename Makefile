@@ -44,8 +44,8 @@ types: $(INSTALLED) ## static types
 docs: $(DOCS_INSTALLED) ## the documentation as a site in site/
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 
-bench: $(INSTALLED) ## side-by-side timings, as ratios
-	for name in rules attacks proxprop sibp training sde; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
+bench: $(INSTALLED) ## side-by-side timings, as ratios; writes docs/benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py --out docs/benchmarks
 
 clean: ## remove what was made
 	rm -rf $(VENV) $(DOCS) site runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

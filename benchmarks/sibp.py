@@ -1,14 +1,9 @@
-"""What a training step with SIBP costs: its CPU time over that of a plain SGD step.
-
-Interleaved in one process on one thread; minima of many short rounds. Run: python benchmarks/sibp.py [--rounds 40]
-"""
+"""What a training step with SIBP costs."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +11,7 @@ from torch import Tensor, nn
 
 from backpass import SIBP, ProxProp
 from backpass.rules import Rule
+from side_by_side import Contestant, Options, Row, Section, milliseconds, ratio, side_by_side
 
 RULES: dict[str, Rule | None] = {
     "plain": None,
@@ -23,9 +19,10 @@ RULES: dict[str, Rule | None] = {
     "two Newton steps": SIBP(newton_steps=2),
     "ProxProp": ProxProp(),
 }
+BAR = "784-500-10, batch 100"
 
 
-def step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+def step(model: nn.Module, x: Tensor, y: Tensor) -> Contestant:
     """A training step too short to change anything."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-9)
 
@@ -35,18 +32,6 @@ def step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
         optimizer.step()
 
     return run
-
-
-def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Least CPU seconds of each, the rounds taken in turn."""
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            begin = time.process_time()
-            run()
-            run()
-            best[name] = min(best[name], (time.process_time() - begin) / 2)
-    return best
 
 
 def mlp() -> nn.Module:
@@ -64,27 +49,42 @@ def plain_cnn() -> nn.Module:
     return nn.Sequential(*[m for m in cnn() if not isinstance(m, nn.Identity)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    rounds = parser.parse_args().rounds
+def sections(options: Options) -> Iterator[Section]:
+    """The paper's MLP at several batch sizes, and two convolutional networks."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    cases = {f"784-500-10, batch {n}": (mlp(), torch.randn(n, 784), rounds) for n in (25, 50, 100, 200, 500, 1000)}
+    rounds = options.rounds(40)
+    sizes = (25, 100) if options.quick else (25, 50, 100, 200, 500, 1000)
+    cases = {f"784-500-10, batch {n}": (mlp(), torch.randn(n, 784), rounds) for n in sizes}
     images = torch.randn(32, 3, 32, 32)
-    cases["2 x (conv, BN, ReLU, pool), batch 32"] = (cnn(nn.BatchNorm2d), images, rounds // 4)
-    cases["2 x (conv, ReLU, pool), batch 32"] = (plain_cnn(), images, rounds // 4)
-    print(f"{'network':<40}{'plain ms':>10}" + "".join(f"{name:>18}" for name in list(RULES)[1:]))
+    cases["2 x (conv, BatchNorm, ReLU, pool), batch 32"] = (cnn(nn.BatchNorm2d), images, max(2, rounds // 4))
+    cases["2 x (conv, ReLU, pool), batch 32"] = (plain_cnn(), images, max(2, rounds // 4))
+    rows = []
     for name, (model, x, repeats) in cases.items():
-        y, copies = torch.randint(10, (len(x),)), {}
+        x = x.to(options.device)
+        y, copies = torch.randint(10, (len(x),), device=options.device), {}
         for rule_name, rule in RULES.items():
-            copies[rule_name] = copy.deepcopy(model)
+            copies[rule_name] = copy.deepcopy(model).to(options.device)
             if rule:
                 rule.attach(copies[rule_name])
-        best = interleaved({key: step(one, x, y) for key, one in copies.items()}, max(repeats, 2))
-        ratios = "".join(f"{best[key] / best['plain']:>18.2f}" for key in list(RULES)[1:])
-        print(f"{name:<40}{best['plain'] * 1e3:>10.2f}{ratios}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        runs = {key: step(one, x, y) for key, one in copies.items()}
+        times = side_by_side(runs, device=options.device, rounds=repeats, repeats=2)
+        least = {key: min(seconds) for key, seconds in times.items()}
+        rows.append(
+            Row(
+                name=name,
+                figures={
+                    "ratio": ratio(times["SIBP"], times["plain"]),
+                    "ratio of least times": least["SIBP"] / least["plain"],
+                    "two Newton steps": ratio(times["two Newton steps"], times["plain"]),
+                    "ProxProp": ratio(times["ProxProp"], times["plain"]),
+                    "plain, ms": milliseconds(times["plain"]),
+                },
+                asked=("ratio of least times", 2.5) if name == BAR else None,
+            )
+        )
+    yield Section(
+        title="SIBP",
+        text="A training step with `SIBP()` over the plain step of SGD; beside it two Newton steps, and ProxProp. The "
+        "sub-problem grows with the square of the batch, or with every output pixel.",
+        rows=rows,
+    )

@@ -1,5 +1,6 @@
 """The committed results, the page of verdicts and README's table say the same."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,10 @@ def test_no_verdict_rests_on_fewer_than_three_runs(results):
     for result in results:
         for claim in result.claims:
             assert claim.verdict == "undecided" or claim.n >= 3
+
+
+def test_the_page_of_benchmarks_is_made_from_its_committed_json(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = importlib.import_module("page")
+    found, where = page.read(ROOT / "docs" / "benchmarks" / "cpu.json")
+    assert (ROOT / "docs" / "benchmarks" / "cpu.md").read_text() == page.markdown(found, where)
