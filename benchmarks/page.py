@@ -71,8 +71,8 @@ def markdown(found: Found, where: Mapping[str, Any]) -> str:
         "",
         f"{where['device']}: {where['processor']}, {where['platform']}; backpass {where['backpass']}, torch "
         f"{where['torch']}, Python {where['python']}. All contestants of a table take turns in one process; a ratio is "
-        "the median over the rounds of times within a round, with the least and the most in brackets. Times are CPU times "
-        "of one thread. Made by `make bench`.",
+        "the median over the rounds of times within a round, with the least and the most in brackets. Times are CPU "
+        "times of one thread. Made by `make bench`.",
         "",
         "## What was asked for",
         "",

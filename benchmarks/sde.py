@@ -112,8 +112,8 @@ def sections(options: Options) -> Iterator[Section]:
     yield Section(
         title="SDE: adversarial training",
         text=f"A tanh network of {theta.shape[1]:,} parameters, K = 2, {sde.noise_dim} samples, {len(theta)} paths. "
-        f"The two noises differ by at most {difference:.1e}. A path costs more than the chain that it models: it is for "
-        "analysis.",
+        f"The two noises differ by at most {difference:.1e}. A path costs more than the chain that it models: it is "
+        "for analysis.",
         rows=[
             Row(name=name, figures={"ratio": ratio(of, costs[chain]), "ms": milliseconds(of)})
             for name, of in costs.items()
