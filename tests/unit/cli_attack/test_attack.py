@@ -1,6 +1,5 @@
 """`backpass attack` and `backpass transfer`: a user's own network, the library's numbers, mistakes that are told."""
 
-import importlib
 import io
 import json
 import math
@@ -13,114 +12,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from typer.testing import CliRunner
 
-from backpass import LinBP, cli
+from backpass import LinBP
 from backpass.attacks import PGD, evaluate, transfer
 from backpass.lab.data import load_data
-
-NETWORK = '''
-import os, signal
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    """A user's own network; the environment can make it die or be interrupted at a certain call."""
-    calls = 0
-
-    def __init__(self, width=48):
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(64, width), nn.Linear(width, width), nn.Linear(width, 10)
-
-    def forward(self, x):
-        Net.calls += 1
-        if os.environ.get("DIE_AT") == str(Net.calls):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if os.environ.get("INTERRUPT_AT") == str(Net.calls):
-            raise KeyboardInterrupt
-        x = torch.relu(self.first(x.flatten(1)))
-        return self.last(torch.relu(self.second(x)))
-
-def wide():
-    return Net(64)
-
-class Pair(Net):
-    def forward(self, x):
-        return {"logits": super().forward(x), "features": x}
-
-class Detached(Net):
-    def forward(self, x):
-        return super().forward(x.detach())
-
-def broken():
-    raise RuntimeError("no such wheel")
-'''
-
-
-def train(network, seed):
-    data = load_data("digits", split="train").images
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
-    for _ in range(8):
-        for rows in torch.randperm(len(data), generator=generator).split(64):
-            optimizer.zero_grad()
-            F.cross_entropy(network(data.x[rows]), data.y[rows]).backward()
-            optimizer.step()
-    return network.eval()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with `mymodel.py` and weights for its two networks."""
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "mymodel.py").write_text(NETWORK)
-    sys.path.insert(0, str(folder))
-    module = importlib.import_module("mymodel")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.save(train(module.Net(), 0).state_dict(), folder / "net.pt")
-        torch.save({"state_dict": train(module.wide(), 1).state_dict()}, folder / "wide.pt")
-    yield folder
-    sys.path.remove(str(folder))
-    del sys.modules["mymodel"]
-
-
-@pytest.fixture(autouse=True)
-def at_home(home, monkeypatch, tmp_path):
-    monkeypatch.chdir(home)
-    monkeypatch.setenv("BACKPASS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("BACKPASS_DATA", raising=False)
-    sys.modules["mymodel"].Net.calls = 0
-
-
-def net(name="Net", file="net.pt"):
-    module = sys.modules["mymodel"]
-    model = module.Net() if name == "Net" else module.wide()
-    state = torch.load(file, weights_only=True)
-    model.load_state_dict(state.get("state_dict", state))
-    return model
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "120", "TERM": "dumb"})
-
-
-def call(monkeypatch, capsys, *arguments):
-    """The entry point itself: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["backpass", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return end.value.code, *capsys.readouterr()
-
-
-def words(text):
-    """Text without the frames and line breaks that a terminal puts into it."""
-    return re.sub(r"[\s\u2500-\u257f]+", " ", text)
-
-
-BASE = ["--model", "mymodel:Net", "--weights", "net.pt", "--data", "digits", "--limit", "120", "--step", "0.02"]
+from support.users_network import ATTACK, BASE, call, net, run, words
 
 
 def test_the_numbers_are_those_of_the_library(tmp_path):
@@ -366,105 +263,3 @@ def test_transfer_is_the_librarys_matrix_for_every_rule(tmp_path):
     assert written["claims"][1]["estimate"] == pytest.approx(100 * (linear["b"].value - plain["b"].value))
     assert [curve["label"] for curve in written["series"][0]["curves"]] == ["BP", "linbp:start=-1"]
     assert math.isfinite(written["tables"][0]["rows"][1][1]["mean"])
-
-
-ATTACK = ["attack", *BASE, "--eps", "0.1"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["attack", *BASE, "--eps", "8"], "Did you mean 8/255"),
-        (["attack", *BASE, "--eps", "eight"], "--eps must be a number such as 8/255"),
-        ([*ATTACK, "--attack", "pgdd"], "unknown attack 'pgdd'. Did you mean 'pgd'"),
-        ([*ATTACK, "--rule", "linpb"], "unknown rule 'linpb'. Did you mean 'linbp'"),
-        ([*ATTACK, "--rule", "linbp:start=9"], "selects none of the 2 sites"),
-        ([*ATTACK, "--rule", "bp", "--rule", "bp"], "--rule bp stands twice"),
-        ([*ATTACK, "--protocol", "papers"], "unknown protocol 'papers'. Did you mean 'paper'"),
-        ([*ATTACK, "--norm", "l3"], "unknown norm 'l3'"),
-        ([*ATTACK, "--loss", "cee"], "unknown loss 'cee'. Did you mean 'ce'"),
-        ([*ATTACK, "--dtype", "bfloat"], "unknown dtype 'bfloat'. Did you mean 'bfloat16'"),
-        ([*ATTACK, "--device", "gpu"], "the device 'gpu' cannot be used here"),
-        ([*ATTACK, "--split", "tset"], "Did you mean 'test'"),
-        ([*ATTACK, "--mean", "0.5"], "--mean and --std go together"),
-        ([*ATTACK, "--mean", "0.5", "--std", "0.5"], "have no use here: add --normalize"),
-        ([*ATTACK, "--normalize", "--mean", "1,2,3", "--std", "1,2,3"], "the images have 1 channels, the normal"),
-        ([*ATTACK, "--data", "mnst"], "Did you mean 'mnist'"),
-        ([*ATTACK, "--weights", "absent.pt"], "there is no file of weights absent.pt"),
-        ([*ATTACK, "--weights", "wide.pt"], "first.weight is 64x64 in the file and 48x64 in the model"),
-        ([*ATTACK, "--model", "mymodel:Nett"], "Did you mean 'Net'"),
-        ([*ATTACK, "--model", "mymodell:Net"], "cannot import 'mymodell'"),
-        ([*ATTACK, "--model", "mymodel:broken"], "failed when it was imported or called: RuntimeError: no such wheel"),
-        ([*ATTACK, "--model", "torch.nn:Tanh", "--weights", "net.pt"], "the model lacks first.weight"),
-        ([*ATTACK, "--model", "mymodel:Pair"], "Select it with logits="),
-        (
-            ["attack", *BASE[:-2], "--attack", "square", "--eps", "0.1", "--rule", "linbp:start=auto"],
-            "needs an attack that uses gradients",
-        ),
-        (
-            [
-                "transfer",
-                "--source",
-                "mymodel:Net@net.pt",
-                "--target",
-                "mymodel:wide@wide.pt",
-                "--data",
-                "digits",
-                "--eps",
-                "0.1",
-                "--rule",
-                "linbp:start=auto",
-            ],
-            "which is not success against others",
-        ),
-        (["transfer", "--source", "mymodel:Net@no.pt", "--target", "cnn", "--data", "digits", "--eps", "0.1"], "no.pt"),
-    ],
-)
-def test_a_mistake_ends_with_one_message_and_code_2(monkeypatch, capsys, tmp_path, arguments, message):
-    code, out, err = call(monkeypatch, capsys, *arguments, "--out", str(tmp_path / "run"))
-    assert code == 2
-    assert message in err
-    assert err.startswith("backpass: ")
-    assert out == ""
-    assert not (tmp_path / "run" / "result.json").exists()
-
-
-def test_logits_inside_a_dictionary_can_be_selected(tmp_path):
-    same = []
-    for name, more in (("Net", []), ("Pair", ["--logits", "logits"])):
-        arguments = [*ATTACK, "--model", f"mymodel:{name}", *more, "--curves", "0", "--out", str(tmp_path / name)]
-        ended = run(*arguments)
-        assert ended.exit_code == 0, ended.output
-        same.append(json.loads((tmp_path / name / "result.json").read_text())["numbers"]["rules"]["bp"]["success_rate"])
-    assert same[0] == same[1]
-
-
-def test_a_network_that_cannot_be_differentiated_ends_without_a_traceback(monkeypatch, capsys, tmp_path):
-    arguments = [*ATTACK, "--model", "mymodel:Detached", "--out", str(tmp_path)]
-    code, _, err = call(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert err.startswith("backpass: ")
-    monkeypatch.setenv("BACKPASS_TRACEBACK", "1")
-    monkeypatch.setattr(sys, "argv", ["backpass", *arguments])
-    with pytest.raises(RuntimeError):
-        cli.main()
-
-
-def test_images_that_the_network_does_not_take_are_told(monkeypatch, capsys, tmp_path):
-    for name in "ab":
-        (tmp_path / "d" / name).mkdir(parents=True)
-        Image.new("L", (9, 9)).save(tmp_path / "d" / name / "1.png")
-    code, _, err = call(monkeypatch, capsys, *ATTACK, "--data", str(tmp_path / "d"), "--out", str(tmp_path / "run"))
-    assert code == 2
-    assert "does not take the images of" in err
-    assert "(2, 1, 9, 9)" in err
-
-
-def test_help_teaches_with_examples_and_does_without_torch():
-    for command, example in (("attack", "--rule bp --rule linbp:start=layer4"), ("transfer", "@small.safetensors")):
-        text = words(run(command, "--help").output)
-        assert example in text
-        assert "8/255" in text
-    code = "import sys; from backpass import cli; sys.argv = ['backpass', 'attack', '--help']\ntry: cli.main()\n"
-    code += "except SystemExit: pass\nassert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
