@@ -24,8 +24,6 @@ def _name(kind: type[Attack]) -> str:
 ATTACKS: dict[str, type[Attack]] = {
     _name(attack): attack for attack in (FGSM, IFGSM, MIFGSM, PGD, APGD, FAB, Square, AutoAttack)
 }
-
-
 """backpass' own attacks by name."""
 
 _GROUP = "backpass.attacks"

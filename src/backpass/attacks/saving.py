@@ -125,9 +125,13 @@ def load(path: str | PathLike[str]) -> Saved:
     """Reads what `save` wrote, without running code from the file.
 
     Raises:
-        BackpassError: the file holds something else.
+        BackpassError: the file is damaged or holds something else.
+        OSError: it cannot be read.
     """
     content = read_tensors(Path(path))
-    if "notes" not in content:
-        raise BackpassError(f"{path} holds no saved adversarial images: write them with backpass.attacks.save.")
-    return Saved(**json.loads(content.pop("notes")), **content)
+    try:
+        return Saved(**json.loads(content.pop("notes")), **content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BackpassError(
+            f"{path} holds no adversarial images of this version of backpass: write them with backpass.attacks.save."
+        ) from error

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
+import logging
 import os
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from backpass.errors import BackpassError
 from backpass.version import __version__
 
 __all__ = ["Shards", "describe", "fingerprint", "read_tensors", "write_tensors"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def describe(attack: Attack, *, strict: bool) -> dict[str, Any]:
@@ -108,9 +113,15 @@ class Shards:
         return words.hexdigest()[:40]
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The shard of this name, if it was finished."""
+        """The shard of this name, if it was finished; a damaged one is named in a warning, and computed again."""
         path = None if self.folder is None else self.folder / f"{key}.pt"
-        return read_tensors(path) if path is not None and path.exists() else None
+        if path is None or not path.exists():
+            return None
+        try:
+            return read_tensors(path)
+        except BackpassError as error:
+            _LOG.warning("%s It is computed again.", error)
+            return None
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keeps a finished shard."""
@@ -129,8 +140,20 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Reads what `write_tensors` wrote; never runs code from the file."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    """Reads what `write_tensors` wrote; never runs code from the file.
+
+    Raises:
+        BackpassError: the file is damaged, or was not written by `write_tensors`.
+        OSError: it cannot be read.
+    """
+    stream = io.BytesIO(path.read_bytes())
+    try:
+        with zipfile.ZipFile(stream) as archive:  # torch writes checksums, but does not look at them when it reads
+            damaged = archive.testzip()
+        stream.seek(0)
+        content = None if damaged else torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever zipfile and torch make of bytes that torch has not written
+        raise BackpassError(f"{path} is damaged, or was not written by backpass.") from error
     if not isinstance(content, dict):
-        raise BackpassError(f"{path} was not written by backpass: expected a dictionary of tensors.")
+        raise BackpassError(f"{path} is damaged, or was not written by backpass.")
     return content

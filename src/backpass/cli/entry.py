@@ -91,11 +91,9 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"cannot read or write {error.filename}: {error.strerror}" if error.filename else str(error))
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] in _LAB:
-            _lab_is_missing(error)
-        raise
     except Exception as error:  # torch's own or the network's, for instance of one that cannot be differentiated
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in _LAB:
+            _lab_is_missing(error)
         if os.environ.get(_TRACEBACK):
             raise
         _fail(f"{type(error).__name__}: {str(error).strip()} (Set {_TRACEBACK}=1 to see where.)")

@@ -6,7 +6,9 @@ import math
 
 from backpass.errors import BackpassError
 
-__all__ = ["fraction_text", "read_number", "read_numbers"]
+__all__ = ["fraction_text", "is_whole_text", "read_number", "read_numbers"]
+
+_MOST_DIGITS = 18  # no count or size here is longer, and Python reads no number of thousands of digits
 
 
 def read_number(text: str, name: str = "a number") -> float:
@@ -32,6 +34,11 @@ def read_numbers(text: str, name: str) -> tuple[float, ...]:
         BackpassError: the text is something else.
     """
     return tuple(read_number(part.strip(), name) for part in text.split(","))
+
+
+def is_whole_text(text: str) -> bool:
+    """Whether a text is a whole number at least 0, in ASCII digits alone, of a length that can be meant."""
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 
 
 def fraction_text(value: float) -> str:

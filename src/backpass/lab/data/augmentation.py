@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backpass.errors import BackpassError
+from backpass.errors import BackpassError, UnknownNameError
+from backpass.lab.numbers import is_whole_text
 
 if TYPE_CHECKING:
     from backpass.training.batches import Batch
@@ -49,6 +50,27 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.crop < 0 or self.white < 1:
             raise BackpassError(f"crop must be at least 0 and white at least 1, got {self.crop} and {self.white}.")
+
+    @classmethod
+    def parse(cls, text: str) -> Augmentation:
+        """``crop``, ``crop=2`` and ``flip``, with commas between; without words, images stay as they are.
+
+        Raises:
+            UnknownNameError: a word is another.
+            BackpassError: a word has no such value.
+        """
+        crop, flip = 0, False
+        for part in filter(None, text.replace(" ", "").split(",")):
+            name, equals, value = part.partition("=")
+            if name not in ("crop", "flip"):
+                raise UnknownNameError("augmentation", name, ("crop", "flip"))
+            if equals and (name == "flip" or not is_whole_text(value)):
+                raise BackpassError(
+                    f"cannot read {part!r}: augment is crop, crop=2 (pixels of border), flip, or several."
+                )
+            flip = flip or name == "flip"
+            crop = (int(value) if equals else 4) if name == "crop" else crop
+        return cls(crop=crop, flip=flip)
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """The images of a batch, augmented on their device.

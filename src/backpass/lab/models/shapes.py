@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from backpass.errors import BackpassError
+from backpass.lab.numbers import is_whole_text
 
 __all__ = ["Shape", "check_shape", "parse_shape", "require_side"]
 
@@ -16,8 +17,8 @@ def parse_shape(text: str) -> tuple[int, ...]:
     Raises:
         BackpassError: the text has another form, or a size is below 1.
     """
-    parts = text.lower().replace("x", ",").split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    parts = [part.strip() for part in text.lower().replace("x", ",").split(",")]
+    if not all(is_whole_text(part) and int(part) > 0 for part in parts):
         raise BackpassError(f"a shape is positive whole numbers as in 3x224x224 (no batch axis), got {text!r}.")
     return tuple(int(part) for part in parts)
 

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from torch import nn
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.lab.numbers import is_whole_text
 
 __all__ = ["options_of", "read_model"]
 
@@ -59,7 +60,7 @@ def _value(text: str, kind: Any, what: str) -> Any:
             raise BackpassError(f"{what} must be true or false, got {text!r}.")
         return _WORDS[text.lower()]
     parts = text.split("-") if kind == Sequence[int] else [text]
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    if not all(map(is_whole_text, parts)):
         expected = "whole numbers as in 400-200-100" if kind == Sequence[int] else "a whole number"
         raise BackpassError(f"{what} must be {expected}, got {text!r}.")
     return tuple(map(int, parts)) if kind == Sequence[int] else int(text)

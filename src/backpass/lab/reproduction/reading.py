@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from backpass.errors import BackpassError
 from backpass.lab.claims import Claim
@@ -30,11 +29,11 @@ def read_result(path: Path) -> Result:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BackpassError(f"there is no result {path}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BackpassError(f"{path} is not JSON: {error}.") from error
     try:
         return _result(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise BackpassError(f"{path} is no result of backpass: {type(error).__name__} {error}.") from error
 
 
@@ -52,8 +51,16 @@ def _result(content: Mapping[str, Any]) -> Result:
 
 
 def _known(kind: type[DataclassInstance], content: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that a dataclass has; a later version may write more."""
-    return {one.name: content[one.name] for one in fields(kind) if one.name in content}
+    """The entries that a dataclass has, each of its field's kind; a later version may write more."""
+    hints = get_type_hints(kind)
+    found = {name: content[name] for name in hints if name in content}
+    for name, value in found.items():
+        hint, origin = hints[name], get_origin(hints[name])
+        kinds = {str: str, bool: bool, int: int, dict: dict, Sequence: list}
+        expected = kinds.get(hint) or kinds.get(origin)
+        if (expected and type(value) is not expected) or (origin is Literal and value not in get_args(hint)):
+            raise TypeError(f"{name} of {kind.__name__} is {value!r}")
+    return found
 
 
 def _number(value: float | None) -> float:

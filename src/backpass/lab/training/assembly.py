@@ -96,7 +96,7 @@ def complete(recipe: Recipe) -> Named:
         adversary=adversary,
         adversary_rule=None if isinstance(rule, BP) else rule,
         judge=judge,
-        augmentation=_augmentation(recipe.augment),
+        augmentation=Augmentation.parse(recipe.augment or ""),
     )
 
 
@@ -187,20 +187,6 @@ def _check_rules(network: nn.Module, named: Named, optimizer: torch.optim.Optimi
         for rule in filter(None, (*named.rules, named.adversary_rule)):
             with attach(rule, network, optimizer):
                 network(few)
-
-
-def _augmentation(text: str | None) -> Augmentation:
-    """``crop``, ``crop=2`` and ``flip``, with commas between."""
-    crop, flip = 0, False
-    for part in filter(None, (text or "").replace(" ", "").split(",")):
-        name, equals, value = part.partition("=")
-        if name not in ("crop", "flip"):
-            raise UnknownNameError("augmentation", name, ("crop", "flip"))
-        if equals and (name == "flip" or not (value.isascii() and value.isdigit())):
-            raise BackpassError(f"cannot read {part!r}: augment is crop, crop=2 (pixels of border), flip, or several.")
-        flip = flip or name == "flip"
-        crop = (int(value) if equals else 4) if name == "crop" else crop
-    return Augmentation(crop=crop, flip=flip)
 
 
 def _resident(tensor: Tensor, device: torch.device) -> Tensor:
