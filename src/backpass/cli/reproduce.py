@@ -25,7 +25,7 @@ __all__ = ["report", "reproduce"]
 
 [green]backpass reproduce linbp-fig1 linbp-fig3[/green]  two of them, in some minutes
 
-[green]backpass reproduce all --out runs/all[/green]  all, in an hour or two on two cores; interrupted, it goes on
+[green]backpass reproduce all --out runs/all[/green]  all, in about an hour on two cores; interrupted, it goes on
 
 [green]backpass reproduce linbp-table1 --scale paper --device cuda[/green]  the paper's sizes, on a GPU"""
 )
