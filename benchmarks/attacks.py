@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpass.attacks import APGD, PGD
-from side_by_side import Contestant, Options, Row, Section, milliseconds, peak_mib, ratio, side_by_side
+from side_by_side import Contestant, Options, Row, Section, milliseconds, peak_mib, processor, ratio, side_by_side
 
 STEP, STEPS, EPS = 2 / 255, 10, 8 / 255
 BY_HAND = "hand loop"
@@ -29,6 +29,8 @@ NOTES = {
     "nothing, still needs three quarters of the gradients",
     "torchattacks PGD": "gives no verdict on its images",
 }
+if "amx_bf16" not in processor("flags"):
+    NOTES["backpass PGD, bfloat16 and channels_last"] = "this processor has no matrix unit for bfloat16 (AMX)"
 
 
 def network() -> nn.Module:

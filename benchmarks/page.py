@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from backpass import __version__
-from side_by_side import Figure, Options, Row, Section
+from side_by_side import Figure, Options, Row, Section, processor
 
 __all__ = ["environment", "markdown", "read", "write"]
 
@@ -22,16 +22,8 @@ Found = Mapping[str, Sequence[Section]]
 
 def environment(options: Options) -> dict[str, Any]:
     """Where it ran."""
-    processor = next(
-        (
-            line.partition(":")[2].strip()
-            for line in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "").splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor() or "unknown",
-    )
     return {
-        "processor": processor,
+        "processor": processor("model name") or platform.processor() or "unknown",
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu, one thread",
         "backpass": __version__,
         "torch": torch.__version__,

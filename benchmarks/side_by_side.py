@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -18,11 +19,19 @@ __all__ = [
     "Times",
     "milliseconds",
     "peak_mib",
+    "processor",
     "ratio",
     "side_by_side",
 ]
 
 Contestant = Callable[[], object]
+
+
+def processor(entry: str) -> str:
+    """What Linux says of the processor, for instance of its ``model name`` or ``flags``; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(entry)), "")
 
 
 @dataclass(frozen=True, kw_only=True)

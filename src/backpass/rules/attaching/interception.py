@@ -221,7 +221,9 @@ class ModuleCalls:
         return mode
 
     def _current(self) -> Interception | None:
-        for depth in range(torch._C._len_torch_function_stack() - 1, -1, -1):
+        depth = torch._C._len_torch_function_stack()
+        while depth:  # mostly the innermost one
+            depth -= 1
             mode = torch._C._get_function_stack_at(depth)
             if isinstance(mode, Interception) and mode.numbering is self.numbering:
                 return mode
