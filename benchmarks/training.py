@@ -111,8 +111,8 @@ def sections(options: Options) -> Iterator[Section]:
         each = {key: [second / steps for second in seconds] for key, seconds in times.items()}
         yield Section(
             title=f"Training: {name}",
-            text=f"Runs of {steps} steps of batch {batch}, data loading included; the loop by hand is a careful one. In "
-            "each run with `LinBP(start=-2)` one forward pass more counts the sites.",
+            text=f"Runs of {steps} steps of batch {batch}, data loading included; the loop by hand is a careful one. "
+            "In each run with `LinBP(start=-2)` one forward pass more counts the sites.",
             rows=[
                 Row(
                     name=title,
