@@ -150,14 +150,15 @@ def test_side_by_side_they_find_what_they_find_one_by_one(tmp_path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found through /proc")
 def test_an_interrupted_command_leaves_no_process_behind(tmp_path):
-    command = [sys.executable, "-m", "backpass", "reproduce", "linbp-fig3", "linbp-fig4", "--jobs", "2"]
-    running = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "backpass", "reproduce", "linbp-fig3", "linbp-fig4", "linbp-fig2"]
+    running = subprocess.Popen([*command, "--jobs", "2", "--out", str(tmp_path)], stderr=subprocess.PIPE)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
     deadline = time.monotonic() + 120
     while len(workers := children.read_text().split()) < 3 and time.monotonic() < deadline:
         time.sleep(0.2)  # two workers, and the one that tracks resources
     running.send_signal(signal.SIGINT)
     assert running.wait(60) == 130
+    assert b"Traceback" not in running.stderr.read()
     deadline = time.monotonic() + 10
     while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -114,10 +114,10 @@ def reproduce(
                 progress(f"{ended.name} {'is done' if isinstance(ended, Done) else 'failed'}")
                 yield ended
         except BaseException:
-            for future in waiting:
-                future.cancel()
+            # Finished pieces are on disk, and nobody waits for the others. Without workers the pool gives up what waits;
+            # cancelled futures it could not.
             for process in multiprocessing.active_children():
-                process.terminate()  # finished pieces are on disk; nobody waits for the others
+                process.terminate()
             raise
 
 
