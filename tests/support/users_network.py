@@ -1,14 +1,10 @@
 """A user's own networks in a file of theirs, and the command line called as a user does."""
 
-import re
 import sys
 
-import pytest
 import torch
 import torch.nn.functional as F
-from typer.testing import CliRunner
 
-from backpass import cli
 from backpass.lab.data import load_data
 
 NETWORK = '''
@@ -67,23 +63,6 @@ def net(name="Net", file="net.pt"):
     state = torch.load(file, weights_only=True)
     model.load_state_dict(state.get("state_dict", state))
     return model
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "120", "TERM": "dumb"})
-
-
-def call(monkeypatch, capsys, *arguments):
-    """The entry point itself: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["backpass", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return end.value.code, *capsys.readouterr()
-
-
-def words(text):
-    """Text without the frames and line breaks that a terminal puts into it."""
-    return re.sub(r"[\s\u2500-\u257f]+", " ", text)
 
 
 BASE = ["--model", "mymodel:Net", "--weights", "net.pt", "--data", "digits", "--limit", "120", "--step", "0.02"]

@@ -5,22 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
-from backpass import cli
 from backpass.version import __version__
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "100", "TERM": "dumb"})
-
-
-def call(monkeypatch, capsys, *arguments):
-    """The entry point itself, with its own handling of mistakes: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["backpass", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return end.value.code, *capsys.readouterr()
+from support.command_line import call, run
 
 
 def test_help_teaches_with_examples():

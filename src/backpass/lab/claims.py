@@ -175,7 +175,7 @@ def judge_within(
     return Claim(
         id=id,
         statement=statement,
-        quantity=quantity,
+        quantity=f"{quantity}; claimed: {_range(low, high)}",
         verdict=decided,
         estimate=mean.mean,
         interval=(mean.low, mean.high),
@@ -184,3 +184,9 @@ def judge_within(
         published=published,
         note=note,
     )
+
+
+def _range(low: float, high: float) -> str:
+    if low == -math.inf:
+        return f"at most {high:g}"
+    return f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"

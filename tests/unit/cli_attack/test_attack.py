@@ -17,7 +17,8 @@ from PIL import Image
 from backpass import LinBP
 from backpass.attacks import PGD, evaluate, transfer
 from backpass.lab.data import load_data
-from support.users_network import ATTACK, BASE, call, net, run, words
+from support.command_line import call, run, words
+from support.users_network import ATTACK, BASE, net
 
 
 def test_the_numbers_are_those_of_the_library(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from backpass import cli
-from support.users_network import ATTACK, BASE, call, run, words
+from support.command_line import call, run, words
+from support.users_network import ATTACK, BASE
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,8 +35,8 @@ class Pieces:
         progress: called with a piece's name before it is computed, and after it is there.
     """
 
-    def __init__(self, folder: Path | None, progress: Callable[[str], None] = lambda name: None) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | PathLike[str] | None, progress: Callable[[str], None] = lambda name: None) -> None:
+        self.folder = None if folder is None else Path(folder)
         self.progress = progress
         self.computed = 0
         self.found = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from backpass.errors import BackpassError
@@ -26,25 +26,37 @@ def overview(results: Sequence[Result]) -> str:
     )
 
 
-def read_results(folder: Path) -> list[Result]:
+def read_results(folder: Path, damaged: Callable[[BackpassError], None] | None = None) -> list[Result]:
     """Every ``result.json`` at most two folders below, in the catalogue's order.
 
+    Args:
+        folder: where to look.
+        damaged: called with what is wrong with a file that cannot be read, which is then left out; None: it is raised.
+
     Raises:
-        BackpassError: there is none, or one cannot be read.
+        BackpassError: there is none that can be read, or one that cannot.
     """
     paths = sorted({*folder.glob("result.json"), *folder.glob("*/result.json"), *folder.glob("*/*/result.json")})
     if not paths:
         raise BackpassError(f"there is no result.json in {folder} or its folders: run backpass reproduce first.")
-    results = [read_result(path) for path in paths]
+    results = []
+    for path in paths:
+        try:
+            results.append(read_result(path))
+        except BackpassError as error:
+            if damaged is None:
+                raise
+            damaged(error)
+    if not results:
+        raise BackpassError(f"no result.json in {folder} or its folders can be read.")
     order = {name: place for place, name in enumerate(experiment_names())}
     return sorted(results, key=lambda result: (order.get(result.experiment, len(order)), result.scale))
 
 
-def write_overview(folder: Path) -> Path:
-    """Write ``report.html`` over all results of a folder into it.
+def write_overview(folder: Path, damaged: Callable[[BackpassError], None] | None = None) -> Path:
+    """Write ``report.html`` over all results of a folder into it; arguments and errors as of `read_results`.
 
     Raises:
-        BackpassError: there is no result.
         OSError: the folder cannot be written.
     """
-    return write_atomically(folder / "report.html", overview(read_results(folder)))
+    return write_atomically(folder / "report.html", overview(read_results(folder, damaged)))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["read_result"]
 
+_AGAIN = "Delete it: backpass reproduce writes it again, from the pieces that are finished."
+
 
 def read_result(path: Path) -> Result:
     """The result of a ``result.json``; pictures, which JSON leaves out, are gone.
@@ -30,11 +32,12 @@ def read_result(path: Path) -> Result:
     except FileNotFoundError as error:
         raise BackpassError(f"there is no result {path}.") from error
     except (ValueError, RecursionError) as error:
-        raise BackpassError(f"{path} is not JSON: {error}.") from error
+        raise BackpassError(f"{path} is damaged, it is not JSON: {error}. {_AGAIN}") from error
     try:
         return _result(content)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise BackpassError(f"{path} is no result of backpass: {type(error).__name__} {error}.") from error
+        what = f"without {error}" if isinstance(error, KeyError) else str(error)
+        raise BackpassError(f"{path} is no result of backpass, or a damaged one: {what}. {_AGAIN}") from error
 
 
 def _result(content: Mapping[str, Any]) -> Result:
@@ -59,7 +62,7 @@ def _known(kind: type[DataclassInstance], content: Mapping[str, Any]) -> dict[st
         kinds = {str: str, bool: bool, int: int, dict: dict, Sequence: list}
         expected = kinds.get(hint) or kinds.get(origin)
         if (expected and type(value) is not expected) or (origin is Literal and value not in get_args(hint)):
-            raise TypeError(f"{name} of {kind.__name__} is {value!r}")
+            raise TypeError(f"{name} of a {kind.__name__.lower()} is {value!r}")
     return found
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.queues
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,6 +29,8 @@ __all__ = ["Done", "Failed", "reproduce"]
 
 Progress = Callable[[str], None]
 """Called with what is being computed."""
+
+Told = multiprocessing.queues.SimpleQueue[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,32 +110,50 @@ def reproduce(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # Spawned, not forked: a fork of a process with torch's threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=(threads,)) as pool:
+    told: Told = context.SimpleQueue()
+    threading.Thread(target=_listen, args=(told, progress), daemon=True).start()
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=(threads, told)) as pool:
         waiting = [pool.submit(_try, name, scale, out, device, again) for name in names]
         try:
             for future in as_completed(waiting):
-                ended = future.result()
-                progress(f"{ended.name} {'is done' if isinstance(ended, Done) else 'failed'}")
-                yield ended
+                yield future.result()
         except BaseException:
-            # Finished pieces are on disk, and nobody waits for the others. Without workers the pool gives up what waits;
-            # cancelled futures it could not.
+            # Finished pieces are on disk, and nobody waits for the others. Without workers the pool gives up what waits,
+            # which it could not if that were cancelled.
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+        finally:
+            told.put("")
 
 
-def _prepare(threads: int) -> None:
+def _listen(told: Told, progress: Progress) -> None:
+    """Passes on what the processes tell, until an empty text ends it."""
+    while what := told.get():
+        progress(what)
+
+
+_told: Told | None = None  # in a process of its own, the way to the one that started it
+
+
+def _tell(what: str) -> None:
+    if _told is not None:
+        _told.put(what)
+
+
+def _prepare(threads: int, told: Told) -> None:
     """What a process of its own does first."""
+    global _told
+    _told = told
     torch.set_num_threads(threads)
     keep_freed_memory()
 
 
 def _try(
-    name: str, scale: str, out: Path, device: torch.device, again: bool, progress: Progress = lambda what: None
+    name: str, scale: str, out: Path, device: torch.device, again: bool, progress: Progress | None = None
 ) -> Done | Failed:
     try:
-        return _run(name, scale, out, device, again, progress)
+        return _run(name, scale, out, device, again, progress or _tell)
     except BackpassError as error:
         return Failed(name=name, reason=str(error))
     except Exception as error:

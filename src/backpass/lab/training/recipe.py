@@ -125,7 +125,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise BackpassError(f"there is no recipe {path}: give a TOML file, for instance one from the folder recipes.")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BackpassError(f'{path} is no TOML file: {error}. Expected lines such as data = "mnist".') from error
 
 

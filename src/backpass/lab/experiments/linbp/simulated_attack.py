@@ -219,7 +219,7 @@ def _curves(name: str, settings: Attack, found: dict[str, dict[str, Any]]) -> Se
             Curve(
                 label=LABELS[rule],
                 x=range(settings.steps + 1),
-                given=[mean_interval(values) for values in zip(*found[rule]["distance"], strict=True)],
+                runs=found[rule]["distance"],
             )
             for rule in LABELS
         ],
