@@ -36,7 +36,7 @@ RULES = [
 ]
 FORMS = {
     "rule": (parse_rule, RULES),
-    "rule for a network": (lambda text: parse_rule_for("mlp", text), ["linbp:start=paper", *RULES]),
+    "rule for a network": (lambda text: parse_rule_for("mlp", text, use="listing"), ["linbp:start=paper", *RULES]),
     "adversary": (
         lambda text: make_adversary(text, "--adversary"),
         ["pgd:eps=8/255,steps=10,norm=l2", "autoattack:eps=0.1", "square:eps=.1,queries=50", "fgsm:eps=1e-2"],

@@ -34,6 +34,12 @@ def test_sites_marks_where_a_rule_acts():
     assert [line.endswith("<- linbp:start=-2") for line in lines[1:]] == [False, False, True, True]
 
 
+def test_sites_lists_what_another_rule_acts_on():
+    lines = run("sites", "mlp:widths=8-8", "--input-shape", "1x4x4", "--rule", "proxprop").output.splitlines()
+    assert [line.split()[2] for line in lines[1:]] == ["linear"] * 3
+    assert all(line.endswith("<- proxprop") for line in lines[1:])
+
+
 def test_sites_shows_a_users_own_network():
     lines = run("sites", "torch.nn:Tanh", "--input-shape", "3x5").output.splitlines()
     assert lines[1].split()[-1] == "1x3x5"
@@ -43,6 +49,10 @@ def test_sites_shows_a_users_own_network():
     ("arguments", "message"),
     [
         (["sites", "cmn"], "unknown model 'cmn'. Did you mean 'cnn'"),
+        (["sites", "mine:make:width=3"], "write a function without arguments, such as def my_net(): return make(...)"),
+        (["sites", "mine.py:make"], "named without .py"),
+        (["sites", "cnn", "--rule", "linbp:start=auto"], "is chosen by the success of attacks"),
+        (["attack", "--model", "cnn", "--data", "digits", "--eps", "0.1", "--rule", "proxprop"], "attack with linbp"),
         (["sites", "torch.nn:Tanh"], "give one, as in --input-shape"),
         (["sites", "vgg16", "--input-shape", "3x8x8"], "vgg16 takes images of at least 32x32 pixels, got 8x8"),
         (["sites", "resnet18", "--rule", "linbp:start=paper"], "not for 'resnet18'"),
@@ -64,7 +74,7 @@ def test_an_output_folder_that_cannot_be_made_is_known_before_the_work(monkeypat
     (tmp_path / "file").write_text("here already")
     code, _, err = call(monkeypatch, capsys, "demo", "--out", str(tmp_path / "file" / "run"))
     assert code == 2
-    assert "cannot read or write" in err
+    assert f"a folder is needed where {tmp_path / 'file'}" in err
 
 
 def test_the_quick_demo_prints_claims_and_writes_the_report(tmp_path):

@@ -169,6 +169,8 @@ def _select(output: object, selector: LogitsSelector) -> object:
     if callable(selector):
         return selector(output)
     try:
+        if isinstance(output, Tensor) and isinstance(selector, str):
+            raise KeyError(selector)
         return output[selector]  # type: ignore[index]
     except (KeyError, IndexError, TypeError):
         if isinstance(selector, str) and hasattr(output, selector):

@@ -9,7 +9,14 @@ import typer
 
 from backpass.cli import options as o
 from backpass.cli.entry import app
-from backpass.cli.printing import print_claims, print_findings, print_table, print_written, working
+from backpass.cli.printing import (
+    print_claims,
+    print_findings,
+    print_table,
+    print_written,
+    told_when_interrupted,
+    working,
+)
 
 __all__ = ["attack"]
 
@@ -91,7 +98,8 @@ def attack(
     given = o.Settings(
         step=step, steps=steps, restarts=restarts, norm=norm, loss=loss, dtype=dtype, logits=logits, seed=seed
     )
-    with working("loading torch") as report:
+    kept = "Finished parts are kept: --resume goes on with them."
+    with told_when_interrupted(kept), working("loading torch") as report:
         from backpass.lab.data import load_data
         from backpass.lab.numbers import read_number
         from backpass.lab.protocols import make_protocol
@@ -114,7 +122,7 @@ def attack(
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])
         few = images.images.x[:2].to(where)
-        subject.try_on(few, data)
+        subject.try_on(few, data, images.classes)
         check_rules(subject, ordered, few, data)
         out.mkdir(parents=True, exist_ok=True)
         study = Study(

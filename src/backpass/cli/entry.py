@@ -89,6 +89,8 @@ def main() -> None:
         raise SystemExit(_INTERRUPTED) from None
     except BackpassError as error:
         _fail(str(error))
+    except (FileExistsError, NotADirectoryError) as error:
+        _fail(f"a folder is needed where {error.filename} is a file, or lies under one.")
     except OSError as error:
         _fail(f"cannot read or write {error.filename}: {error.strerror}" if error.filename else str(error))
     except Exception as error:  # torch's own or the network's, for instance of one that cannot be differentiated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from backpass.cli.entry import app
 from backpass.cli.options import Device
-from backpass.cli.printing import print_overview, print_written, working
+from backpass.cli.printing import print_overview, print_written, told_when_interrupted, working
 from backpass.errors import BackpassError
 
 if TYPE_CHECKING:
@@ -50,10 +51,13 @@ def reproduce(
         return
     if not names:
         raise BackpassError("name an experiment, or all; backpass reproduce --list names them.")
+    if out.exists() and not out.is_dir():
+        raise BackpassError(f"--out {out} is a file: name a folder, new or of an earlier run.")
     began = time.perf_counter()
     found: list[Done] = []
     failed: list[Failed] = []
-    with working("loading torch") as show:
+    damaged: list[BackpassError] = []
+    with working("loading torch") as show, told_when_interrupted("Finished pieces are kept: the same command goes on."):
         from backpass.lab.experiments.catalogue import choose
         from backpass.lab.report import count_verdicts
         from backpass.lab.reproduction.overview import write_overview
@@ -81,13 +85,15 @@ def reproduce(
                 failed.append(ended)
                 told = f"failed: {ended.reason}"
             typer.echo(f"{ended.name} ({time.perf_counter() - began:.0f} s): {told}", err=True)
-        page = write_overview(out) if found else None
-    print_overview([done.result for done in found])
+        page = write_overview(out, damaged.append) if found else None
+    if found:
+        print_overview([done.result for done in found])
     kept = [done.result.experiment for done in found if done.kept]
     if kept:
         typer.echo(f"\nKept from an earlier run: {', '.join(kept)}. --again computes anew.")
     if page is not None:
         print_written(time.perf_counter() - began, [page, *(path for done in found for path in done.paths[1:])])
+    _tell(damaged)
     if failed:
         names_of = ", ".join(one.name for one in failed)
         raise BackpassError(f"{len(failed)} of {total} experiments failed, see above: {names_of}.")
@@ -102,17 +108,29 @@ def report(
     import time
 
     began = time.perf_counter()
+    damaged: list[BackpassError] = []
     with working("drawing"):
         from backpass.lab.files import write_atomically
         from backpass.lab.reproduction.markdown import verdicts
         from backpass.lab.reproduction.overview import read_results, write_overview
 
-        results = read_results(folder)
-        written = [write_overview(folder)]
+        results = read_results(folder, damaged.append)
+        written = [write_overview(folder, lambda error: None)]
         if markdown is not None:
             written.append(write_atomically(markdown, verdicts(results)))
     print_overview(results)
     print_written(time.perf_counter() - began, written)
+    _tell(damaged)
+
+
+def _tell(damaged: Sequence[BackpassError]) -> None:
+    """End with the files that are not on the page because they cannot be read.
+
+    Raises:
+        BackpassError: there are such files.
+    """
+    if damaged:
+        raise BackpassError("not on the page: " + " ".join(map(str, damaged)))
 
 
 def _list(scale: str) -> None:

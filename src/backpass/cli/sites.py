@@ -33,12 +33,12 @@ def sites(
     ] = None,
     rule: Annotated[str | None, typer.Option(help="Mark the sites where this rule acts.")] = None,
 ) -> None:
-    """List the sites of a model: the calls of activations whose backward a rule can re-define."""
+    """List the sites of a model: the calls of activations, or of what else the rule re-defines."""
     import torch
 
     from backpass.lab.models.lookup import find, parse_shape
     from backpass.lab.placements import parse_rule_for
-    from backpass.rules import list_sites
+    from backpass.rules import Site, list_sites
 
     given = parse_shape(input_shape) if input_shape is not None else None
     network, known = find(model, shape=given)
@@ -51,13 +51,16 @@ def sites(
         table = list_sites(network, x)
     except RuntimeError as error:
         raise BackpassError(f"{model!r} does not take an input of shape {tuple(x.shape)}: {error}") from error
-    acts: set[int] = set()
+    acts: set[Site] = set()
     if rule is not None:
-        with parse_rule_for(model, rule).attach(network) as attached:
+        with parse_rule_for(model, rule, use="listing").attach(network) as attached:
             network(x)
-            acts = {site.index for site in attached.sites}
+            acts = set(attached.sites)
+        # A rule that acts elsewhere has numbers of its own.
+        tables = (table, list_sites(network, x, kind="linear"), attached.sites)
+        table = next(one for one in tables if acts <= set(one))
     header, *lines = str(table).splitlines()
     width = max(map(len, [header, *lines]))
     typer.echo(header)
     for site, line in zip(table, lines, strict=True):
-        typer.echo(f"{line:<{width}}  <- {rule}" if site.index in acts else line)
+        typer.echo(f"{line:<{width}}  <- {rule}" if site in acts else line)

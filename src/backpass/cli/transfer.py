@@ -92,7 +92,7 @@ def transfer(
         networks = load_named([*sources, *targets], device=where, seed=seed, normalisation=in_front, data=images)
         few = images.images.x[:2].to(where)
         for subject in networks.values():
-            subject.try_on(few, data)
+            subject.try_on(few, data, images.classes)
         for spec in sources:
             check_rules(networks[spec], ordered, few, data)
         names = short_names(networks)

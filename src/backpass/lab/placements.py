@@ -10,7 +10,7 @@ from backpass.lab.models import MODELS
 from backpass.lab.models.lookup import is_the_labs
 from backpass.lab.models.text import read_model
 from backpass.lab.placement_search import is_automatic
-from backpass.rules import LinBP, Rule, parse_rule
+from backpass.rules import LinBP, ProxProp, Rule, parse_rule
 
 __all__ = ["PAPER", "parse_rule_for"]
 
@@ -30,7 +30,7 @@ _TRAINING = {**_ATTACK, "densenet161": "features.denseblock4"}
 _HIDDEN = 3  # layers of the paper's MLP
 
 
-def parse_rule_for(model: str, text: str, *, use: Literal["attack", "training"] = "attack") -> Rule:
+def parse_rule_for(model: str, text: str, *, use: Literal["attack", "training", "listing"] = "attack") -> Rule:
     """As `backpass.parse_rule`, where ``start=paper`` of LinBP becomes the paper's first linear site in this network.
 
     Args:
@@ -40,17 +40,23 @@ def parse_rule_for(model: str, text: str, *, use: Literal["attack", "training"] 
 
     Raises:
         UnknownNameError: no rule, or no setting of the rule, has that name.
-        BackpassError: the text has another form, or the paper does not say where to place it in this network.
+        BackpassError: the text has another form, the paper does not say where to place it in this network, or the rule
+            does not go with this use.
 
     Source: Li, Guo, Liu, Zhang (arXiv 2112.11018), Section 4.2, as their code has it.
     """
     rule = parse_rule(text)
-    if use == "training" and is_automatic(rule):
+    if use == "attack" and isinstance(rule, ProxProp):
         raise BackpassError(
-            f"{text!r} is chosen by the success of attacks, for attacks: in training say where, as in linbp:start=-2."
+            f"{text!r} changes the gradients of weights alone, and an attack follows that of the image, which would "
+            "stay plain: attack with linbp or sibp."
+        )
+    if use != "attack" and is_automatic(rule):
+        raise BackpassError(
+            f"{text!r} is chosen by the success of attacks, for attacks: elsewhere say where, as in linbp:start=-2."
         )
     if isinstance(rule, LinBP) and rule.start == PAPER:
-        return replace(rule, start=_paper_start(model, text, _ATTACK if use == "attack" else _TRAINING))
+        return replace(rule, start=_paper_start(model, text, _TRAINING if use == "training" else _ATTACK))
     return rule
 
 

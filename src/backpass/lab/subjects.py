@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from backpass.lab.protocols import Rescaled
 from backpass.lab.weights import load_weights, weights_hash
 
 __all__ = ["Subject", "load_named", "load_subject", "parse_device", "short_names"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,8 +48,8 @@ class Subject:
         """The number of parameters."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def try_on(self, x: Tensor, data: str) -> None:
-        """One call on a few images (N, C, H, W).
+    def try_on(self, x: Tensor, data: str, classes: int | None = None) -> None:
+        """One call on a few images (N, C, H, W); more outputs than the data has classes are told in a warning.
 
         Raises:
             BackpassError: the network does not take them.
@@ -55,7 +58,9 @@ class Subject:
         self.model.eval()
         try:
             with torch.no_grad():
-                self.model(x)
+                output = self.model(x)
+            if classes and isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > classes:
+                _LOG.warning("%s has %d outputs, and %s %d classes.", self.name, output.shape[1], data, classes)
         except BackpassError:
             raise
         except Exception as error:  # a user's own forward may raise anything

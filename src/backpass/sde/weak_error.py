@@ -23,6 +23,7 @@ Function = Callable[[Tensor], Tensor]
 
 _MOST_BATCHES = 2000
 _BLOW_UP = 100.0
+_BLURRED = 0.05  # of an error, so much of it the oracle's own that its slope says nothing
 _MOST_STEPS = 10**6
 
 
@@ -70,11 +71,14 @@ class WeakErrors:
     def __str__(self) -> str:
         wide = max(len(name) for row in self.errors.values() for name in (*self.errors, *row, "SDE")) + 2
         head = "".join(f"{f'eta={eta:g}':>13}" for eta in self.etas)
-        lines = [f"{'SDE':<{wide}}{'f':<{wide}}{head}{'slope':>8}"]
+        lines = [f"{'SDE':<{wide}}{'f':<{wide}}{head}{'slope':>8}{'resolution':>12}"]
         for variant, row in self.errors.items():
             for function, errors in row.items():
                 numbers = "".join(f"{error:13.3e}" for error in errors)
-                lines.append(f"{variant:<{wide}}{function:<{wide}}{numbers}{self.slope(variant, function):8.2f}")
+                slope, change = self.slope(variant, function), self.resolution[variant][function]
+                lines.append(f"{variant:<{wide}}{function:<{wide}}{numbers}{slope:8.2f}{change:12.1%}")
+        if any(change > _BLURRED for row in self.resolution.values() for change in row.values()):
+            lines.append(f"Where the resolution is above {_BLURRED:.0%}, the slope is the grid's: take a tighter box.")
         return "\n".join(lines)
 
 

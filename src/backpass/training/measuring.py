@@ -47,7 +47,10 @@ def halves(
     """
     again = evaluated.again
     if again is None:
-        raise BackpassError("this scheduler measures on halves of a batch, and the objective gives no `again`.")
+        raise BackpassError(
+            "this scheduler measures on halves of a batch, so the objective has to give Evaluated(again=...), a "
+            "function (model, rows) -> the mean loss on some rows of the batch."
+        )
     if len(batch) < 2:
         raise BackpassError("this scheduler measures on halves of a batch: batch_size must be at least 2 per process.")
     # Without its wrappers: a schedule may differentiate twice, which compiled code cannot.

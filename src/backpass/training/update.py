@@ -70,6 +70,14 @@ class Update:
             with self._without_exchange(batch is not parts[-1]):
                 with self.autocast():
                     evaluated = self._objective(self._model, batch, self.plain)
+                if not isinstance(evaluated, Evaluated) or evaluated.loss.dim():
+                    got = tuple(evaluated.loss.shape) if isinstance(evaluated, Evaluated) else type(evaluated).__name__
+                    raise BackpassError(
+                        f"an objective returns Evaluated(loss=...) with a scalar loss, got {got}; of a loss of "
+                        "(output, y), one number per sample, PerSample(loss) makes an objective."
+                    )
+                if "loss" in evaluated.metrics:
+                    raise BackpassError("a metric called 'loss' would take the place of the loss: name it otherwise.")
                 if not evaluated.loss.requires_grad:
                     raise BackpassError(
                         "the loss does not depend differentiably on a parameter: the model or the objective detaches, "

@@ -38,7 +38,12 @@ def test_other_settings_stay():
 
 @pytest.mark.parametrize("text", ["bp", "linbp", "linbp:start=-2", "linbp:start=layer4", "proxprop:tau=0.5"])
 def test_every_other_rule_is_what_it_is_anywhere(text):
-    assert parse_rule_for("my_nets:Net", text) == parse_rule(text)
+    assert parse_rule_for("my_nets:Net", text, use="training") == parse_rule(text)
+
+
+def test_a_rule_for_weights_alone_is_refused_for_attacks():
+    with pytest.raises(BackpassError, match="an attack follows that of the image, which would stay plain"):
+        parse_rule_for("my_nets:Net", "proxprop", use="attack")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "cnn", "my_nets:Net", "mlp:widths=20-20"])

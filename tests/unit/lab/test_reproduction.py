@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,16 @@ def run(tmp_path, *names, **options):
     return list(reproduce(names or ["one"], out=tmp_path, device=CPU, **{"scale": "small", **options}))
 
 
+def command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["backpass", *arguments])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
 def test_an_experiment_writes_the_promised_json(tmp_path):
     run(tmp_path)
     written = json.loads((tmp_path / "one" / "result.json").read_text())
@@ -125,15 +136,48 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, tiny):
 
 def test_the_command_line_tells_of_each_and_fails_if_one_did(tmp_path, monkeypatch, capsys, tiny):
     monkeypatch.setitem(tiny.scales, "small", Sizes(runs=-1))  # no pair: an error
-    monkeypatch.setattr(sys, "argv", ["backpass", "reproduce", "all", "--jobs", "1", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    told = capsys.readouterr()
-    assert end.value.code == 2
-    assert "one (" in told.err
-    assert "failed: " in told.err
-    assert "2 of 2 experiments failed, see above: one, two." in told.err
-    assert "Traceback" not in told.err
+    code, _, err = command(monkeypatch, capsys, "reproduce", "all", "--jobs", "1", "--out", str(tmp_path))
+    assert code == 2
+    assert "one (" in err
+    assert "failed: " in err
+    assert "2 of 2 experiments failed, see above: one, two." in err
+    assert "Traceback" not in err
+
+
+def test_a_damaged_result_hides_no_other_and_is_told(tmp_path, monkeypatch, capsys, tiny):
+    run(tmp_path)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "result.json").write_text('{"claims": "nonsense"}')
+    for arguments in (["report", str(tmp_path)], ["reproduce", "one", "--out", str(tmp_path)]):
+        (tmp_path / "report.html").unlink(missing_ok=True)
+        code, out, err = command(monkeypatch, capsys, *arguments)
+        assert code == 2
+        assert "1 holds" in out
+        assert re.search(r"not on the page: .*two/result.json.*Delete it", err)
+        assert "one" in (tmp_path / "report.html").read_text()
+
+
+def test_a_file_is_no_folder_for_results(tmp_path, monkeypatch, capsys, tiny):
+    (tmp_path / "file").touch()
+    code, out, err = command(monkeypatch, capsys, "reproduce", "one", "--out", str(tmp_path / "file"))
+    assert (code, out) == (2, "")
+    assert "is a file: name a folder" in err
+
+
+def test_an_interrupted_command_says_that_it_goes_on(tmp_path, monkeypatch, capsys, tiny):
+    monkeypatch.setitem(tiny.scales, "small", Sizes(fail_at=2))
+    code, _, err = command(monkeypatch, capsys, "reproduce", "one", "--out", str(tmp_path))
+    assert code == 130
+    assert "Interrupted. Finished pieces are kept: the same command goes on." in err
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_tell_what_they_compute(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    told = []
+    run(tmp_path, "linbp-fig4", "linbp-sleeping-units", jobs=2, progress=told.append)
+    assert any(what.startswith("linbp-fig4: ") for what in told)
+    assert any(what.startswith("linbp-sleeping-units: ") for what in told)
 
 
 @pytest.mark.slow
@@ -175,7 +219,7 @@ def test_what_was_written_is_what_is_read(tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"claims": 3}'])
 def test_what_is_no_result_is_told(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
-    with pytest.raises(BackpassError, match=r"result\.json is no"):
+    with pytest.raises(BackpassError, match=r"result\.json is (no result|damaged).*Delete it"):
         read_result(tmp_path / "result.json")
 
 

@@ -64,6 +64,14 @@ def test_trying_a_network_on_images_tells_what_it_does_not_take_and_keeps_its_mo
     assert subject.network.training
 
 
+def test_more_outputs_than_classes_are_told(caplog):
+    subject = load_subject("cnn", None, device=CPU)
+    subject.try_on(torch.rand(2, 1, 8, 8), "mine", 10)
+    assert caplog.text == ""
+    subject.try_on(torch.rand(2, 1, 8, 8), "mine", 4)
+    assert "cnn has 10 outputs, and mine 4 classes." in caplog.text
+
+
 def test_a_network_that_comes_twice_is_loaded_once():
     found = load_named(["mlp", "cnn", "mlp"], device=CPU, seed=0, normalisation=None)
     assert list(found) == ["mlp", "cnn"]

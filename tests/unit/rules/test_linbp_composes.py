@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from backpass import LinBP
+from backpass import BackpassError, LinBP, list_sites
 from support.networks import CASES, gradients
 
 
@@ -118,6 +118,32 @@ def test_a_site_that_the_inner_rule_leaves_goes_to_the_outer_one():
         got = gradients(model, model, x)
     with LinBP(where=lambda site: site.index != 1).attach(model):
         close(got, gradients(model, model, x))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_rules_with_ranges_counted_from_the_end_share_the_sites(case, order):
+    """Each finds its range with a call of its own, which the other does not count."""
+    model, x = case
+    total = len(list_sites(model, x))
+    counted = [LinBP(stop=-1, slope=0.5), LinBP(start=-1)][::order]
+    named = [LinBP(stop=total - 1, slope=0.5), LinBP(start=total - 1)][::order]
+
+    def under(rules):
+        with rules[0].attach(model) as one, rules[1].attach(model) as other:
+            return gradients(model, model, x), {site.index for site in (*one.sites, *other.sites)}
+
+    (found, acted), (expected, _) = under(counted), under(named)
+    assert acted == set(range(total))
+    close(found, expected)
+
+
+def test_a_rule_that_was_removed_is_not_entered_again(case):
+    model, _ = case
+    attached = LinBP(start=-1).attach(model)
+    with attached:
+        pass
+    with pytest.raises(BackpassError, match="was removed from this model, and acts no more"), attached:
+        pass
 
 
 def test_rules_on_nested_modules_number_their_own_sites():

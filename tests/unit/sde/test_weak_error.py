@@ -96,9 +96,33 @@ def test_other_variants_can_be_asked_for():
 def test_it_prints_as_a_table():
     found = oracle(LINE, etas=[0.1, 0.05], t=0.5, steps=2, variants=["C"], functions={"sin": FUNCTIONS["sin"]})
     head, row = str(found).splitlines()
-    assert head.split() == ["SDE", "f", "eta=0.1", "eta=0.05", "slope"]
+    assert head.split() == ["SDE", "f", "eta=0.1", "eta=0.05", "slope", "resolution"]
+    assert row.endswith("%")
     assert row.split()[:2] == ["C", "sin"]
     assert float(row.split()[2]) == pytest.approx(found.errors["C"]["sin"][0], rel=1e-3)
+
+
+def test_a_slope_that_is_the_grids_is_said_to_be():
+    """A box much wider than the paths leaves the grid too coarse for small errors."""
+    points, aims = torch.tensor([[0.5], [1.0], [-0.7], [1.3], [0.2]]).double(), torch.tensor([0.4, 0.9, -0.3, 0.8, 0.0])
+    sde = AdversarialSDE(
+        lambda theta, x, y: ((x @ theta).tanh() - y).square() / 2,
+        (points, aims.double()),
+        eta_outer=0.1,
+        steps=3,
+        eta_inner=0.1,
+    )
+    asked = {
+        "theta0": torch.tensor([0.2]).double(),
+        "functions": {"cos": lambda theta: (3 * theta[..., 0]).cos()},
+        "t": 2.0,
+        "etas": [0.02, 0.01],
+        "variants": ["B"],
+    }
+    wide, tight = (weak_error(sde, bounds=[box], **asked) for box in ((-1.0, 2.5), (0.1, 1.2)))
+    assert "take a tighter box" in str(wide)
+    assert "take a tighter box" not in str(tight)
+    assert tight.slope("B", "cos") == pytest.approx(2.0, abs=0.1)
 
 
 def test_a_box_that_does_not_hold_the_chain_is_an_error_not_a_number():

@@ -13,7 +13,15 @@ from torch.utils.data import Dataset
 
 from backpass import BackpassError
 from backpass.attacks import PGD
-from backpass.training import AdversarialTraining, ControlledLR, CrossEntropy, RobustEvaluation, Trainer, half_losses
+from backpass.training import (
+    AdversarialTraining,
+    ControlledLR,
+    CrossEntropy,
+    Evaluated,
+    RobustEvaluation,
+    Trainer,
+    half_losses,
+)
 from support.names import name_of
 
 X, Y = torch.randn(20, 4), torch.arange(20) % 3
@@ -137,6 +145,27 @@ def test_labels_that_torch_does_not_take_are_refused(dtype):
 def test_an_output_that_cannot_be_learned_from(change, message):
     with pytest.raises(BackpassError, match=message):
         make(Returning(change)).fit()
+
+
+def losses(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch.x), batch.y, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda model, batch, plain: losses(model, batch).mean(), r"returns Evaluated\(loss=...\).*got Tensor"),
+        (lambda model, batch, plain: Evaluated(loss=losses(model, batch)), r"scalar loss, got \(\d+,\)"),
+        (
+            lambda model, batch, plain: Evaluated(loss=losses(model, batch).mean(), metrics={"loss": torch.ones(())}),
+            "a metric called 'loss'",
+        ),
+    ],
+    ids=["a tensor", "one number a sample", "a metric for the loss"],
+)
+def test_an_objective_gives_a_scalar_loss_and_metrics_of_other_names(objective, message):
+    with pytest.raises(BackpassError, match=message):
+        make(objective=objective).fit()
 
 
 @pytest.mark.parametrize(

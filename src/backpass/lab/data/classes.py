@@ -22,13 +22,22 @@ def read_classes(folder: Path, split: str) -> tuple[Decoded, tuple[str, ...]]:
     class's second, by name: so the first n images, which ``--limit`` takes, are of all classes alike.
 
     Raises:
-        BackpassError: there are fewer than two classes, a class has no image, or an image cannot be read.
+        BackpassError: there are fewer than two classes, a class has no image, an image cannot be read, or the part has
+            other classes than ``train``: its labels would be other numbers.
     """
     splits = [name for name in _SPLITS if (folder / name).is_dir()]
     if splits and split not in splits:
-        raise BackpassError(f"{folder} has no {split!r}; it has {', '.join(splits)}. Choose a part with --split.")
+        has = ", ".join(splits)
+        raise BackpassError(f"{folder} has no {split!r}; it has {has}. Choose by --split, in training by --test-split.")
     root = folder / split if splits else folder
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = _folders(root)
+    learned = _folders(folder / "train") if "train" in splits else names
+    if names != learned:
+        only = [sorted(set(learned) - set(names)), sorted(set(names) - set(learned))]
+        raise BackpassError(
+            f"the parts of {str(folder)!r} have other classes: only in train {only[0]}, only in {split} {only[1]}. "
+            "Classes are numbered by name: each part needs all of them."
+        )
     if len(names) < 2:
         raise BackpassError(
             f"{root} holds neither Parquet files nor a folder of images for each class: expected at least two "
@@ -43,3 +52,7 @@ def read_classes(folder: Path, split: str) -> tuple[Decoded, tuple[str, ...]]:
     key = content_key([path for path, _ in everything], ["classes", *(f"{label}" for _, label in everything)])
     images = (Encoded(str(path), path.read_bytes(), label) for path, label in everything)
     return cached(key, lambda: decode(images)), tuple(names)
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -49,6 +49,12 @@ def find(
         UnknownNameError: the lab has no network of this name, or the user's module none of that name.
         BackpassError: the user's module cannot be imported, or gives no ``nn.Module``; or as `build`.
     """
+    head, _, rest = name.strip().partition(":")
+    if head not in MODELS and ":" in rest:
+        raise BackpassError(
+            f"a network of your own takes no settings, got {name!r}: write a function without arguments, such as "
+            f"def my_net(): return {rest.partition(':')[0]}(...), and name {head}:my_net."
+        )
     if is_the_labs(name):
         model = build(name, shape=shape, classes=classes, normalisation=normalisation, seed=seed)
         return model, shape or INPUT_SHAPES[name.strip().partition(":")[0]]
@@ -58,8 +64,11 @@ def find(
         sys.path.insert(0, here)
     try:
         module = import_module(path)
-    except (ImportError, ValueError) as error:
-        raise BackpassError(f"cannot import {path!r} of {name!r}: {error}.") from error
+    except (ImportError, TypeError, ValueError) as error:
+        raise BackpassError(
+            f"cannot import {path!r} of {name!r}: {error}. It is looked for in {here} and where Python looks, and "
+            "named without .py."
+        ) from error
     if not hasattr(module, attribute):
         own = [n for n, v in vars(module).items() if isinstance(v, nn.Module) or getattr(v, "__module__", "") == path]
         raise UnknownNameError(f"network of module {path!r}", attribute, own)

@@ -11,6 +11,12 @@ from backpass.lab.wording import interval_text
 __all__ = ["verdict_counts", "verdicts"]
 
 
+_WHAT = """What is measured is a difference, what the claim speaks of less what it is compared with, in pairs of runs;
+or, where a range is claimed, the quantity itself. A claim holds where the whole 95 % interval is on its side of zero,
+or in its range.
+"""
+
+
 def verdict_counts(results: Sequence[Result]) -> str:
     """A table with a row for each experiment: what it asks, and how many of its claims have each verdict."""
     lines = ["| experiment | question | holds | does not hold | undecided |", "| --- | --- | --- | --- | --- |"]
@@ -24,7 +30,7 @@ def verdict_counts(results: Sequence[Result]) -> str:
 
 def verdicts(results: Sequence[Result]) -> str:
     """A page: the counts, then for every experiment its findings and each claim with its verdict."""
-    parts = ["# Which claims hold?\n", verdict_counts(results)]
+    parts = ["# Which claims hold?\n", _WHAT, verdict_counts(results)]
     for result in results:
         place = result.environment
         parts.append(f"\n## {result.experiment}: {result.title}\n")

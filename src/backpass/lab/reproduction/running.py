@@ -118,8 +118,8 @@ def reproduce(
             for future in as_completed(waiting):
                 yield future.result()
         except BaseException:
-            # Finished pieces are on disk, and nobody waits for the others. Without workers the pool gives up what waits,
-            # which it could not if that were cancelled.
+            # Finished pieces are on disk; nobody waits for the others. Without workers the pool gives up what waits,
+            # as it could not with cancelled futures.
             for process in multiprocessing.active_children():
                 process.terminate()
             raise

@@ -125,7 +125,7 @@ def assemble(
             if isinstance(module, Normalize):
                 module.use(Normalisation((0.0,), (1.0,)))
     few = images.x[:2].to(device)
-    subject.try_on(few, recipe.data)
+    subject.try_on(few, recipe.data, parts.train.classes)
     assert recipe.lr is not None  # noqa: S101  `complete` has given one
     optimizer = make_optimizer(recipe.optimizer, network.parameters(), recipe.lr)
     _check_rules(network, named, optimizer, few)

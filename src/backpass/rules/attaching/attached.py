@@ -14,7 +14,7 @@ from torch import nn
 from backpass.errors import BackpassError
 from backpass.rules.attaching import hooks
 from backpass.rules.attaching.dynamo import guard_module_hooks
-from backpass.rules.attaching.interception import Intercept, Interception, ModuleCalls, pop_modes
+from backpass.rules.attaching.interception import Intercept, Interception, ModuleCalls, interceptions_aside, pop_modes
 from backpass.rules.attaching.numbering import Numbering
 from backpass.rules.attaching.redefinition import Redefinition
 from backpass.rules.attaching.undisturbed import undisturbed
@@ -49,6 +49,7 @@ class Attached(Numbering):
         ]
         self._hooked = [ref(module) for _, module in modules]
         self._suspensions = 0
+        self._removed = False
         for path, module in modules:
             calls = ModuleCalls(self, intercept, path)
             hooks.insert(module, self._identifier, calls.enter, calls.leave, with_kwargs=not path)
@@ -74,6 +75,7 @@ class Attached(Numbering):
             if module is not None:
                 hooks.remove(module, self._identifier)
         self._hooked.clear()
+        self._removed = True
         pop_modes(self)
         guard_module_hooks()
 
@@ -103,6 +105,8 @@ class Attached(Numbering):
         return [(module, pair) for module, pair in pairs if pair is not None]
 
     def __enter__(self) -> Self:
+        if self._removed:
+            raise BackpassError(f"{self.rule} was removed from this model, and acts no more: attach the rule anew.")
         return self
 
     def __exit__(
@@ -115,7 +119,7 @@ class Attached(Numbering):
 
     def probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Call the model once more with these arguments, leaving no lasting effect."""
-        with undisturbed(self.model, args, kwargs) as (copies, named):
+        with undisturbed(self.model, args, kwargs) as (copies, named), interceptions_aside():
             self.model(*copies, **named)
 
     def _token(self) -> str:

@@ -8,7 +8,8 @@ exception. Module calls, functional calls, methods, in-place calls and re-used a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from backpass.rules.attaching.numbering import Numbering, resolve, resolve_while
 from backpass.rules.attaching.redefinition import TorchFunction
 from backpass.rules.sites import Seen, Site
 
-__all__ = ["Intercept", "Interception", "ModuleCall", "ModuleCalls", "pop_modes"]
+__all__ = ["Intercept", "Interception", "ModuleCall", "ModuleCalls", "interceptions_aside", "pop_modes"]
 
 
 class ModuleCall:
@@ -241,7 +242,26 @@ def _calls_itself(module: nn.Module) -> bool:
 
 def pop_modes(numbering: Numbering) -> None:
     """Take the interceptions of ``numbering`` off this thread's stack of modes, wherever they lie."""
-    stack = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
-    for mode in reversed(stack):
+    for mode in _popped():
         if not (isinstance(mode, Interception) and mode.numbering is numbering):
             torch._C._push_on_torch_function_stack(mode)
+
+
+@contextmanager
+def interceptions_aside() -> Iterator[None]:
+    """Inside, no interception is on this thread's stack of modes: a call of a model is not part of one that runs."""
+    stack = _popped()
+    for mode in stack:
+        if not isinstance(mode, Interception):
+            torch._C._push_on_torch_function_stack(mode)
+    try:
+        yield
+    finally:
+        _popped()
+        for mode in stack:
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def _popped() -> list[Any]:
+    """This thread's modes, the outermost first, taken off their stack."""
+    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]

@@ -76,6 +76,15 @@ def test_a_folder_of_classes_may_have_splits(tmp_path):
         load_data(str(tmp_path), split="val")
 
 
+def test_a_part_without_one_of_the_classes_is_refused_as_its_labels_would_be_other_numbers(tmp_path):
+    content, _ = picture(1)
+    parts = {"train": "abc", "test": "bc"}
+    classes(tmp_path, {f"{part}/{name}/1.png": content for part, names in parts.items() for name in names})
+    assert load_data(str(tmp_path), split="train").class_names == ("a", "b", "c")
+    with pytest.raises(BackpassError, match=r"only in train \['a'\], only in test \[\]"):
+        load_data(str(tmp_path), split="test")
+
+
 def test_jpeg_images_are_announced(tmp_path):
     jpeg, _ = picture(1, kind="JPEG")
     parquet(tmp_path / "cifar10" / "test-0.parquet", [jpeg], [0], image="img")
