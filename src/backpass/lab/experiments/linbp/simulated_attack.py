@@ -219,7 +219,8 @@ def _curves(name: str, settings: Attack, found: dict[str, dict[str, Any]]) -> Se
             Curve(
                 label=LABELS[rule],
                 x=range(settings.steps + 1),
-                runs=found[rule]["distance"],
+                # Every step of every draw would be megabytes.
+                given=[mean_interval(values) for values in zip(*found[rule]["distance"], strict=True)],
             )
             for rule in LABELS
         ],
