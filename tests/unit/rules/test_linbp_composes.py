@@ -53,10 +53,11 @@ def test_vmap_outside_of_the_model(case):
     close(mapped, whole, 1e-10)
 
 
-def test_forward_mode_gives_the_same_linear_derivative():
+@pytest.mark.parametrize("slope", [1.0, 0.5])
+def test_forward_mode_gives_the_same_linear_derivative(slope):
     model, x = CASES["silu"].make()
     direction = torch.randn_like(x)
-    with LinBP(start=1).attach(model):
+    with LinBP(start=1, slope=slope).attach(model):
         value, tangent = torch.func.jvp(model, (x,), (direction,))
         jacobian = torch.func.vmap(torch.func.jacrev(lambda s: model(s[None])[0]))(x)
     assert torch.equal(value, model(x))
