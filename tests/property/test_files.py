@@ -17,7 +17,7 @@ from backpass.attacks import PGD, evaluate, load, save
 from backpass.attacks.shards import read_tensors, write_tensors
 from backpass.lab.bench.pieces import Pieces
 from backpass.lab.claims import judge
-from backpass.lab.reproduction.overview import write_overview
+from backpass.lab.reproduction.overview import read_results, write_overview
 from backpass.lab.reproduction.reading import read_result
 from backpass.lab.result import Curve, Finding, Result, Series, Table
 from backpass.lab.statistics import Interval
@@ -170,7 +170,7 @@ def test_a_result_of_other_values_is_shown_or_refused_with_a_message(tmp_path_fa
     (folder / "it").mkdir()
     (folder / "it" / "result.json").write_text(json.dumps(content))
     with suppress(BackpassError):
-        write_overview(folder)
+        write_overview(folder, read_results(folder))
 
 
 class Code:

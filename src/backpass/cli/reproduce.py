@@ -60,7 +60,7 @@ def reproduce(
     with working("loading torch") as show, told_when_interrupted("Finished pieces are kept: the same command goes on."):
         from backpass.lab.experiments.catalogue import choose
         from backpass.lab.report import count_verdicts
-        from backpass.lab.reproduction.overview import write_overview
+        from backpass.lab.reproduction.overview import read_results, write_overview
         from backpass.lab.reproduction.running import Done
         from backpass.lab.reproduction.running import reproduce as run
         from backpass.lab.subjects import parse_device
@@ -85,7 +85,7 @@ def reproduce(
                 failed.append(ended)
                 told = f"failed: {ended.reason}"
             typer.echo(f"{ended.name} ({time.perf_counter() - began:.0f} s): {told}", err=True)
-        page = write_overview(out, damaged.append) if found else None
+        page = write_overview(out, read_results(out, damaged.append)) if found else None
     if found:
         print_overview([done.result for done in found])
     kept = [done.result.experiment for done in found if done.kept]
@@ -115,7 +115,7 @@ def report(
         from backpass.lab.reproduction.overview import read_results, write_overview
 
         results = read_results(folder, damaged.append)
-        written = [write_overview(folder, lambda error: None)]
+        written = [write_overview(folder, results)]
         if markdown is not None:
             written.append(write_atomically(markdown, verdicts(results)))
     print_overview(results)

@@ -36,7 +36,8 @@ def parse_rule_for(model: str, text: str, *, use: Literal["attack", "training", 
     Args:
         model: the network's specification, for instance ``"resnet50:activation=silu"`` or ``"my_nets:Net"``.
         text: the rule's text form, for instance ``"linbp:start=paper"``.
-        use: what for; the two differ for DenseNet-161 only.
+        use: what for: attacks refuse rules for weights alone, and only they can choose ``start=auto``; the paper's
+            placement for training differs from the others for DenseNet-161.
 
     Raises:
         UnknownNameError: no rule, or no setting of the rule, has that name.

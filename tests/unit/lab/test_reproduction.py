@@ -230,7 +230,7 @@ def test_a_folder_without_results_is_told(tmp_path):
 
 def test_the_page_has_every_verdict_once_each_leading_to_its_experiment(tmp_path):
     run(tmp_path, "all")
-    html = write_overview(tmp_path).read_text()
+    html = write_overview(tmp_path, read_results(tmp_path)).read_text()
     for name in ("one", "two"):
         assert html.count(f'href="#{name}-small-{name}.more"') == 1
         assert html.count(f'id="{name}-small-{name}.more"') == 1

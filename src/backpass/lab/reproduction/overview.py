@@ -53,10 +53,10 @@ def read_results(folder: Path, damaged: Callable[[BackpassError], None] | None =
     return sorted(results, key=lambda result: (order.get(result.experiment, len(order)), result.scale))
 
 
-def write_overview(folder: Path, damaged: Callable[[BackpassError], None] | None = None) -> Path:
-    """Write ``report.html`` over all results of a folder into it; arguments and errors as of `read_results`.
+def write_overview(folder: Path, results: Sequence[Result]) -> Path:
+    """Write ``report.html`` over results into a folder.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    return write_atomically(folder / "report.html", overview(read_results(folder, damaged)))
+    return write_atomically(folder / "report.html", overview(results))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from backpass.attacks import APGD, FGSM, Attack
-from backpass.attacks.iterative import Iterative
+from backpass.attacks import APGD, FGSM, Attack, Iterative
 from backpass.lab.studies.attack.plans import make_plans
 from backpass.lab.studies.attack.study import Study
 
