@@ -121,7 +121,7 @@ def reproduce(
             # Finished pieces are on disk; nobody waits for the others. Without workers the pool gives up what waits,
             # as it could not with cancelled futures.
             for process in multiprocessing.active_children():
-                process.terminate()
+                process.kill()  # a training run would take a request to end as one to save first
             raise
         finally:
             told.put("")
