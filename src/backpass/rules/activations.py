@@ -85,7 +85,7 @@ ACTIVATIONS: Mapping[Callable[..., Any], str] = {
 
 
 def activations(*names: str) -> dict[Callable[..., Any], str]:
-    """The torch functions that compute the activations of these names, for instance ``activations("relu", "relu6")``.
+    """The torch functions that compute the activations of these names, as ``activations("relu", "relu6")``; or of all.
 
     Raises:
         UnknownNameError: there is no activation of a name.
@@ -94,7 +94,7 @@ def activations(*names: str) -> dict[Callable[..., Any], str]:
     for name in names:
         if name not in known:
             raise UnknownNameError("activation", name, known)
-    return {function: name for function, name in ACTIVATIONS.items() if name in names}
+    return {function: name for function, name in ACTIVATIONS.items() if name in (names or known)}
 
 
 WITHOUT_ACTIVATION: frozenset[type[nn.Module]] = frozenset(

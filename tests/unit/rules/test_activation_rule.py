@@ -61,6 +61,10 @@ def test_the_formula_holds_however_the_activation_is_called(form):
     assert torch.autograd.grad(y, x, GRAD)[0].tolist() == [[1.0, 0.0, 0.0, 0.0]]
 
 
+def test_activations_without_names_are_all_of_them():
+    assert activations() == dict(LinBP.functions)
+
+
 def test_it_acts_on_the_named_activations_alone():
     model = nn.Sequential(nn.ReLU(), nn.Tanh())
     with Guided().attach(model) as attached:
