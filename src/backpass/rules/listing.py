@@ -11,8 +11,7 @@ from backpass.errors import UnknownNameError
 from backpass.rules.activations import ACTIVATIONS
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.redefinition import Redefinition, TorchFunction
-from backpass.rules.layers.linear_calls import LINEAR, OPAQUE
-from backpass.rules.layers.normalizations import NORMALIZATIONS
+from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE
 from backpass.rules.sites import SiteTable
 
 __all__ = ["list_sites"]
