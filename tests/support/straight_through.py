@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Rewritten", "straight_through"]
+__all__ = ["Rewritten", "renormalized", "straight_through"]
+
+Compute = Callable[[Tensor], Tensor]
 
 _NAMES = (
     *("relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "silu", "gelu", "mish", "softplus", "hardswish"),
@@ -39,9 +41,26 @@ _BY_NAME = frozenset(
 _PACKAGES = ("timm", "transformers")
 
 
-def straight_through(x: Tensor, compute: Callable[[Tensor], Tensor], slope: float = 1.0) -> Tensor:
+def straight_through(x: Tensor, compute: Compute) -> Tensor:
     """x + (s(x) - x).detach(), with the bits of s(x); parameters inside s keep their own gradient."""
-    return compute(x.detach()) + slope * (x - x.detach())
+    return compute(x.detach()) + (x - x.detach())
+
+
+def renormalized(x: Tensor, compute: Compute) -> Tensor:
+    """s(x), whose gradient g at the output becomes g |s'(x) g| / |g| at the input, the norms per sample."""
+    path = x - x.detach()
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        value = compute(z)
+
+    def scaled(grad: Tensor) -> Tensor:
+        (plain,) = torch.autograd.grad(value, z, grad, retain_graph=True)
+        factors = [p.norm() / g.norm() if g.norm() > 0 else g.norm() for p, g in zip(plain, grad, strict=True)]
+        return torch.stack([factor * g for factor, g in zip(factors, grad, strict=True)])
+
+    if path.requires_grad:
+        path.register_hook(scaled)
+    return value.detach() + path
 
 
 class Rewritten:
@@ -54,7 +73,7 @@ class Rewritten:
         gates: patterns of the paths of modules that are gates, not activations.
         gate_functions: names of functions that are gates wherever the model calls them.
         elementwise: more classes of modules that are activations as a whole.
-        slope: the constant derivative.
+        rewrite: gives s(x) another gradient, from x and s.
 
     Attributes:
         count: how many activations the last call had.
@@ -69,11 +88,11 @@ class Rewritten:
         gates: Sequence[str] = (),
         gate_functions: Sequence[str] = (),
         elementwise: tuple[type[nn.Module], ...] = (),
-        slope: float = 1.0,
+        rewrite: Callable[[Tensor, Compute], Tensor] = straight_through,
     ) -> None:
         self.model = model
         self.start, self.stop = start, float("inf") if stop is None else stop
-        self.gates, self.gate_functions, self.slope = gates, gate_functions, slope
+        self.gates, self.gate_functions, self.rewrite = gates, gate_functions, rewrite
         self.elementwise = (*_OF_TORCH, *elementwise)
         self.count = 0
         self._inside = False
@@ -129,7 +148,7 @@ class Rewritten:
                 def value(input: Tensor) -> Tensor:
                     return compute(input, *rest, **kwargs)
 
-                y = straight_through(z, lambda input: value(input.clone()), self.slope)
+                y = self.rewrite(z, lambda input: value(input.clone()))
                 return x.copy_(y) if in_place or kwargs.get("inplace", False) else y
             finally:
                 self._inside = False

@@ -125,6 +125,4 @@ TIMM: dict[str, Architecture] = {
     "caformer": Architecture(build=caformer, sites=4 + 4, shape=(2, 3, 64, 64)),
     # Stem, two in the head; two in the first half of each of 16 blocks; one in each of 7 squeeze-and-excitations.
     "ghostnet": Architecture(build=timm("ghostnet_050"), sites=3 + 16 * 2 + 7, gates=SE),
-    # Stem 3; attention and MLP of 2 + 3 + 4 blocks and of two downsamplings.
-    "levit": Architecture(build=timm("levit_128s", img_size=64), sites=3 + 2 * 9 + 2 * 2, shape=(2, 3, 64, 64)),
 }
