@@ -31,7 +31,9 @@ class Stage:
     def run(self, z: Tensor) -> Tensor:
         return self.function(z)
 
-    def backward(self, z: Tensor, g: Tensor, linear: Callable[[], AbstractContextManager[None]], decay: float) -> Tensor:
+    def backward(
+        self, z: Tensor, g: Tensor, linear: Callable[[], AbstractContextManager[None]], decay: float
+    ) -> Tensor:
         with linear():
             return vjp(self.function, z, g)
 
@@ -48,7 +50,9 @@ class Block:
     def run(self, z: Tensor) -> Tensor:
         return self.after(self.skip(z) + self.branch(z))
 
-    def backward(self, z: Tensor, g: Tensor, linear: Callable[[], AbstractContextManager[None]], decay: float) -> Tensor:
+    def backward(
+        self, z: Tensor, g: Tensor, linear: Callable[[], AbstractContextManager[None]], decay: float
+    ) -> Tensor:
         at_sum = vjp(self.after, self.skip(z) + self.branch(z), g)
         plain = vjp(self.branch, z, at_sum)
         beside = vjp(self.skip, z, at_sum)

@@ -145,10 +145,10 @@ class Rewritten:
                 x, *rest = args if args else (kwargs.pop("input"),)
                 z = x.clone()
 
-                def value(input: Tensor) -> Tensor:
-                    return compute(input, *rest, **kwargs)
+                def value(z: Tensor) -> Tensor:
+                    return compute(z.clone(), *rest, **kwargs)
 
-                y = self.rewrite(z, lambda input: value(input.clone()))
+                y = self.rewrite(z, value)
                 return x.copy_(y) if in_place or kwargs.get("inplace", False) else y
             finally:
                 self._inside = False

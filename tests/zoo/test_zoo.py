@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from backpass import LinBP, list_sites
+from backpass import BackpassError, LinBP, list_sites
 from support.torchvision_operators import define_missing_operators
 from support.zoo.architecture import Architecture, outputs_of
 from support.zoo.by_hand import BY_HAND
@@ -21,7 +21,7 @@ ZOO = {**TIMM, **HUGGING_FACE, **OWN, **BY_HAND}
 NEEDS = {**dict.fromkeys(TIMM, "timm"), **dict.fromkeys(HUGGING_FACE, "transformers")}
 STARTS = (0, 0.5, -1)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*unreachable:UserWarning:backpass")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what is out of reach is told; tested elsewhere
 
 
 @pytest.fixture(scope="module", params=[pytest.param(k, marks=pytest.mark.slow) if ZOO[k].slow else k for k in ZOO])
@@ -94,7 +94,7 @@ class Calls:
 
 @pytest.mark.parametrize("start", STARTS)
 def test_gradients_are_those_of_straight_through_activations_and_the_forward_is_plain(architecture, start):
-    model, given = made(architecture, torch.float64)
+    model, _ = made(architecture, torch.float64)
     plain, _ = gradients(architecture, model, model)
     with LinBP(start=start).attach(model) as attached, Calls(model) as calls:
         outputs, found = gradients(architecture, model, model)
@@ -122,8 +122,12 @@ def test_without_gradients_the_forward_is_plain(architecture, start, mode):
     model, given = made(architecture, torch.float32)
     with mode():
         plain = outputs_of(architecture.call(model, given))
-        with LinBP(start=start).attach(model), Calls(model) as calls:
-            outputs = outputs_of(architecture.call(model, given))
+        try:
+            with LinBP(start=start).attach(model), Calls(model) as calls:
+                outputs = outputs_of(architecture.call(model, given))
+        except BackpassError:
+            assert architecture.fused
+            return
     assert calls[""] == 1
     assert all(torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
 

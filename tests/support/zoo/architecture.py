@@ -32,6 +32,7 @@ class Architecture:
         unreachable: paths of the modules in which a rule cannot reach an activation.
         reference: a function (model, start, stop) that gives the rewritten model, where `Rewritten` does not know
             the model's activations.
+        fused: without gradients torch calls a fused kernel, and a rule may refuse that.
         slow: left out of `make test`.
     """
 
@@ -44,6 +45,7 @@ class Architecture:
     elementwise: tuple[type[nn.Module], ...] = ()
     unreachable: frozenset[str] = field(default_factory=frozenset)
     reference: Callable[[nn.Module, int, int | None], Callable[..., Any]] | None = None
+    fused: bool = False
     slow: bool = False
 
     def make(self, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:

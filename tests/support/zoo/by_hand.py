@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.straight_through import Rewritten, straight_through
+from support.straight_through import straight_through
 from support.zoo.architecture import Architecture
 
 __all__ = ["BY_HAND"]
@@ -98,8 +98,8 @@ class MemoryEfficientMish(nn.Module):
 
 
 class CubedRelu(nn.Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return CubeFunction.apply(input)
+    def forward(self, hidden: Tensor) -> Tensor:
+        return CubeFunction.apply(hidden)
 
 
 # Activations composed of torch functions, in modules of their own.
@@ -409,9 +409,7 @@ BY_HAND: dict[str, Architecture] = {
     "squeeze_excitation_functional": Architecture(
         build=FunctionalSqueezeExcitation, sites=2, shape=(2, 3, 6, 6), gate_functions=("hardsigmoid",)
     ),
-    "spatial_attention": Architecture(
-        build=SpatialAttention, sites=1, shape=(2, 3, 6, 6), gate_functions=("sigmoid",)
-    ),
+    "spatial_attention": Architecture(build=SpatialAttention, sites=1, shape=(2, 3, 6, 6), gate_functions=("sigmoid",)),
     "glu": Architecture(
         build=lambda: GatedLinearUnit(torch.sigmoid), sites=1, shape=(4, WIDTH), gate_functions=("sigmoid",)
     ),
@@ -420,8 +418,8 @@ BY_HAND: dict[str, Architecture] = {
     "geglu": Architecture(build=lambda: GatedLinearUnit(lambda x: F.gelu(x)), sites=2, shape=(4, WIDTH)),
     "highway": Architecture(build=Highway, sites=1, shape=(4, WIDTH), gate_functions=("sigmoid",)),
     "autoencoder": Architecture(build=Autoencoder, sites=2, shape=(4, WIDTH)),
-    "transformer_encoder": Architecture(build=encoder("gelu"), sites=2, shape=(2, 3, WIDTH)),
-    "transformer_encoder_module": Architecture(build=encoder(nn.ReLU()), sites=2, shape=(2, 3, WIDTH)),
+    "transformer_encoder": Architecture(build=encoder("gelu"), sites=2, shape=(2, 3, WIDTH), fused=True),
+    "transformer_encoder_module": Architecture(build=encoder(nn.ReLU()), sites=2, shape=(2, 3, WIDTH), fused=True),
     "autograd_function": opaque(lambda: CubeFunction.apply, ""),
     "scripted_function": opaque(lambda: scripted_function, ""),
     "autograd_function_of_two": opaque(ScaledRelu),

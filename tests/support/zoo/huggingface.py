@@ -63,7 +63,9 @@ HUGGING_FACE: dict[str, Architecture] = {
     ),
     # relu in each block of encoder and decoder.
     "t5": Architecture(
-        build=huggingface("T5Model", "T5Config", vocab_size=WORDS, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
+        build=huggingface(
+            "T5Model", "T5Config", vocab_size=WORDS, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=2, num_heads=2
+        ),
         inputs=to_translate,
         sites=2 + 2,
     ),
@@ -71,7 +73,12 @@ HUGGING_FACE: dict[str, Architecture] = {
     "t5_gated": Architecture(
         build=huggingface(
             *("T5Model", "T5Config"),
-            **{"vocab_size": WORDS, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},
+            vocab_size=WORDS,
+            d_model=WIDTH,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
             feed_forward_proj="gated-gelu",
         ),
         inputs=to_translate,
@@ -97,7 +104,10 @@ HUGGING_FACE: dict[str, Architecture] = {
         build=huggingface(
             "DistilBertForSequenceClassification",
             "DistilBertConfig",
-            **{"dim": WIDTH, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+            dim=WIDTH,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=24,
             **TEXT,
         ),
         inputs=embedded,

@@ -91,7 +91,9 @@ TIMM: dict[str, Architecture] = {
     # The stem; four blocks of an MBConv with three (one in its squeeze-and-excitation) and two MLPs after attention.
     "maxvit": Architecture(build=timm("test_maxvit", img_size=64), sites=1 + 4 * 5, shape=(2, 3, 64, 64), gates=SE),
     # The stem; two MBConv blocks with three; three transformer blocks.
-    "coatnet": Architecture(build=timm("test_coatnet", img_size=64), sites=1 + 2 * 3 + 3, shape=(2, 3, 64, 64), gates=SE),
+    "coatnet": Architecture(
+        build=timm("test_coatnet", img_size=64), sites=1 + 2 * 3 + 3, shape=(2, 3, 64, 64), gates=SE
+    ),
     "vit": Architecture(build=timm("vit_tiny_patch16_224", **ATTENTION), sites=3),
     "deit": Architecture(build=timm("deit_tiny_distilled_patch16_224", **ATTENTION), sites=3),
     "beit": Architecture(build=timm("beit_base_patch16_224", **ATTENTION), sites=3),
@@ -104,7 +106,9 @@ TIMM: dict[str, Architecture] = {
     "nfnet": Architecture(build=timm("test_nfnet"), sites=3 + 4 * 5 + 1, gates=("*.gate",)),
     # The same with activations that are scaled in a module of their own: the site is the call of gelu, and the
     # derivative of the module is its gamma.
-    "nfnet_scaled": Architecture(build=timm("test_nfnet", act_layer="gelu", gamma_in_act=True), sites=3 + 4 * 5 + 1, gates=("*.gate",)),
+    "nfnet_scaled": Architecture(
+        build=timm("test_nfnet", act_layer="gelu", gamma_in_act=True), sites=3 + 4 * 5 + 1, gates=("*.gate",)
+    ),
     "vgg11": Architecture(build=narrow_vgg, sites=8 + 2),
     "densenet121": Architecture(build=timm("densenet121", growth_rate=8), sites=121),
     "inception_v3": Architecture(build=timm("inception_v3"), sites=94, shape=(1, 3, 75, 75), slow=True),
@@ -113,7 +117,9 @@ TIMM: dict[str, Architecture] = {
     "hrnet": Architecture(build=timm("hrnet_w18_small"), sites=5 + 4 + 36 + 14 + 12 + 3 + 1, slow=True),
     "eva02": Architecture(build=timm("eva02_tiny_patch14_224", **{**ATTENTION, "embed_dim": 24}), sites=3),
     # Activations written as autograd functions or by hand, in modules of their own: one site each.
-    "hard_mish": Architecture(build=timm("resnet18", layers=[1, 1, 1, 1], channels=NARROW, act_layer="hard_mish"), sites=1 + 4 * 2),
+    "hard_mish": Architecture(
+        build=timm("resnet18", layers=[1, 1, 1, 1], channels=NARROW, act_layer="hard_mish"), sites=1 + 4 * 2
+    ),
     "swish_by_hand": Architecture(build=timm_class_act("Swish"), sites=1 + 4 * 2),
     "vit_quick_gelu": Architecture(build=timm("vit_tiny_patch16_224", act_layer="quick_gelu", **ATTENTION), sites=3),
     # Global response normalisation after the GELU.

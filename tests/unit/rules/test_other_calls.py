@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, vmap
 
 from backpass import BackpassError, LinBP, NoSiteError, parse_rule
 from support.straight_through import Rewritten
@@ -34,12 +34,9 @@ class Ensemble(nn.Module):
         self.skeleton = [copy.deepcopy(self.members[0]).to("meta")]  # a list: no part of the model's parameters
 
     def forward(self, x):
-        parameters, buffers = stack_module_state(list(self.members))
-
-        def member(parameters, buffers, x):
-            return functional_call(self.skeleton[0], (parameters, buffers), (x,))
-
-        return vmap(member, (0, 0, None))(parameters, buffers, x).mean(0)
+        members = [dict(member.named_parameters()) for member in self.members]
+        stacked = {name: torch.stack([member[name] for member in members]) for name in members[0]}
+        return vmap(lambda weights, x: functional_call(self.skeleton[0], weights, (x,)), (0, None))(stacked, x).mean(0)
 
 
 class Registered(Ensemble):
@@ -139,7 +136,6 @@ def replicate(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 setattr(twin, name, parameter.view_as(parameter))  # a tensor with a graph, no parameter
-                twin._former_parameters[name] = getattr(twin, name)
     return copies[model]
 
 
