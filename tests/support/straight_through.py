@@ -121,7 +121,7 @@ class Rewritten:
                         rewritten[plain] = self._rewrite(plain, name.endswith("_"), gate)
                         stack.enter_context(patch.object(place, name, rewritten[plain]))
             for module in self.model.modules():  # functions that a module was given when it was made
-                for name, value in vars(module).items():
+                for name, value in list(vars(module).items()):
                     if callable(value) and value in rewritten:
                         stack.enter_context(patch.object(module, name, rewritten[value]))
             yield
