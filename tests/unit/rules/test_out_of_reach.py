@@ -55,9 +55,9 @@ def test_it_is_told_once(opaque):
             model(x)
     texts = [str(w.message) for w in caught if issubclass(w.category, UserWarning) and "reach" in str(w.message)]
     assert len(texts) == 1
-    ((found, reason),) = dict(attached.unreachable).items()
+    ((found, reasons),) = attached.unreachable.items()
     assert found == path
-    assert reason in texts[0]
+    assert all(reason in texts[0] for reason in reasons)
 
 
 def test_strict_makes_it_an_error(opaque):
@@ -71,7 +71,7 @@ def test_strict_leaves_a_model_alone_of_which_everything_can_be_reached():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(2, 4)
     with LinBP().attach(model, strict=True) as attached:
         model(x)
-    assert dict(attached.unreachable) == {}
+    assert attached.unreachable == {}
 
 
 def test_the_printed_table_of_sites_names_it(opaque):
@@ -186,7 +186,7 @@ def test_what_uses_a_parameter_otherwise_is_named_or_refused(name, rule):
             model(x).square().mean().backward()
     except BackpassError:
         return
-    assert "" in dict(attached.unreachable)
+    assert "" in attached.unreachable
 
 
 def test_a_recurrent_layer_among_linear_ones_is_named_by_proxprop():
@@ -198,4 +198,4 @@ def test_a_recurrent_layer_among_linear_ones_is_named_by_proxprop():
                 model(torch.randn(2, 3, 4)).sum().backward()
         except BackpassError:
             return
-    assert set(dict(attached.unreachable)) == {"1.lstm"}
+    assert set(attached.unreachable) == {"1.lstm"}
