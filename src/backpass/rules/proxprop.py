@@ -173,9 +173,7 @@ class ProximalInterception(LayerInterception):
             return bool(rule.embeddings if name == "embedding" else rule.norms)  # type: ignore[attr-defined]
         return super().is_site(func, args, kwargs)
 
-    def replace(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
-    ) -> Any:
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
         """The call's value; in the backward pass its weights contribute to this attachment."""
         functional = is_functional()
         if functional and is_dynamo_compiling():

@@ -151,9 +151,7 @@ class SemiImplicitInterception(LayerInterception):
                         return self._activate(layer, *found)
         return super().__torch_function__(func, types, args, kwargs)
 
-    def replace(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
-    ) -> Any:
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
         """The layer's value; its input gradient is used unless an activation follows."""
         layer = self.layer(func, args, kwargs)
         if layer is None or not torch.is_grad_enabled():
