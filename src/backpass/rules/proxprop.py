@@ -110,8 +110,8 @@ class ProxProp(Rule):
             )
         if self.memory and (self.solver == "cg" or self.step.damping == "sum"):
             raise BackpassError(
-                'memory averages A^T A / rows and factors it: it goes with damping "relative", "mean" or "sample_mean", '
-                f"and not with solver='cg'; got damping={self.step.damping!r}, solver={self.solver!r}."
+                'memory averages A^T A / rows and factors it: it goes with damping "relative", "mean" or '
+                f"\"sample_mean\", and not with solver='cg'; got damping={self.step.damping!r}, solver={self.solver!r}."
             )
         check_places(self.start, self.stop)
         if self.where is not None and not callable(self.where):
@@ -289,7 +289,7 @@ class ProximalAttached(Attached):
         for name in settings:
             if name not in ("tau", "cg_steps"):
                 raise UnknownNameError("setting that can change while the rule is attached", name, ("tau", "cg_steps"))
-        damping = self.rule.step.damping
+        damping: Any = self.rule.step.damping
         self.rule = replace(self.rule, damping=damping, **settings)
         self.contributions.step = self.rule.step
 

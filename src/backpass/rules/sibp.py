@@ -112,8 +112,8 @@ class SIBP(Rule):
 
         Args:
             model: the model.
-            scaler: the ``torch.amp.GradScaler`` that scales the loss, if there is one. A semi-implicit step is no linear
-                function of the loss's scale, so the rule must know it.
+            scaler: the ``torch.amp.GradScaler`` that scales the loss, if there is one. A semi-implicit step is no
+                linear function of the loss's scale, so the rule must know it.
 
         Raises:
             BackpassError: an equal rule is attached, or the parameters are sharded.
@@ -213,9 +213,9 @@ def _refuse_half(layer: LinearCall) -> None:
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     if autocast or layer.weight.dtype == torch.float16:
         raise BackpassError(
-            "float16 needs a scaled loss, and a semi-implicit step is no linear function of the loss's scale: attach the "
-            "rule with attach(model, scaler=scaler), or use bfloat16 (torch.autocast with dtype=torch.bfloat16), which "
-            "needs none."
+            "float16 needs a scaled loss, and a semi-implicit step is no linear function of the loss's scale: attach "
+            "the rule with attach(model, scaler=scaler), or use bfloat16 (torch.autocast with dtype=torch.bfloat16), "
+            "which needs none."
         )
 
 

@@ -38,8 +38,8 @@ def refuse_model(rule: Redefinition, model: nn.Module) -> None:
     )
     if sharded:
         raise BackpassError(
-            f"the parameters of this model are sharded (FSDP or tensor parallel), and {type(rule).__name__} solves with "
-            "whole weight matrices, which no process has: use DistributedDataParallel with "
+            f"the parameters of this model are sharded (FSDP or tensor parallel), and {type(rule).__name__} solves "
+            "with whole weight matrices, which no process has: use DistributedDataParallel with "
             'ProxProp(solve="step").attach(model, optimizer=optimizer).'
         )
     if any(attached.rule == rule for attached in attachments(model)):

@@ -123,7 +123,7 @@ class Contributions(ABC):
     def watch(self) -> None:
         """Refuse gradients of graphs that were built before the rule was attached."""
         self._early = [
-            parameter.register_post_accumulate_grad_hook(self._refuse_early)
+            parameter.register_post_accumulate_grad_hook(self._refuse_early)  # type: ignore[no-untyped-call]
             for _, parameter in self.named_parameters()
             if parameter.is_leaf and parameter.requires_grad
         ]
@@ -185,8 +185,10 @@ class Contributions(ABC):
         leaf = named.parameter if named else learning
         if named is None and not (leaf.is_leaf and leaf.requires_grad):
             raise BackpassError(f"{self.describe(learning)} is computed from other parameters. {COMPUTED}")
-        now, begin = torch._C._current_graph_task_id(), learning.storage_offset()
-        length = 1 + sum((size - 1) * stride for size, stride in zip(learning.shape, learning.stride(), strict=True))
+        now, begin = torch._C._current_graph_task_id(), int(learning.storage_offset())
+        length = 1 + sum(
+            int((size - 1) * stride) for size, stride in zip(learning.shape, learning.stride(), strict=True)
+        )
         task, before = self._last.get(id(leaf), (-1, []))
         before = before if task == now and now >= 0 else []
         twice = any(begin < stop and start < begin + length for start, stop in before)
@@ -342,7 +344,7 @@ class _ImplicitLayer(torch.autograd.Function):
         x, weight, bias, z = ctx.saved_tensors
         text, activation, functional, _ = ctx.call
         if functional or torch.compiler.is_compiling():
-            return _under_transforms(ctx, grad)  # type: ignore[no-any-return]
+            return _under_transforms(ctx, grad)
         needs = ctx.needs_input_grad
         wants = (bool(needs[0]), bool(needs[1]), bias is not None and bool(needs[2]))
         if torch.is_grad_enabled():
