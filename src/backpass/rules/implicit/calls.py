@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from backpass.errors import BackpassError
 from backpass.rules.implicit.uses import COMPUTED
 
-__all__ = ["LINEAR", "NORMALIZATIONS", "OPAQUE", "PRODUCTS", "LinearCall", "linear_call", "product_call"]
+__all__ = ["LINEAR", "NORMALIZATIONS", "OPAQUE", "PRODUCTS", "LinearCall", "learns", "linear_call", "product_call"]
 
 aten: Any = torch.ops.aten
 
@@ -164,6 +164,20 @@ def product_call(
         first, second = second, first
     at = weight_of(first, second)
     return None if at is None else _matmul(first, second, at)
+
+
+def learns(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    product: LinearCall | BackpassError | None,
+) -> bool:
+    """Return whether weight or bias of a call requires a gradient; ``product`` is the call if it is a product."""
+    if func in PRODUCTS:
+        return not isinstance(product, LinearCall) or product.learns
+    name = LINEAR.get(func) or NORMALIZATIONS[func]
+    given = _settings(name.rstrip("123d") if name.startswith("conv") else name, args, kwargs)
+    return any(p is not None and p.requires_grad for p in (given["weight"], given.get("bias")))
 
 
 def _matmul(first: Tensor, second: Tensor, at: int) -> LinearCall:
