@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ class _Activations(_Listing):
 
 
 class _Linear(_Listing):
-    functions = {**LINEAR, **PRODUCTS, **NORMALIZATIONS}
+    functions: ClassVar[Mapping[TorchFunction, str]] = {**LINEAR, **PRODUCTS, **NORMALIZATIONS}
     opaque = OPAQUE
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from backpass.errors import BackpassError
 from backpass.rules import torch_internals
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.interception import Interception, _Choice
+from backpass.rules.attaching.interception import Interception, choose
 from backpass.rules.attaching.override import BackwardOverride, TorchFunction
 from backpass.rules.attaching.run import SiteCall
 from backpass.rules.attaching.wrappers import unwrap
@@ -140,7 +140,7 @@ class LayerInterception(Interception):
             plain = func(*args, **kwargs)
             with torch._C.DisableTorchFunction():
                 replaced = self.node(layer, func, args, kwargs, None)
-            return _Choice.apply(plain, replaced, site)  # type: ignore[no-untyped-call]
+            return choose(plain, replaced, site)
         return self.node(layer, func, args, kwargs, site)
 
     def node(

@@ -340,10 +340,13 @@ class _ImplicitLayer(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, z, _, _, ctx.call = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, z)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
         x, weight, bias, z = ctx.saved_tensors
         text, activation, functional, _, site = ctx.call
         needs = ctx.needs_input_grad
