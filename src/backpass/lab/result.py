@@ -140,7 +140,7 @@ class Result:
     source: str = ""
 
     def as_json(self) -> str:
-        """The result as JSON, without the pixels of its images; a number that is not finite is ``null``."""
+        """Return the result as ASCII JSON without the pixels of its images; a number that is not finite is ``null``."""
         content = asdict(self)
         for gallery in content["galleries"]:
             for picture in (picture for row in gallery["rows"] for picture in row):
@@ -150,7 +150,7 @@ class Result:
                 intervals = source.intervals
                 curve["mean"] = [i.mean for i in intervals]
                 curve["interval"] = [(i.low, i.high) for i in intervals]
-        return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
 
 
 def plain(value: Any) -> Any:
