@@ -131,7 +131,7 @@ def _mistakes(tmp_path):
         ("column:picture=image", r"unknown setting of data 'picture'"),
         ("column:image=", r"cannot read 'image=' in .*: expected setting=value"),
         ("row", r"row 2 of test-0.parquet is a corrupt image"),
-        ("noimage", r"row 1 of test-0.parquet is no image that can be read"),
+        ("noimage", r"row 1 of test-0.parquet is no PNG, JPEG, WebP or BMP image"),
         ("size", r"row 1 of test-0.parquet has 4x4 pixels, row 0 of test-0.parquet has 6x5"),
         ("negative", r"row 0 of test-0.parquet has the label -1"),
         ("split", r"no test-\*.parquet in .*split; there is train-0.parquet"),
@@ -139,7 +139,7 @@ def _mistakes(tmp_path):
         ("sizes", r"small.png has 4x4 pixels"),
         ("cut", r"cut.png is a corrupt image"),
         ("one", r"at least two folders"),
-        ("bare", r"b holds no PNG or JPEG image"),
+        ("bare", r"b holds no PNG, JPEG, WebP or BMP image"),
     ],
 )
 def test_a_mistake_in_the_data_names_its_place(tmp_path, name, message):
