@@ -72,7 +72,6 @@ def find(
         ) from error
     _check_not_hidden(module, path, here)
     if not hasattr(module, attribute):
-        _check_not_hidden(module, path, here)
         own = [n for n, v in vars(module).items() if isinstance(v, nn.Module) or getattr(v, "__module__", "") == path]
         raise UnknownNameError(f"network of module {path!r}", attribute, own)
     found = getattr(module, attribute)

@@ -41,6 +41,8 @@ def read_result(path: Path) -> Result:
 
 
 def _result(content: Mapping[str, Any]) -> Result:
+    if not isinstance(content["environment"]["versions"], Mapping):
+        raise TypeError(f"versions is {content['environment']['versions']!r}")
     return Result(
         **{
             **_known(Result, content),

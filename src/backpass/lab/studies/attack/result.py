@@ -6,10 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
+from backpass.attacks import Rate
 from backpass.lab.numbers import fraction_text
 from backpass.lab.proportions import percent
 from backpass.lab.result import Cell, Curve, Result, Series, Table, environment
-from backpass.lab.studies.attack.comparison import Comparison, Worst, claims, compare, rule_name, worst_cases
+from backpass.lab.studies.attack.comparison import (
+    Comparison,
+    Worst,
+    claims,
+    compare,
+    rule_name,
+    worst_cases,
+)
 from backpass.lab.studies.attack.findings import findings
 from backpass.lab.studies.attack.gallery import gallery
 from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text
@@ -22,16 +30,17 @@ PLOTS_NOTE = "Lines are the part of the images fooled, bands their 95 % interval
 CLAIMS_NOTE = (
     "A pair is one image, attacked from the same random starts with either rule's gradients. The interval is Agresti "
     "and Min's (2005) at 95 % for a difference of paired proportions, p is McNemar's exact two-sided one. They speak "
-    "of images drawn like these and of this one network, and each stands alone: of twenty such intervals for "
-    "differences that are truly zero, about one excludes zero by chance."
+    "of images drawn like these and of this one network."
 )
 _MOST_FREQUENT = 8
+_MOST_CLASSES = 30
 
 
 def describe(measured: Measured) -> Result:
     """The result that the report shows."""
     study = measured.study
     comparisons, worst = compare(measured), worst_cases(measured)
+    classes, numbers_by_class = _classes(measured, worst)
     base = study.rules[0]
     right = measured.reports[base].clean.hits
     others = [rule_name(rule) for rule in study.rules[1:]]
@@ -58,11 +67,12 @@ def describe(measured: Measured) -> Result:
         },
         settings=_settings(measured),
         series=[_series(measured, sweep) for sweep in measured.sweeps] if right else [],
-        tables=_tables(measured, comparisons, worst) if right else [],
+        tables=_tables(measured, comparisons, worst, classes) if right else [],
         claims=claims(comparisons, base),
         galleries=gallery(measured),
         numbers={
             "rules": {rule: report.to_dict() for rule, report in measured.reports.items()},
+            "classes": numbers_by_class,
             "paired_differences": [
                 {"attack": one.plan.name, "rule": one.rule, "baseline": base, **one.difference._asdict()}
                 for one in comparisons
@@ -87,7 +97,9 @@ def _settings(measured: Measured) -> dict[str, object]:
     }
 
 
-def _tables(measured: Measured, comparisons: Sequence[Comparison], worst: Sequence[Worst]) -> list[Table]:
+def _tables(
+    measured: Measured, comparisons: Sequence[Comparison], worst: Sequence[Worst], classes: Table
+) -> list[Table]:
     study = measured.study
     base = measured.reports[study.rules[0]]
     rows: list[list[Cell]] = [["none", "", "", percent(base.clean), "", "", ""]]
@@ -124,7 +136,38 @@ def _tables(measured: Measured, comparisons: Sequence[Comparison], worst: Sequen
     ]
     if len(study.attacks) > 1 or len(study.rules) > 1:
         tables.append(_worst(measured, worst))
-    return [*tables, *(_placing(text, placing) for text, placing in study.placings.items()), _confusion(measured)]
+    placings = [_placing(text, placing) for text, placing in study.placings.items()]
+    return [*tables, classes, *placings, _confusion(measured)]
+
+
+def _classes(measured: Measured, worst: Sequence[Worst]) -> tuple[Table, list[dict[str, object]]]:
+    """Return clean accuracy and accuracy under all attacks by class: a table of the lowest, and all for the JSON."""
+    study, base = measured.study, measured.reports[measured.study.rules[0]]
+    outcomes = {
+        "Right, clean": base.correct,
+        **{f"Right under every attack, eps {fraction_text(one.eps)}": base.correct & ~one.fooled for one in worst},
+    }
+    rates: dict[int, list[Rate]] = {}
+    for label in torch.unique(base.y).tolist():
+        of_class = base.y == label
+        rates[label] = [Rate(int(right[of_class].sum()), int(of_class.sum())) for right in outcomes.values()]
+    shown = sorted(rates)
+    if len(rates) > _MOST_CLASSES:
+        shown = sorted(rates, key=lambda label: (rates[label][-1].value, rates[label][0].value))[:_MOST_CLASSES]
+    few = f" The {len(shown)} of {len(rates)} classes with the lowest accuracy; result.json has all."
+    table = Table(
+        id="classes",
+        title="Class by class (%)",
+        columns=["Class", "Images", *outcomes],
+        rows=[[study.data.class_name(k), rates[k][0].trials, *map(percent, rates[k])] for k in shown],
+        note="Of all images of the class, with Wilson's 95 % intervals. Under attack an image counts as right where no "
+        "attack fools it, with the gradients of any rule." + (few if len(shown) < len(rates) else ""),
+    )
+    everything = [
+        {"label": k, "class": study.data.class_name(k), **dict(zip(outcomes, (r.to_dict() for r in row), strict=True))}
+        for k, row in rates.items()
+    ]
+    return table, everything
 
 
 def _placing(text: str, placing: Placing) -> Table:
