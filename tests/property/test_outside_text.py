@@ -1,4 +1,4 @@
-"""Text from files is shown as that text in every output: never a tag, a formula, an id, markup or a control sequence."""
+"""Text from files is shown as that text in every output: never a tag, a formula, markup or a control sequence."""
 
 import contextlib
 import io
@@ -20,6 +20,7 @@ from backpass.lab.reproduction.overview import overview, read_results
 from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
 from backpass.lab.statistics import Interval
 from backpass.lab.wording import interval_text, visible
+from support.command_line import run
 from support.hostile import PAYLOADS
 
 VERDICTS = ("holds", "does not hold", "undecided")
@@ -169,3 +170,19 @@ def test_captions_and_alternative_texts_of_images_are_escaped():
         same = Gallery(id="i", title="t", columns=["c"], rows=[[Picture(uri="data:,", caption="c")]], note=text and "n")
         plain = Result(**{**vars(result), "galleries": [same]})
         assert Structure(page(result)).outside == Structure(page(plain)).outside
+
+
+def test_the_list_of_runs_shows_what_their_files_say(tmp_path):
+    for number, text in enumerate([*PAYLOADS, " ".join(PAYLOADS)]):
+        folder = tmp_path / f"{number} [/b] [red]x :cat: \x1b[2J"
+        folder.mkdir()
+        state = {"status": text, "epoch": 1, "settings": {"epochs": 2, "model": {"type": text}}, "last": {"loss": 0.25}}
+        (folder / "run.json").write_text(json.dumps(state))
+    (folder / "recipe.toml").write_bytes(b'data = "\xff\\u001b[2J[/b]"\nmodel = "$x_$"\n')
+    ended = run("runs", str(tmp_path))
+    assert ended.exit_code == 0, ended.output
+    assert not CONTROL.search(ended.output)
+    squeezed = re.sub(r"[\s\u2500-\u257f]+", "", ended.output)
+    assert r"\udcff\x1b[2J[/b]$x_$" in squeezed
+    assert squeezed.count("0.2500") == len(PAYLOADS) + 1
+    assert [one["status"] for one in json.loads(run("runs", str(tmp_path), "--json").output)][-1] is not None

@@ -2,7 +2,7 @@
 
 PAYLOADS = [
     "<script>document.title='RAN'</script>",
-    "\"><img src=x onerror=\"document.title='RAN'\">",
+    '"><img src=x onerror="document.title=\'RAN\'">',
     "' onmouseover='document.title=`RAN`' x='",
     "</style></svg></title><script>document.title='RAN'</script>",
     "--> ]]> <svg/onload=document.title='RAN'>",

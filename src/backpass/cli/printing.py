@@ -40,7 +40,7 @@ _COLOURS = {
     "holds": "green", "does not hold": "red", "undecided": "yellow",
     "finished": "green", "running": "cyan", "interrupted": "yellow", "diverged": "red",
 }  # fmt: skip
-_NARROWEST = 10  # characters of a column of words; below that a table is printed as a list
+_NARROWEST = 8  # characters of a column of words; below that a table is printed as a list
 
 
 @contextmanager
@@ -120,14 +120,15 @@ def _widths(
 
 
 def _print_list(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str] | str]) -> None:
-    console.print(Text(visible(title), style="italic"))
+    if title:
+        console.print(Text(visible(title), style="italic"))
     for row in rows:
         if isinstance(row, str):
             console.print(Text(visible(row), style="bold"))
             continue
         console.print(_text(row[0]))
         for column, cell in zip(columns[1:], row[1:], strict=True):
-            console.print(Text(f"  {visible(column)}: ") + _text(cell))
+            console.print(Text(f"  {visible(column)}: ") + _text(cell.replace("\n", ", ")))
 
 
 def _text(cell: str) -> Text:

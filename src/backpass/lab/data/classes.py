@@ -61,7 +61,8 @@ def read_classes(folder: Path, split: str) -> tuple[Decoded, tuple[str, ...]]:
     everything = [one for several in rounds for one in several if one is not None]
     key = content_key([path for path, _ in everything], ["classes", *(f"{label}" for _, label in everything)])
     images = (Encoded(str(path), path.read_bytes(), label) for path, label in everything)
-    return cached(key, lambda: decode(images)), tuple(names)
+    # The same names in every locale: bytes that are no UTF-8 stay apart as surrogates.
+    return cached(key, lambda: decode(images)), tuple(os.fsencode(n).decode(errors="surrogateescape") for n in names)
 
 
 def _images(folder: Path) -> list[Path]:
@@ -79,7 +80,7 @@ def _images(folder: Path) -> list[Path]:
         raise BackpassError(f"{folder} holds no PNG, JPEG, WebP or BMP image.")
     if others:
         _LOG.warning("%s: %d files are no images: %s", folder, len(others), _few([path.name for path in others]))
-    return sorted(images)
+    return sorted(images, key=os.fsencode)
 
 
 def _walk(folder: Path, seen: set[str]) -> list[Path]:
@@ -106,4 +107,6 @@ def _few(names: list[str]) -> str:
 
 
 def _folders(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """Return the names of the folders inside, in an order that no locale changes."""
+    names = (path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(names, key=os.fsencode)

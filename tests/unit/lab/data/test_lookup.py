@@ -158,7 +158,10 @@ def _mistakes(tmp_path):
         ("broken", r"test-0.parquet cannot be read as Parquet"),
         ("sizes", r"small.png has 4x4 pixels"),
         ("cut", r"cut.png is a corrupt image"),
-        ("identifier", r"row 1 of test-0.parquet has the label 1099511627776; expected a whole number from 0 to 999,999"),
+        (
+            "identifier",
+            r"row 1 of test-0.parquet has the label 1099511627776; expected a whole number from 0 to 999,999",
+        ),
         ("unnamed", r"image 1 of .*unnamed has the label 2, and the files name 2 classes"),
         *((name, r"expected all \d shards of one set") for name in ("middle", "last", "old", "extra", "twice")),
         ("gif", r"2.gif is no PNG, JPEG, WebP or BMP image: convert it"),
