@@ -120,6 +120,7 @@ def _draw_svg(series: Sequence[Series], *, size: tuple[float, float], background
             labels.append("a run diverged")
         columns = _legend_columns(labels, size[0])
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        figure.draw_without_rendering()  # the layout of the second drawing knows the tick labels
         stream = io.StringIO()
         canvas: Any = FigureCanvasSVG(figure)
         canvas.print_svg(stream, metadata={"Date": None, "Creator": None})
@@ -165,7 +166,7 @@ def _draw(axes: Any, series: Series, *, titled: bool) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
     ticks = sorted({x for curve in series.curves for x in curve.x})
     if len(ticks) <= _MANY_POINTS:
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.set_xticks(ticks, [f"{x:g}" if len(f"{x:g}") < 6 else f"{x:.3g}" for x in ticks])
         axes.minorticks_off()
 
 

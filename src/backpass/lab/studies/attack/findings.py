@@ -14,8 +14,6 @@ from backpass.lab.wording import interval_text, listing
 
 __all__ = ["findings", "subject_findings"]
 
-_MOST_RADII = 3  # in the summary
-
 
 def findings(measured: Measured, comparisons: Sequence[Comparison], worst: Sequence[Worst]) -> list[Finding]:
     """Return a summary, then a finding for each attack, and the limits of the measurement."""
@@ -53,8 +51,7 @@ def _summary(measured: Measured, comparisons: Sequence[Comparison], worst: Seque
         f"{percent_text(Rate(base.clean.hits - one.together.hits, base.clean.trials))} at eps {fraction_text(one.eps)}"
         for one in sorted(worst, key=lambda one: one.eps)
     ]
-    if len(left) > _MOST_RADII:
-        left = [left[0], left[-1]]
+    left = [left[0], *left[1:][-1:]]
     sentences.append(f"Under {'every attack' if len(study.attacks) > 1 else 'attack'} it still has {listing(left)}.")
     differences = [c.difference.interval for c in comparisons if c.difference is not None]
     if differences:
@@ -86,7 +83,9 @@ def subject_findings(study: Study) -> list[Finding]:
 
 
 def _attack(measured: Measured, comparisons: Sequence[Comparison]) -> Finding:
-    """Return the success of one attack at every radius, with every rule's gradients."""
+    """Return the success of one attack with every rule's gradients, at the smallest and the largest radius."""
+    ends = {min(measured.study.radii), max(measured.study.radii)}
+    comparisons = [one for one in comparisons if one.plan.eps in ends]
     parts = []
     for rule in dict.fromkeys(one.rule for one in comparisons):
         of_rule = [one for one in comparisons if one.rule == rule]

@@ -26,7 +26,9 @@ from backpass.lab.wording import listing
 
 __all__ = ["CLAIMS_NOTE", "PLOTS_NOTE", "describe"]
 
-PLOTS_NOTE = "Lines are the part of the images fooled, bands their 95 % intervals (Wilson)."
+PLOTS_NOTE = (
+    "Lines are shares of images, bands their 95 % intervals: Wilson's for a share, Agresti and Min's for a difference."
+)
 CLAIMS_NOTE = (
     "A pair is one image, attacked from the same random starts with either rule's gradients. The interval is Agresti "
     "and Min's (2005) at 95 % for a difference of paired proportions, p is McNemar's exact two-sided one. They speak "
@@ -66,7 +68,9 @@ def describe(measured: Measured) -> Result:
             "parts": f"{measured.computed} computed, {measured.reused} found finished",
         },
         settings=_settings(measured),
-        series=[_series(measured, sweep) for sweep in measured.sweeps] if right else [],
+        series=[*(_series(measured, sweep) for sweep in measured.sweeps), *_differences(measured, comparisons)]
+        if right
+        else [],
         tables=_tables(measured, comparisons, worst, classes) if right else [],
         claims=claims(comparisons, base),
         galleries=gallery(measured),
@@ -145,7 +149,7 @@ def _classes(measured: Measured, worst: Sequence[Worst]) -> tuple[Table, list[di
     study, base = measured.study, measured.reports[measured.study.rules[0]]
     outcomes = {
         "Right, clean": base.correct,
-        **{f"Right under every attack, eps {fraction_text(one.eps)}": base.correct & ~one.fooled for one in worst},
+        **{f"Right, eps {fraction_text(one.eps)}": base.correct & ~one.fooled for one in worst},
     }
     rates: dict[int, list[Rate]] = {}
     for label in torch.unique(base.y).tolist():
@@ -157,7 +161,7 @@ def _classes(measured: Measured, worst: Sequence[Worst]) -> tuple[Table, list[di
     few = f" The {len(shown)} of {len(rates)} classes with the lowest accuracy; result.json has all."
     table = Table(
         id="classes",
-        title="Class by class (%)",
+        title="Class by class: right, clean and under all attacks (%)",
         columns=["Class", "Images", *outcomes],
         rows=[[study.data.class_name(k), rates[k][0].trials, *map(percent, rates[k])] for k in shown],
         note="Of all images of the class, with Wilson's 95 % intervals. Under attack an image counts as right where no "
@@ -225,10 +229,47 @@ def _confusion(measured: Measured) -> Table:
     )
 
 
+def _differences(measured: Measured, comparisons: Sequence[Comparison]) -> list[Series]:
+    """Return a plot for each attack: what each rule's gradients add to the first rule's success, by radius."""
+    study = measured.study
+    label, unit = _radius_axis(study.radii)
+    made = []
+    for index, text in enumerate(study.attacks, start=1):
+        curves = []
+        for rule in study.rules[1:]:
+            found = {
+                c.plan.eps: c.difference.interval
+                for c in comparisons
+                if (c.plan.text, c.rule) == (text, rule) and c.difference
+            }
+            if len(found) > 1:
+                places = sorted(found)
+                given = [found[eps] for eps in places]
+                curves.append(Curve(label=rule_name(rule), x=[round(unit * eps, 9) for eps in places], given=given))
+        if curves:
+            base = rule_name(study.rules[0])
+            made.append(
+                Series(
+                    id=f"difference-{index}",
+                    title=f"{text}: difference to {base}",
+                    description=f"Share of images fooled less that of {base}, on the same images. Below zero "
+                    "the rule's gradients make the weaker attack.",
+                    x_label=label,
+                    y_label="difference (points)",
+                    curves=curves,
+                )
+            )
+    return made
+
+
+def _radius_axis(radii: Sequence[float]) -> tuple[str, float]:
+    """Return the label of an axis of radii and the factor to its unit."""
+    in_255ths = all("/255" in fraction_text(eps) for eps in radii)
+    return ("eps (255ths)", 255.0) if in_255ths else ("eps", 1.0)
+
+
 def _series(measured: Measured, sweep: Sweep) -> Series:
-    in_255ths = sweep.over == "eps" and all("/255" in fraction_text(eps) for eps in measured.study.radii)
-    unit = 255.0 if in_255ths else 1.0
-    label = {"eps": "eps (255ths)" if in_255ths else "eps", "steps": "steps"}[sweep.over]
+    label, unit = _radius_axis(measured.study.radii) if sweep.over == "eps" else ("steps", 1.0)
     rates = next(iter(sweep.rates.values()))
     return Series(
         id=f"{sweep.over}-{measured.study.attacks.index(sweep.attack) + 1}",
