@@ -96,7 +96,7 @@ class Structure(HTMLParser):
 
 
 @pytest.mark.parametrize("make", [page, lambda result: overview([result, result])], ids=["page", "overview"])
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(text=TEXTS)
 @example(" ".join(PAYLOADS[:-1]))
 @example("\x1b[31m<b>")
@@ -110,7 +110,7 @@ def test_the_structure_of_a_page_does_not_depend_on_its_texts(hostile, make, tex
     assert not CONTROL.search("".join(found.text))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(text=TEXTS)
 @example(" ".join(PAYLOADS[:-1]))
 def test_a_picture_shows_its_labels_as_they_are(hostile, text):
@@ -119,7 +119,7 @@ def test_a_picture_shows_its_labels_as_they_are(hostile, text):
     assert not text or re.sub(r"\s+", "", drawn).count(re.sub(r"\s+", "", visible(text)) or "1") >= 4
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(text=TEXTS, width=st.sampled_from(["20", "80", "200"]))
 @example(" ".join(PAYLOADS), "80")
 def test_the_terminal_shows_text_and_every_number(hostile, text, width):
@@ -141,7 +141,7 @@ def test_the_terminal_shows_text_and_every_number(hostile, text, width):
     assert re.sub(r"[\s\u2500-\u257f]+", "", visible(text)) in squeezed
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(text=TEXTS)
 @example(" ".join(PAYLOADS))
 def test_the_json_keeps_the_text_and_is_ascii(hostile, text):
@@ -150,7 +150,7 @@ def test_the_json_keeps_the_text_and_is_ascii(hostile, text):
     assert json.loads(content)["claims"][0]["statement"] == text
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(text=TEXTS)
 @example(" ".join(PAYLOADS))
 def test_markdown_has_no_tag_link_column_or_formula_of_a_text(hostile, text):
