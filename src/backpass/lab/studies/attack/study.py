@@ -113,6 +113,8 @@ class Sample:
         before: (C, H, W) pixels.
         after: by rule, pixels, outside [0, 1] where the protocol allows it.
         seen: by rule, the class that the network sees in it.
+        confidence: the softmax probability of the label, before.
+        confidences: by rule, that of the class that is seen.
     """
 
     index: int
@@ -120,6 +122,8 @@ class Sample:
     before: Tensor
     after: dict[str, Tensor]
     seen: dict[str, int]
+    confidence: float
+    confidences: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
