@@ -123,9 +123,7 @@ class LayerInterception(Interception):
             self.run.decide_early(site)
         return super().at(site, func, args, kwargs)
 
-    def replace(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
-    ) -> Any:
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
         """Call a layer with the rule's backward."""
         try:
             layer = self._layer(func, args, kwargs)
