@@ -45,6 +45,8 @@ class ActivationInterception(Interception):
     look only into modules that compose activations. Compiled code follows the plan and does not look.
     """
 
+    follows = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.watched: list[_Watched] = []
@@ -82,9 +84,11 @@ class ActivationInterception(Interception):
         return self.rule.replace_call(func, args, kwargs, site)
 
     def replace_planned(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
     ) -> Any:
-        """Call an activation with the rule's backward, where most likely the rule acts."""
+        """Call an activation with the rule's backward, where surely or most likely the rule acts."""
+        if site is None:
+            return self.rule.replace(func, args, kwargs)
         return self.rule.replace_planned(func, args, kwargs, site)
 
     def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -218,6 +222,8 @@ class ActivationInterception(Interception):
             planned = self.attached.planned(f"{call.key}:{type(module).__name__}")
             self.traced += 1
             return self.rule.replace_value(call.x, output.detach(), None) if planned else output
+        if not (self.watched or call.hidden or call.origins):
+            return output
         watched = self.watched.pop() if self.watched and self.watched[-1].call is call else None
         if watched is not None and isinstance(output, Tensor):
             with torch._C.DisableTorchFunction():

@@ -31,6 +31,8 @@ __all__ = ["PerActivation", "ResidualInterception"]
 class ResidualInterception(ActivationInterception):
     """An interception that scales the gradients of residual branches."""
 
+    follows = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.blocks = Blocks()
