@@ -206,8 +206,8 @@ class _Replaced(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, _, ctx.rule, ctx.site = inputs
-        ctx.dtype = x.dtype
+        x, _, learned, ctx.rule, ctx.site = inputs
+        ctx.dtype, ctx.learns = x.dtype, learned is not None
         if ctx.rule.needs_input:
             ctx.save_for_backward(x)
 
@@ -217,4 +217,4 @@ class _Replaced(torch.autograd.Function):
             return None, grad, None, None, None
         x = ctx.saved_tensors[0] if ctx.rule.needs_input else grad
         of_x = ctx.rule.backward(grad, x).to(ctx.dtype)
-        return of_x, *((grad, None) if ctx.site is None else (None, grad)), None, None
+        return of_x, grad if ctx.site is None else None, grad if ctx.learns else None, None, None

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from backpass.errors import UnknownNameError
-from backpass.preserved import preserved
 from backpass.rules.activation_rule import ActivationAttached
 from backpass.rules.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.override import BackwardOverride, TorchFunction
-from backpass.rules.layers.linear_calls import LINEAR, OPAQUE
-from backpass.rules.layers.normalizations import NORMALIZATIONS
+from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE
 from backpass.rules.sites import SiteTable
 
 __all__ = ["list_sites"]

@@ -33,22 +33,24 @@ class ResidualInterception(ActivationInterception):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if is_dynamo_compiling():
-            raise BackpassError(
-                'residual="renormalized" does not work under torch.compile: use residual="plain" or '
-                '"per_activation", or the model without torch.compile.'
-            )
         self.blocks = Blocks()
 
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
         """Note a module's call and its input, which may be that of a block."""
-        self.blocks.note(args)
+        if is_dynamo_compiling():
+            raise BackpassError(
+                'residual="renormalized" does not work under torch.compile: use residual="plain", or the model without '
+                "torch.compile."
+            )
+        with torch._C.DisableTorchFunction():
+            self.blocks.note(args)
         return super().enter(module, path, key, args, activation)
 
     def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:
         """Note a module's output; at the end of the model, there must have been a block."""
         output = super().leave(module, call, output)
-        self.blocks.note(output)
+        with torch._C.DisableTorchFunction():
+            self.blocks.note(output)
         if len(self.running) == 1 and self.replayed is None and output is not None and torch.is_grad_enabled() and not self.blocks.found:
             raise BackpassError(
                 f"{self.rule} finds no residual block with an activation in its branch: a block adds a branch to its own "
@@ -115,7 +117,7 @@ class PerActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, learned: Tensor | None, rule: Any, site: SiteCall | None) -> Tensor:
-        ctx.rule, ctx.site, ctx.dtype = rule, site, x.dtype
+        ctx.rule, ctx.site, ctx.dtype, ctx.learns = rule, site, x.dtype, learned is not None
         edge = torch.autograd.graph.get_gradient_edge
         ctx.way = (edge(value), edge(x)) if x.requires_grad and value.requires_grad else None
         return value.data
@@ -126,7 +128,7 @@ class PerActivation(torch.autograd.Function):
             return None, grad, None, None, None
         (plain,) = torch.autograd.grad(*ctx.way, grad, retain_graph=True, create_graph=torch.is_grad_enabled())
         of_x = ctx.rule.backward(grad, grad).to(ctx.dtype)
-        return of_x * _ratio(plain, of_x), None, grad, None, None
+        return of_x * _ratio(plain, of_x), None, grad if ctx.learns else None, None, None
 
 
 def _ratio(goal: Tensor, x: Tensor) -> Tensor:

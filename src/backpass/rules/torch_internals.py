@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +33,6 @@ __all__ = [
     "restore_modes",
     "sequence_number",
     "show_to_modes",
-    "traces_next",
     "transforms",
     "without_tracing",
 ]
@@ -158,17 +158,13 @@ def keep_out_of_frames(function: Function) -> Function:
     return function
 
 
-def traces_next() -> bool:
-    """Return whether Dynamo would trace a function that is called now."""
-    return dynamo_has_run() and callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
-
-
 def without_tracing(function: Callable[[], Any]) -> Any:
-    """Call a function that Dynamo does not trace."""
+    """Call a function in which nothing is compiled, not even what was compiled before."""
     frames = torch._C._dynamo.eval_frame
     callback = frames.set_eval_frame(None)
     try:
-        return function()
+        with torch.compiler.set_stance("force_eager") if dynamo_has_run() else nullcontext():
+            return function()
     finally:
         frames.set_eval_frame(callback)
 

@@ -47,6 +47,7 @@ class Attached:
     def __init__(self, rule: BackwardOverride, model: nn.Module, *, strict: bool = False) -> None:
         model = unwrap(model)
         rule.check(model)
+        beyond = out_of_reach(model)
         self.rule = rule
         self.strict = strict
         self.unreachable: dict[str, list[str]] = {}
@@ -65,7 +66,7 @@ class Attached:
                 calls = ModuleCalls(self, path, rule.compositions and _may_be_activation(module), isinstance(module, FUSED))
                 with_kwargs = not path or calls.fused
                 hooks.insert(module, self._identifier, calls.enter, calls.leave, with_kwargs=with_kwargs)
-            self._report(out_of_reach(model))
+            self._report(beyond)
         self.token = self._token()
 
     def _forget_calls(self) -> None:
@@ -73,7 +74,8 @@ class Attached:
         self._plans: dict[bool, Plan] = {}
         self._served = ""
         self._aside: dict[int, tuple[str, list[Any]]] = {}
-        self._learning: set[int] = set()
+        self._training = False
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._reported = False
 
     @property
@@ -159,12 +161,10 @@ class Attached:
         args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         modes = torch_internals.function_modes()
         pop_interceptions()
-        self._learning.add(get_ident())
         try:
             with preserved(model, training=None):
                 torch_internals.without_tracing(lambda: model(*args, **kwargs))
         finally:
-            self._learning.discard(get_ident())
             torch_internals.restore_modes(modes)
 
     # --- Calls of the model; the hooks report here ---------------------------------------------------------------------
@@ -176,44 +176,49 @@ class Attached:
             return self.interception(self, None)
         if path:
             return self._begin_again(path)
-        if torch_internals.traces_next() and get_ident() not in self._learning:
-            self.prepare(module.training, *args, **kwargs)
+        # If this call turns out to run compiled code, its sites are looked for before that is made.
+        self._training, self._arguments = module.training, (args, kwargs)
         return self.interception(self, Run(self.rule, self._plans.get(module.training)))
 
     @constant_while_tracing
     def prepare(self, training: bool, /, *args: Any, **kwargs: Any) -> None:
-        """Make sure that the sites are known before compiled code is made."""
-        torch_internals.show_to_modes(self.rule.functions)
-        if training not in self._plans:
-            self.learn(*args, **kwargs)
-        self._served = "train" if training else "eval"
+        """Make sure that the sites are known; while compiled code is made."""
+        self._training, self._arguments = training, (args, kwargs)
+        self._plan()
 
     @constant_while_tracing
     def planned(self, key: str) -> bool:
         """Return whether the rule acts on a call; while compiled code is made."""
-        plan = self._plans[self._served == "train"]
-        if key not in plan.by_key:
+        by_key = self._plan().by_key
+        if key not in by_key:
             raise BackpassError(
                 f"tracing meets {key!r}, which an eager call of the model did not: the model does something else when "
                 "it is compiled. Attach the rule to the model without torch.compile."
             )
-        return all(plan.by_key[key])
+        return all(by_key[key])
 
     @constant_while_tracing
     def is_composed(self, key: str) -> bool:
         """Return whether a module call is one activation as a whole; while compiled code is made."""
-        return key in self._plans[self._served == "train"].composed
+        return key in self._plan().composed
 
     @constant_while_tracing
     def verify(self, traced: int) -> str:
-        """Check that compiled code passes all sites; its name."""
-        plan = self._plans[self._served == "train"]
+        """Check that compiled code passes all sites; a name of the plan that it follows."""
+        plan = self._plan()
         if traced != len(plan.keys):
             raise BackpassError(
                 f"compiled code passes {traced} of the {len(plan.keys)} calls that {self.rule} saw in an eager call of "
                 "the model: attach the rule to the model without torch.compile."
             )
-        return self._served
+        return "train" if self._training else "eval"
+
+    def _plan(self) -> Plan:
+        """Return the plan of the running call, by an eager call of the model if there is none yet."""
+        if self._training not in self._plans:
+            torch_internals.show_to_modes(self.rule.functions)
+            self.learn(*self._arguments[0], **self._arguments[1])
+        return self._plans[self._training]
 
     def end(self, mode: Interception, output: Any) -> None:
         """Take note of a call that ended; ``output`` is None after an exception."""
@@ -227,11 +232,11 @@ class Attached:
             return
         training = self.model.training
         if mode.traced:
-            self._last = self._plans[training]
+            self._last, self._served = self._plan(), ""
             self.verify(mode.traced + len(mode.run.sites))
             return
-        run = mode.run
-        run.finish()
+        run, self._arguments = mode.run, ((), {})
+        run.finish(self.unreachable)
         self._served = ""
         self._last = run
         if run.plan is None:
@@ -325,7 +330,7 @@ class Attached:
         self.token = self._token()
 
 
-_OF_CALLS = frozenset(("_last", "_plans", "_served", "_aside", "_learning", "_reported", "token"))
+_OF_CALLS = frozenset(("_last", "_plans", "_served", "_aside", "_training", "_arguments", "_reported", "token"))
 _COUNTER = count()
 _SERIAL: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 

@@ -23,7 +23,7 @@ from backpass.rules.attaching.run import Run, SiteCall
 if TYPE_CHECKING:
     from backpass.rules.attaching.attached import Attached
 
-__all__ = ["Interception", "ModuleCall"]
+__all__ = ["Interception", "ModuleCall", "checkpointed_function", "choose"]
 
 
 class ModuleCall:
@@ -158,7 +158,6 @@ class Interception(TorchFunctionMode):
         plain = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             replaced = self.rule.replace(func, args, kwargs)
-        choose: Callable[..., Any] = _Choice.apply
         return choose(plain, replaced, site)
 
     def _traced(
@@ -196,6 +195,12 @@ class Interception(TorchFunctionMode):
             if kind is torch.utils.checkpoint.CheckpointFunction:
                 raise checkpointed_function(call.hidden[0], call.path)
             self.note_unreachable(call.path, f"the autograd function {kind.__name__} has its own backward")
+
+
+def choose(plain: Tensor, replaced: Tensor, site: SiteCall) -> Any:
+    """Return the common value of two tensors, with the gradient of the one that the site is decided for."""
+    apply: Callable[..., Any] = _Choice.apply
+    return apply(plain, replaced, site)
 
 
 class _Choice(torch.autograd.Function):

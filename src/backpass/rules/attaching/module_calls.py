@@ -53,11 +53,12 @@ class ModuleCalls:
                 return None
             mode = self.attached.begin(self.path, module, args, kwargs)
             key = self.attached.replayed_key(self.path) if self.path else ""
+            changed = mode.enter(module, self.path, key, args, self.activation)
             torch_internals.push_mode(mode)
         else:
             outer = mode.running[-1]
             key = f"{outer.key}/{self.path}#{outer.count(self.path)}"
-        changed = mode.enter(module, self.path, key, args, self.activation)
+            changed = mode.enter(module, self.path, key, args, self.activation)
         if self.fused and not is_dynamo_compiling() and not _asks_for_gradients(module, args, kwargs):
             self.attached.step_aside(mode)
         return changed if changed is None or kwargs is _NOTHING else (changed, kwargs)

@@ -59,12 +59,13 @@ class BackwardOverride:
         check_paths(model, self.start, self.stop)
 
 
-def no_site(rule: BackwardOverride, table: SiteTable) -> NoSiteError:
+def no_site(rule: BackwardOverride, table: SiteTable, unreachable: Mapping[str, list[str]]) -> NoSiteError:
     """Return the error of a rule that selects none of a model's sites."""
     if table:
         return NoSiteError(f"{rule} selects none of the {len(table)} sites of this model:\n{table}")
+    listing = "; ".join(f"{path or '(model)'}: {', '.join(reasons)}" for path, reasons in unreachable.items())
     names = ", ".join(sorted(set(rule.functions.values())))
     return NoSiteError(
         f"{rule} finds no site: the model calls none of {names} in Python. A scripted, traced or exported model "
-        "shows no sites: attach the rule to the original model."
+        "shows no sites: attach the rule to the original model." + f" Out of reach is {listing}." * bool(listing)
     )

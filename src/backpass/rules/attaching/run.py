@@ -8,6 +8,7 @@ the next call follows it, key by key, and checks at its end that the plan was ri
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from backpass.errors import BackpassError
@@ -180,8 +181,11 @@ class Run:
         counted = [site for site in self.sites if site.counted]
         return SiteTable(row for row, site in zip(self.table(), counted, strict=True) if site.active())
 
-    def finish(self) -> None:
+    def finish(self, unreachable: Mapping[str, list[str]]) -> None:
         """Decide about every site, now that their number is known.
+
+        Args:
+            unreachable: what is known to be out of reach, for the error.
 
         Raises:
             NoSiteError: the rule selects no site.
@@ -196,7 +200,7 @@ class Run:
         for site in self.sites:
             site.node = None  # a graph that refers to its nodes would never be freed
         if self.rule.needs_site and not any(site.selected for site in self.sites):
-            raise no_site(self.rule, self.table())
+            raise no_site(self.rule, self.table(), {**unreachable, **self.unreachable})
 
     def abandon(self) -> None:
         """Let go of the graph after an exception."""

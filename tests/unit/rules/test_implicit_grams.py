@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from backpass.rules.gram import column_gram, row_gram
+from backpass.rules.implicit.systems import column_gram, row_gram
 
 
 def rows(*shape: int) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from backpass.rules.gram import bordered
-from backpass.rules.layers.linear_layer import Gradients, LinearLayer, Sizes
-from backpass.rules.layers.patches import correlated_gram, patch_count, patch_gram, patch_rows, patch_sums
+from backpass.rules.implicit.layers import Gradients, LinearLayer, Sizes
+from backpass.rules.implicit.patches import patch_count, patch_gram, patch_rows, patch_sums
+from backpass.rules.implicit.systems import bordered
 
 __all__ = ["Convolution"]
 
@@ -44,18 +44,6 @@ class Convolution(LinearLayer):
     groups: int
     transposed: int
     has_rows: ClassVar[bool] = True
-
-    @property
-    def geometry(self) -> Sizes:
-        sizes = (*self.stride, *self.before, *self.after, *self.dilation, *self.output_padding)
-        return (*sizes, self.groups, self.transposed)
-
-    @classmethod
-    def of(cls, shape: Sizes, geometry: Sizes) -> Convolution:
-        """The inverse of `geometry`."""
-        dims = len(shape) - 2
-        stride, before, after, dilation, extra = (geometry[at : at + dims] for at in range(0, 5 * dims, dims))
-        return cls(shape, stride, before, after, dilation, extra, groups=geometry[-2], transposed=geometry[-1])
 
     @property
     def blocks(self) -> int:
@@ -94,12 +82,9 @@ class Convolution(LinearLayer):
         positions = patch_count(spread, self.kernel, self.step, self.dilation)
         return spread.shape[0] * torch.Size(positions).numel()
 
-    def gram(self, x: Tensor, ones: bool, border: bool = True) -> Tensor:
+    def gram(self, x: Tensor, ones: bool, border: bool = True, parts: int = 1) -> Tensor:
         x = self.spread(x)
-        if border or any(d != 1 for d in self.dilation):
-            gram = patch_gram(x, self.kernel, self.step, self.dilation, self.groups)
-        else:
-            gram = correlated_gram(x, self.kernel, self.step, self.groups, border=False)
+        gram = patch_gram(x, self.kernel, self.step, self.dilation, self.groups * parts, border)
         if not ones:
             return gram
         sums = patch_sums(x, self.kernel, self.step, self.dilation, self.groups)
@@ -111,12 +96,25 @@ class Convolution(LinearLayer):
         return by_weight, by_bias
 
     def input_gradient(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-        """dL/dx of plain backpropagation; of ``x`` the shape alone is looked at."""
         full: Tensor = self._backward(x, grad, weight, (True, False, False))[0]
         if self.before != self.after:
             for d, start in enumerate(self.before):
                 full = full.narrow(2 + d, start, x.shape[2 + d])
         return full
+
+    def outputs(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.before
+        if self.before != self.after:
+            x, padding = self.spread(x), (0,) * len(self.before)
+        settings: Any = (self.stride, padding, self.dilation, bool(self.transposed), self.output_padding, self.groups)
+        z: Tensor = aten.convolution(x, weight, bias, *settings)
+        return z
+
+    def parts(self, limit: int) -> int:
+        columns = self.columns(False)
+        channels = columns // torch.Size(self.kernel).numel()
+        pieces = -(-columns // limit)
+        return next(p for p in range(min(pieces, channels), channels + 1) if channels % p == 0) if pieces > 1 else 1
 
     def _backward(self, x: Tensor, grad: Tensor, weight: Tensor, mask: tuple[bool, ...]) -> Any:
         padding = self.before

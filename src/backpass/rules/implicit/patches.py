@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from backpass.rules.gram import column_gram
+from backpass.rules.implicit.systems import column_gram
 
 __all__ = ["correlated_gram", "patch_count", "patch_gram", "patch_rows", "patch_sums", "unfolded_gram"]
 
@@ -78,14 +78,17 @@ def unfolded_gram(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, grou
     return gram
 
 
-def patch_gram(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups: int) -> Tensor:
-    """A^T A, (groups, columns, columns), in the cheaper of the two exact ways."""
+def patch_gram(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups: int, border: bool = True) -> Tensor:
+    """A^T A, (groups, columns, columns), in the cheaper of the two ways.
+
+    Without ``border`` the correlation may leave out its windows (see `correlated_gram`), which makes it cheaper.
+    """
     if any(d != 1 and k != 1 for d, k in zip(dilation, kernel, strict=True)):
         return unfolded_gram(x, kernel, stride, dilation, groups)
     counts = patch_count(x, kernel, stride, dilation)
-    if _unfolded_cost(x, kernel, counts, groups) < _correlated_cost(x, kernel, counts, stride, groups):
+    if _unfolded_cost(x, kernel, counts, groups) < _correlated_cost(x, kernel, counts, stride, groups, border):
         return unfolded_gram(x, kernel, stride, dilation, groups)
-    return correlated_gram(x, kernel, stride, groups)
+    return correlated_gram(x, kernel, stride, groups, border)
 
 
 # Nanoseconds on one core of a current server processor; only their ratios matter.
@@ -97,10 +100,10 @@ def _unfolded_cost(x: Tensor, kernel: Sizes, counts: Sizes, groups: int) -> floa
     return x.shape[0] * math.prod(counts) * groups * columns * (_COPY + columns * _MULTIPLY)
 
 
-def _correlated_cost(x: Tensor, kernel: Sizes, counts: Sizes, stride: Sizes, groups: int) -> float:
+def _correlated_cost(x: Tensor, kernel: Sizes, counts: Sizes, stride: Sizes, groups: int, border: bool) -> float:
     reach = [-(-k // s) for k, s in zip(kernel, stride, strict=True)]
     n, channels, cost = x.shape[0], x.shape[1] // groups * math.prod(stride), 0.0
-    for in_strip in product((False, True), repeat=len(kernel)):
+    for in_strip in product((False, True) if border else (False,), repeat=len(kernel)):
         strips = [a - 1 for a, there in zip(reach, in_strip, strict=True) if there]
         wide = channels * math.prod(strips)
         grid = math.prod(o + 2 * (a - 1) for o, a, there in zip(counts, reach, in_strip, strict=True) if not there)

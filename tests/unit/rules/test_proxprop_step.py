@@ -1,4 +1,4 @@
-"""With union=True the step is the one-batch step, however the batch was taken apart."""
+"""With solve="step" the step is the one-batch step, however the batch was taken apart."""
 
 import copy
 
@@ -32,7 +32,7 @@ def batch(n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
 def at_once(settings: dict, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
     """The direction of the whole batch in one backward pass, by the default mode."""
     model, (x, y) = model or network(), batch()
-    with ProxProp(**settings).attach(model):
+    with ProxProp(norms=True, **settings).attach(model):
         F.cross_entropy(model(x), y).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -52,7 +52,7 @@ def frozen_sgd(model: nn.Module) -> torch.optim.Optimizer:
 def test_micro_batches(settings, parts):
     model, (x, y) = network(), batch()
     optimizer = frozen_sgd(model)
-    with ProxProp(union=True, **settings).attach(model, optimizer=optimizer):
+    with ProxProp(solve="step", norms=True, **settings).attach(model, optimizer=optimizer):
         for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
             (F.cross_entropy(model(a), b) / parts).backward()
         optimizer.step()
@@ -66,10 +66,10 @@ def test_a_layer_used_twice_is_the_layer_on_both_inputs(rows):
     a, b = torch.randn(2, rows, 7, dtype=torch.float64)
     twice = nn.ModuleDict({"layer": copy.deepcopy(layer)})
     twice.forward = lambda a, b: torch.cat([twice["layer"](a), twice["layer"](b)])
-    with ProxProp(tau=0.5).attach(layer):
+    with ProxProp(tau=0.5, norms=True).attach(layer):
         layer(torch.cat([a, b])).square().sum().backward()
     optimizer = frozen_sgd(twice)
-    with ProxProp(tau=0.5, union=True).attach(twice, optimizer):
+    with ProxProp(tau=0.5, norms=True, solve="step").attach(twice, optimizer):
         twice(a, b).square().sum().backward()
         optimizer.step()
     assert relative(twice["layer"].weight.grad, layer.weight.grad) < 1e-10
@@ -90,7 +90,7 @@ def test_checkpointing_collects_once(reentrant):
     model, (x, y) = Checkpointed(), batch()
     model.checkpointing = True
     optimizer = frozen_sgd(model)
-    with ProxProp(tau=0.5, union=True).attach(model, optimizer):
+    with ProxProp(tau=0.5, norms=True, solve="step").attach(model, optimizer):
         for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
             (F.cross_entropy(model(a.requires_grad_()), b) / 2).backward()
         optimizer.step()
@@ -103,7 +103,7 @@ def _in_one_process(rank: int, share: list[int], settings: dict) -> tuple[dict, 
     mine = slice(first, first + share[rank])
     wrapped = DistributedDataParallel(model)
     optimizer = frozen_sgd(model)
-    rule = ProxProp(union=True, **settings)
+    rule = ProxProp(solve="step", norms=True, **settings)
     with rule.attach(wrapped, optimizer):
         # DDP averages over processes; the mean over the batch weighs them by their share.
         loss = F.cross_entropy(wrapped(x[mine]), y[mine], reduction="sum") / len(x) * len(share)
@@ -112,7 +112,7 @@ def _in_one_process(rank: int, share: list[int], settings: dict) -> tuple[dict, 
     found = {name: p.grad.tolist() for name, p in model.named_parameters()}
     model.zero_grad()
     try:
-        with ProxProp(**settings).attach(model):
+        with ProxProp(norms=True, **settings).attach(model):
             model(x).sum().backward()
     except BackpassError as error:
         return found, str(error)
@@ -126,7 +126,7 @@ def test_two_processes_with_unequal_shares():
         for name, value in found.items():
             assert relative(torch.tensor(value, dtype=torch.float64), expected[name]) < 1e-10, name
         assert "2 processes" in refusal
-        assert "union=True" in refusal
+        assert 'solve="step"' in refusal
 
 
 def test_many_steps_equal_those_of_the_default_mode():
@@ -134,8 +134,8 @@ def test_many_steps_equal_those_of_the_default_mode():
     models = [network(), network()]
     optimizers = [torch.optim.AdamW(model.parameters(), 0.05) for model in models]
     x, y = batch()
-    ProxProp(**settings).attach(models[0])
-    ProxProp(union=True, **settings).attach(models[1], optimizers[1])
+    ProxProp(norms=True, **settings).attach(models[0])
+    ProxProp(solve="step", norms=True, **settings).attach(models[1], optimizers[1])
     for _ in range(5):
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
@@ -149,7 +149,7 @@ def test_many_steps_equal_those_of_the_default_mode():
 def test_a_pass_that_was_zeroed_without_a_step_leaves_nothing_behind(set_to_none):
     model, (x, y) = network(), batch()
     optimizer = frozen_sgd(model)
-    with ProxProp(tau=0.5, union=True).attach(model, optimizer):
+    with ProxProp(tau=0.5, norms=True, solve="step").attach(model, optimizer):
         F.cross_entropy(model(3 * x), y).backward()
         optimizer.zero_grad(set_to_none)
         F.cross_entropy(model(x), y).backward()
@@ -160,7 +160,7 @@ def test_a_pass_that_was_zeroed_without_a_step_leaves_nothing_behind(set_to_none
 def test_gradients_that_a_step_left_must_be_zeroed():
     model, (x, y) = network(), batch()
     optimizer = frozen_sgd(model)
-    with ProxProp(union=True).attach(model, optimizer):
+    with ProxProp(tau=1.0, solve="step").attach(model, optimizer):
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         with pytest.raises(BackpassError, match="zero_grad"):
@@ -170,7 +170,7 @@ def test_gradients_that_a_step_left_must_be_zeroed():
 def test_clipping_by_norm_scales_the_direction():
     model, (x, y) = network(), batch()
     optimizer = frozen_sgd(model)
-    with ProxProp(tau=0.5, union=True).attach(model, optimizer):
+    with ProxProp(tau=0.5, norms=True, solve="step").attach(model, optimizer):
         F.cross_entropy(model(x), y).backward()
         before = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
         optimizer.step()
@@ -183,7 +183,7 @@ def test_what_changes_the_gradient_entry_by_entry_is_solved_for_as_it_stands(row
     torch.manual_seed(0)
     model, x = nn.Linear(6, 4).double(), torch.randn(rows, 6, dtype=torch.float64)
     optimizer = frozen_sgd(model)
-    with ProxProp(tau=0.5, union=True).attach(model, optimizer):
+    with ProxProp(tau=0.5, norms=True, solve="step").attach(model, optimizer):
         model(x).square().sum().backward()
         nn.utils.clip_grad_value_(model.parameters(), 0.1)
         gradient = torch.cat([model.weight.grad, model.bias.grad[:, None]], 1)
@@ -198,35 +198,48 @@ def test_the_input_may_be_overwritten_after_the_backward_pass():
     model = nn.Sequential(*list(model)[3:])
     x = torch.randn(12, 3, 5, 5, dtype=torch.float64)
     once = copy.deepcopy(model)
-    with ProxProp().attach(once):
+    with ProxProp(tau=1.0).attach(once):
         F.cross_entropy(once(x), y).backward()
     optimizer, buffer = frozen_sgd(model), x.clone()
-    with ProxProp(union=True).attach(model, optimizer):
+    with ProxProp(tau=1.0, solve="step").attach(model, optimizer):
         F.cross_entropy(model(buffer), y).backward()
         buffer.zero_()
         optimizer.step()
     assert_same(model, {name: p.grad for name, p in once.named_parameters()})
 
 
-def test_a_step_with_a_closure_is_refused():
-    model = network()
-    optimizer = frozen_sgd(model)
-    with ProxProp(union=True).attach(model, optimizer):
-        for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
-            with pytest.raises(BackpassError, match="closure"):
-                call()
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_closure_s_gradients_are_solved_for_after_it(by_keyword):
+    model, (x, y) = network(), batch()
+    optimizer, seen = frozen_sgd(model), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        seen.append(model[0].weight.grad.clone())
+        return loss
+
+    with ProxProp(tau=0.5, norms=True, solve="step").attach(model, optimizer):
+        found = optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+    assert found.item() == F.cross_entropy(model(x), y).item()
+    assert_same(model, at_once({"tau": 0.5}))
+    assert relative(seen[0], model[0].weight.grad) > 0.1
 
 
 def test_weights_that_no_step_would_reach_are_an_error():
     model, (x, y) = network(), batch()
     optimizer = torch.optim.SGD(model[4].parameters(), 0.1)
-    with ProxProp(union=True).attach(model, optimizer), pytest.raises(BackpassError, match=r"does not have '6.weight'"):
+    with (
+        ProxProp(tau=1.0, solve="step").attach(model, optimizer),
+        pytest.raises(BackpassError, match=r"does not have '6.weight'"),
+    ):
         F.cross_entropy(model(x), y).backward()
 
 
 def test_a_copy_of_the_model_needs_an_optimizer_of_its_own():
     model, (x, y) = network(), batch()
-    ProxProp(union=True).attach(model, frozen_sgd(model))
+    ProxProp(tau=1.0, solve="step").attach(model, frozen_sgd(model))
     twin = copy.deepcopy(model)
     with pytest.raises(BackpassError, match="copy"):
         F.cross_entropy(twin(x), y).backward()
@@ -234,7 +247,10 @@ def test_a_copy_of_the_model_needs_an_optimizer_of_its_own():
 
 def test_computed_weights_are_an_error():
     model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
-    with ProxProp(union=True).attach(model, frozen_sgd(model)), pytest.raises(BackpassError, match="computed"):
+    with (
+        ProxProp(tau=1.0, solve="step").attach(model, frozen_sgd(model)),
+        pytest.raises(BackpassError, match="computed"),
+    ):
         model(torch.randn(4, 3)).sum().backward()
 
 
@@ -249,7 +265,10 @@ def test_a_weight_shared_by_different_layers_is_an_error():
             return self.decode(self.encode(x))
 
     model = Tied()
-    with ProxProp(union=True).attach(model, frozen_sgd(model)), pytest.raises(BackpassError, match="shared"):
+    with (
+        ProxProp(embeddings=True, solve="step").attach(model, frozen_sgd(model)),
+        pytest.raises(BackpassError, match="shared"),
+    ):
         model(torch.arange(4)).sum().backward()
 
 
@@ -258,10 +277,10 @@ def test_frozen_parts_and_unused_layers_keep_their_gradients():
     model[4].weight.requires_grad_(False)
     model[0].bias.requires_grad_(False)
     expected = copy.deepcopy(model)
-    with ProxProp(tau=0.5).attach(expected):
+    with ProxProp(tau=0.5, norms=True).attach(expected):
         F.cross_entropy(expected(x), y).backward()
     optimizer = frozen_sgd(model)
-    with ProxProp(tau=0.5, union=True).attach(model, optimizer):
+    with ProxProp(tau=0.5, norms=True, solve="step").attach(model, optimizer):
         for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
             (F.cross_entropy(model(a), b) / 2).backward()
         optimizer.step()
@@ -274,7 +293,7 @@ def test_frozen_parts_and_unused_layers_keep_their_gradients():
 def test_removal_leaves_the_optimizer_as_it_was():
     model, (x, y) = network(), batch()
     optimizer = frozen_sgd(model)
-    ProxProp(union=True).attach(model, optimizer).remove()
+    ProxProp(tau=1.0, solve="step").attach(model, optimizer).remove()
     assert not optimizer._optimizer_step_pre_hooks
     F.cross_entropy(model(x), y).backward()
     plain = model[6].weight.grad.clone()
