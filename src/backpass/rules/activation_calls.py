@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves
 
 from backpass.rules import torch_internals
-from backpass.rules.activations import writes_in_place
+from backpass.rules.activations import read_call, writes_in_place
 from backpass.rules.attaching.interception import Interception, ModuleCall
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import SiteCall
@@ -78,6 +78,12 @@ class ActivationInterception(Interception):
         if site is None:
             return self.rule.replace(func, args, kwargs)
         return self.rule.replace_call(func, args, kwargs, site)
+
+    def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an activation plainly in compiled code."""
+        activation, x, parameters, in_place = read_call(func, args, kwargs)
+        y = activation.compute(x, *parameters)
+        return x.copy_(y) if in_place else y
 
     def hide(self, caller: ModuleCall, name: str) -> None:
         """Note an activation that is called without gradients."""

@@ -34,15 +34,15 @@ PRODUCTS = _functions("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__") |
 CHOICES = _functions("maximum minimum max min where")
 """Functions that choose between tensors; of functions of one tensor they make another, such as a leaky ReLU."""
 
-BENT = _functions("erf exp exp_ expm1 log1p log gt ge lt le __gt__ __ge__ __lt__ __le__ heaviside") | _functions(
-    "logsigmoid softsign tanhshrink hardshrink softshrink"
+BENT = _functions(
+    "erf exp exp_ expm1 log1p log sin cos sinh cosh atan asinh logsigmoid softsign tanhshrink hardshrink softshrink "
+    "clamp clamp_ clip clip_ clamp_min clamp_max clamp_min_ clamp_max_ gt ge lt le __gt__ __ge__ __lt__ __le__ heaviside"
 )
 """Elementwise functions that make a gate, or an activation, of what they are called on, but are no sites by themselves."""
 
 _SMOOTH = _functions(
     "add add_ __add__ __radd__ __iadd__ sub sub_ subtract rsub __sub__ __rsub__ __isub__ pow pow_ __pow__ square neg "
-    "negative __neg__ abs __abs__ sqrt rsqrt reciprocal clamp clamp_ clamp_min clamp_max clamp_min_ clamp_max_ clone "
-    "contiguous to float half bfloat16 double type type_as"
+    "negative __neg__ abs __abs__ sqrt rsqrt reciprocal clone contiguous to float half bfloat16 double type type_as"
 )
 
 ELEMENTWISE = PRODUCTS | CHOICES | BENT | _SMOOTH

@@ -42,7 +42,7 @@ class LinBP(ActivationRule):
         residual: ``"plain"``; ``"renormalized"``: in residual blocks the gradient through the branch is scaled per
             sample to the norm that it has under plain backpropagation, and an activation of the sum stays plain (Guo
             et al., 2020, Section 3.2); or ``"per_activation"``: the gradient of each selected activation is.
-        decay: factor of the branches' gradients with ``residual="renormalized"``, in (0, 1] (lambda there).
+        decay: factor of the branches' gradients with ``residual="renormalized"``, in [0, 1] (lambda there).
         gates: as in `ActivationRule`.
 
     Raises:
@@ -68,8 +68,8 @@ class LinBP(ActivationRule):
             raise BackpassError(f"slope must be a finite number, got {self.slope!r}.")
         if self.residual not in _RESIDUALS:
             raise UnknownNameError("residual", str(self.residual), _RESIDUALS)
-        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 < self.decay <= 1:
-            raise BackpassError(f"decay must be in (0, 1], got {self.decay!r}.")
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
+            raise BackpassError(f"decay must be in [0, 1], got {self.decay!r}.")
         if self.decay != 1.0 and self.residual != "renormalized":
             raise BackpassError(f'decay={self.decay} scales branches: it needs residual="renormalized".')
 

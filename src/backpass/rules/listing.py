@@ -11,7 +11,8 @@ from backpass.rules.activation_rule import ActivationAttached
 from backpass.rules.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.override import BackwardOverride, TorchFunction
-from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE
+from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
+from backpass.rules.implicit.interception import LayerInterception
 from backpass.rules.sites import SiteTable
 
 __all__ = ["list_sites"]
@@ -36,7 +37,7 @@ def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs:
     """
     if kind not in _KINDS:
         raise UnknownNameError("kind of site", kind, _KINDS)
-    attached = ActivationAttached(_Activations(), model) if kind == "activation" else Attached(_Linear(), model)
+    attached = ActivationAttached(_Activations(), model) if kind == "activation" else _LayersAttached(_Layers(), model)
     with attached:
         attached.learn(*args, **kwargs)
         table = attached.seen
@@ -66,5 +67,9 @@ class _Activations(_Listing):
         return func(*args, **kwargs)
 
 
-class _Linear(_Listing):
-    functions = {**LINEAR, **NORMALIZATIONS, **OPAQUE}
+class _Layers(_Listing):
+    functions = {**LINEAR, **NORMALIZATIONS, **OPAQUE, **PRODUCTS}
+
+
+class _LayersAttached(Attached):
+    interception = LayerInterception

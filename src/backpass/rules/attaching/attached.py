@@ -38,6 +38,7 @@ class Attached:
 
     Attributes:
         rule: the rule.
+        operators: names of the rule's functions.
         unreachable: what the rule cannot reach: a list of reasons for each module path. Complete after the first call
             of the model.
     """
@@ -56,6 +57,7 @@ class Attached:
         self._hooked = []
         self._suspensions = 0
         self._removed = False
+        self.operators = frozenset(rule.functions.values())
         self._forget_calls()
         if any(other.rule == rule and not other._suspensions for other in attachments(model)) and rule.functions:
             warnings.warn(f"{rule} is in force on this model already: the one attached last acts.", stacklevel=4)
@@ -232,8 +234,10 @@ class Attached:
             return
         training = self.model.training
         if mode.traced:
-            self._last, self._served = self._plan(), ""
+            plan = self._plan()
+            self._last, self._served = plan, ""
             self.verify(mode.traced + len(mode.run.sites))
+            mode.run.settle(plan)
             return
         run, self._arguments = mode.run, ((), {})
         run.finish(self.unreachable)

@@ -100,8 +100,11 @@ class Interception(TorchFunctionMode):
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site of the rule."""
-        if func in self.rule.opaque:
-            self.note_unreachable(caller.path, f"{self.rule.opaque[func]} computes out of reach")
+        if not is_dynamo_compiling():
+            if func in self.rule.opaque:
+                self.note_unreachable(caller.path, f"{self.rule.opaque[func]} computes out of reach")
+            elif isinstance(func, torch._ops.OpOverload) and func._opname.rstrip("_") in self.attached.operators:
+                self.note_unreachable(caller.path, f"it calls {func}, as exported code does")
         return func(*args, **kwargs)
 
     def hide(self, caller: ModuleCall, name: str) -> None:
@@ -166,8 +169,12 @@ class Interception(TorchFunctionMode):
         self.traced += 1
         key = f"{caller.key}:{name}#{caller.count(name + '()')}"
         if not self.attached.token or not self.attached.planned(key):
-            return func(*args, **kwargs)
+            return self.plain_in_graph(func, args, kwargs)
         return self.replace(func, args, kwargs, None)
+
+    def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of the rule plainly in compiled code; as an operator, which no mode sees when the code runs."""
+        return func(*args, **kwargs)
 
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
         """Note that a call of a module begins, which may be one activation as a whole; other arguments for it, or None."""

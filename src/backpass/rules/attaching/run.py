@@ -202,6 +202,12 @@ class Run:
         if self.rule.needs_site and not any(site.selected for site in self.sites):
             raise no_site(self.rule, self.table(), {**unreachable, **self.unreachable})
 
+    def settle(self, plan: Plan) -> None:
+        """Decide about every site as in another call, where compiled code has passed a part of them."""
+        for site in self.sites:
+            self._settle(site, all(plan.by_key.get(site.key, (False,))))
+            site.node = None
+
     def abandon(self) -> None:
         """Let go of the graph after an exception."""
         for site in self.sites:
