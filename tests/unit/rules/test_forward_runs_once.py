@@ -128,6 +128,26 @@ class AlteredInput(WithSideEffects):
         return x
 
 
+class BatchStatistics(WithSideEffects):
+    """Running statistics in train mode, moved by the functional call, which leaves no trace in the buffer's version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(4, dtype=torch.float64))
+
+    def beside(self, x):
+        return F.batch_norm(x, self.mean, self.var, training=True, momentum=0.5)
+
+
+class PowerIteration(WithSideEffects):
+    """Spectral normalisation in train mode: each call moves the estimate of the singular vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.nn.utils.parametrizations.spectral_norm(self.first)
+
+
 def copied_with_generator(model):
     twin = OwnGenerator().double()
     twin.load_state_dict(model.state_dict())
@@ -137,7 +157,7 @@ def copied_with_generator(model):
 
 KINDS = [
     *(GrowingCache, Counter, NumPyDraws, OwnNumPyGenerator, OwnGenerator, GlobalDraws, Iterator, ReplacedBuffer),
-    *(CachedGraph, AlteredInput),
+    *(CachedGraph, AlteredInput, BatchStatistics, PowerIteration),
 ]
 
 
