@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from backpass.errors import UnknownNameError
 
-__all__ = ["ACTIVATIONS", "FUSED_ACTIVATIONS", "WITHOUT_ACTIVATION", "Activation", "activations", "learned_value", "read_call", "writes_in_place"]
+__all__ = [
+    "ACTIVATIONS",
+    "FUSED_ACTIVATIONS",
+    "WITHOUT_ACTIVATION",
+    "Activation",
+    "activations",
+    "learned_value",
+    "read_call",
+    "writes_in_place",
+]
 
 aten = torch.ops.aten
 
@@ -122,7 +131,7 @@ _IN_PLACE = frozenset(function for function in _BY_FUNCTION if function.__name__
 def read_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Activation, Tensor, tuple[Any, ...], bool]:
-    """Return the activation that a call computes, its input, its parameters in order, and whether it writes in place."""
+    """Return the activation of a call, its input, its parameters in order, and whether it writes in place."""
     activation = _BY_FUNCTION[func]
     x, given = (args[0], args[1:]) if args else (kwargs["input"], ())
     n = len(activation.parameters)
@@ -141,9 +150,7 @@ def writes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     return func.__name__.endswith("_") and not func.__name__.endswith("__")
 
 
-def learned_value(
-    func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
+def learned_value(func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the value of an activation as a function of its learned parameters alone, or None if it has none."""
     activation, _, parameters, _ = read_call(func, args, kwargs)
     if any(isinstance(p, Tensor) and p.requires_grad for p in parameters):

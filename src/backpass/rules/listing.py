@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -11,7 +12,9 @@ from backpass.rules.activation_rule import ActivationAttached
 from backpass.rules.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.override import BackwardOverride, TorchFunction
-from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE
+from backpass.rules.attaching.run import SiteCall
+from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
+from backpass.rules.implicit.interception import LayerInterception
 from backpass.rules.sites import SiteTable
 
 __all__ = ["list_sites"]
@@ -36,7 +39,7 @@ def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs:
     """
     if kind not in _KINDS:
         raise UnknownNameError("kind of site", kind, _KINDS)
-    attached = ActivationAttached(_Activations(), model) if kind == "activation" else Attached(_Linear(), model)
+    attached = ActivationAttached(_Activations(), model) if kind == "activation" else _LinearAttached(_Linear(), model)
     with attached:
         attached.learn(*args, **kwargs)
         table = attached.seen
@@ -60,11 +63,19 @@ class _Activations(_Listing):
     def replace_value(self, x: Tensor, value: Tensor, site: object, learned: Tensor | None = None) -> Tensor:
         return value
 
-    def replace_call(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: object
-    ) -> Any:
+    def replace_call(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: object) -> Any:
         return func(*args, **kwargs)
 
 
 class _Linear(_Listing):
-    functions = {**LINEAR, **NORMALIZATIONS, **OPAQUE}
+    functions: ClassVar[Mapping[TorchFunction, str]] = {**LINEAR, **PRODUCTS, **NORMALIZATIONS}
+    opaque = OPAQUE
+
+
+class _LinearInterception(LayerInterception):
+    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+
+class _LinearAttached(Attached):
+    interception = _LinearInterception

@@ -1,4 +1,4 @@
-"""Solved in the backward pass, a weight's direction is exact for one use per step: anything else is an error that says so."""
+"""Solved in the backward pass, a weight's direction is exact for one use per step; anything else is an error."""
 
 import pytest
 import torch
@@ -114,9 +114,8 @@ def test_functional_gradients_per_sample(model, x):
 
 def test_differentiating_twice_is_an_error(model, x):
     x.requires_grad_()
-    with EXACT.attach(model):
-        with pytest.raises(BackpassError, match="create_graph"):
-            torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with EXACT.attach(model), pytest.raises(BackpassError, match="create_graph"):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
 
 
 def test_a_backward_pass_after_removal_is_an_error(model, x):
