@@ -19,6 +19,11 @@ __all__ = ["NotFiniteError", "bordered", "column_gram", "conjugate_gradients", "
 _BLOCK = 256
 """Size from which a CPU computes a symmetric product by blocks: half of it is enough."""
 
+# On a CPU a product with the inverse is several times as fast as substitution with many right sides. Its error is about
+# as large as long as the condition number is moderate.
+_FEW = 0.25
+_INVERTIBLE = {torch.float32: 3e-5, torch.float64: 1e-6}
+
 Damping = Callable[[Tensor], Tensor | float]
 
 
@@ -92,11 +97,18 @@ def solve(
         if low > 0 and low**2 > floor * high**2 and not bool(info.any()):
             if right is None:
                 return torch.cholesky_inverse(factor), added
+            if right.shape[-1] > _FEW * gram.shape[-1] and low**2 > _INVERTIBLE[precision] * high**2:
+                return _product(torch.cholesky_inverse(factor), right), added
             return torch.cholesky_solve(right, factor), added
     gram, right = system(torch.float64)
     if not bool(gram.isfinite().all()):
         raise NotFiniteError("a Gram matrix is not finite: the inputs of its layer are not, or they overflow.")
     return _solve_by_eigenvalues(gram, right, added), added
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """A product per block; a batch of one is slower than a plain product."""
+    return torch.mm(left[0], right[0]).unsqueeze(0) if len(left) == 1 else left @ right
 
 
 def _solve_by_eigenvalues(gram: Tensor, right: Tensor | None, damping: Tensor | float) -> Tensor:

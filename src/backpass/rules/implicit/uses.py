@@ -320,13 +320,12 @@ def _(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[in
     return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0)
 
 
-class _ImplicitLayer(torch.autograd.Function):
+class _Eager(torch.autograd.Function):
     """f(x, w, b) or s(z) forward; backward what the contributions say."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -334,14 +333,11 @@ class _ImplicitLayer(torch.autograd.Function):
         compute: Callable[..., Tensor],
         rest: tuple[Any, ...],
         call: Call,
-    ) -> Tensor:
-        return compute(x, weight, bias, *rest) if z is None else compute(z)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, z, _, _, ctx.call = inputs
+    ) -> Any:
+        ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, z)
+        return compute(x, weight, bias, *rest) if z is None else compute(z)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -366,6 +362,30 @@ class _ImplicitLayer(torch.autograd.Function):
         asked = any(wants[k] and _is_asked_for(ctx, k) for k in (1, 2))
         use = Use(text, x, grad, weight, bias, z, activation, wants, asked, False, not needs[0])
         return *_take(ctx.call.key, use), *[None] * 4
+
+
+class _UnderTransforms(_Eager):
+    """The same for torch.func and torch.compile, which want the context set up apart; in eager calls it is slower."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        z: Tensor | None,
+        compute: Callable[..., Tensor],
+        rest: tuple[Any, ...],
+        call: Call,
+    ) -> Any:
+        return compute(x, weight, bias, *rest) if z is None else compute(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, z, _, _, ctx.call = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, z)
 
 
 @once_differentiable
@@ -411,5 +431,6 @@ def implicit_layer(
         rest: other arguments of ``compute``.
         call: what the backward pass needs.
     """
-    apply: Callable[..., Tensor] = _ImplicitLayer.apply
+    function = _UnderTransforms if call.functional or torch.compiler.is_dynamo_compiling() else _Eager
+    apply: Callable[..., Tensor] = function.apply
     return apply(x, weight, bias, z, compute, rest, call)
