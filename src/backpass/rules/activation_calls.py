@@ -71,9 +71,7 @@ class ActivationInterception(Interception):
         self.origins[-1].note(out, Origin(origin.source, site.function, (*origin.sites, site), out.numel(), direct))
         return out
 
-    def replace(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
-    ) -> Any:
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
         """Call an activation with the rule's backward."""
         if site is None:
             return self.rule.replace(func, args, kwargs)

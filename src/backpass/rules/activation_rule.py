@@ -13,7 +13,14 @@ from torch.compiler import is_dynamo_compiling
 from backpass.errors import BackpassError
 from backpass.rules import torch_internals
 from backpass.rules.activation_calls import ActivationInterception
-from backpass.rules.activations import ACTIVATIONS, FUSED_ACTIVATIONS, WITHOUT_ACTIVATION, learned_value, read_call, writes_in_place
+from backpass.rules.activations import (
+    ACTIVATIONS,
+    FUSED_ACTIVATIONS,
+    WITHOUT_ACTIVATION,
+    learned_value,
+    read_call,
+    writes_in_place,
+)
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.run import SiteCall

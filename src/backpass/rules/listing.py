@@ -63,9 +63,7 @@ class _Activations(_Listing):
     def replace_value(self, x: Tensor, value: Tensor, site: object, learned: Tensor | None = None) -> Tensor:
         return value
 
-    def replace_call(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: object
-    ) -> Any:
+    def replace_call(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: object) -> Any:
         return func(*args, **kwargs)
 
 

@@ -63,7 +63,9 @@ class Attached:
             modules = [(path, one) for path, one in named_modules(model) if type(one) not in rule.skipped or not path]
             self._hooked = [ref(module) for _, module in modules]
             for path, module in modules:
-                calls = ModuleCalls(self, path, rule.compositions and _may_be_activation(module), isinstance(module, FUSED))
+                calls = ModuleCalls(
+                    self, path, rule.compositions and _may_be_activation(module), isinstance(module, FUSED)
+                )
                 with_kwargs = not path or calls.fused
                 hooks.insert(module, self._identifier, calls.enter, calls.leave, with_kwargs=with_kwargs)
             self._report(beyond)

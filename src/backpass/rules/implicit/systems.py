@@ -16,7 +16,7 @@ from backpass.errors import BackpassError
 
 __all__ = ["NotFiniteError", "bordered", "column_gram", "conjugate_gradients", "row_gram", "solve"]
 
-_BLOCK = 256
+_BLOCK = 128
 """Size from which a CPU computes a symmetric product by blocks: half of it is enough."""
 
 # On a CPU a product with the inverse is several times as fast as substitution with many right sides. Its error is about
@@ -24,7 +24,7 @@ _BLOCK = 256
 _FEW = 0.25
 _INVERTIBLE = {torch.float32: 3e-5, torch.float64: 1e-6}
 
-Damping = Callable[[Tensor], Tensor | float]
+Damping = Callable[[Tensor], float]
 
 
 class NotFiniteError(BackpassError):
@@ -70,7 +70,7 @@ def solve(
     damping: Damping,
     dtype: torch.dtype,
     pivot_floor: float,
-) -> tuple[Tensor, Tensor | float]:
+) -> tuple[Tensor, float]:
     """S = (K + damping I)^{-1} R, in the first of float32, float64 and float64 by eigenvalues that is good enough.
 
     Args:
@@ -111,7 +111,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left[0], right[0]).unsqueeze(0) if len(left) == 1 else left @ right
 
 
-def _solve_by_eigenvalues(gram: Tensor, right: Tensor | None, damping: Tensor | float) -> Tensor:
+def _solve_by_eigenvalues(gram: Tensor, right: Tensor | None, damping: float) -> Tensor:
     """Pseudo-inverse solve for damping below float64 resolution; components of R in the null space of K are dropped."""
     values, vectors = torch.linalg.eigh(gram)
     noise = values.amax(-1, keepdim=True) * values.shape[-1] * torch.finfo(values.dtype).eps
@@ -120,9 +120,7 @@ def _solve_by_eigenvalues(gram: Tensor, right: Tensor | None, damping: Tensor | 
     return solution
 
 
-def conjugate_gradients(
-    gram: Tensor, right: Tensor, damping: Tensor | float, steps: int, by_column: bool, rows: bool
-) -> Tensor:
+def conjugate_gradients(gram: Tensor, right: Tensor, damping: float, steps: int, by_column: bool, rows: bool) -> Tensor:
     """The ``steps``-th iterate of conjugate gradients on (K + damping I) S = R from S = 0.
 
     No epsilon is added anywhere: scaling R scales S.
