@@ -72,7 +72,7 @@ class Rewritten:
         stop: one past the last; None: all from ``start`` on.
         gates: patterns of the paths of modules that are gates, not activations.
         gate_functions: names of functions that are gates wherever the model calls them.
-        elementwise: more classes of modules that are activations as a whole.
+        elementwise: more classes of modules that are activations as a whole, or their names.
         rewrite: gives s(x) another gradient, from x and s.
 
     Attributes:
@@ -87,7 +87,7 @@ class Rewritten:
         stop: int | None = None,
         gates: Sequence[str] = (),
         gate_functions: Sequence[str] = (),
-        elementwise: tuple[type[nn.Module], ...] = (),
+        elementwise: tuple[type[nn.Module] | str, ...] = (),
         rewrite: Callable[[Tensor, Compute], Tensor] = straight_through,
     ) -> None:
         self.model = model
@@ -129,7 +129,7 @@ class Rewritten:
     def _is_activation(self, module: nn.Module) -> bool:
         kind = type(module)
         of_package = kind.__module__.split(".")[0] in _PACKAGES and kind.__name__ in _BY_NAME
-        return kind in self.elementwise or of_package
+        return kind in self.elementwise or kind.__name__ in self.elementwise or of_package
 
     def _rewrite(self, compute: Callable[..., Any], in_place: bool, gate: bool) -> Callable[..., Any]:
         def rewritten(*args: Any, **kwargs: Any) -> Any:

@@ -131,7 +131,7 @@ _IN_PLACE = frozenset(function for function in _BY_FUNCTION if function.__name__
 def read_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Activation, Tensor, tuple[Any, ...], bool]:
-    """Return the activation that a call computes, its input, its parameters in order, and whether it writes in place."""
+    """Return the activation of a call, its input, its parameters in order, and whether it writes in place."""
     activation = _BY_FUNCTION[func]
     x, given = (args[0], args[1:]) if args else (kwargs["input"], ())
     n = len(activation.parameters)

@@ -1,8 +1,8 @@
 """Activations composed of several calls, and gates, recognised from the calls themselves.
 
-``x * gate(x)`` (a hand-written SiLU, GELU, Mish or Hardswish) is one activation of x. An activation whose value multiplies
-*another* tensor, as in squeeze-and-excitation, is a gate and no activation. To tell them apart, each result of an
-elementwise function remembers the tensor that it is a function of, its `Origin`, for as long as the calling module runs.
+``x * gate(x)`` (a hand-written SiLU, GELU, Mish or Hardswish) is one activation of x. An activation whose value
+multiplies *another* tensor, as in squeeze-and-excitation, is a gate and no activation. To distinguish them, each result
+of an elementwise function remembers the tensor that it is a function of, its `Origin`, while the calling module runs.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ PRODUCTS = _functions("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__") |
 CHOICES = _functions("maximum minimum max min where")
 """Functions that choose between tensors; of functions of one tensor they make another, such as a leaky ReLU."""
 
-BENT = _functions("erf exp exp_ expm1 log1p log gt ge lt le __gt__ __ge__ __lt__ __le__ heaviside") | _functions(
-    "logsigmoid softsign tanhshrink hardshrink softshrink"
+BENT = _functions(
+    "erf exp exp_ expm1 log1p log sin cos sinh cosh atan asinh logsigmoid softsign tanhshrink hardshrink softshrink "
+    "clamp clamp_ clip clip_ clamp_min clamp_max clamp_min_ clamp_max_ gt ge lt le __gt__ __ge__ __lt__ __le__ "
+    "heaviside"
 )
-"""Elementwise functions that make a gate, or an activation, of what they are called on, but are no sites by themselves."""
+"""Elementwise functions that make a gate, or an activation, of their input, but are no sites by themselves."""
 
 _SMOOTH = _functions(
     "add add_ __add__ __radd__ __iadd__ sub sub_ subtract rsub __sub__ __rsub__ __isub__ pow pow_ __pow__ square neg "
-    "negative __neg__ abs __abs__ sqrt rsqrt reciprocal clamp clamp_ clamp_min clamp_max clamp_min_ clamp_max_ clone "
-    "contiguous to float half bfloat16 double type type_as"
+    "negative __neg__ abs __abs__ sqrt rsqrt reciprocal clone contiguous to float half bfloat16 double type type_as"
 )
 
 ELEMENTWISE = PRODUCTS | CHOICES | BENT | _SMOOTH
 """Functions of which each output element depends on the input elements in its place."""
 
 VIEWS = _functions(
-    "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split unbind "
-    "movedim t repeat tile broadcast_to view_as reshape_as narrow select"
+    "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split "
+    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select"
 )
 """Functions that arrange the same elements anew."""
 
@@ -134,7 +135,7 @@ def composes(func: Callable[..., Any], origins: list[Origin]) -> bool:
 
 
 def gates(factors: list[Origin], product: Tensor) -> list[Origin]:
-    """Return the factors of a product of different tensors that gate it: sigmoids, and activations that are expanded."""
+    """Return the factors that gate a product of different tensors: sigmoids, and activations that are expanded."""
     whole = [factor.numel >= product.numel() for factor in factors]
     return [
         factor

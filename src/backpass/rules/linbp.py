@@ -42,7 +42,7 @@ class LinBP(ActivationRule):
         residual: ``"plain"``; ``"renormalized"``: in residual blocks the gradient through the branch is scaled per
             sample to the norm that it has under plain backpropagation, and an activation of the sum stays plain (Guo
             et al., 2020, Section 3.2); or ``"per_activation"``: the gradient of each selected activation is.
-        decay: factor of the branches' gradients with ``residual="renormalized"``, in (0, 1] (lambda there).
+        decay: factor of the branches' gradients with ``residual="renormalized"``, in [0, 1] (lambda there).
         gates: as in `ActivationRule`.
 
     Raises:
@@ -59,17 +59,12 @@ class LinBP(ActivationRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start == "paper" or self.stop == "paper":
-            raise BackpassError(
-                "start='paper' stands for a network of the laboratory and is replaced there: backpass sites NAME --rule "
-                "linbp:start=paper shows the place to give instead."
-            )
         if isinstance(self.slope, bool) or not isinstance(self.slope, int | float) or not math.isfinite(self.slope):
             raise BackpassError(f"slope must be a finite number, got {self.slope!r}.")
         if self.residual not in _RESIDUALS:
             raise UnknownNameError("residual", str(self.residual), _RESIDUALS)
-        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 < self.decay <= 1:
-            raise BackpassError(f"decay must be in (0, 1], got {self.decay!r}.")
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
+            raise BackpassError(f"decay must be in [0, 1], got {self.decay!r}.")
         if self.decay != 1.0 and self.residual != "renormalized":
             raise BackpassError(f'decay={self.decay} scales branches: it needs residual="renormalized".')
 
@@ -92,6 +87,14 @@ class LinBP(ActivationRule):
         if self.residual != "per_activation" or not torch.is_grad_enabled():
             return super().replace(func, args, kwargs)
         return self.replace_call(func, args, kwargs, None)
+
+    def replace_planned(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall
+    ) -> Any:
+        """Return the activation's value with a linear backward, or, should ``site`` say so, with the plain one."""
+        if self.residual == "per_activation":
+            return self.replace_call(func, args, kwargs, site)
+        return super().replace_planned(func, args, kwargs, site)
 
     def replace_value(self, x: Tensor, value: Tensor, site: SiteCall | None, learned: Tensor | None = None) -> Any:
         """Return ``value``, computed from x, with a linear backward; see `ActivationRule.replace_value`."""

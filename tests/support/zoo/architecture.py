@@ -42,7 +42,7 @@ class Architecture:
     inputs: Inputs | None = None
     gates: tuple[str, ...] = ()
     gate_functions: tuple[str, ...] = ()
-    elementwise: tuple[type[nn.Module], ...] = ()
+    elementwise: tuple[type[nn.Module] | str, ...] = ()
     unreachable: frozenset[str] = field(default_factory=frozenset)
     reference: Callable[[nn.Module, int, int | None], Callable[..., Any]] | None = None
     fused: bool = False

@@ -343,10 +343,6 @@ def scripted_function(x):  # type: ignore[no-untyped-def]
     return torch.relu(x) * 2.0
 
 
-def compiled() -> nn.Module:
-    return torch.compile(block(), backend="eager")
-
-
 def opaque(part: Callable[[], Callable[[Tensor], Any]], path: str = "part") -> Architecture:
     return Architecture(
         build=lambda: Inside(part()),
@@ -426,7 +422,6 @@ BY_HAND: dict[str, Architecture] = {
     "scripted": opaque(scripted),
     "traced": opaque(traced),
     "exported": opaque(exported),
-    "compiled": opaque(compiled),
     "lstm": opaque(lambda: nn.LSTM(WIDTH, WIDTH, batch_first=True)),
     "gru": opaque(lambda: nn.GRU(WIDTH, WIDTH, batch_first=True)),
     "rnn": opaque(lambda: nn.RNN(WIDTH, WIDTH, nonlinearity="relu", batch_first=True)),

@@ -104,10 +104,12 @@ TIMM: dict[str, Architecture] = {
     ),
     # A stem with three; four blocks with four, and one in the squeeze-and-excitation of each; the last one.
     "nfnet": Architecture(build=timm("test_nfnet"), sites=3 + 4 * 5 + 1, gates=("*.gate",)),
-    # The same with activations that are scaled in a module of their own: the site is the call of gelu, and the
-    # derivative of the module is its gamma.
+    # The same with activations that are scaled in a module of their own, which is one activation.
     "nfnet_scaled": Architecture(
-        build=timm("test_nfnet", act_layer="gelu", gamma_in_act=True), sites=3 + 4 * 5 + 1, gates=("*.gate",)
+        build=timm("test_nfnet", act_layer="gelu", gamma_in_act=True),
+        sites=3 + 4 * 5 + 1,
+        gates=("*.gate",),
+        elementwise=("GammaAct",),
     ),
     "vgg11": Architecture(build=narrow_vgg, sites=8 + 2),
     "densenet121": Architecture(build=timm("densenet121", growth_rate=8), sites=121),

@@ -23,7 +23,7 @@ from backpass.rules.attaching import hooks
 from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.module_calls import FUSED, ModuleCalls, pop_interceptions
 from backpass.rules.attaching.override import BackwardOverride
-from backpass.rules.attaching.run import Plan, Run, SiteCall
+from backpass.rules.attaching.run import Plan, Run
 from backpass.rules.attaching.wrappers import named_modules, out_of_reach, unwrap
 from backpass.rules.sites import SiteTable
 from backpass.rules.torch_internals import constant_while_tracing
@@ -38,6 +38,7 @@ class Attached:
 
     Attributes:
         rule: the rule.
+        operators: names of the rule's functions.
         unreachable: what the rule cannot reach: a list of reasons for each module path. Complete after the first call
             of the model.
     """
@@ -56,6 +57,7 @@ class Attached:
         self._hooked = []
         self._suspensions = 0
         self._removed = False
+        self.operators = frozenset(rule.functions.values())
         self._forget_calls()
         if any(other.rule == rule and not other._suspensions for other in attachments(model)) and rule.functions:
             warnings.warn(f"{rule} is in force on this model already: the one attached last acts.", stacklevel=4)
@@ -73,7 +75,7 @@ class Attached:
 
     def _forget_calls(self) -> None:
         self._last: Run | Plan | None = None
-        self._plans: dict[bool, Plan] = {}
+        self._plans: dict[tuple[bool, bool], Plan] = {}
         self._served = ""
         self._aside: dict[int, tuple[str, list[Any]]] = {}
         self._training = False
@@ -118,9 +120,9 @@ class Attached:
     def suspended(self) -> Iterator[Self]:
         """Out of force in a ``with`` block, and in force again after it, in its old place among other rules.
 
-        What the rule keeps is kept: its sites, contributions to the next step, compiled code. Blocks may be nested; after
-        `remove` they do nothing. A graph built outside the block keeps the rule's backward inside it, and a copy of the
-        model made inside is plain.
+        What the rule keeps is kept: its sites, contributions to the next step, compiled code. Blocks may be nested;
+        after `remove` they do nothing. A graph built outside the block keeps the rule's backward inside it, and a copy
+        of the model made inside is plain.
         """
         disabled = self._disable() if not self._suspensions else []
         self._suspensions += 1
@@ -169,18 +171,18 @@ class Attached:
         finally:
             torch_internals.restore_modes(modes)
 
-    # --- Calls of the model; the hooks report here ---------------------------------------------------------------------
+    # --- Calls of the model; the hooks report here ------------------------------------------------------------------
 
     def begin(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
         """Return the interception of a call of the model, or of a part of it that is called again by itself."""
         if torch.compiler.is_dynamo_compiling():
             self.prepare(module.training, *args, **kwargs)
-            return self.interception(self, None)
+            return self.interception(self, Run(self.rule, None))
         if path:
             return self._begin_again(path)
         # If this call turns out to run compiled code, its sites are looked for before that is made.
         self._training, self._arguments = module.training, (args, kwargs)
-        return self.interception(self, Run(self.rule, self._plans.get(module.training)))
+        return self.interception(self, Run(self.rule, self._plans.get((module.training, torch.is_grad_enabled()))))
 
     @constant_while_tracing
     def prepare(self, training: bool, /, *args: Any, **kwargs: Any) -> None:
@@ -217,10 +219,10 @@ class Attached:
 
     def _plan(self) -> Plan:
         """Return the plan of the running call, by an eager call of the model if there is none yet."""
-        if self._training not in self._plans:
+        if (self._training, True) not in self._plans:
             torch_internals.show_to_modes(self.rule.functions)
             self.learn(*self._arguments[0], **self._arguments[1])
-        return self._plans[self._training]
+        return self._plans[self._training, True]
 
     def end(self, mode: Interception, output: Any) -> None:
         """Take note of a call that ended; ``output`` is None after an exception."""
@@ -234,15 +236,17 @@ class Attached:
             return
         training = self.model.training
         if mode.traced:
-            self._last, self._served = self._plan(), ""
+            plan = self._plan()
+            self._last, self._served = plan, ""
             self.verify(mode.traced + len(mode.run.sites))
+            mode.run.settle(plan)
             return
         run, self._arguments = mode.run, ((), {})
         run.finish(self.unreachable)
         self._served = ""
         self._last = run
         if run.plan is None:
-            self._plans[training] = Plan(run)
+            self._plans[training, torch.is_grad_enabled()] = Plan(run)
             self._report(run.unreachable)
 
     def is_aside(self) -> bool:
@@ -296,7 +300,7 @@ class Attached:
         return self.interception(self, run, {site.key: site for site in run.sites})
 
     def _last_call(self) -> Run | Plan | None:
-        return self._plans.get(self._served == "train") if self._served else self._last
+        return self._plans.get((self._served == "train", True)) if self._served else self._last
 
     def _report(self, unreachable: dict[str, list[str]]) -> None:
         for path, reasons in unreachable.items():
@@ -313,7 +317,7 @@ class Attached:
             self._reported = True
             warnings.warn(message + " See attached.unreachable.", stacklevel=5)
 
-    # --- Copies ---------------------------------------------------------------------------------------------------------
+    # --- Copies -----------------------------------------------------------------------------------------------------
 
     def _token(self) -> str:
         serial = _SERIAL.setdefault(self.model, next(_COUNTER))

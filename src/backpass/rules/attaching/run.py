@@ -1,8 +1,8 @@
 """One call of an attached model: its sites in order, and which of them the rule selects.
 
-A range that is counted from the end is known only when the call has ended. A site whose selection is not known when its
-function is called gets a kernel that asks `SiteCall.active` in the backward pass. What a call showed is kept as a `Plan`:
-the next call follows it, key by key, and checks at its end that the plan was right.
+A range that is counted from the end is known only when the call has ended. A site whose selection is not known when
+its function is called gets a kernel that asks `SiteCall.active` in the backward pass. What a call showed is kept as a
+`Plan`: the next call follows it, key by key, and checks at its end that the plan was right.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from backpass.rules.places import Place, counts_from_end
 from backpass.rules.sites import Site, SiteTable
 
 __all__ = ["Plan", "Run", "SiteCall"]
+
+_NEVER = 2**62
 
 
 class SiteCall:
@@ -38,21 +40,14 @@ class SiteCall:
         delegate: the site of a rule further in that may act in the place of this one.
     """
 
-    __slots__ = (
-        "counted",
-        "delegate",
-        "excluded",
-        "fixed",
-        "function",
-        "hooked",
-        "kernel",
-        "key",
-        "module",
-        "node",
-        "run",
-        "selected",
-        "shape",
-    )
+    counted = True
+    excluded = False
+    selected: bool | None = None
+    kernel = False
+    fixed = False
+    hooked = False
+    node: Any = None
+    delegate: SiteCall | None = None
 
     def __init__(self, run: Run, key: str, module: str, function: str, shape: tuple[int, ...]) -> None:
         self.run = run
@@ -60,14 +55,6 @@ class SiteCall:
         self.module = module
         self.function = function
         self.shape = shape
-        self.counted = True
-        self.excluded = False
-        self.selected: bool | None = None
-        self.kernel = False
-        self.fixed = False
-        self.hooked = False
-        self.node: Any = None
-        self.delegate: SiteCall | None = None
 
     def active(self) -> bool:
         """Return whether the rule acts here; the backward pass asks.
@@ -138,6 +125,7 @@ class Run:
         self.relative = counts_from_end(rule.start) or counts_from_end(rule.stop)
         self.plain = False
         self._count = 0
+        self._paths = [place for place in (rule.start, rule.stop) if isinstance(place, str)]
         self._first_inside: dict[str, int] = {}
         self._calls: Counter[tuple[str, str]] = Counter()
 
@@ -162,22 +150,20 @@ class Run:
     def _selects(self, site: SiteCall) -> bool:
         """Select a site of a range that is counted from the front; called once for each site, in order."""
         index, self._count = self._count, self._count + 1
-        start, stop = self._known(self.rule.start, site, index), self._known(self.rule.stop, site, index)
-        if index < (0 if self.rule.start is None else start) or (self.rule.stop is not None and index >= stop):
+        if self._paths:
+            for path in self._paths:
+                if path not in self._first_inside and site.inside(path):
+                    self._first_inside[path] = index
+        start, stop, where = self.rule.start, self.rule.stop, self.rule.where
+        if start is not None and index < (self._first_inside.get(start, _NEVER) if isinstance(start, str) else start):
             return False
-        where = self.rule.where
+        if stop is not None and index >= (self._first_inside.get(stop, _NEVER) if isinstance(stop, str) else stop):
+            return False
         if where is None:
             return True
         call = self._calls[site.module, site.function]
         self._calls[site.module, site.function] += 1
         return bool(where(Site(index, site.module, site.function, call, site.shape, site.key)))
-
-    def _known(self, place: Place, site: SiteCall, index: int) -> int:
-        if isinstance(place, str):
-            if place not in self._first_inside and site.inside(place):
-                self._first_inside[place] = index
-            return self._first_inside.get(place, 2**62)
-        return place if isinstance(place, int) else 0
 
     def table(self) -> SiteTable:
         """Return all sites."""
@@ -216,6 +202,12 @@ class Run:
         if self.rule.needs_site and not any(site.selected for site in self.sites):
             raise no_site(self.rule, self.table(), {**unreachable, **self.unreachable})
 
+    def settle(self, plan: Plan) -> None:
+        """Decide about every site as in another call, where compiled code has passed a part of them."""
+        for site in self.sites:
+            self._settle(site, all(plan.by_key.get(site.key, (False,))))
+            site.node = None
+
     def abandon(self) -> None:
         """Let go of the graph after an exception."""
         for site in self.sites:
@@ -226,8 +218,8 @@ class Run:
             if site.fixed:
                 raise BackpassError(
                     f"a gradient inside the model's forward was computed with {self.rule} "
-                    f"{'acting' if site.selected else 'not acting'} on {site.function!r} in {site.module or '(model)'!r}, "
-                    "which the finished call shows to be wrong: select this site by `where`."
+                    f"{'acting' if site.selected else 'not acting'} on {site.function!r} in "
+                    f"{site.module or '(model)'!r}, which the finished call shows to be wrong: select it by `where`."
                 )
             if chosen and site.node is not None:
                 override: Any = self.rule
