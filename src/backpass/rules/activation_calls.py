@@ -15,7 +15,19 @@ from backpass.rules.activations import read_call, writes_in_place
 from backpass.rules.attaching.interception import Interception, ModuleCall
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import SiteCall
-from backpass.rules.compositions import BENT, ELEMENTWISE, PRODUCTS, VIEWS, Origin, Origins, composes, gates, is_query
+from backpass.rules.compositions import (
+    BENT,
+    ELEMENTWISE,
+    MIXES,
+    PRODUCTS,
+    VIEWS,
+    Origin,
+    Origins,
+    composes,
+    constants,
+    gates,
+    is_query,
+)
 
 __all__ = ["ActivationInterception"]
 
@@ -116,27 +128,34 @@ class ActivationInterception(Interception):
             out = func(*args, **kwargs)
             self._arranged(args, out)
             return out
-        if func not in ELEMENTWISE:
+        if func not in ELEMENTWISE and func not in MIXES:
             return super().other(caller, func, args, kwargs)
         if func in BENT:
             self._bend()
-        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        origins = [self._origins(self.running[-1]).of(x) for x in operands]
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        origins = [self._origins(caller).of(x) for x in operands]
+        fixed = constants(operands, origins)
+        learns = any(x.requires_grad for x, constant in zip(operands, fixed, strict=True) if constant)
+        origins = [origin for origin, constant in zip(origins, fixed, strict=True) if not constant]
         source = origins[0].source if origins and all(one.source is origins[0].source for one in origins) else None
         if source is not None and composes(func, origins):
             return self._compose(caller, source, origins, func, args, kwargs)
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and operands:
-            self._follow(func, source, origins, out)
+        if isinstance(out, Tensor) and origins:
+            self._follow(func, source, origins, learns, out)
         return out
 
-    def _follow(self, func: TorchFunction, source: Tensor | None, origins: list[Origin], out: Tensor) -> None:
+    def _follow(
+        self, func: TorchFunction, source: Tensor | None, origins: list[Origin], learns: bool, out: Tensor
+    ) -> None:
         """Remember the origin of an elementwise function's value; or find that it multiplies by a gate."""
-        sites = tuple(site for origin in origins for site in origin.sites)
-        bent = func.__name__ if func in BENT else next((one.bent for one in origins if one.bent), "")
-        if source is not None or len(origins) == 1:
-            self._origins(self.running[-1]).note(out, Origin(source, bent, sites, min(origins[0].numel, out.numel())))
-        elif func in PRODUCTS and not self.rule.gates:
+        if func in ELEMENTWISE and (source is not None or len(origins) == 1):
+            sites = tuple(site for origin in origins for site in origin.sites)
+            bent = func.__name__ if func in BENT else next((one.bent for one in origins if one.bent), "")
+            learns = learns or any(origin.learns for origin in origins)
+            origin = Origin(source, bent, sites, min(origins[0].numel, out.numel()), learns=learns)
+            self._origins(self.running[-1]).note(out, origin)
+        elif (func in PRODUCTS or func in MIXES) and not self.rule.gates:
             for origin in gates(origins, out):
                 _discount(origin.sites)
 
@@ -157,21 +176,25 @@ class ActivationInterception(Interception):
             site = self.meet(caller, f"x*{bent}", source)
         self._bend()
         self.run.composing.update((caller.path, *(one.module for origin in origins for one in origin.sites)))
+        learns = any(origin.learns for origin in origins)
         if not writes_in_place(func, args, kwargs):
-            out = self.at_value(site, source, func(*args, **kwargs))
+            out = self.at_value(site, source, func(*args, **kwargs), learns)
         else:
             before = source.clone() if source is args[0] else source
-            out = args[0].copy_(self.at_value(site, before, func(args[0].clone(), *args[1:], **kwargs)))
-        self._origins(self.running[-1]).note(out, Origin(source, bent, (site,), out.numel(), site, product=True))
+            out = args[0].copy_(self.at_value(site, before, func(args[0].clone(), *args[1:], **kwargs), learns))
+        self._origins(caller).note(out, Origin(source, bent, (site,), out.numel(), site, True, learns))
         return out
 
-    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor) -> Tensor:
+    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor, learns: bool = False) -> Tensor:
         """Give a value that was computed plainly from ``source`` the rule's backward, as its site is decided."""
         if (site.selected is False and site.fixed) or not torch.is_grad_enabled():
             return plain
         if site.selected is None and torch_internals.forward_mode():
             self.run.decide_early(site)
-            return self.at_value(site, source, plain)
+            return self.at_value(site, source, plain, learns)
+        if learns:
+            learned: Tensor = self.rule.replace_learned(source, plain, site)
+            return learned
         kept = (plain.detach(), None) if site.fixed else (plain, site)
         value: Tensor = self.rule.replace_value(source, *kept)
         return value
@@ -237,7 +260,10 @@ class ActivationInterception(Interception):
         """Give the value of a module that was one activation the rule's backward."""
         call, x = watched.call, watched.x
         wrote = output is watched.given and output is not x
-        if call.plain or self._is_activation(watched, origin, output):
+        if output is x and not call.plain:
+            if self._is_activation(watched, origin, output):
+                self.note_unreachable(call.path, "the module writes into its input")
+        elif call.plain or self._is_activation(watched, origin, output):
             if not call.plain:
                 _discount(self.run.sites[watched.begin :])
                 self.run.composed.add(call.key)
@@ -245,6 +271,9 @@ class ActivationInterception(Interception):
             name = type(module).__name__
             site = self.meet(call, name, x, f"{call.key}:{name}")
             output = self.at_value(site, x.clone() if wrote else x, output)
+            output = x.copy_(output) if wrote else output
+            self._origins(call).note(output, Origin(x, name, (site,), output.numel(), site))
+            return output
         return x.copy_(output) if wrote else output
 
     def _is_activation(self, watched: _Watched, origin: Origin, output: Tensor) -> bool:

@@ -156,6 +156,11 @@ class ActivationRule(Rule):
         apply: Callable[..., Any] = _Replaced.apply
         return apply(x, value, learned, self, site)
 
+    def replace_learned(self, x: Tensor, value: Tensor, site: SiteCall) -> Any:
+        """Return ``value``, computed from x and from parameters that keep their own gradients."""
+        apply: Callable[..., Any] = _Learned.apply
+        return apply(x, value, self, site)
+
     def on_node(self, grad_inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> Any:
         """Return the gradients that a plain activation's graph node passes on in the place of its own."""
         of_x, *others = grad_inputs
@@ -241,6 +246,28 @@ class _Replaced(torch.autograd.Function):
         if ctx.site is not None and not ctx.site.active():
             return None, grad, None, None, None
         return _gradient(ctx, grad), grad if ctx.site is None else None, grad if ctx.learns else None, None, None
+
+
+class _Learned(torch.autograd.Function):
+    """(x, value) -> value; backward adds to x what turns the value's gradient of x into the rule's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, rule: Any, site: SiteCall) -> Tensor:
+        ctx.rule, ctx.site, ctx.dtype = rule, site, x.dtype
+        edge = torch.autograd.graph.get_gradient_edge
+        ctx.way = ([edge(value)], [edge(x)]) if x.requires_grad else None
+        if rule.needs_input:
+            ctx.save_for_backward(x)
+        return value.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.way is None or not ctx.site.active():
+            return None, grad, None, None
+        again = torch.is_grad_enabled()
+        outputs, inputs = ctx.way
+        (plain,) = torch.autograd.grad(outputs, inputs, [grad], retain_graph=True, create_graph=again)
+        return _gradient(ctx, grad) - plain, grad, None, None
 
 
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:

@@ -74,10 +74,10 @@ class ResidualInterception(ActivationInterception):
         self.blocks.note(out)
         return out
 
-    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor) -> Tensor:
+    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor, learns: bool = False) -> Tensor:
         """Give a value the rule's backward so that the backward pass decides."""
         self._hold(site, source)
-        return super().at_value(site, source, plain)
+        return super().at_value(site, source, plain, learns)
 
     def _hold(self, site: SiteCall, x: Tensor) -> None:
         """Keep the decision about a site for the backward pass, but leave an activation of a block's sum plain."""

@@ -306,7 +306,7 @@ class Attached:
         for path, reasons in unreachable.items():
             known = self.unreachable.setdefault(path, [])
             known += [reason for reason in reasons if reason not in known]
-        if not unreachable:
+        if not self.unreachable:
             return
         listing = "; ".join(f"{path or '(model)'}: {', '.join(reasons)}" for path, reasons in self.unreachable.items())
         message = f"{self.rule} cannot reach all of this model, which stays plain there: {listing}."

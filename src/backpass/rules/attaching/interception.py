@@ -225,7 +225,7 @@ class Interception(TorchFunctionMode):
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
         """Note that a call of a module begins; return other arguments for it, or None."""
         call = ModuleCall(path, key)
-        if self.running and self.running[-1].plain:
+        if len(self.running) > 0 and self.running[-1].plain:
             call.plain = True
         self.running.append(call)
         if not is_dynamo_compiling() and self.replayed is None:
