@@ -6,11 +6,28 @@ from backpass.errors import BackpassError, NoSiteError, UnknownNameError
 from backpass.version import __version__
 
 if TYPE_CHECKING:
-    from backpass.rules import SIBP, LinBP, ProxProp, Site, list_sites, parse_rule
+    from backpass.rules import (
+        BPA,
+        PNA,
+        SGM,
+        SIBP,
+        Deconvnet,
+        GuidedBackprop,
+        LinBP,
+        ProxProp,
+        Site,
+        list_sites,
+        parse_rule,
+    )
 
 __all__ = [
+    "BPA",
+    "PNA",
+    "SGM",
     "SIBP",
     "BackpassError",
+    "Deconvnet",
+    "GuidedBackprop",
     "LinBP",
     "NoSiteError",
     "ProxProp",

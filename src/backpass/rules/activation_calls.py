@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves
 
 from backpass.rules import torch_internals
-from backpass.rules.activations import read_call, writes_in_place
+from backpass.rules.activations import ACTIVATIONS, read_call, writes_in_place
 from backpass.rules.attaching.interception import Interception, ModuleCall
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import SiteCall
@@ -106,6 +106,8 @@ class ActivationInterception(Interception):
 
     def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an activation plainly in compiled code."""
+        if func not in ACTIVATIONS:
+            return func(*args, **kwargs)
         activation, x, parameters, in_place = read_call(func, args, kwargs)
         return func(*args, **kwargs) if in_place else activation.compute(x, *parameters)
 

@@ -28,7 +28,7 @@ from backpass.rules.places import Place, check_places
 from backpass.rules.rule import Rule
 from backpass.rules.sites import Site
 
-__all__ = ["ActivationRule"]
+__all__ = ["ActivationRule", "kernel"]
 
 
 class ActivationAttached(Attached):
@@ -115,7 +115,7 @@ class ActivationRule(Rule):
         if parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
             y = self.replace_value(z, activation.compute(z.detach(), *parameters), None)
         else:
-            y = _kernel(self).apply(z, (activation.compute, parameters, self, None))
+            y = kernel(self).apply(z, (activation.compute, parameters, self, None))
         return x.copy_(y) if in_place else y
 
     def replace_call(
@@ -216,7 +216,8 @@ class _ForwardModeKernel(_Kernel):
         return ctx.rule.backward(tangent, tangent)
 
 
-def _kernel(rule: ActivationRule) -> Any:
+def kernel(rule: Any) -> Any:
+    """Return the autograd function (x, (compute, parameters, rule, site)) -> y for the mode of the running call."""
     if is_dynamo_compiling():
         return _Kernel
     if torch_internals.forward_mode() and not rule.needs_input:

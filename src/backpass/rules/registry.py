@@ -7,15 +7,21 @@ from dataclasses import fields
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.plugins import added, added_names
+from backpass.rules.bpa import BPA
+from backpass.rules.guided import Deconvnet, GuidedBackprop
 from backpass.rules.linbp import LinBP
+from backpass.rules.pna import PNA
 from backpass.rules.proxprop import ProxProp
 from backpass.rules.rule import BP, Rule
+from backpass.rules.sgm import SGM
 from backpass.rules.sibp import SIBP
 from backpass.rules.text import read_settings
 
 __all__ = ["PLACEHOLDERS", "RULES", "parse_rule", "rule_type"]
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (BP, LinBP, ProxProp, SIBP)}
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (BP, LinBP, ProxProp, SIBP, SGM, BPA, PNA, GuidedBackprop, Deconvnet)
+}
 """backpass' own rules by name."""
 
 _GROUP = "backpass.rules"

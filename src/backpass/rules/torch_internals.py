@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "FUNCTION_NODE",
+    "body_below_modes",
     "called_through",
     "checkpoint_hooks",
     "constant_while_tracing",
@@ -68,6 +70,15 @@ def restore_modes(modes: Iterable[Any]) -> None:
         pop_mode()
     for mode in reversed(list(modes)):
         push_mode(mode)
+
+
+def body_below_modes(function: Function) -> Function:
+    """Return a copy of one of torch's Python functions whose body runs although a mode is active."""
+    original: Any = function
+    scope = {**original.__globals__, "has_torch_function": lambda tensors: False}
+    copy: Any = FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
+    copy.__kwdefaults__ = original.__kwdefaults__
+    return copy  # type: ignore[no-any-return]
 
 
 # --- Autograd ---

@@ -1,0 +1,187 @@
+"""Rules that multiply the gradient of an operand of a call, as of the branch in a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from backpass.errors import BackpassError
+from backpass.rules.attaching.attached import Attached
+from backpass.rules.attaching.interception import Interception, ModuleCall
+from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.attaching.run import SiteCall
+from backpass.rules.places import Place, check_places
+from backpass.rules.rule import Rule
+from backpass.rules.sites import Site
+from backpass.rules.torch_internals import constant_while_tracing
+
+__all__ = ["OperandAttached", "OperandInterception", "OperandRule", "Operands", "positions"]
+
+Operands = tuple[tuple[int | str, ...], ...]
+"""Operands of a call: for each the position or name of an argument, and a position inside a list."""
+
+
+class OperandAttached(Attached):
+    """A rule for operands in force on a model."""
+
+    interception: type[Interception]
+
+    def __init__(self, rule: Any, model: nn.Module, *, strict: bool = False) -> None:
+        self.operands: dict[str, Operands] = {}
+        super().__init__(rule, model, strict=strict)
+
+    @constant_while_tracing
+    def operands_of(self, key: str) -> Operands:
+        """Return the operands that an eager call showed."""
+        return self.operands[key]
+
+
+class OperandInterception(Interception):
+    """An interception that finds the operands whose gradients a rule multiplies.
+
+    A subclass defines `find`. A call without such an operand is no site.
+    """
+
+    found: Operands = ()
+
+    def find(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
+        """Return the operands of a call that the rule is about."""
+        raise NotImplementedError
+
+    def called(self, func: TorchFunction, args: tuple[Any, ...], out: Any) -> None:
+        """Take note of the value of a call."""
+
+    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function as its site is decided, if it is one."""
+        operands: dict[str, Operands] = self.attached.operands  # type: ignore[attr-defined]
+        if self.replayed is None:
+            with torch._C.DisableTorchFunction():
+                self.found = self.find(func, args, kwargs)
+            if site.counted != bool(self.found):
+                self.run.plan, site.counted, site.selected, site.fixed = None, bool(self.found), None, False
+            if self.found:
+                operands[site.key] = self.found
+        else:
+            self.found = operands[site.key] if site.counted else ()
+        out = super().at(site, func, args, kwargs) if self.found else func(*args, **kwargs)
+        self.called(func, args, out)
+        return out
+
+    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that is no site of the rule."""
+        out = super().other(caller, func, args, kwargs)
+        self.called(func, args, out)
+        return out
+
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
+        """Call a function with the gradients of the operands multiplied."""
+        return self.scaled(self.found, func, args, kwargs, site)
+
+    def scaled(
+        self,
+        operands: Operands,
+        func: TorchFunction,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        site: SiteCall | None,
+    ) -> Any:
+        """Call a function with the gradients of these operands multiplied."""
+        scale: Callable[..., Tensor] = _Scaled.apply
+        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        for place, *inside in operands:
+            if not inside:
+                given[place] = scale(given[place], self.rule.factor, site)
+            else:
+                index = inside[0]
+                given[place] = [
+                    scale(x, self.rule.factor, site) if i == index else x for i, x in enumerate(given[place])
+                ]
+        return func(*(given[i] for i in range(len(args))), **{name: given[name] for name in kwargs})
+
+    def _traced(
+        self, caller: ModuleCall, name: str | None, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if name is None:
+            return func(*args, **kwargs)
+        self.traced += 1
+        key = f"{caller.key}:{name}#{caller.count(name + '()')}"
+        attached: Any = self.attached
+        if not attached.token or not attached.planned(key):
+            return func(*args, **kwargs)
+        return self.scaled(attached.operands_of(key), func, args, kwargs, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperandRule(Rule):
+    """Base of the rules that multiply the gradient of an operand.
+
+    Args:
+        start: first site, given like that of `ActivationRule`.
+        stop: one past the last site.
+        where: which of the sites from ``start`` to ``stop``, a function of a `Site`; None: all.
+
+    Raises:
+        BackpassError: a setting is out of its range.
+        NoSiteError: at the first call of the model that asks for gradients, if no site is selected.
+    """
+
+    kind: ClassVar[type[OperandAttached]]
+
+    start: Place = None
+    stop: Place = None
+    where: Callable[[Site], bool] | None = None
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        check_places(self.start, self.stop)
+        if self.where is not None and not callable(self.where):
+            raise BackpassError(f"where must be a function of a Site that returns a bool, got {self.where!r}.")
+
+    @property
+    def factor(self) -> float:
+        """Factor of the operands' gradients."""
+        return 0.0
+
+    @property
+    def needs_site(self) -> bool:  # type: ignore[override]
+        """Whether a call without a site is an error: where gradients are asked for."""
+        return torch.is_grad_enabled()
+
+    def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
+        """Override the backward of ``model``; see `Rule.attach`."""
+        return self.kind(self, model, strict=strict)
+
+
+class _Scaled(torch.autograd.Function):
+    """x -> x; backward g -> factor g."""
+
+    generate_vmap_rule = True
+    passes_on = True
+    """Whether the search of skip connections sees through it."""
+
+    @staticmethod
+    def forward(x: Tensor, factor: float, site: SiteCall | None) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.factor, ctx.site = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.site is not None and not ctx.site.active():
+            return grad, None, None
+        return grad * ctx.factor if ctx.factor else torch.zeros_like(grad), None, None
+
+
+def positions(
+    names: Sequence[str], wanted: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[int | str, Any]:
+    """Return the given tensors of the wanted parameters, by position or name."""
+    given: dict[int | str, Any] = {i: x for i, (name, x) in enumerate(zip(names, args, strict=False)) if name in wanted}
+    given |= {name: x for name, x in kwargs.items() if name in wanted}
+    return {place: x for place, x in given.items() if isinstance(x, Tensor) and x.requires_grad}

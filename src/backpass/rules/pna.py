@@ -1,0 +1,152 @@
+"""PNA: pay no attention (Wei, Chen, Goldblum, Wu, Goldstein, Jiang, AAAI 2022, arXiv 2109.04176)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from weakref import ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backpass.rules.activations import WITHOUT_ACTIVATION
+from backpass.rules.attaching.interception import ModuleCall
+from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.operands import OperandAttached, OperandInterception, OperandRule, Operands, positions
+from backpass.rules.torch_internals import body_below_modes
+
+__all__ = ["PNA"]
+
+_SDPA = F.scaled_dot_product_attention
+_SDPA_NAMES = ("query", "key", "value", "attn_mask")
+_CONSTANT = ("query", "key", "attn_mask")
+_EINSUM = torch.einsum
+_PRODUCTS = {
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__), "matmul"),
+    **dict.fromkeys((torch.bmm, Tensor.bmm), "bmm"),
+    _EINSUM: "einsum",
+}
+_SOFTMAX = frozenset((F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax))
+_MULTI_HEAD = F.multi_head_attention_forward
+_multi_head_body = body_below_modes(_MULTI_HEAD)
+
+_VIEWS = frozenset(
+    (
+        *("view", "reshape", "permute", "transpose", "swapaxes", "movedim", "flatten", "unflatten"),
+        *("unsqueeze", "squeeze", "expand", "expand_as", "contiguous", "clone", "to", "type"),
+        *("type_as", "float", "double", "half", "bfloat16", "split", "chunk", "unbind"),
+        *("__getitem__", "__get__", "dropout", "nan_to_num"),
+    )
+)
+"""Functions whose value is an attention matrix if their first argument is one."""
+
+_MIXES = frozenset(
+    (
+        *("linear", "conv2d", "mul", "__mul__", "__rmul__", "div", "__truediv__", "add"),
+        *("__add__", "masked_fill", "where"),
+    )
+)
+"""Functions of which that is true where they keep the number of elements, as in talking heads."""
+
+
+class _AttentionInterception(OperandInterception):
+    """An interception that follows attention matrices from their softmax to the product with the values."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._matrices: dict[int, ref[Tensor]] = {}
+
+    def find(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
+        """Return the operands that the attention matrix is, or is computed from."""
+        if func is _SDPA:
+            return tuple((place,) for place in positions(_SDPA_NAMES, _CONSTANT, args, kwargs))
+        given: dict[tuple[int | str, ...], Any] = {
+            (i,): x for i, x in enumerate(args) if not isinstance(x, list | tuple)
+        }
+        given |= {(i, j): x for i, one in enumerate(args) if isinstance(one, list | tuple) for j, x in enumerate(one)}
+        given |= {(name,): x for name, x in kwargs.items()}
+        tensors = [x for x in given.values() if isinstance(x, Tensor)]
+        found = tuple(place for place, x in given.items() if self._is_matrix(x))
+        return () if len(found) == len(tensors) else found  # a product of attention matrices is one
+
+    def called(self, func: TorchFunction, args: tuple[Any, ...], out: Any) -> None:
+        """Follow attention matrices."""
+        if func in _SOFTMAX:
+            self._note(out)
+            return
+        if not self._matrices or not args:
+            return
+        name = getattr(func, "__name__", "")
+        if name in _VIEWS:
+            follows = self._is_matrix(args[0])
+        elif name in _MIXES:
+            matrix = next((x for x in args if self._is_matrix(x)), None)
+            follows = matrix is not None and isinstance(out, Tensor) and out.numel() == matrix.numel()
+        else:
+            follows = func in _PRODUCTS and self.found == () and self._all_matrices(args)
+        if follows:
+            for one in out if isinstance(out, list | tuple) else (out,):
+                self._note(one)
+
+    def _all_matrices(self, args: tuple[Any, ...]) -> bool:
+        return all(self._is_matrix(x) for x in args if isinstance(x, Tensor))
+
+    def _note(self, x: Any) -> None:
+        if isinstance(x, Tensor):
+            self._matrices[id(x)] = ref(x)
+
+    def _is_matrix(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and id(x) in self._matrices and self._matrices[id(x)]() is x
+
+    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that is no site, and look into that of multi-head attention."""
+        if func is _MULTI_HEAD:
+            with self:
+                return _multi_head_body(*args, **kwargs)
+        if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and _is_fused(str(func)):
+            self.note_unreachable(
+                caller.path, f"it calls {func}; set the model's attention to \"eager\" or to PyTorch's own function"
+            )
+        return super().other(caller, func, args, kwargs)
+
+    def _traced(
+        self, caller: ModuleCall, name: str | None, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if func is _MULTI_HEAD:
+            with self:
+                return _multi_head_body(*args, **kwargs)
+        return super()._traced(caller, name, func, args, kwargs)
+
+
+def _is_fused(name: str) -> bool:
+    return "attention" in name or "attn" in name
+
+
+class _AttentionAttached(OperandAttached):
+    interception = _AttentionInterception
+
+
+@dataclass(frozen=True, kw_only=True)
+class PNA(OperandRule):
+    """Pay no attention: the attention matrix is a constant in the backward pass.
+
+    O = A V with A = softmax(Q K^T / sqrt(d) + mask): dL/dV = A^T dL/dO, and no gradient goes to Q, K and the mask.
+
+    The sites are calls of ``scaled_dot_product_attention``, inside ``nn.MultiheadAttention`` too, and products of a
+    softmax and of other values (``matmul``, ``@``, ``bmm``, ``einsum``), also after dropout, a cast or a mixing of
+    heads. Kernels outside of PyTorch (flash-attn, xformers) are out of reach and named, where they are registered
+    operators.
+
+    The settings are those of `SGM`, but for ``decay``.
+
+    Raises:
+        BackpassError: a setting is out of its range.
+        NoSiteError: at the first call of the model that asks for gradients, if it has no attention that can be reached,
+            or if none is selected.
+    """
+
+    name: ClassVar[str] = "pna"
+    kind = _AttentionAttached
+    functions = {_SDPA: "scaled_dot_product_attention", **_PRODUCTS}  # noqa: RUF012
+    skipped = WITHOUT_ACTIVATION

@@ -1,0 +1,126 @@
+"""SGM: skip gradient method (Wu, Wang, Xia, Bailey, Ma, ICLR 2020, arXiv 2002.05990)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.utils._pytree import tree_leaves
+
+from backpass.errors import BackpassError, NoSiteError
+from backpass.rules.activations import WITHOUT_ACTIVATION
+from backpass.rules.attaching.interception import ModuleCall
+from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.attaching.run import SiteCall
+from backpass.rules.blocks import SUMS, writes_sum
+from backpass.rules.branches import branch_of_sum, new_features
+from backpass.rules.operands import OperandAttached, OperandInterception, OperandRule, Operands
+
+__all__ = ["SGM"]
+
+_CATS = frozenset((torch.cat, torch.concat, torch.concatenate))
+
+
+class _BranchInterception(OperandInterception):
+    """An interception that finds the branches of residual sums and the new features of concatenations."""
+
+    def find(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
+        """Return the branch of a sum, or the new features of a concatenation."""
+        if not torch.is_grad_enabled() or "out" in kwargs:
+            return ()
+        if func in _CATS:
+            place: int | str = 0 if args else next((name for name in ("tensors", "tensor") if name in kwargs), 0)
+            tensors = args[0] if args else kwargs.get(place, ())
+            return tuple((place, index) for index in new_features(tensors))
+        places = (0, 1) if len(args) > 1 else (0, "other") if args else ("input", "other")
+        pair = [args[one] if isinstance(one, int) else kwargs.get(one) for one in places]
+        if not all(isinstance(x, Tensor) for x in pair):
+            return ()
+        branch = branch_of_sum(*pair)
+        return () if branch is None else ((places[branch],),)
+
+    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a sum or a concatenation as its site is decided."""
+        if func in _CATS and args and isinstance(args[0], list | tuple) and isinstance(args[0][0], Tensor):
+            site.shape = args[0][0].shape
+        return super().at(site, func, args, kwargs)
+
+    def scaled(
+        self,
+        operands: Operands,
+        func: TorchFunction,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        site: SiteCall | None,
+    ) -> Any:
+        """Call a sum that overwrites its branch as one that does not, and copy the value."""
+        if writes_sum(func) and operands == ((0,),):
+            return args[0].copy_(super().scaled(operands, torch.add, args, kwargs, site))
+        return super().scaled(operands, func, args, kwargs, site)
+
+    def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:
+        """Note a module's output; at the end of the model, there must have been a skip connection."""
+        output = super().leave(module, call, output)
+        if is_dynamo_compiling() or len(self.running) > 1 or self.replayed is not None or output is None:
+            return output
+        if torch.is_grad_enabled() and not self.traced and not any(site.counted for site in self.run.sites):
+            frozen = not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(output))
+            raise NoSiteError(
+                f"{self.rule} finds no skip connection: a sum of a branch and of its own input or a projection of it, "
+                "or a concatenation of a tensor and of features computed from it."
+                + " Nothing here requires gradients, which the search needs: let the input."
+                * frozen
+            )
+        return output
+
+
+class _BranchAttached(OperandAttached):
+    interception = _BranchInterception
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGM(OperandRule):
+    """Skip gradient method: the gradient through each residual branch is multiplied by ``decay``.
+
+    skip(z) + f(z) passes J_skip^T g + decay J_f^T g on to z, g the gradient at the sum. A concatenation
+    [z, f(z)] passes its first part on unchanged, and the gradient of the new features f(z) multiplied by ``decay``.
+    Behind k blocks in series, a path through m branches is thus multiplied by decay to the power m.
+
+    The sites are sums and concatenations. The branch is found in the graph of the call, with or without activations in
+    it; no module name matters.
+
+    Args:
+        decay: factor of the branches' gradients, in [0, 1]; 0.2 for ResNets and 0.5 for DenseNets in the paper.
+        start: first skip connection: an index from the front (7), from the end (-2: the last two), a fraction of all
+            (0.5: the second half), or the path of a module (the first inside it); None: the first.
+        stop: one past the last skip connection, given like ``start``; None: up to the end.
+        where: which of them, a function of a `Site`; None: all.
+
+    Raises:
+        BackpassError: a setting is out of its range.
+        NoSiteError: at the first call of the model that asks for gradients, if it has no skip connection, or if none is
+            selected.
+    """
+
+    name: ClassVar[str] = "sgm"
+    kind = _BranchAttached
+    functions = {  # noqa: RUF012
+        **{function: "add" for function in SUMS},  # noqa: C420
+        **{function: "cat" for function in _CATS},  # noqa: C420
+    }
+    skipped = WITHOUT_ACTIVATION
+
+    decay: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
+            raise BackpassError(f"decay must be in [0, 1], got {self.decay!r}.")
+
+    @property
+    def factor(self) -> float:
+        """Factor of the branches' gradients."""
+        return float(self.decay)
