@@ -77,6 +77,9 @@ class ActivationInterception(Interception):
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an activation as its site is decided, and remember the origin of its value."""
+        if not self.rule.covers(func, args, kwargs):
+            site.counted = False
+            return func(*args, **kwargs)
         if not self._looks(self.running[-1]):
             return super().at(site, func, args, kwargs)
         x = args[0] if args else kwargs["input"]

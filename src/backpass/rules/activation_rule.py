@@ -87,6 +87,10 @@ class ActivationRule(Rule):
         """Whether a plain call can be given this rule's backward afterwards: if the input is not needed."""
         return not self.needs_input
 
+    def covers(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call of one of the functions is a site; its parameters may decide that."""
+        return True
+
     def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
         """Override the backward of ``model``; see `Rule.attach`."""
         kind = type(self)

@@ -18,6 +18,7 @@ __all__ = [
     "WITHOUT_ACTIVATION",
     "Activation",
     "activations",
+    "is_relu",
     "learned_value",
     "read_call",
     "writes_in_place",
@@ -155,6 +156,13 @@ def read_call(
         parameters += tuple(kwargs.get(name, default) for name, default in missing)
     in_place = func in _IN_PLACE or (given[n] if len(given) > n else kwargs.get("inplace", False))
     return activation, x, parameters, bool(in_place)
+
+
+def is_relu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a call of an activation is a ReLU, or a ReLU with an upper limit, as ReLU6 is."""
+    activation, _, parameters, _ = read_call(func, args, kwargs)
+    name = activation.name
+    return name in ("relu", "relu6") or (name == "hardtanh" and parameters[0] == 0 and parameters[1] > 0)
 
 
 def writes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backpass.errors import BackpassError
 from backpass.rules.activation_rule import ActivationRule, kernel
-from backpass.rules.activations import WITHOUT_ACTIVATION, activations
+from backpass.rules.activations import WITHOUT_ACTIVATION, activations, is_relu
 from backpass.rules.attaching.run import SiteCall
 from backpass.rules.pooling import MAX_POOLS, OPAQUE_MAX_POOLS, read_pool
 
@@ -44,7 +44,7 @@ class BPA(ActivationRule):
     """
 
     name: ClassVar[str] = "bpa"
-    functions = {**activations("relu", "relu6"), **MAX_POOLS}  # noqa: RUF012
+    functions = {**activations("relu", "relu6", "hardtanh"), **MAX_POOLS}  # noqa: RUF012
     opaque: ClassVar[Any] = OPAQUE_MAX_POOLS
     skipped = WITHOUT_ACTIVATION - {nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d}
 
@@ -55,6 +55,10 @@ class BPA(ActivationRule):
         t = self.temperature
         if isinstance(t, bool) or not isinstance(t, int | float) or not (math.isfinite(t) and t > 0):
             raise BackpassError(f"temperature must be a finite number above 0, got {t!r}.")
+
+    def covers(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call is a max pooling or a ReLU; ``nn.ReLU6`` calls hardtanh."""
+        return func in MAX_POOLS or is_relu(func, args, kwargs)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
         """Return SiLU'(x) dL/dy."""

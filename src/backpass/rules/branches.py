@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from backpass.rules import torch_internals
 
@@ -27,6 +28,19 @@ _SKIP_LIMIT = 3
 """Layers on a skip connection, at most: a pooling, a convolution and a normalization."""
 
 
+class _Visit:
+    """A graph node on the ways back from some operands.
+
+    Attributes:
+        costs: layers on the cheapest way from each operand.
+        outputs: outputs of the node that the ways from each operand arrive at.
+    """
+
+    def __init__(self) -> None:
+        self.costs: dict[int, int] = {}
+        self.outputs: dict[int, set[int]] = {}
+
+
 def branch_of_sum(a: Tensor, b: Tensor) -> int | None:
     """Return which operand of a + b is the branch of a residual block, or None if the sum ends no block.
 
@@ -36,11 +50,14 @@ def branch_of_sum(a: Tensor, b: Tensor) -> int | None:
     if a is b or a.shape != b.shape or not (_is_computed(a) and _is_computed(b)):
         return None
     layers = [0, 0]
-    for node, costs in _ancestors([a, b]):
+    for node, visit in _ancestors([a, b]):
+        costs = visit.costs
         if len(costs) == 2:
             skip = 0 if (costs[0], layers[0]) <= (costs[1], layers[1]) else 1
             cheaper = (costs[skip], layers[skip]) < (costs[1 - skip], layers[1 - skip])
-            return 1 - skip if cheaper and costs[skip] <= _SKIP_LIMIT and layers[1 - skip] else None
+            from_one_tensor = visit.outputs[0] & visit.outputs[1]  # and not from parts that a split makes
+            found = cheaper and costs[skip] <= _SKIP_LIMIT and layers[1 - skip] and from_one_tensor
+            return 1 - skip if found else None
         for operand in costs:
             layers[operand] += _is_layer(node)
     return None
@@ -49,50 +66,54 @@ def branch_of_sum(a: Tensor, b: Tensor) -> int | None:
 def new_features(tensors: Sequence[Tensor]) -> list[int]:
     """Return which of the concatenated tensors are computed from another one of them by at least one layer."""
     indices = [index for index, x in enumerate(tensors) if isinstance(x, Tensor) and x.requires_grad]
-    nodes = {index: torch_internals.graph_node(tensors[index]) for index in indices}
-    left = len(set(nodes.values()))
-    if left < 2:
+    edges = [get_gradient_edge(tensors[index]) for index in indices]
+    own: dict[Any, set[int]] = {}
+    for edge in edges:
+        own.setdefault(edge.node, set()).add(edge.output_nr)
+    if len(edges) < 2:
         return []
-    own = set(nodes.values())
     found: set[int] = set()
-    for node, costs in _ancestors([tensors[index] for index in indices]):
-        if node in own:
-            found.update(indices[operand] for operand, cost in costs.items() if cost)
-            left -= 1
-            if not left:
+    for node, visit in _ancestors([tensors[index] for index in indices]):
+        outputs = own.pop(node, None)
+        if outputs is not None:
+            found.update(i for i, cost in visit.costs.items() if cost and outputs & visit.outputs[i])
+            if not own:
                 break
-    return sorted(found)
+    return sorted(indices[i] for i in found)
 
 
 def _is_computed(x: Tensor) -> bool:
     return x.requires_grad and not isinstance(x, nn.Parameter)
 
 
-def _ancestors(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, dict[int, int]]]:
-    """Yield graph nodes, the newest first, with the layers on the cheapest way from each operand that leads there."""
-    costs: dict[Any, dict[int, int]] = {}
+def _ancestors(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Visit]]:
+    """Yield the graph nodes behind some operands, the newest first."""
+    visits: dict[Any, _Visit] = {}
     queue: list[tuple[int, int, Any]] = []
 
-    def reach(node: Any, operand: int, cost: int) -> None:
-        if node not in costs:
+    def reach(node: Any, output: int, operand: int, cost: int) -> None:
+        visit = visits.get(node)
+        if visit is None:
             age = _age(node)
             if age is None:
                 return
-            costs[node] = {}
-            heappush(queue, (age, len(costs), node))
-        costs[node][operand] = min(cost, costs[node].get(operand, cost))
+            visit = visits[node] = _Visit()
+            heappush(queue, (age, len(visits), node))
+        visit.costs[operand] = min(cost, visit.costs.get(operand, cost))
+        visit.outputs.setdefault(operand, set()).add(output)
 
     for operand, x in enumerate(tensors):
-        reach(torch_internals.graph_node(x), operand, 0)
+        edge = get_gradient_edge(x)
+        reach(edge.node, edge.output_nr, operand, 0)
     while queue:
         node = heappop(queue)[2]
-        reached = costs[node]
-        yield node, reached
+        visit = visits[node]
+        yield node, visit
         cost = _cost(node)
-        for following, _ in node.next_functions:
+        for following, output in node.next_functions:
             if following is not None:
-                for operand, before in reached.items():
-                    reach(following, operand, before + cost)
+                for operand, before in visit.costs.items():
+                    reach(following, output, operand, before + cost)
 
 
 def _age(node: Any) -> int | None:

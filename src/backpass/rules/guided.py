@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from backpass.rules.activation_rule import ActivationRule
-from backpass.rules.activations import activations
+from backpass.rules.activations import activations, is_relu
 
 __all__ = ["Deconvnet", "GuidedBackprop"]
 
@@ -38,8 +39,12 @@ class Deconvnet(ActivationRule):
     """
 
     name: ClassVar[str] = "deconvnet"
-    functions = activations("relu", "relu6")
+    functions = activations("relu", "relu6", "hardtanh")
     needs_input: ClassVar[bool] = False
+
+    def covers(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call is a ReLU; ``nn.ReLU6`` calls hardtanh."""
+        return is_relu(func, args, kwargs)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
         """Return the positive part of dL/dy."""

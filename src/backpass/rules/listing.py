@@ -63,6 +63,9 @@ class _Activations(_Listing):
     opaque = FUSED_ACTIVATIONS
     compositions = True
 
+    def covers(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return True
+
     def replace_value(self, x: Tensor, value: Tensor, site: object, learned: Tensor | None = None) -> Tensor:
         return value
 

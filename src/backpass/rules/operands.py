@@ -91,7 +91,7 @@ class OperandInterception(Interception):
     ) -> Any:
         """Call a function with the gradients of these operands multiplied."""
         scale: Callable[..., Tensor] = _Scaled.apply
-        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         for place, *inside in operands:
             if not inside:
                 given[place] = scale(given[place], self.rule.factor, site)

@@ -22,7 +22,7 @@ _SDPA = F.scaled_dot_product_attention
 _SDPA_NAMES = ("query", "key", "value", "attn_mask")
 _CONSTANT = ("query", "key", "attn_mask")
 _EINSUM = torch.einsum
-_PRODUCTS = {
+_PRODUCTS: dict[Any, str] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__), "matmul"),
     **dict.fromkeys((torch.bmm, Tensor.bmm), "bmm"),
     _EINSUM: "einsum",
@@ -148,5 +148,5 @@ class PNA(OperandRule):
 
     name: ClassVar[str] = "pna"
     kind = _AttentionAttached
-    functions = {_SDPA: "scaled_dot_product_attention", **_PRODUCTS}  # noqa: RUF012
+    functions: ClassVar[Any] = {_SDPA: "scaled_dot_product_attention", **_PRODUCTS}
     skipped = WITHOUT_ACTIVATION

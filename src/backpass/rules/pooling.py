@@ -67,7 +67,7 @@ class SoftMaxPool:
             padded.append(max(needed, one + padding))
             margins += [padded[-1] - one - padding, padding]
         values = F.pad(x, margins[::-1], value=float("-inf"))
-        windows = [
+        windows: list[Any] = [
             (
                 ...,
                 *(

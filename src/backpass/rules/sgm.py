@@ -32,11 +32,11 @@ class _BranchInterception(OperandInterception):
         if not torch.is_grad_enabled() or "out" in kwargs:
             return ()
         if func in _CATS:
-            place: int | str = 0 if args else next((name for name in ("tensors", "tensor") if name in kwargs), 0)
+            place: Any = 0 if args else next((name for name in ("tensors", "tensor") if name in kwargs), 0)
             tensors = args[0] if args else kwargs.get(place, ())
             return tuple((place, index) for index in new_features(tensors))
-        places = (0, 1) if len(args) > 1 else (0, "other") if args else ("input", "other")
-        pair = [args[one] if isinstance(one, int) else kwargs.get(one) for one in places]
+        places: Any = (0, 1) if len(args) > 1 else (0, "other") if args else ("input", "other")
+        pair: list[Any] = [args[one] if isinstance(one, int) else kwargs.get(one) for one in places]
         if not all(isinstance(x, Tensor) for x in pair):
             return ()
         branch = branch_of_sum(*pair)
@@ -107,7 +107,7 @@ class SGM(OperandRule):
 
     name: ClassVar[str] = "sgm"
     kind = _BranchAttached
-    functions = {  # noqa: RUF012
+    functions: ClassVar[Any] = {
         **{function: "add" for function in SUMS},  # noqa: C420
         **{function: "cat" for function in _CATS},  # noqa: C420
     }
