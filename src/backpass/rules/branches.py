@@ -110,7 +110,8 @@ def _ancestors(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Visit]]:
         visit = visits[node]
         yield node, visit
         cost = _cost(node)
-        for following, output in node.next_functions:
+        # A copy into a tensor has nothing of what was there before.
+        for following, output in node.next_functions[node.name() == "CopyBackwards" :]:
             if following is not None:
                 for operand, before in visit.costs.items():
                     reach(following, output, operand, before + cost)

@@ -47,6 +47,7 @@ class OperandInterception(Interception):
     """
 
     found: Operands = ()
+    site: SiteCall | None = None
 
     def find(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
         """Return the operands of a call that the rule is about."""
@@ -67,6 +68,7 @@ class OperandInterception(Interception):
                 operands[site.key] = self.found
         else:
             self.found = operands[site.key] if site.counted else ()
+        self.site = site
         out = super().at(site, func, args, kwargs) if self.found else func(*args, **kwargs)
         self.called(func, args, out)
         return out
@@ -79,7 +81,8 @@ class OperandInterception(Interception):
 
     def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
         """Call a function with the gradients of the operands multiplied."""
-        return self.scaled(self.found, func, args, kwargs, site)
+        # The backward pass asks the site in any case: a rule further in may act in its place.
+        return self.scaled(self.found, func, args, kwargs, self.site)
 
     def scaled(
         self,

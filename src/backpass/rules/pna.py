@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpass.errors import BackpassError
 from backpass.rules.activations import WITHOUT_ACTIVATION
 from backpass.rules.attaching.interception import ModuleCall
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.operands import OperandAttached, OperandInterception, OperandRule, Operands, positions
-from backpass.rules.torch_internals import body_below_modes
+from backpass.rules.torch_internals import body_below_modes, constant_while_tracing
 
 __all__ = ["PNA"]
 
@@ -114,8 +115,8 @@ class _AttentionInterception(OperandInterception):
         self, caller: ModuleCall, name: str | None, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if func is _MULTI_HEAD:
-            with self:
-                return _multi_head_body(*args, **kwargs)
+            attached: Any = self.attached
+            attached.refuse_to_compile(caller.path)
         return super()._traced(caller, name, func, args, kwargs)
 
 
@@ -125,6 +126,14 @@ def _is_fused(name: str) -> bool:
 
 class _AttentionAttached(OperandAttached):
     interception = _AttentionInterception
+
+    @constant_while_tracing
+    def refuse_to_compile(self, path: str) -> None:
+        """Raise the error of multi-head attention, whose body Dynamo cannot trace below a mode."""
+        raise BackpassError(
+            f"{self.rule} does not reach inside nn.MultiheadAttention in module {path or '(model)'!r} under "
+            "torch.compile: use the model without torch.compile, or call F.scaled_dot_product_attention."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
