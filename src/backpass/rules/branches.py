@@ -111,7 +111,7 @@ def _ancestors(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Visit]]:
         yield node, visit
         cost = _cost(node)
         # A copy into a tensor has nothing of what was there before.
-        for following, output in node.next_functions[node.name() == "CopyBackwards" :]:
+        for following, output in node.next_functions[node.name().endswith("CopyBackwards") :]:
             if following is not None:
                 for operand, before in visit.costs.items():
                     reach(following, output, operand, before + cost)
