@@ -185,7 +185,7 @@ class ViT(nn.Module):
 
     def _heads(self, z: Tensor) -> tuple[Tensor, ...]:
         packed = F.linear(z, self.attention.in_proj_weight, self.attention.in_proj_bias)
-        return tuple(part.unflatten(-1, (2, 4)).transpose(1, 2) for part in packed.chunk(3, -1))
+        return tuple(part.reshape(*part.shape[:2], 2, 4).transpose(1, 2) for part in packed.chunk(3, -1))
 
     def by_hand(self, x: Tensor, ways: Ways) -> Tensor:
         q, k, v = self._heads(self.norms[0](x))
@@ -218,7 +218,7 @@ class Swin(nn.Module):
         return windows.reshape(2, 2, 2, 2, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(2, 4, 4, 8)
 
     def _heads(self, z: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(z).chunk(3, -1))
+        return tuple(part.reshape(*part.shape[:2], 2, 4).transpose(1, 2) for part in self.qkv(z).chunk(3, -1))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._heads(self._windows(torch.roll(self.norms[0](x), (-1, -1), (1, 2))))
