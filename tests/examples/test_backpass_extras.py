@@ -34,18 +34,20 @@ def run(*arguments):
     return ended.output
 
 
-def test_guided_backpropagation_is_its_formula():
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+def test_rectified_gradients_are_their_formula(threshold):
     torch.manual_seed(0)
     first, second = nn.Linear(6, 8).double(), nn.Linear(8, 5).double()
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
-    with parse_rule("guided").attach(model):
+    with parse_rule(f"rectgrad:threshold={threshold}").attach(model):
         found = torch.autograd.grad(model(x).sum(), x)[0]
     z1 = first(x)
     z2 = second(z1.relu())
-    g = (torch.ones_like(z2) * (z2 > 0)) @ second.weight
+    at_z2 = torch.ones_like(z2) * (z2.relu() > threshold)
+    g = at_z2 @ second.weight
     assert (g < 0).any()
-    expected = (g.clamp(min=0) * (z1 > 0)) @ first.weight
+    expected = (g * (g * z1.relu() > threshold)) @ first.weight
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -77,7 +79,7 @@ def test_a_window_that_cannot_be_meant_is_refused(settings):
 
 
 def test_the_command_line_finds_both(tmp_path):
-    assert "relu" in run("sites", "cnn", "--rule", "guided:start=-2")
+    assert "relu" in run("sites", "cnn", "--rule", "rectgrad:start=-2")
     digits = ["--data", "digits", "--limit", "30"]
     attack = [
         "--attack",
@@ -87,13 +89,13 @@ def test_the_command_line_finds_both(tmp_path):
         "--rule",
         "bp",
         "--rule",
-        "guided",
+        "rectgrad",
         "--curves",
         "6",
     ]
     run("attack", "--model", "cnn", *digits, *attack, "--out", str(tmp_path / "attack"))
     written = json.loads((tmp_path / "attack" / "result.json").read_text())
-    assert list(written["numbers"]["rules"]) == ["bp", "guided"]
+    assert list(written["numbers"]["rules"]) == ["bp", "rectgrad"]
     assert "side 3, width 3" in written["settings"]["tifgsm:side=3,step=0.03 at eps 0.1"]
     assert len(written["series"]) == 2
     adversary = [
@@ -102,7 +104,7 @@ def test_the_command_line_finds_both(tmp_path):
         "--adversary",
         "tifgsm:eps=0.1,steps=2,side=3",
         "--rule",
-        "guided",
+        "rectgrad",
         "--robust",
         "none",
     ]
@@ -116,11 +118,11 @@ def test_it_can_be_installed(tmp_path):
     source = tmp_path / "source"
     subprocess.run(["cp", "-r", str(PACKAGE), str(source)], check=True)  # building writes beside the source
     subprocess.run([*pip, "--target", str(tmp_path / "site"), str(source)], check=True)
-    code = "from backpass import parse_rule; print(type(parse_rule('guided')).__module__)"
+    code = "from backpass import parse_rule; print(type(parse_rule('rectgrad')).__module__)"
     shown = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert shown.stdout.strip() == "backpass_extras.guided"
+    assert shown.stdout.strip() == "backpass_extras.rectgrad"
