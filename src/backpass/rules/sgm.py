@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.utils._pytree import tree_leaves
 
 from backpass.errors import BackpassError, NoSiteError
 from backpass.rules.activations import WITHOUT_ACTIVATION
@@ -67,7 +66,6 @@ class _BranchInterception(OperandInterception):
         if is_dynamo_compiling() or len(self.running) > 1 or self.replayed is not None or output is None:
             return output
         if torch.is_grad_enabled() and not self.traced and not any(site.counted for site in self.run.sites):
-            frozen = not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(output))
             raise NoSiteError(
                 f"{self.rule} finds no skip connection: a sum of a branch and of its own input or a projection of it, "
                 "or a concatenation of a tensor and of features computed from it."
