@@ -155,8 +155,8 @@ def optimal_lr(
     horizon: float,
     adversarial: float = 0.0,
     method: Literal["closed", "hjb"] = "closed",
-    points: int = 800,
-    steps: int = 1000,
+    points: int = 400,
+    steps: int = 400,
 ) -> Schedule:
     r"""The schedule u(t) in [0, 1] with the smallest excess risk m(T) of a linear-quadratic problem.
 
@@ -172,19 +172,19 @@ def optimal_lr(
         horizon: T, in SDE time: steps * eta; above 0.
         adversarial: K eta_I V''(theta_bar), added to the curvature.
         method: ``"closed"``, or ``"hjb"``: the Hamilton-Jacobi-Bellman equation in m, by finite differences.
-        points: of the schedule, and of the grid in m; at least 10.
+        points: of the schedule, and at least as many of the grid in ln m; at least 10.
         steps: implicit Euler steps of the finite differences; at least 10.
 
     Raises:
-        BackpassError: a number is out of its range.
+        BackpassError: a number is out of its range, or m falls too deep for finite differences.
 
     Example:
         >>> schedule = optimal_lr(curvature=1.0, noise=1.0, eta=0.1, start=0.5, horizon=10.0)
         >>> round(schedule.value, 6), round(schedule.fixed[1], 6)
         (0.005248, 0.00872)
 
-    Source: derived from the setting of Gu and Guo, arXiv 2105.08037, in the manner of Li, Tai and E, arXiv
-    1511.06251, section 4, who control plain stochastic gradient descent.
+    Source: derived for this project in the setting of Gu and Guo, arXiv 2105.08037v1 (learning-rate control is a claim
+    of version 1 alone), in the manner of Li, Tai and E, arXiv 1511.06251, section 4, for plain SGD.
     """
     problem = LinearQuadratic(curvature=curvature, noise=noise, eta=eta, start=start, adversarial=adversarial)
     if not (is_number(horizon) and horizon > 0):
