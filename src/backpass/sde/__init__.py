@@ -3,12 +3,19 @@
 Needs torch alone.
 """
 
+from backpass.sde.brownian import BrownianPath
+from backpass.sde.chain import Chain, run_chain
 from backpass.sde.control import LinearQuadratic, Schedule, optimal_lr
+from backpass.sde.controlled import ControlledSDE
 from backpass.sde.dynamics import AdversarialSDE
 from backpass.sde.inner import InnerLoop
-from backpass.sde.integrate import SDE, ItoSDE, Paths, integrate, run_chain
+from backpass.sde.integrate import integrate
+from backpass.sde.ito import SDE, ItoSDE, TorchSDE
 from backpass.sde.long_run import Stationary, stationary
 from backpass.sde.moments import GaussianRegression, Moments
+from backpass.sde.momentum import MomentumSDE
+from backpass.sde.paths import Paths
+from backpass.sde.permuted_law import PermutedLaw, permuted_law
 from backpass.sde.problem import from_module
 from backpass.sde.stationarity import fluctuation_dissipation, stationarity_test
 from backpass.sde.weak_error import VARIANTS, Variant, WeakErrors, fit_slope, weak_error
@@ -17,14 +24,20 @@ __all__ = [
     "SDE",
     "VARIANTS",
     "AdversarialSDE",
+    "BrownianPath",
+    "Chain",
+    "ControlledSDE",
     "GaussianRegression",
     "InnerLoop",
     "ItoSDE",
     "LinearQuadratic",
     "Moments",
+    "MomentumSDE",
     "Paths",
+    "PermutedLaw",
     "Schedule",
     "Stationary",
+    "TorchSDE",
     "Variant",
     "WeakErrors",
     "fit_slope",
@@ -32,6 +45,7 @@ __all__ = [
     "from_module",
     "integrate",
     "optimal_lr",
+    "permuted_law",
     "run_chain",
     "stationarity_test",
     "stationary",

@@ -16,8 +16,8 @@ __all__ = ["HJBSolution", "best_control", "solve_hjb"]
 _MOST_STEPS = 200_000
 _FINEST = 0.05
 """The largest change of ln m in one step of a path, and the largest spacing of the grid in ln m."""
-_DEEPEST = 600.0
-"""The largest fall of ln m; exp(-708) is the smallest normal float64."""
+_DEEPEST = 300.0
+"""The largest fall of ln m, and the lowest ln m; exp(-708) is the smallest normal float64."""
 
 
 class HJBSolution(NamedTuple):
@@ -107,7 +107,7 @@ def _greedy(
         rate = u * b + u * u * c
         step = min(horizon - t, _FINEST / max(abs(rate), 1e-300), horizon / 100)
         x, t, count = x + step * rate, t + step, count + 1
-        if math.log(start) - x > _DEEPEST or count > _MOST_STEPS:
+        if min(x, x - math.log(start)) < -_DEEPEST or count > _MOST_STEPS:
             raise BackpassError(
                 f"the excess risk falls below exp(-{_DEEPEST:g}) of its start before the horizon {horizon:g}: too deep "
                 "for finite differences. Use a shorter horizon or method='closed'."

@@ -222,8 +222,8 @@ def test_frozen_parameters_stay_out_of_theta():
 
 X, Y = smooth_data()
 BAD = {
-    "is the learning rate": lambda: make(eta_outer=0.0),
-    "eta_inner is a finite number >= 0": lambda: make(steps=1, eta_inner=-0.1),
+    "eta_outer, the learning rate": lambda: make(eta_outer=0.0),
+    "eta_inner must be a finite number >= 0": lambda: make(steps=1, eta_inner=-0.1),
     "integer >= 0": lambda: make(steps=-1),
     "batch_size is an integer >= 1": lambda: make(batch_size=0),
     "order is 1 or 2": lambda: make(order=3),

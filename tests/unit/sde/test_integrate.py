@@ -28,7 +28,7 @@ QUIET = ItoSDE(pendulum, lambda theta, xi: 0 * theta, noise_dim=2)
 DECAY = ItoSDE(lambda theta: -1.5 * theta, lambda theta, xi: 0.8 * xi, noise_dim=1)
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("method", "order"), [("euler_maruyama", 1), ("predictor_corrector", 2)])
 def test_without_noise_each_method_has_its_order(method, order):
     theta0 = torch.tensor([1.0, 0.5], dtype=D)
     fine = integrate(QUIET, theta0, 1.0, 1e-3).theta
@@ -37,7 +37,7 @@ def test_without_noise_each_method_has_its_order(method, order):
     assert fit_slope(steps, errors) == pytest.approx(order, abs=0.1)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", ["euler_maruyama", "predictor_corrector"])
 def test_the_law_of_an_ornstein_uhlenbeck_process(method):
     """Mean and variance within five standard errors, at each record; dt makes the methods' own error far smaller."""
     found = integrate(
@@ -62,25 +62,25 @@ def distance(eta, **settings):
 def test_the_default_keeps_order_two_where_euler_at_dt_eta_falls_back_to_one():
     etas = [0.1, 0.05, 0.025]
     assert fit_slope(etas, [distance(eta) for eta in etas]) == pytest.approx(2.0, abs=0.1)
-    trapped = [distance(eta, dt=eta, method="euler", coarse=True) for eta in etas]
+    trapped = [distance(eta, dt=eta, method="euler_maruyama", coarse=True) for eta in etas]
     assert fit_slope(etas, trapped) == pytest.approx(1.0, abs=0.1)
 
 
 def test_the_trap_is_refused_and_the_message_says_what_to_do():
     theta = smooth_theta()
-    with pytest.raises(BackpassError, match=r"Use method='heun'.*coarse=True"):
-        integrate(make(), theta, 1.0, method="euler")
+    with pytest.raises(BackpassError, match=r"Use method='predictor_corrector'.*coarse=True"):
+        integrate(make(), theta, 1.0, method="euler_maruyama")
     with pytest.raises(BackpassError, match="at most eta_outer/4 = 0.05"):
         integrate(make(), theta, 1.0, dt=0.2)
     with pytest.raises(BackpassError, match="at most eta_outer = 0.2"):
         integrate(make(order=1), theta, 1.0, dt=0.4)
-    integrate(make(), theta, 0.2, dt=0.2, method="euler", coarse=True)
-    integrate(make(order=1), theta, 0.2, dt=0.2, method="euler")
+    integrate(make(), theta, 0.2, dt=0.2, method="euler_maruyama", coarse=True)
+    integrate(make(order=1), theta, 0.2, dt=0.2, method="euler_maruyama")
 
 
 def test_euler_at_dt_eta_on_the_exact_field_is_the_chain_with_gaussian_noise():
     sde, theta = make(order=1), smooth_theta()
-    found = integrate(sde, theta, 0.4, method="euler", generator=seeded(1)).theta
+    found = integrate(sde, theta, 0.4, method="euler_maruyama", generator=seeded(1)).theta
     generator = seeded(1)
     for _ in range(2):
         xi = torch.randn(4, 6, generator=generator, dtype=D)
@@ -150,5 +150,5 @@ def test_bad_input_is_refused_with_a_reason(call, message):
 
 
 def test_unknown_methods_come_with_the_nearest():
-    with pytest.raises(UnknownNameError, match="Did you mean 'euler'"):
-        integrate(make(), smooth_theta(), 1.0, method="eular")
+    with pytest.raises(UnknownNameError, match="Did you mean 'euler_maruyama'"):
+        integrate(make(), smooth_theta(), 1.0, method="euler_maryama")
