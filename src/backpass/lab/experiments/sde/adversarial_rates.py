@@ -1,0 +1,193 @@
+"""ControlledLR and fixed rates in adversarial training of convex losses, with the curvature through the attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import jacfwd
+
+from backpass.sde import AdversarialSDE, InnerLoop
+from backpass.sde.long_run import find_zero
+from backpass.sde.sampling import draw_batches
+from backpass.training import ControlledLR, half_losses
+
+__all__ = ["PROBLEMS", "RATES", "AttackedProblem", "compare_rates"]
+
+RATES = 10
+"""The grid: the problem's largest rate, halved from one to the next."""
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class AttackedProblem:
+    """Adversarial training of a convex loss on fixed data.
+
+    Attributes:
+        name: in the table.
+        loss: loss(theta, x, y) -> (N,).
+        make: data from a generator, x (N, d) and y (N,).
+        size: parameters.
+        batch: samples in a step, drawn with replacement.
+        adversary: the inner loop's settings, as `AdversarialSDE` takes them.
+    """
+
+    name: str
+    loss: Loss
+    make: Callable[[torch.Generator], tuple[Tensor, Tensor]]
+    size: int
+    batch: int
+    adversary: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def sde(self) -> AdversarialSDE:
+        """The process at learning rate 1."""
+        data = self.make(torch.Generator().manual_seed(0))
+        settings = dict(self.adversary)
+        return AdversarialSDE(
+            self.loss, data, eta_outer=1.0, batch_size=self.batch, steps=int(settings.pop("steps")), order=1, **settings
+        )
+
+    @cached_property
+    def minimum(self) -> tuple[Tensor, Tensor]:
+        """The zero of h, and Dh there."""
+        theta = find_zero(self.sde, torch.zeros(self.size, dtype=torch.float64))
+        derivative: Tensor = jacfwd(self.sde.mean_field)(theta)
+        return theta, derivative
+
+    @property
+    def largest_rate(self) -> float:
+        """1 over the largest curvature and the noise's: near half of the largest stable rate."""
+        derivative = self.minimum[1]
+        top = torch.linalg.eigvals(derivative).real.max()
+        return float(1 / (top + derivative.trace() / self.batch))
+
+    def excess(self, theta: Tensor) -> Tensor:
+        """Half of the squared distance from the minimum in the symmetric part of Dh; (...) for (..., d)."""
+        minimum, derivative = self.minimum
+        away = theta - minimum
+        return ((away @ (derivative + derivative.mT)) * away).sum(-1) / 4
+
+    def frozen_share(self) -> float:
+        """The trace of the curvature at frozen perturbations over that through the attack, at the minimum."""
+        theta, derivative = self.minimum
+        x, y = self.sde.data
+        at = x + self.sde.perturbation(theta)
+        frozen: Tensor = torch.func.hessian(lambda p: self.loss(p, at, y).mean())(theta)
+        return float(frozen.trace() / derivative.trace())
+
+
+class _Parameters(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.theta, x
+
+
+def compare_rates(problem: AttackedProblem, *, seed: int, steps: int, every: int) -> dict[str, list[float]]:
+    """Return the excess after the last step, by schedule: fixed, one number per rate of the grid; controlled, one.
+
+    Args:
+        problem: the training problem.
+        seed: of the batches, which all schedules share.
+        steps: of each run.
+        every: between measurements of `ControlledLR`.
+    """
+    sde = problem.sde
+    rates = problem.largest_rate * 0.5 ** torch.arange(RATES, dtype=torch.float64)
+    fixed = torch.zeros(RATES, problem.size, dtype=torch.float64)
+    runs = {"controlled": (True, _Parameters(problem.size)), "controlled, frozen": (False, _Parameters(problem.size))}
+    schedulers = {
+        name: ControlledLR(torch.optim.SGD(model.parameters(), lr=float(rates[0])), every=every)
+        for name, (_, model) in runs.items()
+    }
+    settings = sde.inner_loop
+
+    def mean(output: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        return problem.loss(*output, y).mean()
+
+    batches: Iterator[Tensor] = draw_batches(
+        "iid", sde.noise_dim, sde.batch_size, (), torch.Generator().manual_seed(seed), torch.device("cpu")
+    )
+    for _ in range(steps):
+        index = next(batches)
+        fixed = fixed + rates[:, None] * (sde.chain_step(fixed, index=index.expand(RATES, -1)) - fixed)
+        x, y = (part[index] for part in sde.data)
+        for name, (through, model) in runs.items():
+            scheduler = schedulers[name]
+            theta = model.theta.detach()
+            if scheduler.due:
+                if through:
+                    scheduler.measure(half_losses(model, mean, x, y, adversary=settings))  # type: ignore[arg-type]
+                else:
+                    at = x + _perturbation(settings, problem.loss, theta, x, y)
+                    scheduler.measure(half_losses(model, mean, at, y))  # type: ignore[arg-type]
+            model.theta.grad = sde.gradient_at(theta, x, y)
+            scheduler.optimizer.step()
+            scheduler.step()
+    return {
+        "fixed": problem.excess(fixed).tolist(),
+        **{name: [float(problem.excess(model.theta.detach()))] for name, (_, model) in runs.items()},
+    }
+
+
+def _perturbation(settings: InnerLoop, loss: Loss, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return settings.run(torch.func.grad(lambda delta: loss(theta, x + delta, y).sum()), x)
+
+
+def _logistic(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return F.softplus(-y * (x @ theta))
+
+
+def _softmax(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    logits = x @ theta.view(-1, 3)
+    return logits.logsumexp(1) - (logits * F.one_hot(y.long(), 3)).sum(1) + 0.025 * theta.square().sum()
+
+
+def _log_cosh(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    residual = x @ theta - y
+    return F.softplus(2 * residual) - residual
+
+
+def _signs(samples: int, size: int, decay: float) -> Callable[[torch.Generator], tuple[Tensor, Tensor]]:
+    """Normal inputs with variances k^-decay, and labels -1, 1 drawn from a logistic model."""
+
+    def make(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        scales = torch.arange(1, size + 1, dtype=torch.float64).pow(-decay / 2)
+        x = torch.randn(samples, size, generator=generator, dtype=torch.float64) * scales
+        target = torch.randn(size, generator=generator, dtype=torch.float64)
+        draws = torch.rand(samples, generator=generator, dtype=torch.float64)
+        return x, (draws < torch.sigmoid(x @ target)).double() * 2 - 1
+
+    return make
+
+
+def _classes(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    centres = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (900,), generator=generator)
+    return centres[y] + torch.randn(900, 8, generator=generator, dtype=torch.float64), y.double()
+
+
+def _heavy(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    x = torch.randn(1000, 15, generator=generator, dtype=torch.float64)
+    target = torch.randn(15, generator=generator, dtype=torch.float64) / 15**0.5
+    squares = torch.randn(1000, 3, generator=generator, dtype=torch.float64).square().mean(1)
+    return x, x @ target + torch.randn(1000, generator=generator, dtype=torch.float64) / squares.sqrt()
+
+
+PROBLEMS = (
+    AttackedProblem("logistic", _logistic, _signs(1500, 20, 0.0), 20, 20, {"steps": 3, "eta_inner": 0.3}),
+    AttackedProblem("softmax", _softmax, _classes, 24, 16, {"steps": 5, "eta_inner": 0.2}),
+    AttackedProblem("log cosh, heavy tails", _log_cosh, _heavy, 15, 10, {"steps": 4, "eta_inner": 0.25}),
+    AttackedProblem(
+        "logistic, l2 ball", _logistic, _signs(800, 12, 1.0), 12, 10, {"steps": 5, "eta_inner": 1.0, "eps": 0.5}
+    ),
+)
+"""The first served to choose the curvature that `ControlledLR` measures, the others for nothing."""
