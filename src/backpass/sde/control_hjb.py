@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -89,10 +90,10 @@ def solve_hjb(
         down = torch.cat([speed.new_zeros(1), (-speed[1:]).clamp(min=0)])
         up = torch.cat([speed[:-1].clamp(min=0), speed.new_zeros(1)])
         value = _tridiagonal(-down, 1 + down + up, -up, value)
-        policies.append(u)
+        policies.append(u.tolist())
     policies.reverse()  # the solution proceeds from the end
     times = [dt * k for k in range(steps + 1)]
-    return HJBSolution(math.exp(value[-1]), times, *_follow(linear, quadratic, m, policies, dt))
+    return HJBSolution(math.exp(value[-1]), times, *_follow(linear, quadratic, m.tolist(), policies, dt))
 
 
 def _greedy(
@@ -103,7 +104,7 @@ def _greedy(
     while t < horizon:
         m = math.exp(x)
         b, c = linear(m) / m, quadratic(m) / m
-        u = float(best_control(torch.tensor(b), torch.tensor(c)))
+        u = min(max(-b / (2 * c), 0.0), 1.0) if c > 0 else float(b + c < 0)  # `best_control` of two numbers
         rate = u * b + u * u * c
         step = min(horizon - t, _FINEST / max(abs(rate), 1e-300), horizon / 100)
         x, t, count = x + step * rate, t + step, count + 1
@@ -118,15 +119,15 @@ def _greedy(
 def _follow(
     linear: Callable[[float], float],
     quadratic: Callable[[float], float],
-    grid: Tensor,
-    policies: list[Tensor],
+    grid: list[float],
+    policies: list[list[float]],
     dt: float,
 ) -> tuple[list[float], list[float]]:
     """Return controls and states from the last grid point under one policy per step: ln m by Heun's method."""
     x, count = math.log(grid[-1]), 0
-    controls, states = [], [float(grid[-1])]
+    controls, states = [], [grid[-1]]
 
-    def parts(x: float, policy: Tensor) -> tuple[float, float]:
+    def parts(x: float, policy: list[float]) -> tuple[float, float]:
         m = math.exp(x)
         u = _interpolate(grid, policy, m)
         return u * linear(m) / m, u * u * quadratic(m) / m
@@ -156,11 +157,11 @@ def _policy(b: Tensor, c: Tensor, slopes: Tensor) -> Tensor:
     return torch.where(falling * b + falling**2 * c <= 0, falling, rising)
 
 
-def _interpolate(grid: Tensor, values: Tensor, m: float) -> float:
+def _interpolate(grid: list[float], values: list[float], m: float) -> float:
     """Interpolate grid values linearly in m; constant outside of the grid."""
-    i = int(torch.searchsorted(grid, m).clamp(1, len(grid) - 1))
-    part = min(max((m - float(grid[i - 1])) / float(grid[i] - grid[i - 1]), 0.0), 1.0)
-    return float(values[i - 1] + part * (values[i] - values[i - 1]))
+    i = min(max(bisect_left(grid, m), 1), len(grid) - 1)
+    part = min(max((m - grid[i - 1]) / (grid[i] - grid[i - 1]), 0.0), 1.0)
+    return values[i - 1] + part * (values[i] - values[i - 1])
 
 
 def _tridiagonal(lower: Tensor, diagonal: Tensor, upper: Tensor, right: Tensor) -> Tensor:

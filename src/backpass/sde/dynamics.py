@@ -116,7 +116,7 @@ class AdversarialSDE:
     @property
     def time_step(self) -> float:
         """SDE time of one step of the chain, eta_outer."""
-        return float(self.eta_outer)
+        return float(self.eta_outer.detach()) if isinstance(self.eta_outer, Tensor) else self.eta_outer
 
     def mean_field(self, theta: Tensor) -> Tensor:
         """h(theta) = E g(theta, x), the mean gradient at the perturbed samples; (..., P)."""

@@ -1,6 +1,7 @@
 """Integration: its orders, its law, and the trap that it refuses to fall into."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -130,9 +131,64 @@ def test_a_path_is_differentiable_in_its_start():
     assert torch.autograd.gradcheck(end, smooth_theta(2).requires_grad_())
 
 
+GEOMETRIC = ItoSDE(lambda x: 0.3 * x, lambda x, xi: 0.8 * x * xi, noise_dim=1)
+SMALL = ItoSDE(lambda x: 0.3 * x, lambda x, xi: 0.05 * x * xi, noise_dim=1)
+
+
+def test_the_default_warns_where_noise_of_order_one_lowers_its_order():
+    start = torch.ones(10, 1, dtype=D)
+    with pytest.warns(UserWarning, match="weak order 1 for this SDE"):
+        integrate(GEOMETRIC, start, 0.2, 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        integrate(GEOMETRIC, start, 0.2, 0.1, "predictor_corrector")  # named, so accepted
+        integrate(SMALL, start, 0.2, 0.1)
+        integrate(DECAY, start, 0.2, 0.1)
+        integrate(make(), smooth_theta(), 0.2)
+
+
+@pytest.mark.parametrize("name", ["heun", "stochastic_heun"])
+def test_names_of_stratonovichs_calculus_are_refused(name):
+    with pytest.raises(BackpassError, match=r"Stratonovich.*'predictor_corrector'"):
+        integrate(make(), smooth_theta(), 1.0, method=name)
+
+
+def test_records_at_given_times():
+    sde, theta = make(), smooth_theta()
+    found = integrate(sde, theta, 0.9, generator=seeded(), record=[0.0, 0.1, 0.35])
+    assert found.times.tolist() == [0.0, 0.1, 0.35]
+    assert torch.equal(found.values[0], theta)
+    again = integrate(sde, theta, 0.35, generator=seeded(), record=(0.1, 0.35))
+    assert torch.equal(found.values[1:], again.values)
+    assert not torch.equal(found.theta, found.values[-1])  # the end is later
+    chain = run_chain(sde, theta, 5, generator=seeded(), record=[0.4, 1.0])
+    torch.testing.assert_close(chain.values[0], run_chain(sde, theta, 2, generator=seeded()).theta)
+    assert torch.equal(chain.values[1], chain.theta)
+
+
+def test_paths_are_differentiable_in_both_rates_and_in_the_data():
+    x, y = smooth_data()
+
+    def end(outer, inner, x):
+        sde = AdversarialSDE(smooth_loss, (x, y), eta_outer=outer, steps=2, eta_inner=inner, batch_size=2)
+        return integrate(sde, smooth_theta(1)[0], 0.1, 0.05, coarse=True, generator=seeded(2)).theta
+
+    def chain(outer, inner, x):
+        sde = AdversarialSDE(smooth_loss, (x, y), eta_outer=outer, steps=2, eta_inner=inner, batch_size=2)
+        return run_chain(sde, smooth_theta(1)[0], 2, generator=seeded(2)).theta
+
+    inputs = torch.tensor(0.2, dtype=D), torch.tensor(0.1, dtype=D), x
+    for function in (end, chain):
+        assert torch.autograd.gradcheck(function, [one.clone().requires_grad_() for one in inputs])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: integrate(make(), smooth_theta(), 1.0, record=[0.5, 0.2]), "increasing times"),
+        (lambda: integrate(make(), smooth_theta(), 1.0, record=[0.5, 2.0]), "increasing times"),
+        (lambda: run_chain(make(), smooth_theta(), 5, record=[0.3]), "multiples of its time step"),
+        (lambda: run_chain(DECAY, smooth_theta(), 5), "model a chain"),
         (lambda: integrate(make(), smooth_theta(), 0.0), "final time"),
         (lambda: integrate(make(), smooth_theta(), 1.0, dt=-0.1), "length of a step"),
         (lambda: integrate(DECAY, smooth_theta(), 1.0), "no default"),
