@@ -89,6 +89,15 @@ class ScaledSDE:
         """The noise; (..., P)."""
         return math.sqrt(self.u) * self.own.noise(theta, xi)
 
+    def coefficients(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Drift, noise and leading drift at once."""
+        drift, noise, leading = self.own.coefficients(theta, xi)
+        return self.u * drift, math.sqrt(self.u) * noise, self.u * leading
+
+    def leading_drift(self, theta: Tensor) -> Tensor:
+        """The drift without its terms of order eta; (..., P)."""
+        return self.u * self.own.leading_drift(theta)
+
     def chain_step(self, theta: Tensor, *, index: Tensor) -> Tensor:
         """One step of the chain with the rate u eta; (..., P)."""
         return self.own.chain_step(theta, index=index)

@@ -136,15 +136,20 @@ class AdversarialSDE:
         self._check_xi(theta, xi)
         return self._over_paths(self._noise, theta, xi)
 
-    def drift_and_noise(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
-        """Drift and noise at once; they share the attack, so this is cheaper than both in turn."""
+    def coefficients(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Drift, noise and leading drift at once; they share the attack, so this is cheaper than all in turn."""
         self._check_xi(theta, xi)
         if self.mode == "expanded" or self.unrolled:
-            return self.drift(theta), self.noise(theta, xi)
+            return self.drift(theta), self.noise(theta, xi), self.leading_drift(theta)
         if theta.ndim == 1:
-            return self._exact_drift_and_noise(theta, xi)
-        both: tuple[Tensor, Tensor] = vmap(self._exact_drift_and_noise)(theta.contiguous(), xi)
-        return both
+            return self._exact_coefficients(theta, xi)
+        found: tuple[Tensor, Tensor, Tensor] = vmap(self._exact_coefficients)(theta.contiguous(), xi)
+        return found
+
+    def leading_drift(self, theta: Tensor) -> Tensor:
+        """The drift without its terms of order eta: -h, or -grad G where expanded; (..., P)."""
+        plain = self._mean_field if self.mode == "exact" else self._clean_slope
+        return -self._over_paths(plain, theta)
 
     def covariance(self, theta: Tensor) -> Tensor:
         """S = Cov(g) / B as a matrix, without eta; for few parameters; (..., P, P)."""
@@ -249,12 +254,15 @@ class AdversarialSDE:
         return -h if self.order == 1 else -h - self.eta_outer / 2 * _along(self._mean_field, theta, h)
 
     def _expanded_drift(self, theta: Tensor) -> Tensor:
-        clean = grad(lambda p: self._losses(p, *self.data).mean())
-        slope: Tensor = clean(theta)
+        slope = self._clean_slope(theta)
         if self.order == 1:
             return -slope
-        plain = -slope - self.eta_outer / 2 * _along(clean, theta, slope)
+        plain = -slope - self.eta_outer / 2 * _along(self._clean_slope, theta, slope)
         return plain - self._linear_term(theta) if self.steps else plain
+
+    def _clean_slope(self, theta: Tensor) -> Tensor:
+        slope: Tensor = grad(lambda p: self._losses(p, *self.data).mean())(theta)
+        return slope
 
     def _linear_term(self, theta: Tensor) -> Tensor:
         """grad_theta E <L_x, delta> with delta from the loss linearised in delta, itself fixed unless unrolled."""
@@ -293,12 +301,13 @@ class AdversarialSDE:
     def _cotangents(self, xi: Tensor) -> Tensor:
         return (xi - xi.mean()) * (self.eta_outer / (self.batch_size * self.noise_dim)) ** 0.5
 
-    def _exact_drift_and_noise(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
+    def _exact_coefficients(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, y = self.data
         at = x + self._perturbation(theta, x, y)
         losses, pull = vjp(lambda p: self._losses(p, at, y), theta)[:2]
         h, noise = pull(torch.full_like(losses, 1 / len(losses)))[0], pull(self._cotangents(xi))[0]
-        return (-h if self.order == 1 else -h - self.eta_outer / 2 * _along(self._mean_field, theta, h)), noise
+        drift = -h if self.order == 1 else -h - self.eta_outer / 2 * _along(self._mean_field, theta, h)
+        return drift, noise, -h
 
     def _covariance(self, theta: Tensor) -> Tensor:
         gradients: Tensor = jacrev(self._noisy_losses(theta))(theta)

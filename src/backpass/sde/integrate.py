@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +22,15 @@ __all__ = ["METHODS", "integrate"]
 Method = Literal["predictor_corrector", "euler_maruyama"]
 METHODS = ("predictor_corrector", "euler_maruyama")
 """Both are for Ito noise. Weak orders: see `integrate`."""
+
+
+@runtime_checkable
+class _Expanded(Protocol):
+    """An SDE whose drift is a leading term and terms of order eta."""
+
+    def coefficients(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def leading_drift(self, theta: Tensor) -> Tensor: ...
 
 
 def integrate(
@@ -105,27 +113,36 @@ def integrate(
         begin = now
         count = max(1, math.ceil((until - begin) / dt * (1 - ROUNDING)))
         h = (until - begin) / count
+        root = math.sqrt(h)
         for k in range(count):
             here = at_time(sde, now)
-            drift, noise = _coefficients(here, theta, next(noises)(h))
+            xi = next(noises)
+            scale = root if brownian is None else 1.0
+            drift, noise, leading = _coefficients(here, theta, xi)
             now = begin + (k + 1) * h
-            end = torch.add(theta, drift, alpha=h).add(noise)
+            end = torch.add(theta, drift, alpha=h).add_(noise, alpha=scale)
             if check_order:
-                _warn_of_lost_order(here, theta, noise, h)
+                _warn_of_lost_order(here, theta, scale * noise, h)
                 check_order = False
-            # The corrector moves Euler's end by half of the drift's change along the step.
-            theta = end if euler else torch.add(end, at_time(sde, now).drift(end) - drift, alpha=h / 2)
+            if euler:
+                theta = end
+                continue
+            # The corrector moves Euler's end by half of the drift's change along the step. The change of terms of order
+            # eta is of order eta dt, like the error, and is left out.
+            there = at_time(sde, now)
+            change = (there.leading_drift(end) if isinstance(there, _Expanded) else there.drift(end)) - leading
+            theta = torch.add(end, change, alpha=h / 2)
         return theta
 
     return record_paths(advance, theta, times, t, observe)
 
 
-def _coefficients(sde: SDE, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
-    """Return drift and noise, at once where the SDE shares work between them."""
-    if hasattr(sde, "drift_and_noise"):
-        drift, noise = sde.drift_and_noise(theta, xi)
-        return drift, noise
-    return sde.drift(theta), sde.noise(theta, xi)
+def _coefficients(sde: SDE, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return drift, noise and leading drift, at once where the SDE shares work between them."""
+    if isinstance(sde, _Expanded):
+        return sde.coefficients(theta, xi)
+    drift = sde.drift(theta)
+    return drift, sde.noise(theta, xi), drift
 
 
 def _noises(
@@ -136,12 +153,12 @@ def _noises(
     t: float,
     dt: float,
     times: Sequence[float],
-) -> Iterator[Callable[[float], Tensor]]:
-    """Yield functions from the length of a step to its increment of the Brownian path."""
+) -> Iterator[Tensor]:
+    """Yield standard normal numbers of one step after another, or the increments of the given path."""
     shape = (*theta.shape[:-1], sde.noise_dim)
     if brownian is None:
         while True:
-            yield lambda h: torch.randn(shape, generator=generator, dtype=theta.dtype, device=theta.device) * h**0.5
+            yield torch.randn(shape, generator=generator, dtype=theta.dtype, device=theta.device)
     if not isinstance(brownian, BrownianPath) or brownian.shape != shape or brownian.dtype != theta.dtype:
         got = f"{brownian.shape} {brownian.dtype}" if isinstance(brownian, BrownianPath) else type(brownian).__name__
         raise BackpassError(f"brownian must be a BrownianPath of shape {shape} and {theta.dtype}; got {got}.")
@@ -153,12 +170,7 @@ def _noises(
     for time in times:
         if abs(time / h - round(time / h)) > 1e-6:
             raise BackpassError(f"with a Brownian path the times to record are multiples of dt={h:g}; got {time:g}.")
-    for increment in brownian.increments(steps):
-        yield partial(_given, increment)
-
-
-def _given(increment: Tensor, h: float) -> Tensor:
-    return increment
+    yield from brownian.increments(steps)
 
 
 def _warn_of_lost_order(sde: SDE, theta: Tensor, noise: Tensor, h: float) -> None:

@@ -148,19 +148,20 @@ def test_any_way_to_write_the_loss_gives_the_same_process(way, settings):
         xi = torch.ones(*paths.shape[:-1], 6, dtype=D).cumsum(-1)
         torch.testing.assert_close(ours.drift(paths), plain.drift(paths))
         torch.testing.assert_close(ours.noise(paths, xi), plain.noise(paths, xi))
-        for one, other in zip(ours.drift_and_noise(paths, xi), plain.drift_and_noise(paths, xi), strict=True):
+        for one, other in zip(ours.coefficients(paths, xi), plain.coefficients(paths, xi), strict=True):
             torch.testing.assert_close(one, other)
         index = torch.zeros(*paths.shape[:-1], 2).long()
         torch.testing.assert_close(ours.chain_step(paths, index=index), plain.chain_step(paths, index=index))
 
 
-def test_drift_and_noise_at_once_are_both_in_turn(loop):
+def test_coefficients_at_once_are_those_in_turn(loop):
     sde, _ = loop
     theta, xi = smooth_theta(), torch.randn(4, 6, dtype=D)
     for one in (sde, dataclasses.replace(sde, order=1), dataclasses.replace(sde, mode="expanded")):
-        drift, noise = one.drift_and_noise(theta, xi)
+        drift, noise, leading = one.coefficients(theta, xi)
         torch.testing.assert_close(drift, one.drift(theta))
         torch.testing.assert_close(noise, one.noise(theta, xi))
+        torch.testing.assert_close(leading, dataclasses.replace(one, order=1).drift(theta))
 
 
 def test_order_one_leaves_out_the_terms_of_order_eta():
