@@ -4,6 +4,7 @@ Needs torch alone.
 """
 
 from backpass.sde.brownian import BrownianPath
+from backpass.sde.certify import Certificate, Check, Estimate, certify
 from backpass.sde.chain import Chain, run_chain
 from backpass.sde.control import LinearQuadratic, Schedule, optimal_lr
 from backpass.sde.controlled import ControlledSDE
@@ -16,17 +17,23 @@ from backpass.sde.moments import GaussianRegression, Moments
 from backpass.sde.momentum import MomentumSDE
 from backpass.sde.paths import Paths
 from backpass.sde.permuted_law import PermutedLaw, permuted_law
+from backpass.sde.predict import Predictor, Setting, explore
 from backpass.sde.problem import from_module
 from backpass.sde.stationarity import fluctuation_dissipation, stationarity_test
+from backpass.sde.svag import SVAG, svag_weights
 from backpass.sde.weak_error import VARIANTS, Variant, WeakErrors, fit_slope, weak_error
 
 __all__ = [
     "SDE",
+    "SVAG",
     "VARIANTS",
     "AdversarialSDE",
     "BrownianPath",
+    "Certificate",
     "Chain",
+    "Check",
     "ControlledSDE",
+    "Estimate",
     "GaussianRegression",
     "InnerLoop",
     "ItoSDE",
@@ -35,11 +42,15 @@ __all__ = [
     "MomentumSDE",
     "Paths",
     "PermutedLaw",
+    "Predictor",
     "Schedule",
+    "Setting",
     "Stationary",
     "TorchSDE",
     "Variant",
     "WeakErrors",
+    "certify",
+    "explore",
     "fit_slope",
     "fluctuation_dissipation",
     "from_module",
@@ -49,5 +60,6 @@ __all__ = [
     "run_chain",
     "stationarity_test",
     "stationary",
+    "svag_weights",
     "weak_error",
 ]

@@ -172,12 +172,11 @@ def certify(
 ) -> Certificate:
     r"""Check whether the SDE describes adversarial training from the present weights for some steps.
 
-    | check | measured | failed where |
-    | --- | --- | --- |
-    | amplification | means of clean loss, adversarial loss, E|L_x|^2 at l against l = 1 (SVAG) | they differ by more than the tolerance |
-    | stability | eta times the largest curvature, through the attack | above 1/2 (2 is the limit of stability) |
-    | normality | excess kurtosis of the noise accumulated over the memory of the process | above 1/2 |
-    | sampling | spread of the replicas, permuted against independent batches | below .8 |
+    - **Amplification**: the means of clean loss, adversarial loss and E|L_x|^2 at each l against l = 1 (SVAG). Failed
+      where they differ by more than the tolerance.
+    - **Stability**: eta times the largest curvature, through the attack. Failed above 1/2; 2 is the limit of stability.
+    - **Normality**: excess kurtosis of the noise accumulated over the memory of the process. Failed above 1/2.
+    - **Sampling**: spread of the replicas, permuted against independent batches. Failed below .8.
 
     A check fails only where its whole 95 % interval is on the wrong side, and is undecided where the interval has the
     limit inside. The memory of the process is 1 / (eta a) steps, a the curvature along the gradient, and at most the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,11 +77,11 @@ def local_numbers(
     )
 
 
-def largest_curvature(along: object, start: Tensor, iterations: int) -> float:
+def largest_curvature(along: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> float:
     """Return the largest |eigenvalue| of a linear map v -> along(v) by power iteration from a start."""
     vector, value = start / start.norm().clamp(min=torch.finfo(start.dtype).tiny), 0.0
     for _ in range(iterations):
-        image = along(vector)  # type: ignore[operator]
+        image = along(vector)
         value = float(image.norm())
         if not value > 0:
             return 0.0

@@ -46,6 +46,7 @@ class Predictor:
         base: the setting that the others vary.
         time: SDE time of all runs.
         work: a function from a setting to w.
+        spread: by observable, standard deviation of the logarithm over the replicas.
     """
 
     settings: Sequence[Setting]

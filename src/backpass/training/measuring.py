@@ -59,9 +59,9 @@ def halves(
         )
     if evaluated.moves and not frozen_curvature:
         raise BackpassError(
-            "the adversarial examples of this objective move with the parameters: the curvature at fixed examples is not "
-            "that of training, and the trainer cannot differentiate through the attack. Use an l_inf attack, whose steps "
-            "are signs; or a loop with half_losses(model, loss, x, y, adversary=InnerLoop(...)); or accept the "
+            "the adversarial examples of this objective move with the parameters: the curvature at fixed examples is "
+            "not that of training, and the trainer cannot differentiate through the attack. Use an l_inf attack, whose "
+            "steps are signs; or a loop with half_losses(model, loss, x, y, adversary=InnerLoop(...)); or accept the "
             "difference by ControlledLR(..., frozen_curvature=True)."
         )
     if len(batch) < 2:

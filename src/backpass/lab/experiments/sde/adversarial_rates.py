@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -34,7 +34,7 @@ class AttackedProblem:
         make: data from a generator, x (N, d) and y (N,).
         size: parameters.
         batch: samples in a step, drawn with replacement.
-        adversary: the inner loop's settings, as `AdversarialSDE` takes them.
+        adversary: the inner loop, of gradient steps.
     """
 
     name: str
@@ -42,15 +42,22 @@ class AttackedProblem:
     make: Callable[[torch.Generator], tuple[Tensor, Tensor]]
     size: int
     batch: int
-    adversary: dict[str, float] = field(default_factory=dict)
+    adversary: InnerLoop
 
     @cached_property
     def sde(self) -> AdversarialSDE:
         """The process at learning rate 1."""
         data = self.make(torch.Generator().manual_seed(0))
-        settings = dict(self.adversary)
+        adversary = self.adversary
         return AdversarialSDE(
-            self.loss, data, eta_outer=1.0, batch_size=self.batch, steps=int(settings.pop("steps")), order=1, **settings
+            self.loss,
+            data,
+            eta_outer=1.0,
+            batch_size=self.batch,
+            steps=adversary.steps,
+            eta_inner=adversary.eta,
+            eps=adversary.eps,
+            order=1,
         )
 
     @cached_property
@@ -108,7 +115,7 @@ def compare_rates(problem: AttackedProblem, *, seed: int, steps: int, every: int
         name: ControlledLR(torch.optim.SGD(model.parameters(), lr=float(rates[0])), every=every)
         for name, (_, model) in runs.items()
     }
-    settings = sde.inner_loop
+    settings = problem.adversary
 
     def mean(output: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         return problem.loss(*output, y).mean()
@@ -183,11 +190,9 @@ def _heavy(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 PROBLEMS = (
-    AttackedProblem("logistic", _logistic, _signs(1500, 20, 0.0), 20, 20, {"steps": 3, "eta_inner": 0.3}),
-    AttackedProblem("softmax", _softmax, _classes, 24, 16, {"steps": 5, "eta_inner": 0.2}),
-    AttackedProblem("log cosh, heavy tails", _log_cosh, _heavy, 15, 10, {"steps": 4, "eta_inner": 0.25}),
-    AttackedProblem(
-        "logistic, l2 ball", _logistic, _signs(800, 12, 1.0), 12, 10, {"steps": 5, "eta_inner": 1.0, "eps": 0.5}
-    ),
+    AttackedProblem("logistic", _logistic, _signs(1500, 20, 0.0), 20, 20, InnerLoop(steps=3, eta=0.3)),
+    AttackedProblem("softmax", _softmax, _classes, 24, 16, InnerLoop(steps=5, eta=0.2)),
+    AttackedProblem("log cosh, heavy tails", _log_cosh, _heavy, 15, 10, InnerLoop(steps=4, eta=0.25)),
+    AttackedProblem("logistic, l2 ball", _logistic, _signs(800, 12, 1.0), 12, 10, InnerLoop(steps=5, eta=1.0, eps=0.5)),
 )
 """The first served to choose the curvature that `ControlledLR` measures, the others for nothing."""
