@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +176,8 @@ def certify(
       where they differ by more than the tolerance.
     - **Stability**: eta times the largest curvature, through the attack. Failed above 1/2; 2 is the limit of stability.
     - **Normality**: excess kurtosis of the noise accumulated over the memory of the process. Failed above 1/2.
-    - **Sampling**: spread of the replicas, permuted against independent batches. Failed below .8.
+    - **Sampling**: spread of the replicas, permuted against independent batches, at the nearest end of an epoch if the
+      run reaches one. Failed below .8.
 
     A check fails only where its whole 95 % interval is on the wrong side, and is undecided where the interval has the
     limit inside. The memory of the process is 1 / (eta a) steps, a the curvature along the gradient, and at most the
@@ -230,8 +231,16 @@ def certify(
     checks += [_stability(eta, local), _normality(eta, batch_size, steps, local)]
     if sampling == "permuted":
         progress("replicas with permuted batches", done / work)
-        _, permuted = ensemble(sde, theta, steps, replicas, probe=seen, sampling="permuted", generator=draws)
-        checks.append(_sampling(permuted, ends[1]))
+        # At the end of an epoch, where permuting matters most, if the run has one.
+        epoch = max(1, sde.noise_dim // batch_size)
+        until = steps if steps < epoch else round(steps / epoch) * epoch
+        spreads = {
+            one: ends[1]
+            if one == "iid" and until == steps
+            else ensemble(sde, theta, until, replicas, probe=seen, sampling=one, generator=draws)[1]
+            for one in get_args(Sampling)
+        }
+        checks.append(_sampling(spreads["permuted"], spreads["iid"]))
     return Certificate(
         checks=tuple(checks), local=local, values=values, schedule=_schedule(local, eta, steps), steps=steps
     )

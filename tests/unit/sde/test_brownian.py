@@ -1,5 +1,7 @@
 """Brownian paths: refinement keeps them, their law is right, and integrations share them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ GEOMETRIC = ItoSDE(lambda x: 0.3 * x, lambda x, xi: 0.5 * x * xi, noise_dim=1)
 def test_halved_steps_sum_to_the_path():
     path = BrownianPath(2.0, steps=3, shape=(5, 2), seed=4, dtype=D)
     grids = [torch.stack(list(path.increments(3 * 2**k))) for k in range(5)]
-    for coarse, fine in zip(grids, grids[1:], strict=False):
+    for coarse, fine in pairwise(grids):
         torch.testing.assert_close(coarse, fine[0::2] + fine[1::2])
     assert torch.equal(grids[2], torch.stack(list(path.increments(12))))
 

@@ -91,8 +91,7 @@ def _findings(certificate: Certificate, eta: float, batch_size: int, notes: Sequ
         text = (
             f"hold {eta:g} for these {certificate.steps} steps"
             if hold >= certificate.steps
-            else f"hold {eta:g} for {hold:.0f} steps, then let the inverse rate grow by {schedule.problem.effective:.3g} "
-            "a step"
+            else f"hold {eta:g} for {hold:.0f} steps, then let 1/rate grow by {schedule.problem.effective:.3g} a step"
         )
         found.append(Finding("Schedule", f"From curvature, noise and gradient at the start: {text}."))
     if notes:
@@ -117,29 +116,30 @@ def _local(certificate: Certificate, eta: float) -> Table:
         title="At the start",
         columns=["Quantity", "value"],
         rows=[
-            ["|h|^2, squared mean gradient", local.drift],
-            ["tr S, variance of a batch's gradient", local.noise],
-            ["noise over drift, tr S / |h|^2", local.noise_to_drift],
-            ["curvature along the gradient, through the attack", local.curvature],
-            ["largest curvature", local.largest],
-            ["largest stable rate, 2 / curvature", 2 / local.largest if local.largest > 0 else math.inf],
-            ["eta", eta],
+            [name, f"{value:.4g}"]
+            for name, value in (
+                ("|h|^2, squared mean gradient", local.drift),
+                ("tr S, variance of a batch's gradient", local.noise),
+                ("noise over drift, tr S / |h|^2", local.noise_to_drift),
+                ("curvature along the gradient, through the attack", local.curvature),
+                ("largest curvature", local.largest),
+                ("largest stable rate, 2 / curvature", 2 / local.largest if local.largest > 0 else math.inf),
+                ("eta", eta),
+            )
         ],
     )
 
 
 def _svag(certificate: Certificate) -> Series:
     ls = sorted(certificate.values)
+    values = {name: [mean_interval(certificate.values[one][name].tolist()) for one in ls] for name in _WORDS}
     return Series(
         id="svag",
         title="Amplification",
         description="Losses at the end of the runs against the amplification l; l = 1 is training itself.",
         x_label="l",
         y_label="value at the end",
-        curves=[
-            Curve(label=words, x=ls, given=[mean_interval(certificate.values[one][name].tolist()) for one in ls])
-            for name, words in _WORDS.items()
-        ],
+        curves=[Curve(label=words, x=list(map(float, ls)), given=values[name]) for name, words in _WORDS.items()],
         log_x=True,
         log_y=True,
     )
