@@ -155,7 +155,7 @@ def _logistic(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def _softmax(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
     logits = x @ theta.view(-1, 3)
-    return logits.logsumexp(1) - (logits * F.one_hot(y.long(), 3)).sum(1) + 0.025 * theta.square().sum()
+    return logits.logsumexp(1) - logits.gather(1, y.long()[:, None])[:, 0] + 0.025 * theta.square().sum()
 
 
 def _log_cosh(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:

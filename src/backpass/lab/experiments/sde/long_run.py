@@ -20,7 +20,7 @@ from backpass.sde.stationarity import Balance, Drifting
 
 __all__ = ["Measured", "Study", "describe", "measure"]
 
-_SOURCE = "derived for this project in the setting of Gu and Guo, arXiv 2105.08037"
+_SOURCE = "derived for this project in the setting of Gu and Guo, arXiv 2105.08037v1"
 _LONGEST = 10_000
 _TOLERANCE = 0.1
 """The part by which a prediction of order eta may be off."""

@@ -15,7 +15,7 @@ from backpass.sde import VARIANTS
 
 __all__ = ["EXPERIMENTS", "Orders"]
 
-_PAPER = "Gu and Guo, arXiv 2105.08037"
+_PAPER = "Gu and Guo, arXiv 2105.08037v1"
 _DERIVED = f"derived for this project in the setting of {_PAPER}, whose abstract claims an error bound"
 _TOLERANCE = 0.15
 """How far a measured slope may be from the order: the learning rates are finite."""

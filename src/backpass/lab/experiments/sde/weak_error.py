@@ -199,7 +199,7 @@ def _claims(found: WeakErrors) -> list[Claim]:
                 theirs=[1.5] * len(row),
                 direction=direction,
                 quantity="slope less 1.5",
-                reference="derived for this project in the setting of Gu and Guo, arXiv 2105.08037",
+                reference="derived for this project in the setting of Gu and Guo, arXiv 2105.08037v1",
             )
         )
     return claims
