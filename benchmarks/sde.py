@@ -99,8 +99,8 @@ def sections(options: Options) -> Iterator[Section]:
     times = side_by_side(runs, device="cpu", rounds=rounds)
     yield Section(
         title="SDE: integration",
-        text=f"dX = -A X dt + s dW with diagonal noise, {paths:,} paths of dimension {d}, {steps} steps, float32. PC, the "
-        "predictor-corrector method, takes the drift twice in a step."
+        text=f"dX = -A X dt + s dW with diagonal noise, {paths:,} paths of dimension {d}, {steps} steps, float32. The "
+        "predictor-corrector method takes the drift twice in a step."
         + ("" if torchsde else " torchsde was not installed."),
         rows=[
             Row(

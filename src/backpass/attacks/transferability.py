@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from backpass.attacks.attack import Attack
 from backpass.attacks.checks import check_model
 from backpass.attacks.data import Data, Source
-from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.report import Rate
 from backpass.attacks.shards import describe
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 from backpass.version import __version__
 
 __all__ = ["TransferReport", "transfer"]
@@ -36,6 +36,11 @@ class TransferReport:
     fooled: dict[str, dict[str, Tensor]]
     settings: dict[str, Any]
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        lines = ["TransferReport; success on samples that the target has right, 95 % intervals"]
+        lines += [f"  {s} to {t}: {rate}" for s, row in self.rates.items() for t, rate in row.items()]
+        return "\n".join(lines)
 
     @property
     def rates(self) -> dict[str, dict[str, Rate]]:
@@ -125,5 +130,5 @@ def _predict(model: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
     device = _device(model)
     there = x.to(device)
     check_model(model, there)
-    with leave_no_trace(model):
+    with preserved(model):
         return attack.ask(model).plain(there, y.to(device)).argmax(1).to(x.device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 from backpass.rules import attachments, unwrap
 from backpass.sde import InnerLoop
 from backpass.training.processes import summed, world
@@ -47,7 +48,7 @@ def half_losses(
     """Return the two functions that `ControlledLR.measure` takes: loss(model(x), y) on each half of a batch.
 
     Running statistics and random numbers are restored. Rules attached to the model are suspended: the plain loss is
-    measured, and `ProxProp(union=True)` collects nothing from it.
+    measured, and `ProxProp(solve="step")` collects nothing from it.
 
     With an adversary the gradient is d/dtheta loss(model(x + delta), y) at fixed delta = delta_K(theta, x), and its
     derivative includes that of delta: D g = d^2 L / dtheta^2 + d^2 L / (dtheta dx) d delta / dtheta, by forward-mode
@@ -166,7 +167,7 @@ def on_halves(
 def _plain(model: nn.Module) -> Iterator[None]:
     """Suspend the model's rules; restore its buffers and the generators."""
     with ExitStack() as stack:
-        stack.enter_context(_unmoved(model))
+        stack.enter_context(preserved(model, training=None, grad=None, graph=True))
         for attached in attachments(model):
             stack.enter_context(attached.suspended())
         yield
@@ -184,25 +185,6 @@ def _without_running_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, buffers in zip(layers, kept, strict=True):
             layer._buffers.update(buffers)
-
-
-@contextmanager
-def _unmoved(model: nn.Module) -> Iterator[None]:
-    """Inside, the model writes into copies of its buffers; generators are afterwards what they were before.
-
-    Copies, because a graph may need the buffers that it read, as they were.
-    """
-    places = [(module, name) for module in model.modules() for name, one in module._buffers.items() if one is not None]
-    own = [(module, name, module.get_buffer(name)) for module, name in places]
-    devices = {one.device for one in model.parameters() if one.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        for module, name, buffer in own:
-            module._buffers[name] = buffer.clone()
-        try:
-            yield
-        finally:
-            for module, name, buffer in own:
-                module._buffers[name] = buffer
 
 
 def products(

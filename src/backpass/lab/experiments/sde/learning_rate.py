@@ -20,7 +20,10 @@ from backpass.lab.statistics import geometric_interval, mean_interval
 
 __all__ = ["EXPERIMENTS", "Images", "Regression"]
 
-_SOURCE = "Gu and Guo, arXiv 2105.08037v1, abstract (learning-rate control, in version 1 alone); the rule is derived for this project"
+_SOURCE = (
+    "Gu and Guo, arXiv 2105.08037v1, abstract (learning-rate control, a claim of version 1 alone); the rule is derived "
+    "for this project"
+)
 _START = "the largest rate"
 _TUNED = "best of 10 rates"
 
