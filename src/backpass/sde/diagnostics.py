@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
+from backpass.sde.derivative import along
 from backpass.sde.dynamics import AdversarialSDE
 
 __all__ = ["Local", "excess_kurtosis", "largest_curvature", "local_numbers"]
@@ -60,28 +60,27 @@ def local_numbers(
     h = sde.mean_field(theta)
     square = float(h @ h)
 
-    def along(v: Tensor) -> Tensor:
-        product: Tensor = jvp(sde.mean_field, (theta,), (v.clone(memory_format=torch.contiguous_format),))[1]
-        return product
+    def curve(v: Tensor) -> Tensor:
+        return along(sde.mean_field, theta, v)
 
     xi = torch.randn(draws, sde.noise_dim, generator=generator, dtype=theta.dtype, device=theta.device)
     noises = torch.stack([sde.noise(theta, one) for one in xi]) / sde.eta_outer**0.5
-    curved = torch.stack([along(one) for one in noises])
+    curved = torch.stack([curve(one) for one in noises])
     return Local(
         drift=square,
         noise=float(noises.square().sum(-1).mean()),
-        curvature=float(h @ along(h)) / square if square > 0 else 0.0,
+        curvature=float(h @ curve(h)) / square if square > 0 else 0.0,
         noise_curvature=float((noises * curved).sum(-1).mean()),
-        largest=largest_curvature(along, noises.sum(0) if square == 0 else h, iterations),
+        largest=largest_curvature(curve, noises.sum(0) if square == 0 else h, iterations),
         kurtosis=excess_kurtosis(sde, theta, draws=draws, generator=generator),
     )
 
 
-def largest_curvature(along: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> float:
-    """Return the largest |eigenvalue| of a linear map v -> along(v) by power iteration from a start."""
+def largest_curvature(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> float:
+    """Return the largest |eigenvalue| of a linear map v -> product(v) by power iteration from a start."""
     vector, value = start / start.norm().clamp(min=torch.finfo(start.dtype).tiny), 0.0
     for _ in range(iterations):
-        image = along(vector)
+        image = product(vector)
         value = float(image.norm())
         if not value > 0:
             return 0.0
@@ -101,8 +100,7 @@ def excess_kurtosis(
     at = x + sde.perturbation(theta)
 
     def projected(v: Tensor) -> Tensor:
-        values: Tensor = jvp(lambda p: sde.loss(p, at, y), (theta,), (v,))[1]
-        return values
+        return along(lambda p: sde.loss(p, at, y), theta, v)
 
     found = torch.stack([projected(v) for v in directions])
     centred = found - found.mean(1, keepdim=True)

@@ -8,10 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, jvp, vjp, vmap
+from torch.func import grad, jacrev, vjp, vmap
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.numbers import is_whole
+from backpass.sde.derivative import along
 from backpass.sde.inner import Direction, InnerLoop, Regulariser
 from backpass.sde.ito import TorchSDE
 from backpass.sde.problem import Data, Loss, check_data, check_losses, check_rate, check_theta
@@ -251,13 +252,13 @@ class AdversarialSDE:
 
     def _exact_drift(self, theta: Tensor) -> Tensor:
         h = self._mean_field(theta)
-        return -h if self.order == 1 else -h - self.eta_outer / 2 * _along(self._mean_field, theta, h)
+        return -h if self.order == 1 else -h - self.eta_outer / 2 * along(self._mean_field, theta, h)
 
     def _expanded_drift(self, theta: Tensor) -> Tensor:
         slope = self._clean_slope(theta)
         if self.order == 1:
             return -slope
-        plain = -slope - self.eta_outer / 2 * _along(self._clean_slope, theta, slope)
+        plain = -slope - self.eta_outer / 2 * along(self._clean_slope, theta, slope)
         return plain - self._linear_term(theta) if self.steps else plain
 
     def _clean_slope(self, theta: Tensor) -> Tensor:
@@ -306,18 +307,10 @@ class AdversarialSDE:
         at = x + self._perturbation(theta, x, y)
         losses, pull = vjp(lambda p: self._losses(p, at, y), theta)[:2]
         h, noise = pull(torch.full_like(losses, 1 / len(losses)))[0], pull(self._cotangents(xi))[0]
-        drift = -h if self.order == 1 else -h - self.eta_outer / 2 * _along(self._mean_field, theta, h)
+        drift = -h if self.order == 1 else -h - self.eta_outer / 2 * along(self._mean_field, theta, h)
         return drift, noise, -h
 
     def _covariance(self, theta: Tensor) -> Tensor:
         gradients: Tensor = jacrev(self._noisy_losses(theta))(theta)
         centred = gradients - gradients.mean(0)
         return centred.mT @ centred / (self.batch_size * self.noise_dim)
-
-
-def _along(field: Callable[[Tensor], Tensor], theta: Tensor, direction: Tensor) -> Tensor:
-    """Differentiate a vector field along a direction, by forward-mode differentiation."""
-    # A gradient may be an expanded tensor, depending on how the loss is written; a tangent must not be.
-    tangent = direction.clone(memory_format=torch.contiguous_format)
-    derivative: Tensor = jvp(field, (theta,), (tangent,))[1]
-    return derivative

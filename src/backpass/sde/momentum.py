@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 
 from backpass.errors import BackpassError
 from backpass.numbers import is_number
+from backpass.sde.derivative import value_and_along
 from backpass.sde.dynamics import AdversarialSDE
 from backpass.sde.ito import TorchSDE
 
@@ -105,9 +106,8 @@ class MomentumSDE:
     def _drift(self, state: Tensor) -> Tensor:
         theta, velocity = state.chunk(2)
         gamma, tau = self.friction, self.time_step
-        tangent = velocity.clone(memory_format=torch.contiguous_format)
-        h, along = jvp(self.sde.mean_field, (theta.clone(),), (tangent,))[:2]
+        (h,), (turned,) = value_and_along(lambda p: (self.sde.mean_field(p),), (theta.clone(),), (velocity,))
         force = -(gamma * velocity + h)
         if self.order == 1:
             return torch.cat([velocity, force])
-        return torch.cat([velocity + tau / 2 * force, force + tau / 2 * (gamma * force + along)])
+        return torch.cat([velocity + tau / 2 * force, force + tau / 2 * (gamma * force + turned)])

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp
+from torch.func import functional_call, grad
 
 from backpass.errors import BackpassError
 from backpass.preserved import preserved
 from backpass.rules import attachments, unwrap
 from backpass.sde import InnerLoop
+from backpass.sde.derivative import value_and_along
 from backpass.training.processes import summed, world
 
 __all__ = ["AttackedHalf", "Products", "half_losses", "on_halves", "products"]
@@ -127,7 +128,7 @@ class AttackedHalf:
 
         with _plain(self.model), _without_running_statistics(self.model):
             primals, tangents = zip(*moved.values(), strict=True)
-            found = jvp(field, primals, tuple(t.contiguous() for t in tangents))[:2]
+            found = value_and_along(field, primals, tangents)
         gradients, products = (dict(zip(moved, part, strict=True)) for part in found)
         return (
             [gradients[names[id(p)]] if id(p) in names else torch.zeros_like(p) for p, _ in along],

@@ -154,6 +154,32 @@ def test_any_way_to_write_the_loss_gives_the_same_process(way, settings):
         torch.testing.assert_close(ours.chain_step(paths, index=index), plain.chain_step(paths, index=index))
 
 
+CRITERIA = {
+    "mse": (F.mse_loss, lambda o, y: (o - y).square()),
+    "huber": (F.huber_loss, lambda o, y: torch.where((o - y).abs() < 1, (o - y).square() / 2, (o - y).abs() - 0.5)),
+    "soft margin": (F.soft_margin_loss, lambda o, y: F.softplus(-y * o)),
+    "smooth l1": (F.smooth_l1_loss, lambda o, y: F.huber_loss(o, y, reduction="none")),
+}
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"steps": 2, "mode": "expanded"}, {"steps": 2}], ids=str)
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_losses_without_a_forward_mode_formula_are_differentiated_all_the_same(name, settings):
+    theirs, plain = CRITERIA[name]
+    theta, data = smooth_theta(), (smooth_data()[0], smooth_data()[1].sign())
+
+    def process(criterion):
+        def loss(theta, x, y):
+            return criterion((x @ theta).tanh(), y)
+
+        return AdversarialSDE(loss, data, eta_outer=0.2, eta_inner=0.1, **settings)
+
+    ours = process(functools.partial(theirs, reduction="none"))
+    for paths in (theta, theta[0]):
+        torch.testing.assert_close(ours.drift(paths), process(plain).drift(paths))
+
+
 def test_coefficients_at_once_are_those_in_turn(loop):
     sde, _ = loop
     theta, xi = smooth_theta(), torch.randn(4, 6, dtype=D)

@@ -90,6 +90,15 @@ def test_at_frozen_perturbations_it_is_smaller():
     assert measured[1].curvature < 0.7 * measured[0].curvature
 
 
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.huber_loss, F.l1_loss])
+def test_means_of_every_kind_of_loss_are_measured(loss):
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(8, 5), torch.randn(8, 1)
+    scheduler = ControlledLR(torch.optim.SGD(model.parameters(), lr=0.1))
+    scheduler.measure(half_losses(model, loss, x, y, adversary=InnerLoop(steps=3, eta=0.1)))
+    assert scheduler.measurements == 1
+
+
 def test_batch_statistics_in_training_mode_stay_as_they_were():
     model, (x, y) = network("convolution, BatchNorm").train(), batch()
     before = {key: value.clone() for key, value in model.state_dict().items()}
