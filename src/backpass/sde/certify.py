@@ -1,4 +1,4 @@
-"""A certificate: does the SDE describe this training run?"""
+"""Certificate that the SDE describes a training run, or does not."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Check:
     Attributes:
         name: in one or two words.
         estimate: the measured number.
-        limit: what it is compared with, in words.
+        limit: the condition in words.
         verdict: ``"failed"`` only where the whole interval violates the condition.
     """
 
@@ -64,7 +64,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """Whether the SDE describes training at these settings, and the numbers behind that.
+    """Verdict on the SDE as a description of training at these settings, with the numbers behind it.
 
     Attributes:
         checks: the conditions.
@@ -82,7 +82,7 @@ class Certificate:
 
     @property
     def valid(self) -> bool:
-        """Whether no check failed."""
+        """True if no check failed."""
         return all(check.verdict != "failed" for check in self.checks)
 
     def __str__(self) -> str:
@@ -138,7 +138,7 @@ def ensemble(
     """Train replicas from one start; return each observable of each replica at the end, and the parameters (M, P).
 
     Args:
-        sde: whose chain.
+        sde: the process.
         theta: (P,), the start.
         steps: of training; l times as many are taken at the amplification l.
         replicas: M.
@@ -182,7 +182,7 @@ def certify(
 
     A check fails only where its whole 95 % interval is on the wrong side, and is undecided where the interval has the
     limit inside. The memory of the process is 1 / (eta a) steps, a the curvature along the gradient, and at most 20
-    and the steps of the run. The cost is that of (1 + 2 l_2 + ...) replicas of the run: 41 times replicas for (1, 4, 16).
+    and the steps of the run. The cost is that of (1 + 2 l_2 + ...) replicas of the run: 41 times for (1, 4, 16).
 
     Args:
         model: the network at the weights to start from, in eval mode where that matters; it is not changed.

@@ -28,7 +28,7 @@ class LinearQuadratic:
         noise: s^2, the variance of one minibatch gradient, at least 0.
         eta: the largest learning rate, reached at u = 1; above 0.
         start: m(0), the excess risk at the start, above 0.
-        adversarial: K eta_I V''(theta_bar), what the adversary adds to the curvature; a + it is above 0.
+        adversarial: K eta_I V''(theta_bar), the adversary's addition to the curvature; the sum is above 0.
 
     Raises:
         BackpassError: a number is out of its range.
@@ -81,14 +81,14 @@ class LinearQuadratic:
         return best, self.fixed(best, horizon)
 
     def switch(self) -> float:
-        """Up to here, t*, u = 1 is optimal: m(t*) = eta s^2 / 2. Infinite without noise, 0 where m starts lower."""
+        """Return t*, up to which u = 1 is optimal: m(t*) = eta s^2 / 2. Infinite without noise, 0 if m starts lower."""
         level = self.eta * self.noise / 4
         if level == 0:
             return math.inf
         return math.log((self.start - level) / level) / (2 * self.effective) if self.start > 2 * level else 0.0
 
     def optimal(self, t: float) -> tuple[float, float]:
-        """The optimal u(t), 1 up to t* and then u_0 / (1 + a u_0 (t - t*)), with its m(t), then u eta s^2 / 2."""
+        """Return the optimal u(t), 1 up to t* and then u_0 / (1 + a u_0 (t - t*)), with its m(t), then u eta s^2 / 2."""
         switch = self.switch()
         if t < switch:
             return 1.0, self.fixed(1.0, t)
@@ -97,20 +97,20 @@ class LinearQuadratic:
         return u, u * self.eta * self.noise / 2
 
     def linear(self, m: float) -> float:
-        """What the derivative of m has to the first power of u, -2 a m."""
+        """Coefficient of u in the derivative of m, -2 a m."""
         return -2 * self.effective * m
 
     def quadratic(self, m: float) -> float:
-        """What the derivative of m has to the second power of u, a eta s^2 / 2, whatever m is."""
+        """Coefficient of u^2 in the derivative of m, a eta s^2 / 2 for every m."""
         return self.effective * self.eta * self.noise / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A control of the learning rate over time; ``factor`` is what `torch.optim.lr_scheduler.LambdaLR` takes.
+    """A control of the learning rate over time; pass ``factor`` to `torch.optim.lr_scheduler.LambdaLR`.
 
     Attributes:
-        problem: what it is optimal for.
+        problem: the linear-quadratic problem.
         times: in SDE time t = steps * eta, increasing, from 0 to the horizon.
         control: u at these times, in [0, 1].
         risk: m at these times.

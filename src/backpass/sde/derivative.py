@@ -23,7 +23,7 @@ def value_and_along(
 
     Args:
         field: of as many tensors as there are primals, with a tuple of tensors.
-        primals: where.
+        primals: the point.
         tangents: the direction, of the shapes of the primals.
     """
     # A gradient may be an expanded tensor, depending on how the loss is written; a tangent must not be.

@@ -25,7 +25,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Setting(NamedTuple):
-    """What is varied: the learning rate, and the adversary's steps K and step size."""
+    """Learning rate, number of the adversary's steps K, and its step size."""
 
     eta: float
     steps: int

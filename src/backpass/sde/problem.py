@@ -1,4 +1,4 @@
-"""What is learned: a loss per sample of a flat parameter vector, and the data it is averaged over."""
+"""The training problem: a loss per sample of a flat parameter vector, and data."""
 
 from __future__ import annotations
 

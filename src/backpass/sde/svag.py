@@ -40,7 +40,7 @@ class SVAG:
     Where statistics agree at l = 1, 4, 16, the SDE describes the chain at this learning rate. Pass it to `run_chain`.
 
     Args:
-        sde: whose chain; its mode and order do not matter.
+        sde: the process; its mode and order do not matter.
         amplification: l >= 1.
 
     Source: Li, Malladi, Arora, arXiv 2102.12470, for SGD; used here for adversarial training.

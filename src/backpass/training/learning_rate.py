@@ -23,7 +23,7 @@ _SHORTEST = 10
 
 
 class Measured(NamedTuple):
-    """What the last window says.
+    """Averages over the last window.
 
     Attributes:
         progress: N, the mean of g1 . g2, an unbiased |grad|^2: what a step gains, per unit of rate.
@@ -133,12 +133,12 @@ class ControlledLR(LRScheduler):
 
     @property
     def due(self) -> bool:
-        """Whether the next step of the optimizer wants a measurement before it."""
+        """True if a measurement is due before the next step of the optimizer."""
         return self.last_epoch % self.every == 0
 
     @property
     def measured(self) -> Measured:
-        """What the last window says; ``nan`` before the first measurement."""
+        """Averages over the last window; ``nan`` before the first measurement."""
         if not self.measurements:
             return Measured(math.nan, math.nan, math.nan, math.nan)
         loss = self._loss()

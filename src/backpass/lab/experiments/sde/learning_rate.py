@@ -28,7 +28,7 @@ _START = "the largest rate"
 _TUNED = "best of 10 rates"
 
 Ends = dict[str, list[float]]
-"""By schedule, a number per seed."""
+"""A number per seed, by schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +227,7 @@ def _image_ends(
 
 
 def _verdicts(found: Mapping[str, Ends], rivals: Sequence[str], quantity: str) -> Finding:
-    """How often ControlledLR's mean is the lower one."""
+    """Count the tasks in which ControlledLR has the lower mean."""
     lower = {
         rival: sum(math.fsum(ends["controlled"]) < math.fsum(ends[rival]) for ends in found.values())
         for rival in rivals

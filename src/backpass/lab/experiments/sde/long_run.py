@@ -28,7 +28,7 @@ _TOLERANCE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is run.
+    """Settings of the run.
 
     Attributes:
         dimension: parameters of the regression on four points, 1 or 2.
@@ -62,7 +62,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured.
+    """Measured numbers.
 
     Attributes:
         study: the settings.

@@ -37,7 +37,7 @@ WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is compared.
+    """Settings of the comparison.
 
     Attributes:
         dimension: parameters of the regression, 1 or 2.
@@ -69,7 +69,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured.
+    """Measured numbers.
 
     Attributes:
         study: the settings.
