@@ -88,7 +88,7 @@ class LinearQuadratic:
         return math.log((self.start - level) / level) / (2 * self.effective) if self.start > 2 * level else 0.0
 
     def optimal(self, t: float) -> tuple[float, float]:
-        """Return the optimal u(t), 1 up to t* and then u_0 / (1 + a u_0 (t - t*)), with its m(t), then u eta s^2 / 2."""
+        """Return u(t), 1 up to t* and then u_0 / (1 + a u_0 (t - t*)), and m(t), u eta s^2 / 2 after t*."""
         switch = self.switch()
         if t < switch:
             return 1.0, self.fixed(1.0, t)

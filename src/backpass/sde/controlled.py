@@ -94,6 +94,11 @@ class ScaledSDE:
         drift, noise, leading = self.own.coefficients(theta, xi)
         return self.u * drift, math.sqrt(self.u) * noise, self.u * leading
 
+    def leading_and_noise(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
+        """Leading drift and noise at once."""
+        leading, noise = self.own.leading_and_noise(theta, xi)
+        return self.u * leading, math.sqrt(self.u) * noise
+
     def leading_drift(self, theta: Tensor) -> Tensor:
         """The drift without its terms of order eta; (..., P)."""
         return self.u * self.own.leading_drift(theta)

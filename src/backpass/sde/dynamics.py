@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 import torch
@@ -146,6 +146,11 @@ class AdversarialSDE:
             return self._exact_coefficients(theta, xi)
         found: tuple[Tensor, Tensor, Tensor] = vmap(self._exact_coefficients)(theta.contiguous(), xi)
         return found
+
+    def leading_and_noise(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
+        """Leading drift and noise at once; (..., P) each."""
+        _, noise, leading = replace(self, order=1).coefficients(theta, xi)
+        return leading, noise
 
     def leading_drift(self, theta: Tensor) -> Tensor:
         """The drift without its terms of order eta: -h, or -grad G where expanded; (..., P)."""

@@ -67,6 +67,32 @@ def test_the_default_keeps_order_two_where_euler_at_dt_eta_falls_back_to_one():
     assert fit_slope(etas, trapped) == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.parametrize("part", [2, 3])
+def test_the_derivative_free_method_has_order_two_against_the_chain(part):
+    etas = [0.1, 0.05, 0.025]
+    errors = [distance(eta, dt=eta / part, method="derivative_free") for eta in etas]
+    assert fit_slope(etas, errors) == pytest.approx(2.0, abs=0.25)
+    assert distance(0.1, method="derivative_free") == 0  # without noise and with dt = eta it is the chain
+
+
+def test_the_derivative_free_method_has_the_moments_of_the_chain():
+    """At dt = eta its noise is Gaussian, mean and variance those of the chain to second order; five standard errors."""
+    sde, theta = make(eta_outer=0.05), smooth_theta(1)[0]
+    ours = integrate(sde, theta, 0.5, method="derivative_free", paths=4000, generator=seeded()).theta
+    chain = run_chain(sde, theta, 10, paths=4000, generator=seeded(1)).theta
+    error = ((ours.var(0) + chain.var(0)) / 4000).sqrt()
+    assert ((ours.mean(0) - chain.mean(0)).abs() < 5 * error + 1e-3).all()
+    torch.testing.assert_close(ours.var(0), chain.var(0), rtol=0.15, atol=0)
+
+
+def test_the_derivative_free_method_is_for_exact_processes_of_order_two():
+    for sde in (make(order=1), make(mode="expanded"), DECAY):
+        with pytest.raises(BackpassError, match="derivative_free"):
+            integrate(sde, smooth_theta(), 0.2, 0.1, method="derivative_free")
+    with pytest.raises(BackpassError, match="at most eta_outer"):
+        integrate(make(), smooth_theta(), 1.0, 0.5, method="derivative_free")
+
+
 def test_the_trap_is_refused_and_the_message_says_what_to_do():
     theta = smooth_theta()
     with pytest.raises(BackpassError, match=r"Use method='predictor_corrector'.*coarse=True"):
