@@ -115,7 +115,7 @@ class ActivationRule(Rule):
         if parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
             y = self.replace_value(z, activation.compute(z.detach(), *parameters), None)
         else:
-            y = _kernel(self).apply(z, activation.compute, parameters, self, None)
+            y = _kernel(self).apply(z, (activation.compute, parameters, self, None))
         return x.copy_(y) if in_place else y
 
     def replace_call(
@@ -141,7 +141,7 @@ class ActivationRule(Rule):
             return self.replace_call(func, args, kwargs, site)
         z = x.clone() if in_place else x
         apply: Callable[..., Any] = _EagerKernel.apply
-        y = apply(z, activation.compute, parameters, self, site)
+        y = apply(z, (activation.compute, parameters, self, site))
         return x.copy_(y) if in_place else y
 
     def replace_value(self, x: Tensor, value: Tensor, site: SiteCall | None, learned: Tensor | None = None) -> Any:
@@ -156,6 +156,11 @@ class ActivationRule(Rule):
         apply: Callable[..., Any] = _Replaced.apply
         return apply(x, value, learned, self, site)
 
+    def replace_learned(self, x: Tensor, value: Tensor, site: SiteCall) -> Any:
+        """Return ``value``, computed from x and from parameters that keep their own gradients."""
+        apply: Callable[..., Any] = _Learned.apply
+        return apply(x, value, self, site)
+
     def on_node(self, grad_inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> Any:
         """Return the gradients that a plain activation's graph node passes on in the place of its own."""
         of_x, *others = grad_inputs
@@ -168,17 +173,9 @@ class _EagerKernel(torch.autograd.Function):
     """y = s(x) forward; dL/dx = rule.backward(dL/dy, x). In eager calls it is faster to set up the context at once."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        compute: Callable[..., Tensor],
-        parameters: tuple[Any, ...],
-        rule: Any,
-        site: SiteCall | None,
-    ) -> Any:
+    def forward(ctx: Any, x: Tensor, call: tuple[Any, ...]) -> Any:
+        compute, parameters, rule, site = ctx.call = call
         ctx.rule, ctx.dtype, ctx.site = rule, x.dtype, site
-        if site is not None:
-            ctx.compute, ctx.parameters = compute, parameters
         if site is not None or rule.needs_input:
             ctx.save_for_backward(x)
         return compute(x, *parameters)
@@ -186,7 +183,7 @@ class _EagerKernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plain = ctx.site is not None and not ctx.site.active()
-        return _plain_gradient(ctx, grad) if plain else _gradient(ctx, grad), None, None, None, None
+        return _plain_gradient(ctx, grad) if plain else _gradient(ctx, grad), None
 
 
 class _Kernel(torch.autograd.Function):
@@ -195,19 +192,20 @@ class _Kernel(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], rule: Any, site: None) -> Any:
+    def forward(x: Tensor, call: tuple[Any, ...]) -> Any:
+        compute, parameters, _, _ = call
         return compute(x, *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, _, ctx.rule, _ = inputs
+        x, (_, _, ctx.rule, _) = inputs
         ctx.dtype = x.dtype
         if ctx.rule.needs_input:
             ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, grad), None, None, None, None
+        return _gradient(ctx, grad), None
 
 
 class _ForwardModeKernel(_Kernel):
@@ -250,6 +248,28 @@ class _Replaced(torch.autograd.Function):
         return _gradient(ctx, grad), grad if ctx.site is None else None, grad if ctx.learns else None, None, None
 
 
+class _Learned(torch.autograd.Function):
+    """(x, value) -> value; backward adds to x what turns the value's gradient of x into the rule's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, rule: Any, site: SiteCall) -> Tensor:
+        ctx.rule, ctx.site, ctx.dtype = rule, site, x.dtype
+        edge = torch.autograd.graph.get_gradient_edge
+        ctx.way = ([edge(value)], [edge(x)]) if x.requires_grad else None
+        if rule.needs_input:
+            ctx.save_for_backward(x)
+        return value.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.way is None or not ctx.site.active():
+            return None, grad, None, None
+        again = torch.is_grad_enabled()
+        outputs, inputs = ctx.way
+        (plain,) = torch.autograd.grad(outputs, inputs, [grad], retain_graph=True, create_graph=again)
+        return _gradient(ctx, grad) - plain, grad, None, None
+
+
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     x = ctx.saved_tensors[0] if ctx.rule.needs_input else grad
     of_x: Tensor = ctx.rule.backward(grad, x)
@@ -261,6 +281,7 @@ def _plain_gradient(ctx: Any, grad: Tensor) -> Tensor:
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         z = x if again else x.detach().requires_grad_()
-        y = ctx.compute(z, *ctx.parameters)
-    (of_x,) = torch.autograd.grad(y, z, grad, create_graph=again)
+        compute, parameters, *_ = ctx.call
+        y = compute(z, *parameters)
+    of_x: Tensor = torch.autograd.grad(y, z, grad, create_graph=again)[0]
     return of_x

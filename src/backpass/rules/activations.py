@@ -54,6 +54,14 @@ def _relu6(x: Tensor) -> Any:
     return aten.hardtanh(x, 0.0, 6.0)
 
 
+def _softsign(x: Tensor) -> Any:
+    return aten.div(x, aten.add(aten.abs(x), 1))
+
+
+def _tanhshrink(x: Tensor) -> Any:
+    return aten.sub(x, aten.tanh(x))
+
+
 _NAMED: tuple[Activation, ...] = (
     Activation("relu", aten.relu),
     Activation("relu6", _relu6),
@@ -72,6 +80,12 @@ _NAMED: tuple[Activation, ...] = (
     Activation("threshold", aten.threshold, (("threshold", 0.0), ("value", 0.0))),
     Activation("tanh", aten.tanh),
     Activation("sigmoid", aten.sigmoid),
+    Activation("logsigmoid", aten.log_sigmoid),
+    Activation("softsign", _softsign),
+    Activation("tanhshrink", _tanhshrink),
+    Activation("hardshrink", aten.hardshrink, (("lambd", 0.5),)),
+    Activation("softshrink", aten.softshrink, (("lambd", 0.5),)),
+    Activation("rrelu", aten.rrelu, (("lower", 1 / 8), ("upper", 1 / 3), ("training", False))),
 )
 
 

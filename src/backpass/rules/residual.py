@@ -31,6 +31,8 @@ __all__ = ["PerActivation", "ResidualInterception"]
 class ResidualInterception(ActivationInterception):
     """An interception that scales the gradients of residual branches."""
 
+    follows = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.blocks = Blocks()
@@ -72,10 +74,10 @@ class ResidualInterception(ActivationInterception):
         self.blocks.note(out)
         return out
 
-    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor) -> Tensor:
+    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor, learns: bool = False) -> Tensor:
         """Give a value the rule's backward so that the backward pass decides."""
         self._hold(site, source)
-        return super().at_value(site, source, plain)
+        return super().at_value(site, source, plain, learns)
 
     def _hold(self, site: SiteCall, x: Tensor) -> None:
         """Keep the decision about a site for the backward pass, but leave an activation of a block's sum plain."""

@@ -199,7 +199,7 @@ class Attached:
                 f"tracing meets {key!r}, which an eager call of the model did not: the model does something else when "
                 "it is compiled. Attach the rule to the model without torch.compile."
             )
-        return all(by_key[key])
+        return by_key[key].counted and by_key[key].selected
 
     @constant_while_tracing
     def is_composed(self, key: str) -> bool:
@@ -210,10 +210,10 @@ class Attached:
     def verify(self, traced: int) -> str:
         """Check that compiled code passes all sites; a name of the plan that it follows."""
         plan = self._plan()
-        if traced != len(plan.keys):
+        if traced != len(plan.order):
             raise BackpassError(
-                f"compiled code passes {traced} of the {len(plan.keys)} calls that {self.rule} saw in an eager call of "
-                "the model: attach the rule to the model without torch.compile."
+                f"compiled code passes {traced} of the {len(plan.order)} calls that {self.rule} saw in an eager call "
+                "of the model: attach the rule to the model without torch.compile."
             )
         return "train" if self._training else "eval"
 
@@ -306,7 +306,7 @@ class Attached:
         for path, reasons in unreachable.items():
             known = self.unreachable.setdefault(path, [])
             known += [reason for reason in reasons if reason not in known]
-        if not unreachable:
+        if not self.unreachable:
             return
         listing = "; ".join(f"{path or '(model)'}: {', '.join(reasons)}" for path, reasons in self.unreachable.items())
         message = f"{self.rule} cannot reach all of this model, which stays plain there: {listing}."

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from backpass.errors import BackpassError
 from backpass.rules import torch_internals
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import Run, SiteCall
+from backpass.rules.attaching.run import Planned, Run, SiteCall
 
 if TYPE_CHECKING:
     from backpass.rules.attaching.attached import Attached
@@ -65,6 +65,7 @@ class Interception(TorchFunctionMode):
     """One call of an attached model: notes its sites and hands those that the rule selects to the rule.
 
     Attributes:
+        follows: whether calls may be made as the plan says, without a `SiteCall` for each.
         attached: the rule on the model.
         run: the sites of this call.
         running: the chain of running module calls, the outermost first.
@@ -72,11 +73,14 @@ class Interception(TorchFunctionMode):
         traced: number of sites that compiled code has passed.
     """
 
+    follows = False
+
     def __init__(self, attached: Attached, run: Run, replayed: dict[str, SiteCall] | None = None) -> None:
         super().__init__()
         self.attached = attached
         self.rule: Any = attached.rule
         self.functions = self.rule.functions
+        self.fast = self.follows and (self.rule.acts_on_nodes or not run.relative)
         self.run = run
         self.running: list[ModuleCall] = []
         self.replayed = replayed
@@ -102,7 +106,33 @@ class Interception(TorchFunctionMode):
         if hooks is not None and hooks is not caller.checkpoint:
             raise checkpointed_function(name, caller.path)
         x = args[0] if args else kwargs.get("input")
+        run = self.run
+        if self.fast and run.plan is not None and not caller.looks and self.replayed is None:
+            planned = run.follow(caller.key, name, x.shape if isinstance(x, Tensor) else ())
+            if planned is not None:
+                return self._planned(planned, func, args, kwargs)
+            self._recount()
         return self.at(self.meet(caller, name, x), func, args, kwargs)
+
+    def _planned(self, planned: Planned, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function as the plan says."""
+        run = self.run
+        if planned.selected:
+            if torch._C._len_torch_function_stack() or not torch.is_grad_enabled():
+                return self.at(run.last(), func, args, kwargs)
+            return self.replace_planned(func, args, kwargs, run.last() if run.relative else None)
+        out = func(*args, **kwargs)
+        if run.relative and planned.counted and isinstance(out, Tensor):
+            run.keep_node(out.grad_fn)
+        return out
+
+    def _recount(self) -> None:
+        """Count the calls of the running modules, which following a plan does not."""
+        for call in self.running:
+            for site in self.run.sites:
+                name, _, number = site.key.removeprefix(f"{call.key}:").partition("#")
+                if number.isdigit() and site.key == f"{call.key}:{name}#{number}":
+                    call.calls[name + "()"] = int(number) + 1
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site of the rule."""
@@ -172,9 +202,9 @@ class Interception(TorchFunctionMode):
         return choose(plain, replaced, site)
 
     def replace_planned(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
     ) -> Any:
-        """Call a function with the rule's backward, where most likely the rule acts; the site is asked all the same."""
+        """Call a function with the rule's backward, where surely or most likely the rule acts; see `replace`."""
         return self.replace(func, args, kwargs, site)
 
     def _traced(
@@ -195,7 +225,7 @@ class Interception(TorchFunctionMode):
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
         """Note that a call of a module begins; return other arguments for it, or None."""
         call = ModuleCall(path, key)
-        if self.running and self.running[-1].plain:
+        if len(self.running) > 0 and self.running[-1].plain:
             call.plain = True
         self.running.append(call)
         if not is_dynamo_compiling() and self.replayed is None:

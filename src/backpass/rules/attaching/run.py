@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from backpass.errors import BackpassError
 from backpass.rules.attaching.override import BackwardOverride, no_site
 from backpass.rules.places import Place, counts_from_end
 from backpass.rules.sites import Site, SiteTable
 
-__all__ = ["Plan", "Run", "SiteCall"]
-
-_NEVER = 2**62
+__all__ = ["Plan", "Planned", "Run", "SiteCall"]
 
 
 class SiteCall:
@@ -73,21 +71,48 @@ class SiteCall:
         return module in ("", self.module) or self.module.startswith(module + ".")
 
 
+class Planned(NamedTuple):
+    """A call of the last run, to be met again.
+
+    Attributes:
+        key: as in `SiteCall`.
+        caller: key of the module call that makes it.
+        module: as in `SiteCall`.
+        function: as in `SiteCall`.
+        counted: whether it is a site.
+        selected: whether the rule acted.
+    """
+
+    key: str
+    caller: str
+    module: str
+    function: str
+    counted: bool
+    selected: bool
+
+
 class Plan:
     """The sites of a finished call, to follow in the next one.
 
     Attributes:
-        keys: of all calls that were noted, in order.
-        by_key: what each call was.
+        order: all calls that were noted.
+        by_key: the same by key.
         composed: keys of module calls that were one activation as a whole.
         composing: paths of modules whose own forward composes an activation of several calls.
+        writing: those of ``composed`` that write into their input.
     """
 
     def __init__(self, run: Run) -> None:
-        self.keys = [site.key for site in run.sites]
-        self.by_key = {site.key: (site.counted, bool(site.selected)) for site in run.sites}
+        self.order = [
+            Planned(
+                site.key, site.key.rpartition(":")[0], site.module, site.function, site.counted, bool(site.selected)
+            )
+            for site in run.sites
+        ]
+        self.by_key = {planned.key: planned for planned in self.order}
         self.composed = run.composed
         self.composing = run.composing
+        self.writing = run.writing
         self._tables = run.table(), run.selected()
 
     def table(self) -> SiteTable:
@@ -102,14 +127,17 @@ class Plan:
 class Run:
     """The sites of one call of an attached model, in the order of their calls.
 
+    As long as a call does the same as the last one, its sites are those of the plan. What a range counted from the
+    front selects is then certain; what a range counted from the end selects is so if the call also ends alike.
+
     Attributes:
         rule: the rule.
         plan: the sites of the last call, as long as this one is the same; else None.
-        sites: the sites, and calls that turned out to be none.
         entered: path and key of each module call.
         unreachable: what the rule cannot reach, by module.
         composed: as in `Plan`.
         composing: as in `Plan`.
+        writing: as in `Plan`.
         relative: whether the range is counted from the end.
         plain: whether the backward pass leaves all sites plain, for the time being.
     """
@@ -117,53 +145,63 @@ class Run:
     def __init__(self, rule: BackwardOverride, plan: Plan | None) -> None:
         self.rule = rule
         self.plan = plan
-        self.sites: list[SiteCall] = []
         self.entered: list[tuple[str, str]] = []
         self.unreachable: dict[str, list[str]] = {}
         self.composed: set[str] = set(plan.composed) if plan else set()
         self.composing: set[str] = set(plan.composing) if plan else set()
+        self.writing: set[str] = set(plan.writing) if plan else set()
         self.relative = counts_from_end(rule.start) or counts_from_end(rule.stop)
         self.plain = False
-        self._count = 0
-        self._paths = [place for place in (rule.start, rule.stop) if isinstance(place, str)]
-        self._first_inside: dict[str, int] = {}
-        self._calls: Counter[tuple[str, str]] = Counter()
+        self._order = plan.order if plan else []
+        self._met: list[SiteCall | None] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._nodes: dict[int, Any] = {}
+
+    @property
+    def sites(self) -> list[SiteCall]:
+        """The calls so far, sites and others."""
+        for position, site in enumerate(self._met):
+            if site is None:
+                self._met[position] = self._planned(position)
+        return self._met  # type: ignore[return-value]
+
+    def _planned(self, position: int) -> SiteCall:
+        planned = self._order[position]
+        site = SiteCall(self, planned.key, planned.module, planned.function, self._shapes[position])
+        site.counted, site.selected = planned.counted, planned.selected
+        site.kernel, site.node = planned.selected, self._nodes.get(position)
+        site.fixed = not (self.relative and planned.counted)
+        return site
+
+    def follow(self, caller: str, function: str, shape: tuple[int, ...]) -> Planned | None:
+        """Return what the plan says of the next call, or None if another call was expected."""
+        position = len(self._met)
+        if position < len(self._order):
+            planned = self._order[position]
+            if planned.function == function and planned.caller == caller:
+                self._met.append(None)
+                self._shapes.append(shape)
+                return planned
+        self.plan = None
+        return None
+
+    def keep_node(self, node: Any) -> None:
+        """Remember the graph node of the call that was met last, which may yet turn out to be selected."""
+        self._nodes[len(self._met) - 1] = node
+
+    def last(self) -> SiteCall:
+        """Return the call that was met last."""
+        site = self._met[-1] = self._met[-1] or self._planned(len(self._met) - 1)
+        return site
 
     def meet(self, key: str, module: str, function: str, shape: tuple[int, ...]) -> SiteCall:
         """Note a call, and decide about it if that can be done now."""
+        if self.plan is not None and self.follow(key.rpartition(":")[0], function, shape) is not None:
+            return self.last()
         site = SiteCall(self, key, module, function, shape)
-        self.sites.append(site)
-        if self.plan is not None:
-            known = self.plan.by_key.get(key)
-            if known is None:
-                self.plan = None  # another number of sites than in the last call
-            else:
-                site.counted, planned = known
-                if not site.counted:
-                    site.selected, site.fixed = False, True
-                elif self.relative:
-                    site.selected = planned
-                else:
-                    site.selected, site.fixed = self._selects(site), True
+        self._met.append(site)
+        self._shapes.append(shape)
         return site
-
-    def _selects(self, site: SiteCall) -> bool:
-        """Select a site of a range that is counted from the front; called once for each site, in order."""
-        index, self._count = self._count, self._count + 1
-        if self._paths:
-            for path in self._paths:
-                if path not in self._first_inside and site.inside(path):
-                    self._first_inside[path] = index
-        start, stop, where = self.rule.start, self.rule.stop, self.rule.where
-        if start is not None and index < (self._first_inside.get(start, _NEVER) if isinstance(start, str) else start):
-            return False
-        if stop is not None and index >= (self._first_inside.get(stop, _NEVER) if isinstance(stop, str) else stop):
-            return False
-        if where is None:
-            return True
-        call = self._calls[site.module, site.function]
-        self._calls[site.module, site.function] += 1
-        return bool(where(Site(index, site.module, site.function, call, site.shape, site.key)))
 
     def table(self) -> SiteTable:
         """Return all sites."""
@@ -191,27 +229,29 @@ class Run:
             NoSiteError: the rule selects no site.
             BackpassError: a decision that was already acted on turns out to be wrong.
         """
-        followed = self.plan is not None and [site.key for site in self.sites] == self.plan.keys
-        if not followed:
+        if self.plan is None or len(self._met) != len(self._order):
+            self.plan = None
             table = self.table()
             chosen = {row.key for row in table if self._in_range(row, table)}
             for site in self.sites:
                 self._settle(site, site.counted and not site.excluded and site.key in chosen)
-        for site in self.sites:
-            site.node = None  # a graph that refers to its nodes would never be freed
-        if self.rule.needs_site and not any(site.selected for site in self.sites):
+        self.abandon()
+        if self.rule.needs_site and self.plan is None and not any(site.selected for site in self.sites):
             raise no_site(self.rule, self.table(), {**unreachable, **self.unreachable})
 
     def settle(self, plan: Plan) -> None:
         """Decide about every site as in another call, where compiled code has passed a part of them."""
         for site in self.sites:
-            self._settle(site, all(plan.by_key.get(site.key, (False,))))
-            site.node = None
+            planned = plan.by_key.get(site.key)
+            self._settle(site, planned is not None and planned.counted and planned.selected)
+        self.abandon()
 
     def abandon(self) -> None:
-        """Let go of the graph after an exception."""
-        for site in self.sites:
-            site.node = None
+        """Let go of the graph: one that refers to its own nodes would never be freed."""
+        self._nodes.clear()
+        for site in self._met:
+            if site is not None:
+                site.node = None
 
     def _settle(self, site: SiteCall, chosen: bool) -> None:
         if site.selected is not None and site.selected != chosen:
