@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from backpass.attacks.guard import leave_no_trace
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 from backpass.training.batches import unit_interval
 from backpass.training.objective import Loss, correct
 from backpass.training.processes import from_first, rank, summed, world
@@ -44,7 +44,7 @@ class Evaluation:
 
     def __call__(self, source: Source) -> dict[str, float]:
         """Mean loss and, where it is classification, accuracy in [0, 1], over all samples."""
-        with leave_no_trace(self._model), torch.no_grad(), self._plain(), self._autocast():
+        with preserved(self._model), torch.no_grad(), self._plain(), self._autocast():
             _share_buffers(self._model)
             sums = torch.zeros(3, dtype=torch.float64, device=self._settings.device)
             for x, y in self._read(source):
@@ -63,7 +63,7 @@ class Evaluation:
         assert tensors is not None  # noqa: S101  the settings are checked
         assert function is not None  # noqa: S101
         x, y = (one.to(self._settings.device) for one in tensors)
-        with leave_no_trace(self._model), self._plain():
+        with preserved(self._model), self._plain():
             _share_buffers(self._model)
             return from_first(lambda: _numbers(function(self._model, self._prepare(x), y)))
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from backpass.attacks.guard import leave_no_trace
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 from backpass.training.batches import Batch, unit_interval
 from backpass.training.objective import PerSample
 from backpass.training.settings import Settings
@@ -56,7 +56,7 @@ def _compare(
             "(y.long()), or give objective=PerSample(loss) for targets of another kind."
         )
     x, labels = (one[:2].to(device) for one in tensors)
-    with leave_no_trace(model), torch.no_grad():
+    with preserved(model), torch.no_grad():
         prepared = prepare(x, labels)
         try:
             output = model(prepared)
