@@ -1,4 +1,4 @@
-"""Restarts: which run together, and which of a sample's images is kept."""
+"""Restarts side by side, and the best image of each sample."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["Best", "further_restarts"]
 
 @dataclass(eq=False)
 class Best:
-    """The best image of each sample so far: z (N, ...), its verdict, and the halvings (N, K) of its search."""
+    """The best image of each sample so far: z (N, ...), its verdict, and its search's record (N, K)."""
 
     z: Tensor
     verdict: Verdict
-    halvings: Tensor | None = None
+    record: Tensor | None = None
 
     def __getitem__(self, keep: Tensor | slice) -> Best:
-        halvings = None if self.halvings is None else self.halvings[keep]
-        return Best(self.z[keep], Verdict(*(t[keep] for t in self.verdict)), halvings)
+        record = None if self.record is None else self.record[keep]
+        return Best(self.z[keep], Verdict(*(t[keep] for t in self.verdict)), record)
 
     def improve(self, row: Tensor, other: Best, keep_first: bool) -> None:
-        """Takes other (B) at row (B,), all different, wherever it is better.
+        """Take other (B) at row (B,), all different, wherever it is better.
 
         A success beats a failure, and a larger objective a smaller one; among successes only if not `keep_first`.
         """
@@ -38,22 +38,22 @@ class Best:
         at = row[better]
         self.z = self.z.index_copy(0, at, other.z[better])
         self.verdict = Verdict(*(a.index_copy(0, at, b[better]) for a, b in zip(mine, theirs, strict=True)))
-        if self.halvings is not None and other.halvings is not None:
-            self.halvings = self.halvings.index_copy(0, at, other.halvings[better])
+        if self.record is not None and other.record is not None:
+            self.record = self.record.index_copy(0, at, other.record[better])
 
     @classmethod
     def concatenate(cls, parts: Sequence[Best]) -> Best:
-        """One batch after the other."""
-        halvings = [part.halvings for part in parts if part.halvings is not None]
+        """Join consecutive batches."""
+        record = [part.record for part in parts if part.record is not None]
         return cls(
             torch.cat([part.z for part in parts]),
             Verdict(*(torch.cat(columns) for columns in zip(*(part.verdict for part in parts), strict=True))),
-            torch.cat(halvings) if halvings else None,
+            torch.cat(record) if record else None,
         )
 
 
 def further_restarts(best: Best, restarts: int, capacity: int, early_stop: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (row, restart), (B,) each with B <= capacity: restarts 1, 2, ... side by side in few batches.
+    """Yield (row, restart), (B,) each with B <= capacity: restarts 1, 2, ... side by side in few batches.
 
     Where `early_stop`, only of samples that `best`, which the caller improves meanwhile, has no success for.
     """
