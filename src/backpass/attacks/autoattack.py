@@ -107,4 +107,5 @@ class AutoAttack(Attack):
         # One loss for all images, whichever attack has found them.
         oracle.objective = make_objective(self.loss, targeted=False)
         z = best.z[jobs.row]
-        return Best(z, oracle.judge(z, jobs))[: len(rows)]
+        verdict = oracle.judge(z, jobs)
+        return Best(z, verdict, verdict.value)[: len(rows)]

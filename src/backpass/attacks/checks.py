@@ -90,7 +90,7 @@ def check_counts(**values: object) -> None:
         *rest, last = values
         names = f"{', '.join(rest)} and {last}" if rest else last
         got = ", ".join(f"{name}={value!r}" for name, value in values.items())
-        whole = all(isinstance(value, int) for value in values.values())
+        whole = all(type(value) is int for value in values.values())
         raise BackpassError(f"{names} must be {'' if whole else 'whole numbers of '}at least 1; got {got}.")
 
 
@@ -188,7 +188,7 @@ def check_images(x: Tensor, bounds: Bounds) -> None:
         raise BackpassError(f"x must be a non-empty batch (N, ...); got shape {tuple(x.shape)}, an empty batch.")
     if any(isinstance(one, tuple) for one in bounds) and x.shape[1] not in _channels(bounds):
         raise BackpassError(
-            f"bounds has {_channels(bounds)} channels, x has shape {tuple(x.shape)}: give one per channel."
+            f"bounds has {max(_channels(bounds))} channels, x has shape {tuple(x.shape)}: give one number per channel."
         )
     lo, hi = limits(bounds, x)
     low, high = (x.detach() - lo).amin(), (x.detach() - hi).amax()

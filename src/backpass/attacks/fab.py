@@ -80,7 +80,7 @@ class FAB(MinimumNorm):
             key = make_key(self.seed, jobs.index, jobs.restart, _START, like=jobs.index)
             point = choose(jobs.restart < targets, jobs.x, half.start(jobs.x, key))
         far = torch.full((len(point),), torch.inf, dtype=torch.float64, device=point.device)
-        return Nearest(jobs=jobs, z=jobs.x, seen=jobs.x, point=point, distance=far, done=far < 0)
+        return Nearest(jobs=jobs, z=jobs.x, seen=jobs.x, point=point, distance=far)
 
     def advance(self, oracle: Oracle, state: State, iteration: int) -> State:
         """One step to the linearised boundary and a look at what was reached."""
@@ -89,12 +89,12 @@ class FAB(MinimumNorm):
         logits, gap, w = self._hyperplane(oracle, state)
         if iteration == 0:
             state = self._met(oracle, state, state.point, logits)
-        point = self._step(threat, state.point, w, gap, jobs.x)
+        point = jobs.threat.restrict(jobs.x, self._step(threat, state.point, w, gap, jobs.x))
         logits = oracle.forward(point, jobs)
         state = self._met(oracle, state, point, logits)
         beyond = oracle.fooled(logits, jobs.y)
         state = replace(state, point=choose(beyond, jobs.x + _BETA * (point - jobs.x), point))
-        return replace(state, seen=state.z, done=self.enough(state) if self.early_stop else None)
+        return replace(state, seen=state.z, done=self.enough(state))
 
     def end(self, oracle: Oracle, state: State) -> State:
         """Bring what is too far into the ball, or drop it."""

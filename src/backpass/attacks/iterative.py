@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from backpass.attacks.checks import check_counts, check_radius
+from backpass.attacks.checks import check_counts, check_flags, check_radius
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, uniform
 from backpass.attacks.oracle import Oracle, Pass
@@ -64,6 +64,7 @@ class Iterative(SearchAttack):
         if self.loss == "dlr-targeted":
             raise BackpassError("loss 'dlr-targeted' chooses target classes, which only APGD does.")
         check_counts(steps=self.steps, restarts=self.restarts)
+        check_flags(random_start=self.random_start)
 
     @property
     def iterations(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from backpass.attacks.checks import check_counts, check_radius
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.losses import make_objective
-from backpass.attacks.oracle import Oracle
+from backpass.attacks.oracle import Oracle, Verdict
 from backpass.attacks.search import SearchAttack
 from backpass.attacks.state import State, choose
 from backpass.attacks.threat import Threat, make_threat, per_sample
@@ -58,14 +58,23 @@ class MinimumNorm(SearchAttack):
     eps: float | tuple[float, ...] = math.inf
     loss: str = "margin"
 
-    def enough(self, state: Nearest) -> Tensor:
+    @property
+    def stops_early(self) -> bool:
+        """Whether an image inside the ball is enough."""
+        return self.early_stop and not math.isinf(self.largest_eps)
+
+    def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict) -> Tensor:
+        """Return minus the distance, -inf where the image does not fool."""
+        fooled = (verdict.prediction == jobs.y) == self.targeted
+        return torch.where(fooled, -oracle.threat.size(z.double() - jobs.x.double()), -torch.inf)
+
+    def enough(self, state: Nearest) -> Tensor | None:
         """(B,) bool: rows for which nothing nearer is asked for."""
-        eps = torch.as_tensor(state.jobs.threat.eps, dtype=torch.float64, device=state.distance.device)
-        return (state.distance <= eps) & eps.isfinite()
+        return state.distance <= state.jobs.threat.eps if self.stops_early else None
 
     def end(self, oracle: Oracle, state: State) -> State:
         """Bring what is too far into the ball, where only the ball counts."""
-        if not self.early_stop or math.isinf(self.largest_eps):
+        if not self.stops_early:
             return state
         return replace(state, z=state.jobs.threat.project(state.jobs.x, state.z.clone()))
 
@@ -83,8 +92,10 @@ class FMN(MinimumNorm):
     """delta <- project(delta + a g / |g|_2, ball of radius e), with a radius e that follows the boundary.
 
     g is the gradient of the margin. e shrinks by (1 - c), to the smallest distance found at most, where the image is
-    misclassified, and grows by (1 + c) where it is not; before the first success it is |delta| plus the distance of
-    the linearised boundary, |margin| / |g|_dual. a and c fall by cosine annealing.
+    misclassified, and grows by (1 + c) where it is not; before the first success it is the sum of |delta|
+    and the distance of the linearised boundary, |margin| / |g|_dual, but at least the last e, and times (1 + c): without
+    these two, as published, the search may converge to the boundary from inside, or be held by the bounds, and never
+    cross it. a and c fall by cosine annealing.
     Source: Pintor et al., Fast minimum-norm adversarial attacks through adaptive norm constraints (2021), algorithm 1.
 
     Args:
@@ -119,7 +130,7 @@ class FMN(MinimumNorm):
         point = self.first_images(jobs, jobs.x)
         far = torch.full((len(point),), torch.inf, dtype=torch.float64, device=point.device)
         return _Boundary(
-            jobs=jobs, z=jobs.x, seen=jobs.x, point=point, distance=far, radius=far, found=far < 0, done=far < 0
+            jobs=jobs, z=jobs.x, seen=jobs.x, point=point, distance=far, radius=torch.zeros_like(far), found=far < 0
         )
 
     def advance(self, oracle: Oracle, state: State, iteration: int) -> State:
@@ -144,10 +155,10 @@ class FMN(MinimumNorm):
         radius = torch.where(
             fooled,
             torch.minimum(state.radius * (1 - gamma), state.distance),
-            torch.where(state.found, state.radius * (1 + gamma), boundary),
+            torch.where(state.found, state.radius, torch.maximum(boundary, state.radius)) * (1 + gamma),
         )
         length = torch.linalg.vector_norm(gradient.flatten(1), dim=1).clamp_min(1e-12)
         ahead = state.point + step * gradient / per_sample(length, gradient)
         ball = make_threat(self.norm, radius, self.bounds, jobs.threat.mask)
         state = replace(state, radius=radius, point=ball.project(jobs.x, ahead))
-        return replace(state, seen=state.z, done=self.enough(state) if self.early_stop else None)
+        return replace(state, seen=state.z, done=self.enough(state))

@@ -184,10 +184,11 @@ class Oracle:
         model = self.model if model is None else model
         # A model may write into its input, as in x.sub_(mean): then it gets a copy.
         given = z.clone() if self._copies else z
+        version = given._version
         with precision:
             output = model(given)
         if not self._seen:
-            self._copies = not torch.equal(given, z)
+            self._copies = given._version != version or not torch.equal(given, z)
         if isinstance(model, Ensemble):
             logits = torch.stack([check_logits(_select(one, self.select), len(z)).to(z.dtype) for one in output]).mean(
                 0

@@ -19,24 +19,26 @@ class Best:
 
     z: Tensor
     verdict: Verdict
+    score: Tensor
     record: Tensor | None = None
 
     def __getitem__(self, keep: Tensor | slice) -> Best:
         record = None if self.record is None else self.record[keep]
-        return Best(self.z[keep], Verdict(*(t[keep] for t in self.verdict)), record)
+        return Best(self.z[keep], Verdict(*(t[keep] for t in self.verdict)), self.score[keep], record)
 
     def improve(self, row: Tensor, other: Best, keep_first: bool) -> None:
         """Take other (B) at row (B,), all different, wherever it is better.
 
-        A success beats a failure, and a larger objective a smaller one; among successes only if not `keep_first`.
+        A success beats a failure, and a larger score a smaller one; among successes only if not `keep_first`.
         """
         mine, theirs = self.verdict, other.verdict
         was, now = mine.success[row], theirs.success
-        better = (now & ~was) | ((now == was) & (theirs.value > mine.value[row]))
+        better = (now & ~was) | ((now == was) & (other.score > self.score[row]))
         if keep_first:
             better &= ~was
         at = row[better]
         self.z = self.z.index_copy(0, at, other.z[better])
+        self.score = self.score.index_copy(0, at, other.score[better].to(self.score.dtype))
         self.verdict = Verdict(*(a.index_copy(0, at, b[better]) for a, b in zip(mine, theirs, strict=True)))
         if self.record is not None and other.record is not None:
             self.record = self.record.index_copy(0, at, other.record[better])
@@ -48,6 +50,7 @@ class Best:
         return cls(
             torch.cat([part.z for part in parts]),
             Verdict(*(torch.cat(columns) for columns in zip(*(part.verdict for part in parts), strict=True))),
+            torch.cat([part.score for part in parts]),
             torch.cat(record) if record else None,
         )
 

@@ -14,7 +14,7 @@ from backpass.attacks.attack import Attack, Batch
 from backpass.attacks.checks import check_images, check_labels, check_model
 from backpass.attacks.jobs import Jobs, batch_sizes, pad
 from backpass.attacks.losses import Loss
-from backpass.attacks.oracle import Oracle
+from backpass.attacks.oracle import Oracle, Verdict
 from backpass.attacks.restarts import Best, further_restarts
 from backpass.attacks.state import State, choose
 from backpass.preserved import preserved
@@ -41,6 +41,15 @@ class SearchAttack(Attack):
     def searches(self) -> int:
         """Number of searches of each sample, the first included."""
         return 1
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a success ends the search of its sample."""
+        return self.early_stop
+
+    def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict) -> Tensor:
+        """Return (B,) what the restarts are compared by among successes and among failures: the objective."""
+        return verdict.value
 
     @abstractmethod
     def begin(self, oracle: Oracle, jobs: Jobs) -> State:
@@ -96,11 +105,11 @@ class SearchAttack(Attack):
         sizes = batch_sizes(capacity, compiled=oracle.fixed_sizes)
         rows = torch.arange(len(batch.y), device=batch.y.device)
         best = self._run(oracle, batch.jobs(rows, torch.zeros_like(rows)), sizes)
-        for row, restart in further_restarts(best, self.searches, capacity, self.early_stop):
+        for row, restart in further_restarts(best, self.searches, capacity, self.stops_early):
             found = self._run(oracle, batch.jobs(row, restart), sizes)
             for r in torch.unique(restart):
                 same = restart == r
-                best.improve(row[same], found[same], keep_first=self.early_stop)
+                best.improve(row[same], found[same], keep_first=self.stops_early)
         return best
 
     def _run(self, oracle: Oracle, jobs: Jobs, sizes: list[int]) -> Best:
@@ -108,9 +117,10 @@ class SearchAttack(Attack):
         real, fixed = len(jobs), oracle.fixed_sizes
         if fixed:
             jobs = jobs[pad(torch.arange(real, device=jobs.y.device), sizes)]
-        found = self._drive(oracle, jobs, ActiveSet(jobs, real, sizes, fixed=fixed, early_stop=self.early_stop))
+        found = self._drive(oracle, jobs, ActiveSet(jobs, real, sizes, fixed=fixed, early_stop=self.stops_early))
         z = _keep_finite(found["z"].detach(), jobs)
-        return Best(z, oracle.judge(z, jobs.with_targets(found.get("target"))), found.get("record"))[:real]
+        verdict = oracle.judge(z, jobs.with_targets(found.get("target")))
+        return Best(z, verdict, self.score(oracle, z, jobs, verdict), found.get("record"))[:real]
 
     def _drive(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> dict[str, Tensor]:
         state = self.begin(oracle, jobs)

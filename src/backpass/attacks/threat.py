@@ -71,7 +71,10 @@ class Threat(ABC):
 
     def project(self, x: Tensor, z: Tensor) -> Tensor:
         """Return the feasible image for z (N, ...); a feasible z is returned as it is. May write into z."""
-        z = self._into_ball(x, z if self.mask is None else torch.where(self.mask, z, x))
+        return self.restrict(x, self._into_ball(x, self.restrict(x, z)))
+
+    def restrict(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return z inside the mask, x outside."""
         return z if self.mask is None else torch.where(self.mask, z, x)
 
     def clamp(self, z: Tensor) -> Tensor:
