@@ -27,7 +27,6 @@ from backpass.attacks.restarts import Best
 from backpass.attacks.result import Result
 from backpass.attacks.threat import Bounds, Threat, make_threat
 from backpass.errors import BackpassError
-from backpass.numbers import is_whole
 from backpass.preserved import preserved
 
 __all__ = ["Attack", "Batch"]
@@ -109,8 +108,8 @@ class Attack(ABC):
         for radius in self.eps if isinstance(self.eps, tuple) else (self.eps,):
             check_radius("eps", radius, self.norm, self.bounds, infinite=self.minimum_norm)
         check_counts(eot=self.eot)
-        if not is_whole(self.seed, -(2**63)):
-            raise BackpassError(f"seed must be a whole number of 64 bits; got {self.seed!r}.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise BackpassError(f"seed must be a whole number; got {self.seed!r}.")
         if self.dtype not in (None, torch.bfloat16, torch.float16):
             raise BackpassError(f"dtype must be torch.bfloat16, torch.float16 or None; got {self.dtype}.")
 
@@ -189,14 +188,16 @@ class Attack(ABC):
             rows = torch.split(torch.arange(len(x), device=x.device), capacity)
             parts = [self._attack(oracle, whole[some], capacity) for some in rows]
             best = parts[0] if len(parts) == 1 else Best.concatenate(parts)
-            distance = whole.threat.size(best.z.double() - x.double())
-        fooled = (best.verdict.prediction == y) == self.targeted
+            fooled = (best.verdict.prediction == y) == self.targeted
+            distance = torch.where(fooled, whole.threat.size(best.z.double() - x.double()), torch.inf)
+            if self.minimum_norm:
+                distance = -best.score
         return Result(
             x_adv=best.z,
             success=best.verdict.success,
             loss=-best.verdict.value if self.targeted else best.verdict.value,
             prediction=best.verdict.prediction,
-            distance=torch.where(fooled, distance, torch.inf),
+            distance=distance,
             gradients=oracle.gradients,
             forwards=oracle.forwards,
             halvings=best.record,

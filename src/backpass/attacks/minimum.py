@@ -34,6 +34,10 @@ class Nearest(State):
     point: Tensor
     distance: Tensor
 
+    def results(self, images: Tensor) -> dict[str, Tensor]:
+        """Add the distances."""
+        return {**super().results(images), "distance": self.distance}
+
     def met(self, fooled: Tensor, threat: Threat, point: Tensor | None = None) -> Tensor:
         """(B,) bool: rows of the point (B, ...) that fool and are nearer than what was found."""
         point = self.point if point is None else point
@@ -44,9 +48,9 @@ class Nearest(State):
 class MinimumNorm(SearchAttack):
     """Base of the attacks that look for the nearest misclassified image.
 
-    `Result.distance` and `Result.x_adv` are those of the nearest image found, also beyond `eps`; `Result.success`
-    needs distance <= eps. With a finite `eps` and `early_stop`, an image inside the ball is enough, and where none
-    was found, `x_adv` is brought into the ball.
+    `Result.distance` is that of the nearest image found, also beyond `eps`. With a finite `eps`, `Result.success`
+    needs distance <= eps, `Result.x_adv` is brought into the ball where nothing was found there, and with `early_stop`
+    any image inside the ball is enough.
 
     Args:
         eps: the largest distance that counts as success; inf by default.
@@ -63,18 +67,18 @@ class MinimumNorm(SearchAttack):
         """Whether an image inside the ball is enough."""
         return self.early_stop and not math.isinf(self.largest_eps)
 
-    def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict) -> Tensor:
-        """Return minus the distance, -inf where the image does not fool."""
-        fooled = (verdict.prediction == jobs.y) == self.targeted
-        return torch.where(fooled, -oracle.threat.size(z.double() - jobs.x.double()), -torch.inf)
+    def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict, found: dict[str, Tensor]) -> Tensor:
+        """Return minus the smallest distance, -inf where no image fools."""
+        size = oracle.threat.size(z.double() - jobs.x.double())
+        return -torch.minimum(found["distance"], torch.where(verdict.success, size, torch.inf))
 
     def enough(self, state: Nearest) -> Tensor | None:
         """(B,) bool: rows for which nothing nearer is asked for."""
         return state.distance <= state.jobs.threat.eps if self.stops_early else None
 
     def end(self, oracle: Oracle, state: State) -> State:
-        """Bring what is too far into the ball, where only the ball counts."""
-        if not self.stops_early:
+        """Bring what is too far into the ball."""
+        if math.isinf(self.largest_eps):
             return state
         return replace(state, z=state.jobs.threat.project(state.jobs.x, state.z.clone()))
 

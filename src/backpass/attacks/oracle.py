@@ -70,6 +70,7 @@ class Oracle:
         self.targeted, self.select, self.eot, self.dtype = targeted, logits, eot, dtype
         self.gradients = 0
         self.forwards = 0
+        self.looks_at_batches = True  # whether a model's dependence on the batch is worth two more passes
         self._seen = False
         self._copies = True  # until a call has shown that the model leaves its input as it is
 
@@ -198,7 +199,8 @@ class Oracle:
         if not self._seen:
             check_first_logits(logits.detach(), y)
             self._seen = True
-            warn_of_batch_statistics(model, self.select, z.detach(), logits.detach())
+            if self.looks_at_batches:
+                warn_of_batch_statistics(model, self.select, z.detach(), logits.detach())
         return logits
 
 

@@ -47,7 +47,7 @@ class SearchAttack(Attack):
         """Whether a success ends the search of its sample."""
         return self.early_stop
 
-    def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict) -> Tensor:
+    def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict, found: dict[str, Tensor]) -> Tensor:
         """Return (B,) what the restarts are compared by among successes and among failures: the objective."""
         return verdict.value
 
@@ -91,6 +91,7 @@ class SearchAttack(Attack):
         check_labels(x, indices, "indices")
         with preserved(model):
             oracle = self.make_oracle(model)
+            oracle.looks_at_batches = False
             row = torch.arange(len(x), device=x.device)
             if value is not None:
                 raised = value
@@ -120,7 +121,7 @@ class SearchAttack(Attack):
         found = self._drive(oracle, jobs, ActiveSet(jobs, real, sizes, fixed=fixed, early_stop=self.stops_early))
         z = _keep_finite(found["z"].detach(), jobs)
         verdict = oracle.judge(z, jobs.with_targets(found.get("target")))
-        return Best(z, verdict, self.score(oracle, z, jobs, verdict), found.get("record"))[:real]
+        return Best(z, verdict, self.score(oracle, z, jobs, verdict, found), found.get("record"))[:real]
 
     def _drive(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> dict[str, Tensor]:
         state = self.begin(oracle, jobs)
