@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from backpass.rules.damped import NotFiniteError
+from backpass.rules.implicit.systems import NotFiniteError
 from backpass.rules.proxprop import ProxProp
 
 BATCH = 500

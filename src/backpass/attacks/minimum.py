@@ -97,9 +97,9 @@ class FMN(MinimumNorm):
 
     g is the gradient of the margin. e shrinks by (1 - c), to the smallest distance found at most, where the image is
     misclassified, and grows by (1 + c) where it is not; before the first success it is the sum of |delta|
-    and the distance of the linearised boundary, |margin| / |g|_dual, but at least the last e, and times (1 + c): without
-    these two, as published, the search may converge to the boundary from inside, or be held by the bounds, and never
-    cross it. a and c fall by cosine annealing.
+    and the distance of the linearised boundary, |margin| / |g|_dual, but at least the last e, and times (1 + c).
+    Without these two, as published, the search may converge to the boundary from inside, or be held by the bounds, and
+    never cross it. a and c fall by cosine annealing.
     Source: Pintor et al., Fast minimum-norm adversarial attacks through adaptive norm constraints (2021), algorithm 1.
 
     Args:

@@ -48,6 +48,10 @@ class Rate:
         """95 %, Wilson."""
         return wilson(self.hits, self.trials)
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.1%} [{low:.1%}, {high:.1%}]" if self.trials else "of no sample"
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON; null for NaN."""
         value = self.value if self.trials else None
@@ -99,6 +103,9 @@ class ClassRates:
         """Return the numbers in JSON's types."""
         return {"label": self.label, "name": self.name, "clean": self.clean.to_dict(), "robust": self.robust.to_dict()}
 
+    def __repr__(self) -> str:
+        return f"AttackRecord({self.settings}, fooled {int(self.success.sum()):,} of {len(self.success):,} samples)"
+
 
 @dataclass(frozen=True, eq=False)
 class Report:
@@ -125,6 +132,15 @@ class Report:
     versions: dict[str, str]
     radii: dict[str, dict[float, str]] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Report of {len(self.y):,} samples, {self.classes:,} classes; 95 % intervals",
+            f"  clean accuracy {self.clean}",
+            f"  robust accuracy {self.robust()}",
+        ]
+        lines += [f"  {name}: accuracy {self.robust(name)}, success {self.fooled(name)}" for name in self.attacks]
+        return "\n".join(lines)
 
     @property
     def correct(self) -> Tensor:

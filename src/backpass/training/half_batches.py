@@ -39,7 +39,7 @@ def half_losses(
     """The two functions that `ControlledLR.measure` takes: loss(model(x), y) on each half of a batch.
 
     Running statistics and random numbers stay as they were. Rules in force on the model are suspended: what is measured
-    is the loss itself, and nothing of it gets into what `ProxProp(union=True)` collects for the step.
+    is the loss itself, and nothing of it gets into what `ProxProp(solve="step")` collects for the step.
 
     Args:
         model: as it trains; what wraps it for compilation or several processes is left out.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,5 +51,5 @@ class TrainingResult:
     diverged: str | None
     steps: int
     seconds: float
-    averaged: dict[str, Tensor] | None
+    averaged: dict[str, Tensor] | None = field(repr=False)
     folder: Path | None

@@ -121,7 +121,7 @@ class Trainer(Settings):
 
 
 def attach(rule: Rule, model: nn.Module, optimizer: Optimizer) -> Attached:
-    """The rule in force on a model that an optimizer trains, whose steps `ProxProp(union=True)` has to know."""
-    if isinstance(rule, ProxProp) and rule.union:
+    """The rule in force on a model that an optimizer trains, whose steps `ProxProp(solve="step")` has to know."""
+    if isinstance(rule, ProxProp) and rule.solve == "step":
         return rule.attach(model, optimizer=optimizer)
     return rule.attach(model)

@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.lab.files import write_atomically
+from backpass.lab.files import write_bytes_atomically
 
 __all__ = ["Recipe", "read_recipe", "write_recipe"]
 
@@ -116,7 +116,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The values of a recipe's file, by name.
+    """Read the values of a recipe's file, by name.
 
     Raises:
         BackpassError: there is no such file, or it is no TOML.
@@ -124,19 +124,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BackpassError(f"there is no recipe {path}: give a TOML file, for instance one from the folder recipes.")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise BackpassError(f'{path} is no TOML file: {error}. Expected lines such as data = "mnist".') from error
 
 
 def write_recipe(recipe: Recipe, path: Path) -> Path:
-    """Write a recipe that `read_recipe` and `Recipe.of` give back; defaults are written too, None is left out."""
+    """Write a recipe, with its defaults, so that `read_recipe` and `Recipe.of` give it back; None is left out."""
     lines = [
         f"{field.name} = {_toml(value)}"
         for field in fields(recipe)
         if (value := getattr(recipe, field.name)) is not None and value != ""
     ]
-    return write_atomically(path, "\n".join(lines) + "\n")
+    # A path may hold bytes that are no UTF-8; they are kept as they are.
+    return write_bytes_atomically(path, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
 
 
 def _typed(value: Any, kind: Any, what: str) -> Any:
