@@ -21,7 +21,8 @@ class Paired:
     """Difference of two proportions over the same samples, by McNemar's exact test.
 
     The interval is Clopper and Pearson's for the share of `only_first` among the samples that differ, scaled to a
-    difference of proportions. It leaves out 0 exactly where p < .05.
+    difference of proportions with one more differing sample, so that it never shrinks to a point. It leaves out 0
+    exactly where p < .05.
 
     Attributes:
         samples: N.
@@ -43,7 +44,7 @@ class Paired:
         """95 % interval of the difference."""
         differing = self.only_first + self.only_second
         low, high = binomial_interval(self.only_first, differing)
-        scale = differing / self.samples if self.samples else math.nan
+        scale = min((differing + 1) / self.samples, 1.0) if self.samples else math.nan
         return scale * (2 * low - 1), scale * (2 * high - 1)
 
     @property

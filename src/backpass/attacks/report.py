@@ -82,6 +82,9 @@ class AttackRecord:
     gradients: int
     minimum_norm: bool = False
 
+    def __repr__(self) -> str:
+        return f"AttackRecord({self.settings}, fooled {int(self.success.sum()):,} of {len(self.success):,} samples)"
+
 
 @dataclass(frozen=True)
 class ClassRates:
@@ -102,9 +105,6 @@ class ClassRates:
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers in JSON's types."""
         return {"label": self.label, "name": self.name, "clean": self.clean.to_dict(), "robust": self.robust.to_dict()}
-
-    def __repr__(self) -> str:
-        return f"AttackRecord({self.settings}, fooled {int(self.success.sum()):,} of {len(self.success):,} samples)"
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,8 +48,10 @@ class Subject:
         """The number of parameters."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def try_on(self, x: Tensor, data: str, classes: int | None = None) -> None:
-        """One call on a few images (N, C, H, W); more outputs than the data has classes are told in a warning.
+    def try_on(self, x: Tensor, data: str, classes: int | None = None) -> int | None:
+        """Call the network on a few images (N, C, H, W) and return its number of outputs, None where it has no logits.
+
+        More outputs than the data has classes are warned of.
 
         Raises:
             BackpassError: the network does not take them.
@@ -58,9 +60,10 @@ class Subject:
         self.model.eval()
         try:
             with torch.no_grad():
-                output = self.model(x)
+                output = self.model(x.clone())
             if classes and isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > classes:
                 _LOG.warning("%s has %d outputs, and %s %d classes.", self.name, output.shape[1], data, classes)
+            return output.shape[1] if isinstance(output, Tensor) and output.dim() == 2 else None
         except BackpassError:
             raise
         except Exception as error:  # a user's own forward may raise anything
