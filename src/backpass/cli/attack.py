@@ -54,8 +54,8 @@ def attack(
     model: Annotated[
         str,
         typer.Option(
-            help="A lab network, as in mlp or resnet18:activation=silu, or your own as module:callable, which is "
-            "imported and called.",
+            help="A lab network, as in mlp or resnet18:activation=silu; your own as module:callable, which is imported "
+            "and called; or timm:NAME, torchvision:NAME or robustbench:NAME with its weights.",
             metavar="SPEC",
         ),
     ],

@@ -16,7 +16,7 @@ from backpass.version import __version__
 __all__ = ["app", "main"]
 
 _MISTAKE = 2  # the exit code of every mistake that has a message
-_INTERRUPTED, _TERMINATED = 130, 143
+_INTERRUPTED = 130
 _TRACEBACK = "BACKPASS_TRACEBACK"  # set, it shows where torch has failed
 _LAB = {"PIL", "jinja2", "markupsafe", "matplotlib", "numpy", "pyarrow", "rich", "safetensors", "sklearn", "typer"}
 
@@ -115,8 +115,8 @@ def main() -> None:
     _prepare_streams()
     try:
         app()
-    except KeyboardInterrupt as error:
-        raise SystemExit(_TERMINATED if type(error).__name__ == "Terminated" else _INTERRUPTED) from None
+    except KeyboardInterrupt:
+        raise SystemExit(_INTERRUPTED) from None
     except BackpassError as error:
         _fail(str(error))
     except (FileExistsError, NotADirectoryError) as error:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from backpass.lab.result import Table as Numbers
 
 __all__ = [
-    "Terminated",
     "print_claims",
     "print_findings",
     "print_grid",
@@ -44,6 +43,7 @@ _COLOURS = {
     "holds": "green", "does not hold": "red", "undecided": "yellow",
     "finished": "green", "running": "cyan", "interrupted": "yellow", "diverged": "red",
 }  # fmt: skip
+_TERMINATED = 143  # exit code after SIGTERM
 _EVERY = 5.0  # seconds between lines of progress
 _NARROWEST = 8  # characters of a column of words; below that a table is printed as a list
 
@@ -93,8 +93,10 @@ def told_when_interrupted(text: str) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, terminate) if main else None
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         Console(stderr=True).print(f"Interrupted. {text}", markup=False, highlight=False, soft_wrap=True)
+        if isinstance(error, Terminated):
+            raise SystemExit(_TERMINATED) from None
         raise
     finally:
         if main:

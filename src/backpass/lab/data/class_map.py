@@ -112,7 +112,7 @@ def _aliases(one: Any) -> list[str]:
     found: list[str] = []
     for text in texts:
         head, _, rest = text.partition(" ")
-        parts = [part.strip() for part in text.replace("\t", ",").split(",")]
+        parts = [part.strip() for some in (text, rest) for part in some.replace("\t", ",").split(",")]
         found += [text, *parts, head.strip(","), rest.strip()]
         found += [part.replace(" ", "_") for part in (text, *parts, rest.strip())]
     return [name for alias in found if alias for name in (alias, alias.lower())]
