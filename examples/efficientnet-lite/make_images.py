@@ -1,6 +1,6 @@
 """Cut natural images that scikit-image and scikit-learn ship into a folder for each class.
 
-    python make_images.py images
+python make_images.py images
 """
 
 import sys

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpass.attacks import FAB, Attack
+from backpass.attacks import FAB, Attack, AutoAttack
 from backpass.attacks.search import SearchAttack
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
@@ -123,6 +123,7 @@ class AdversarialTraining:
             correct=right,
             metrics={} if right is None else {"adversarial_accuracy": right.float().mean()},
             again=again,
+            moves=self._moves,
         )
 
     def _trades(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
@@ -144,7 +145,13 @@ class AdversarialTraining:
             correct=correct(clean, batch.y),
             metrics={"adversarial_accuracy": stands.float().mean()},
             again=lambda model, rows: losses(model, rows)[0].mean(),
+            moves=self._moves,
         )
+
+    @property
+    def _moves(self) -> bool:
+        """Whether examples depend smoothly on the parameters: all but those of sign steps and Square's do."""
+        return self.attack.norm != "linf" or isinstance(self.attack, FAB | AutoAttack)
 
     def _reference(self, model: nn.Module, batch: Batch) -> Tensor:
         """The logits (B, K) at x itself, of the model as the attack sees it."""

@@ -35,6 +35,8 @@ class Evaluated:
         metrics: further scalars to log, each a mean over the batch, detached.
         again: the loss on some rows of the batch once more, with graph: ``again(model, rows)``. Whatever was searched
             for or drawn, say adversarial examples, stays as it is. None if the objective cannot tell.
+        moves: whether adversarial examples in it depend smoothly on the parameters, so that the second derivative of
+            ``again`` is not the derivative of the training gradient. False for sign steps.
     """
 
     loss: Tensor
@@ -42,6 +44,7 @@ class Evaluated:
     correct: Tensor | None = None
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     again: Callable[[nn.Module, slice], Tensor] | None = None
+    moves: bool = False
 
 
 class Objective(Protocol):

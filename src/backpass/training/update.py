@@ -128,4 +128,5 @@ class Update:
 
     def _measure(self, evaluated: Evaluated, batch: Batch) -> None:
         if self._measuring is not None and self._measuring.due:
-            self._measuring.measure(halves(evaluated, batch, self._model, self.autocast))
+            frozen = self._measuring.frozen_curvature
+            self._measuring.measure(halves(evaluated, batch, self._model, self.autocast, frozen_curvature=frozen))
