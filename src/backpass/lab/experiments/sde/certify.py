@@ -107,11 +107,14 @@ def inner_loop(attack: Attack | None) -> InnerLoop:
         raise BackpassError(
             f"a certificate needs an adversary of gradient steps, FGSM, I-FGSM or PGD; got {type(attack).__name__}."
         )
+    eps = attack.eps
+    if isinstance(eps, tuple):
+        raise BackpassError(f"a certificate needs an adversary with one eps for all samples; got {len(eps)} radii.")
     steps = attack.steps if isinstance(attack, Iterative) else 1
-    step = float(attack.eps if attack.step is None else attack.step) if isinstance(attack, Iterative) else attack.eps
+    step = float(attack.step) if isinstance(attack, Iterative) and attack.step is not None else eps
     if attack.norm == "linf":
-        return InnerLoop(steps=steps, eta=step, direction="sign", eps=attack.eps)
-    return InnerLoop(steps=steps, eta=step, direction=_unit, eps=attack.eps)
+        return InnerLoop(steps=steps, eta=step, direction="sign", eps=eps)
+    return InnerLoop(steps=steps, eta=step, direction=_unit, eps=eps)
 
 
 def _unit(gradient: Tensor) -> Tensor:
