@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 CASES = (("BP", "momentum"), ("ProxProp union", "adamw"), ("adversarial", "momentum"))
 SETTINGS = {
-    "momentum": {"average": "polyak:0.5", "tensorboard": True},
+    "momentum": {"average": "polyak:0.5", "loggers": ("tensorboard",)},
     "adamw": {"average": "ema:0.9", "drop_last": False, "batch_size": 22, "accumulate": 3},
 }
 FORKED = multiprocessing.get_context("forkserver")

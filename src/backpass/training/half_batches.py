@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
 from backpass.rules import attachments, unwrap
+from backpass.training.objective import Evaluated
 from backpass.training.processes import summed, world
 
-__all__ = ["Products", "half_losses", "on_halves", "products"]
+__all__ = ["Measuring", "Products", "half_losses", "halves", "products"]
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """Scheduler that measures the objective before a step.
+
+    Attributes:
+        due: measure before the next step.
+    """
+
+    due: bool
+
+    def measure(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Measure the objective on halves of the batch."""
 
 
 class Products(NamedTuple):
@@ -35,14 +50,14 @@ class Products(NamedTuple):
 def half_losses(
     model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """The two functions that `ControlledLR.measure` takes: loss(model(x), y) on each half of a batch.
+    """Return the two functions that `ControlledLR.measure` takes: loss(model(x), y) on each half of a batch.
 
-    Running statistics and random numbers stay as they were. Rules in force on the model are suspended: what is measured
-    is the loss itself, and nothing of it gets into what `ProxProp(union=True)` collects for the step.
+    Running statistics and generators are restored. Rules in force on the model are suspended, so the loss itself is
+    measured, and nothing is added to what `ProxProp(union=True)` collects for the step.
 
     Args:
-        model: as it trains; what wraps it for compilation or several processes is left out.
-        loss: of the output and y, a scalar mean.
+        model: model in training mode; wrappers for compilation or several processes are removed.
+        loss: (output, y) -> scalar mean.
         x: (B, ...), B >= 2; adversarial examples for adversarial training.
         y: (B, ...).
 
@@ -54,17 +69,39 @@ def half_losses(
         raise BackpassError(f"a batch of at least 2 samples with as many labels is needed, got {got}.")
 
     inner = unwrap(model)
-    return on_halves(inner, len(x), lambda rows: loss(inner(x[rows]), y[rows]))
+    return _on_halves(inner, len(x), lambda rows: loss(inner(x[rows]), y[rows]))
 
 
-def on_halves(
+def halves(
+    evaluated: Evaluated, count: int, model: nn.Module, autocast: Callable[[], AbstractContextManager[object]]
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return two functions, each the scalar objective on one half of this process's batch, with graph.
+
+    Adversarial examples stay fixed, rules are suspended, and running statistics and generators are restored.
+
+    Raises:
+        BackpassError: the objective cannot be evaluated again, or there is no second half.
+    """
+    again = evaluated.again
+    if again is None:
+        raise BackpassError(
+            "this scheduler measures on halves of a batch, so the objective has to return Evaluated(again=...), a "
+            "function (model, rows) -> the mean loss on some rows of the batch."
+        )
+    if count < 2:
+        raise BackpassError("this scheduler measures on halves of a batch: batch_size must be at least 2 per process.")
+    inner = unwrap(model)  # a schedule may differentiate twice, which compiled code cannot
+
+    def evaluate(rows: slice) -> Tensor:
+        with autocast():
+            return again(inner, rows)
+
+    return _on_halves(inner, count, evaluate)
+
+
+def _on_halves(
     model: nn.Module, count: int, evaluate: Callable[[slice], Tensor]
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """``evaluate(rows)`` on the first and on the second half of ``count`` samples, to be called later.
-
-    Meanwhile rules in force on the model are suspended; its buffers and the generators are afterwards as they were.
-    """
-
     def on(rows: slice) -> Callable[[], Tensor]:
         def evaluated() -> Tensor:
             with ExitStack() as stack:

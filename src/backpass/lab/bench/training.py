@@ -20,7 +20,7 @@ from backpass.lab.models import build
 from backpass.lab.normalisation import known_normalisation
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.training.optimizers import make_optimizer
-from backpass.lab.training.schedules import make_schedule
+from backpass.training.schedules import make_schedule
 from backpass.training.batches import Batch
 
 __all__ = ["DIVERGED_ABOVE", "Curves", "Run", "curves", "network"]

@@ -21,7 +21,7 @@ from backpass.lab.training.adversaries import adversary_text, default_judge, mak
 from backpass.lab.training.optimizers import default_rate, make_optimizer
 from backpass.lab.training.parts import Parts
 from backpass.lab.training.recipe import Recipe
-from backpass.lab.training.schedules import make_schedule
+from backpass.training.schedules import make_schedule
 from backpass.numbers import is_whole
 from backpass.rules import BP, Rule
 from backpass.training import AdversarialTraining, CrossEntropy, Progress, RobustEvaluation, Trainer
