@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks.checks import check_images, check_labels, check_model, check_radius
-from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.losses import Loss, make_objective
 from backpass.attacks.oracle import LogitsSelector, Oracle
 from backpass.attacks.restarts import Best
 from backpass.attacks.result import Result
 from backpass.attacks.threat import make_threat
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 
 __all__ = ["Attack"]
 
@@ -99,7 +99,7 @@ class Attack(ABC):
         if batch_size is not None and batch_size < 1:
             raise BackpassError(f"batch_size must be at least 1; got {batch_size}.")
         capacity = batch_size or len(x)
-        with leave_no_trace(model):
+        with preserved(model):
             # A clone made here is an ordinary tensor, even if the caller is under inference_mode.
             x = (x.clone() if x.is_inference() else x).detach()
             y = y.clone().long()

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from backpass.attacks.attack import Attack
 from backpass.attacks.checks import check_images, check_labels, check_model
 from backpass.attacks.data import Data, Source
-from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.report import AttackRecord, Report
 from backpass.attacks.shards import Shards, describe, fingerprint
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 from backpass.version import __version__
 
 __all__ = ["evaluate", "name_attacks"]
@@ -136,7 +136,7 @@ def _clean(model: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> dict[str, 
     check_images(x, attack.bounds)
     check_labels(x, y)
     check_model(model, x)
-    with leave_no_trace(model):
+    with preserved(model):
         logits = attack.ask(model).plain(x, y)
     return {"prediction": logits.argmax(1), "label": y, "classes": torch.tensor(logits.shape[1])}
 

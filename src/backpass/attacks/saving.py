@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
-from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.result import Result
 from backpass.attacks.shards import describe, read_tensors, write_tensors
 from backpass.attacks.threat import Threat, make_threat
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 from backpass.version import __version__
 
 __all__ = ["Saved", "load", "save", "to_uint8"]
@@ -99,7 +99,7 @@ def save(path: str | PathLike[str], model: nn.Module, x: Tensor, y: Tensor, resu
     threat = make_threat(attack.norm, attack.eps, attack.bounds)
     rounded = to_uint8(x, result.x_adv, threat)
     rows = torch.arange(len(x), device=x.device)
-    with leave_no_trace(model):
+    with preserved(model):
         jobs = Jobs(x, y.long(), rows, rows, torch.zeros_like(rows))
         z = from_uint8(rounded, attack.bounds, x.dtype)
         oracle = attack.ask(model)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from backpass.attacks.active_set import ActiveSet
 from backpass.attacks.attack import Attack
 from backpass.attacks.checks import check_images, check_labels, check_model
-from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.jobs import Jobs, batch_sizes, pad
 from backpass.attacks.losses import Loss
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.restarts import Best, further_restarts
 from backpass.attacks.threat import per_sample
+from backpass.preserved import preserved
 
 __all__ = ["Found", "SearchAttack"]
 
@@ -79,7 +79,7 @@ class SearchAttack(Attack):
         check_labels(x, y)
         check_model(model, x)
         check_labels(x, indices, "indices")
-        with leave_no_trace(model):
+        with preserved(model):
             oracle = self.ask(model)
             row = torch.arange(len(x), device=x.device)
             if value is not None:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
-from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.oracle import Oracle
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 from backpass.version import __version__
 
 __all__ = ["Shards", "describe", "fingerprint", "read_tensors", "write_tensors"]
@@ -74,7 +74,7 @@ def fingerprint(model: nn.Module, oracle: Oracle, x: Tensor, y: Tensor) -> str:
         if isinstance(tensor, Tensor):
             words.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             words.update(_bytes(tensor))
-    with leave_no_trace(model):
+    with preserved(model):
         # For a randomised model; the guard puts back these generators, and torch.manual_seed would seed all.
         torch.default_generator.manual_seed(0)
         if x.device.type == "cuda":

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from backpass.attacks.attack import Attack
 from backpass.attacks.checks import check_model
 from backpass.attacks.data import Data, Source
-from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.report import Rate
 from backpass.attacks.shards import describe
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 from backpass.version import __version__
 
 __all__ = ["TransferReport", "transfer"]
@@ -125,5 +125,5 @@ def _predict(model: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
     device = _device(model)
     there = x.to(device)
     check_model(model, there)
-    with leave_no_trace(model):
+    with preserved(model):
         return attack.ask(model).plain(there, y.to(device)).argmax(1).to(x.device)

@@ -17,8 +17,8 @@ from backpass.attacks.search import SearchAttack
 from backpass.errors import BackpassError
 from backpass.rules import Attached, Rule, unwrap
 from backpass.training.batches import Batch
-from backpass.training.orders import mixed
 from backpass.training.objective import Plain
+from backpass.training.orders import mixed
 
 __all__ = ["AdversarialExamples", "local_model", "scaled"]
 

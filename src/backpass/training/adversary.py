@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpass.attacks import FAB, Attack
-from backpass.attacks.guard import leave_no_trace
 from backpass.attacks.search import SearchAttack
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
+from backpass.preserved import preserved
 from backpass.rules import Rule
 from backpass.training.adversarial_examples import AdversarialExamples, local_model
 from backpass.training.batches import Batch
@@ -149,7 +149,7 @@ class AdversarialTraining:
     def _reference(self, model: nn.Module, batch: Batch) -> Tensor:
         """The logits (B, K) at x itself, of the model as the attack sees it."""
         inside = local_model(model)
-        with leave_no_trace(inside), torch.no_grad():
+        with preserved(inside), torch.no_grad():
             output: Tensor = inside(batch.x)
         return output
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
-from backpass.attacks.guard import leave_no_trace
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 from backpass.training.batches import Batch, unit_interval
 from backpass.training.objective import correct, select
-from backpass.training.orders import Order, seeded
+from backpass.training.orders import Order
 from backpass.training.processes import from_all, from_first, is_sharded, rank, summed, world
 from backpass.training.sources import Source
 
@@ -59,7 +59,7 @@ class Evaluation:
 
     def _of(self, source: Source) -> dict[str, float]:
         outputs: list[tuple[Any, Tensor]] = []
-        with leave_no_trace(self._model), torch.no_grad(), self._plain(), self._autocast():
+        with preserved(self._model), torch.no_grad(), self._plain(), self._autocast():
             _share_buffers(self._model)
             sums = torch.zeros(4, dtype=torch.float64, device=self._settings.device)
             for x, y, counted in self._read(source):
@@ -103,7 +103,7 @@ class Evaluation:
             )
         rows = torch.cat(list(_rows(source, len(source))))
         x, y = (one[rows.to(one.device)].to(self._settings.device) for one in tensors)
-        with leave_no_trace(self._model), self._plain():
+        with preserved(self._model), self._plain():
             _share_buffers(self._model)
             return from_first(
                 lambda: _numbers(
@@ -153,7 +153,7 @@ def check_targets(settings: Trainer, model: nn.Module) -> None:
         if source.tensors is None:
             continue
         x, y = (one[:2].to(settings.device) for one in source.tensors)
-        with leave_no_trace(model), torch.no_grad(), seeded(0):
+        with preserved(model), torch.no_grad():
             images = prepared(x, y)
             try:
                 output = model(images)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
+from backpass.preserved import preserved
 from backpass.rules import attachments, unwrap
 from backpass.training.objective import Evaluated
 from backpass.training.processes import summed, world
@@ -105,7 +106,7 @@ def _on_halves(
     def on(rows: slice) -> Callable[[], Tensor]:
         def evaluated() -> Tensor:
             with ExitStack() as stack:
-                stack.enter_context(_unmoved(model))
+                stack.enter_context(preserved(model, training=None, grad=None, graph=True))
                 for attached in attachments(model):
                     stack.enter_context(attached.suspended())
                 return evaluate(rows)
@@ -114,25 +115,6 @@ def _on_halves(
 
     middle = count // 2
     return on(slice(0, middle)), on(slice(middle, count))
-
-
-@contextmanager
-def _unmoved(model: nn.Module) -> Iterator[None]:
-    """Inside, the model writes into copies of its buffers; generators are afterwards what they were before.
-
-    Copies, because a graph may need the buffers that it read, as they were.
-    """
-    places = [(module, name) for module in model.modules() for name, one in module._buffers.items() if one is not None]
-    own = [(module, name, module.get_buffer(name)) for module, name in places]
-    devices = {one.device for one in model.parameters() if one.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        for module, name, buffer in own:
-            module._buffers[name] = buffer.clone()
-        try:
-            yield
-        finally:
-            for module, name, buffer in own:
-                module._buffers[name] = buffer
 
 
 def products(

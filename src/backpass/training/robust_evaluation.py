@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from backpass.attacks import Attack
 from backpass.attacks.checks import NotFiniteLogitsError
-from backpass.attacks.guard import leave_no_trace
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
+from backpass.preserved import preserved
 from backpass.training.adversarial_examples import local_model
 
 __all__ = ["RobustEvaluation"]
@@ -112,7 +112,7 @@ class RobustEvaluation:
 
 def _standing(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> int:
     """How many of the images at some rows are right, and under the attack too."""
-    with leave_no_trace(model), torch.no_grad():
+    with preserved(model), torch.no_grad():
         right = rows[attack.ask(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
     return int((~attack(model, x[right], y[right], indices=right).success).sum()) if len(right) else 0
 

@@ -154,7 +154,7 @@ class Source:
         got = f"{type(pair).__name__} of {len(pair)}" if hasattr(pair, "__len__") else type(pair).__name__
         raise BackpassError(
             f"a sample must be a pair (x, y) that can be stacked as tensors; {type(self._data).__qualname__} gives a "
-            f"batch that is a {got}. Give a Dataset of pairs, or a DataLoader whose collate_fn returns a pair of tensors."
+            f"batch that is a {got}. Give a Dataset of pairs, or a DataLoader with a collate_fn that returns a pair."
         )
 
 

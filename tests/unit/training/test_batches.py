@@ -117,7 +117,9 @@ def test_uint8_becomes_floats_in_the_unit_interval_and_prepare_replaces_that():
     x = torch.tensor([[0], [51], [255]], dtype=torch.uint8)
     ((whole,), _, _) = next(batches((x, torch.arange(3)), size=3).epoch(0))
     assert sorted(whole.x.flatten().tolist()) == pytest.approx([0, 0.2, 1])
-    ((raw,), _, _) = next(batches((x, torch.arange(3)), size=3, prepare=lambda x, batch: x + batch.index[:, None]).epoch(0))
+    ((raw,), _, _) = next(
+        batches((x, torch.arange(3)), size=3, prepare=lambda x, batch: x + batch.index[:, None]).epoch(0)
+    )
     assert torch.equal(raw.x.long(), x[raw.index].long() + raw.index[:, None])
 
 

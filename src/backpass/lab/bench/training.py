@@ -20,8 +20,8 @@ from backpass.lab.models import build
 from backpass.lab.normalisation import known_normalisation
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.training.optimizers import make_optimizer
-from backpass.training.schedules import make_schedule
 from backpass.training.batches import Batch
+from backpass.training.schedules import make_schedule
 
 __all__ = ["DIVERGED_ABOVE", "Curves", "Run", "curves", "network"]
 

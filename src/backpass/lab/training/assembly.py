@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks import Attack
-from backpass.attacks.guard import leave_no_trace
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.data.augmentation import Augmentation
 from backpass.lab.models import Normalize
@@ -21,10 +20,11 @@ from backpass.lab.training.adversaries import adversary_text, default_judge, mak
 from backpass.lab.training.optimizers import default_rate, make_optimizer
 from backpass.lab.training.parts import Parts
 from backpass.lab.training.recipe import Recipe
-from backpass.training.schedules import make_schedule
 from backpass.numbers import is_whole
+from backpass.preserved import preserved
 from backpass.rules import BP, Rule
 from backpass.training import AdversarialTraining, CrossEntropy, Progress, RobustEvaluation, Trainer
+from backpass.training.schedules import make_schedule
 from backpass.training.trainer import attach
 
 __all__ = ["Named", "assemble", "complete"]
@@ -183,7 +183,7 @@ def _robust(named: Named) -> RobustEvaluation | None:
 
 def _check_rules(network: nn.Module, named: Named, optimizer: torch.optim.Optimizer, few: Tensor) -> None:
     """One forward pass under each rule: that a rule acts nowhere is better known before the folder is made."""
-    with leave_no_trace(network), torch.no_grad():
+    with preserved(network), torch.no_grad():
         for rule in filter(None, (*named.rules, named.adversary_rule)):
             with attach(rule, network, optimizer):
                 network(few)
