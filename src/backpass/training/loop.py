@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from backpass.errors import BackpassError
 from backpass.rules import Attached, unwrap
 from backpass.rules.damped import NotFiniteError
+from backpass.rules.semi_implicit.divergence import DivergedError
 from backpass.training.averaging import Average, Averaging
 from backpass.training.batches import Batches
 from backpass.training.checkpoint import Checkpoints
@@ -159,7 +160,7 @@ class Loop:
         for parts, samples, last in self._batches.epoch(position.epoch, position.within, position.step):
             try:
                 self._update(parts, samples)
-            except NotFiniteError as error:
+            except (NotFiniteError, DivergedError) as error:
                 if position.step == 0:
                     raise  # the network or the data, not a divergence
                 return self._end_as_diverged(str(error))

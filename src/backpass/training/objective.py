@@ -174,7 +174,11 @@ class CrossEntropy:
         Raises:
             BackpassError: the output is not one tensor (B, K), or the targets do not fit.
         """
-        return self._of(output, y, "none")
+        return self.with_logits(select(output, self.logits), y)
+
+    def with_logits(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the cross-entropy of each sample, (B,), of logits that are selected already."""
+        return self._of(logits, y, "none")
 
     def correct(self, output: Any, y: Tensor) -> Tensor | None:
         """Compare predictions with labels, (B,) bool; None for probabilities."""
@@ -220,10 +224,10 @@ class CrossEntropy:
         if self.mixup:
             return self._mixed(model, batch)
         output = model(batch.x)
-        loss = self._of(output, batch.y, "mean")
+        loss = self._of(select(output, self.logits), batch.y, "mean")
 
         def again(model: nn.Module, rows: slice) -> Tensor:
-            return self._of(model(batch.x[rows]), batch.y[rows], "mean")
+            return self._of(select(model(batch.x[rows]), self.logits), batch.y[rows], "mean")
 
         return Evaluated(loss=loss, correct=self.correct(output, batch.y), again=again)
 
@@ -233,14 +237,13 @@ class CrossEntropy:
         x, y, partner = torch.lerp(batch.x[other], batch.x, weight), batch.y, batch.y[other]
 
         def again(model: nn.Module, rows: slice) -> Tensor:
-            output = model(x[rows])
+            output = select(model(x[rows]), self.logits)
             own, others = (self._of(output, targets[rows], "mean") for targets in (y, partner))
             return weight * own + (1 - weight) * others
 
         return Evaluated(loss=again(model, slice(None)), again=again)
 
     def _of(self, output: Any, y: Tensor, reduction: str) -> Tensor:
-        output = select(output, self.logits)
         if (
             not isinstance(output, Tensor)
             or output.dim() != 2
