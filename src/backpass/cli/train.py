@@ -91,11 +91,11 @@ def _signed(function: Any) -> Any:
         option = typer.Option(
             *names,
             help=_summary(words[one.name]),
-            show_default=None if default in (None, (), "", False) else str(default).strip("(),'"),
+            show_default=False if default in (None, (), "", False) else str(default).strip("(),'"),
             rich_help_panel=one.metadata.get("panel", "Training"),
             metavar="TEXT" if kind is str else None,
         )
-        annotation = Annotated[list[kind] | None if several else kind | None, option]
+        annotation: Any = Annotated[list[kind] | None if several else kind | None, option]
         derived.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
 
     def called(**values: Any) -> Any:

@@ -114,7 +114,8 @@ class Evaluation:
 
     def _read(self, source: Source) -> Iterator[tuple[Tensor, Tensor, bool]]:
         """Yield this process's batches, each to be counted or, to keep sharded processes in step, only computed."""
-        size = -(-(self._settings.batch_size or 256) // world())
+        own_size = source.batch_size if source.batch_size not in (None, 1) else self._settings.batch_size
+        size = -(-(own_size or 256) // world())
         batches = list(_rows(source, size))
         own = batches[rank() :: world()]
         steps = -(-len(batches) // world())
@@ -167,13 +168,13 @@ def check_targets(settings: Trainer, model: nn.Module) -> None:
 def _rows(source: Source, size: int) -> Iterator[Tensor]:
     """Yield the positions of the evaluation set in batches: all in order, or as the sampler of its loader says."""
     if source.sampler is None or source.sequential:
-        yield from torch.arange(len(source)).split(size)
+        yield from torch.split(torch.arange(len(source)), size)
         return
     order = Order(source, None if source.in_batches else 1, 0, drop_last=False)
     states = order.states()
     drawn = order.draw(0)
     order.restore(states)
-    yield from drawn.samples.split(size)
+    yield from torch.split(drawn.samples, size)
 
 
 def _on_cpu(value: Any) -> Any:

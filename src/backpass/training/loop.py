@@ -126,8 +126,7 @@ class Loop:
         """Report a divergence in the very last step, which shows in no loss."""
         weights = [p for group in self._settings.optimizer.param_groups for p in group["params"]]
         if self._diverged is None and not all(bool(whole(p.isfinite().all())) for p in weights):
-            self._diverged = f"the weights after step {self._position.step} are not finite"
-            _LOG.warning("the run has diverged: %s.", self._diverged)
+            self._end_as_diverged(f"the weights after step {self._position.step} are not finite")
 
     def _open(self, resume: Resume) -> None:
         """Restore a checkpoint, or write the first one, so that there is always one to resume from."""
@@ -214,7 +213,8 @@ class Loop:
 
     def _end_as_diverged(self, reason: str) -> None:
         self._diverged = reason
-        _LOG.warning("the run has diverged: %s.", reason)
+        if self._settings.on_progress is None:  # who watches the run gets the record
+            _LOG.warning("the run has diverged: %s.", reason)
         position = self._position
         self._record({"kind": "diverged", "step": position.step, "epoch": position.epoch + 1, "reason": reason})
 

@@ -140,7 +140,7 @@ class Order:
         sampler, count = self._source.sampler, len(self._source)
         if sampler is None:
             return self._cut(epoch_order(count, self._seed, epoch))
-        for one in (sampler, getattr(sampler, "sampler", None)):
+        for one in self._stateful():
             if hasattr(one, "set_epoch"):
                 one.set_epoch(epoch)
         with seeded(mixed(self._seed, epoch)):

@@ -126,9 +126,9 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def like(tensor: Tensor, other: Tensor) -> Tensor:
+def like(tensor: Tensor, other: Any) -> Tensor:
     """Return a whole tensor on the device of another one, sharded as that one is."""
-    moved = tensor.to(other.device)
+    moved: Tensor = tensor.to(other.device)
     if not hasattr(other, "full_tensor"):
         return moved
     from torch.distributed.tensor import distribute_tensor

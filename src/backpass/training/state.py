@@ -166,7 +166,7 @@ def _sharded_states(model: nn.Module, settings: Trainer) -> tuple[dict[str, Any]
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimizer = get_state_dict(model, settings.optimizer, options=options)
-    return weights, optimizer  # type: ignore[return-value]
+    return weights, optimizer
 
 
 def _load_sharded(model: nn.Module, settings: Trainer, state: dict[str, Any]) -> None:

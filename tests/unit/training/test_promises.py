@@ -1,6 +1,7 @@
 """Promises of the trainer, each against a slow, obvious implementation of its own."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_a_plateau_is_that_of_the_evaluation_loss():
     settings = {"epochs": 5, "batch_size": 10, "scheduler": plateau, "evaluation": (x, (y + 1) % 3)}
     history = Trainer(model, optimizer, (x, y), **settings).fit().history
     losses = [[record["loss"], record["evaluation"]["loss"]] for record in history]
-    assert all(a[0] > b[0] and a[1] < b[1] for a, b in zip(losses, losses[1:], strict=False))
+    assert all(a[0] > b[0] and a[1] < b[1] for a, b in pairwise(losses))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 2**4)
 
 

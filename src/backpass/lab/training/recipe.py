@@ -111,16 +111,16 @@ class Recipe(Settings):
         return replace(self, **values)
 
 
-def kinds() -> dict[str, tuple[type, bool]]:
+def kinds() -> dict[str, tuple[tuple[type, ...], bool]]:
     """Return of each setting the types of its value, by name, and whether it is a list of them.
 
     Types are those that a TOML file can hold, the same for files and the command line.
     """
-    found = {}
+    found: dict[str, tuple[tuple[type, ...], bool]] = {}
     for name, hint in get_type_hints(Recipe).items():
         members = [one for one in get_args(hint) or (hint,) if one in (str, int, float, bool)]
         found[name] = (tuple(members), hint in (tuple[str, ...], tuple[int, ...]))
-    return found  # type: ignore[return-value]
+    return found
 
 
 def described() -> dict[str, str]:
