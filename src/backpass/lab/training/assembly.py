@@ -30,6 +30,7 @@ from backpass.training.trainer import attach
 
 __all__ = ["Named", "assemble", "complete"]
 
+_FIRST = 5000  # images from which a network may set its first weights
 _RESIDENT = 4 * 2**30  # bytes of images that are kept on a GPU
 
 
@@ -124,6 +125,8 @@ def assemble(
         for module in network.modules():
             if isinstance(module, Normalize):
                 module.use(Normalisation((0.0,), (1.0,)))
+    if weights is None and hasattr(network, "initialise_from"):
+        network.initialise_from((images.pixels[:_FIRST].float() / images.white).to(device))
     few = images.x[:2].to(device)
     subject.try_on(few, recipe.data, parts.train.classes)
     assert recipe.lr is not None  # noqa: S101  `complete` has given one
