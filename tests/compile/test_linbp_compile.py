@@ -183,3 +183,36 @@ def test_every_name_of_every_activation_is_seen_in_compiled_code():
         got = gradients(compiled, model, x)
         assert len(attached.sites) == len(model.calls)
     assert torch.allclose(got[0], got[2] * len(model.calls))
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.act = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)]), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.layers[1](torch.relu(self.layers[0](x))))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_a_compiled_part_of_an_eager_model_takes_the_rule(start, how, backend):
+    torch.manual_seed(0)
+    part = Part()
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), part, nn.Linear(5, 5), nn.Tanh()).double()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    with LinBP(start=start).attach(model) as attached:
+        expected = gradients(model, model, x)
+        sites = [site.index for site in attached.sites]
+    if how == "wrapped":
+        model[2] = torch.compile(part, backend=backend, fullgraph=True)
+    else:
+        part.compile(backend=backend, fullgraph=True)
+    plain = gradients(model, model, x)
+    with LinBP(start=start).attach(model) as attached:
+        for _ in range(2):
+            got = gradients(model, model, x)
+            assert torch.allclose(got[0], expected[0], rtol=0, atol=1e-12)
+            assert [site.index for site in attached.sites] == sites
+    assert torch.equal(gradients(model, model, x)[0], plain[0])

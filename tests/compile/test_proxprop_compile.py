@@ -34,7 +34,7 @@ def step(model: nn.Module, call, rule: ProxProp, passes: int = 1) -> dict[str, t
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     x, y = batch()
     model.zero_grad()
-    with rule.attach(model, optimizer) if rule.union else rule.attach(model):
+    with rule.attach(model, optimizer) if rule.solve == "step" else rule.attach(model):
         for a, b in zip(x.chunk(passes), y.chunk(passes), strict=True):
             (F.cross_entropy(call(a), b) / passes).backward()
         optimizer.step()
@@ -43,7 +43,7 @@ def step(model: nn.Module, call, rule: ProxProp, passes: int = 1) -> dict[str, t
 
 @pytest.mark.parametrize(
     ("settings", "passes"),
-    [({}, 1), ({"solver": "cg"}, 1), ({"union": True}, 2)],
+    [({}, 1), ({"solver": "cg"}, 1), ({"solve": "step"}, 2)],
     ids=str,
 )
 def test_the_same_directions_as_eager(settings, passes):
@@ -64,12 +64,12 @@ def test_the_same_in_training_mode_with_its_running_statistics():
     torch.testing.assert_close(compiled[1].running_var, eager[1].running_var, rtol=1e-12, atol=0)
 
 
-def test_a_second_backward_pass_names_union():
+def test_a_second_backward_pass_names_the_step():
     model, (x, _) = network(), batch()
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     with ProxProp(tau=0.5).attach(model):
         call(x).sum().backward()
-        with pytest.raises(BackpassError, match="union=True"):
+        with pytest.raises(BackpassError, match='solve="step"'):
             call(x).sum().backward()
 
 

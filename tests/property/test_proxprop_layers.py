@@ -36,7 +36,7 @@ def double(*shape: int) -> torch.Tensor:
 @given(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 6), st.integers(1, 6), st.booleans(), taus, dampings)
 def test_linear_on_inputs_of_any_rank(leading, inputs, outputs, bias, tau, damping):
     x = double(*leading, inputs)
-    rule = ProxProp(tau=tau, damping=damping)
+    rule = ProxProp(tau=tau, damping=damping, norms=True, embeddings=True)
     assert_proximal(nn.Linear(inputs, outputs, bias=bias), x, rule, x.numel() // inputs)
 
 
@@ -85,12 +85,12 @@ def convolutions(draw):
 def test_convolutions_of_every_geometry(convolution, tau, damping):
     layer, x = convolution
     rows = layer.double()(x)[:, 0].numel()
-    assert_proximal(layer, x, ProxProp(tau=tau, damping=damping), rows)
+    assert_proximal(layer, x, ProxProp(tau=tau, damping=damping, norms=True, embeddings=True), rows)
 
 
 def test_one_output_whose_weight_and_bias_are_one_row():
-    assert_proximal(nn.Conv2d(2, 1, 1), double(1, 2, 3, 3), ProxProp(), 9)
-    assert_proximal(nn.Linear(2, 1), double(5, 2), ProxProp(), 5)
+    assert_proximal(nn.Conv2d(2, 1, 1), double(1, 2, 3, 3), ProxProp(tau=1.0), 9)
+    assert_proximal(nn.Linear(2, 1), double(5, 2), ProxProp(tau=1.0), 5)
 
 
 def test_a_convolution_of_one_image_without_batch_dimension():
@@ -103,7 +103,7 @@ def test_embeddings_with_repeated_and_missing_lines(indices, padding, tau, dampi
     layer = nn.Embedding(7, 3, padding_idx=padding).double()
     x = torch.tensor(indices)
     g = double(len(indices), 3)
-    found = directions(layer, x, g, ProxProp(tau=tau, damping=damping))["weight"]
+    found = directions(layer, x, g, ProxProp(tau=tau, damping=damping, norms=True, embeddings=True))["weight"]
     rows, counts = torch.zeros(7, 3, dtype=torch.float64), torch.zeros(7, 1, dtype=torch.float64)
     for index, gradient in zip(indices, g, strict=True):
         if padding is None or index != padding % 7:
@@ -134,7 +134,9 @@ def test_embeddings_with_repeated_and_missing_lines(indices, padding, tau, dampi
 def test_affine_parameters_of_normalizations(layer, shape, training, tau, damping):
     layer.train(training)
     x = double(*shape) * 3 + 1
-    assert_proximal(layer, x, ProxProp(tau=tau, damping=damping), x.numel() // layer.weight.numel())
+    assert_proximal(
+        layer, x, ProxProp(tau=tau, damping=damping, norms=True, embeddings=True), x.numel() // layer.weight.numel()
+    )
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
@@ -144,5 +146,5 @@ def test_affine_parameters_of_normalizations(layer, shape, training, tau, dampin
 def test_what_is_frozen_is_held_fixed(layer, shape, frozen):
     getattr(layer, frozen).requires_grad_(False)
     x = double(*shape)
-    assert_proximal(layer, x, ProxProp(tau=2.0), 1)
+    assert_proximal(layer, x, ProxProp(tau=2.0, norms=True), 1)
     getattr(layer, frozen).requires_grad_(True)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backpass.rules.layers.patches import (
+from backpass.rules.implicit.patches import (
     correlated_gram,
     patch_count,
     patch_gram,

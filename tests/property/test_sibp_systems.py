@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from backpass.rules.activations import ACTIVATIONS
-from backpass.rules.layers.linear_calls import linear_call
-from backpass.rules.layers.linear_layer import LinearLayer
+from backpass.rules.implicit.calls import linear_call
+from backpass.rules.implicit.layers import Linear, LinearLayer
+from backpass.rules.implicit.uses import layer_of
 from backpass.rules.semi_implicit.elementwise import elementwise
 from backpass.rules.semi_implicit.unit_systems import ByColumns, ByRows
 from backpass.rules.semi_implicit.weight_step import SemiImplicitStep, increment
@@ -30,7 +31,7 @@ def layer_and_input(draw: st.DrawFn) -> tuple[LinearLayer, Tensor]:
         x = torch.randn(n, 2 * groups, 4, 5, generator=generator)
         given = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         call = linear_call(nn.functional.conv2d, (x.double(), weight.double()), given)
-    return call.layer, call.x
+    return layer_of(call.text, tuple(call.weight.shape)), call.x
 
 
 @settings(max_examples=60, deadline=None)
@@ -42,9 +43,8 @@ def test_rows_and_columns_give_the_same_step(data: st.DataObject) -> None:
     found = []
     for kind in (ByRows, ByColumns):
         system = kind(layer, x, wants, STEP.ratio)
-        z = ByColumns(layer, x, (True, False), 1.0).apply(
-            torch.zeros(layer.matrix(torch.zeros(layer.shape)).shape).double()
-        )
+        weight = torch.zeros(layer.shape).double()
+        z = nn.functional.linear(x, weight) if isinstance(layer, Linear) else layer.outputs(x, weight, None)
         generator = torch.Generator().manual_seed(1)
         grad = torch.randn(z.shape, generator=generator).double()
         slope = torch.rand(z.shape, generator=generator).double()

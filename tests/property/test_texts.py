@@ -31,7 +31,7 @@ RULES = [
     "bp",
     "linbp:start=-2,slope=0.5",
     "linbp:start='0.1',residual=renormalized",
-    "proxprop:tau=1.0,union=true",
+    "proxprop:tau=1.0,solve=step",
     "sibp:eta=0.1,lam=1.0",
 ]
 FORMS = {

@@ -17,7 +17,7 @@ def test_the_quick_benchmarks_measure_everything(tmp_path):
     content = json.loads((tmp_path / "cpu.json").read_text())
     found = {section["title"]: section["rows"] for parts in content["benchmarks"].values() for section in parts}
     names = {title: {row["name"] for row in rows} for title, rows in found.items()}
-    assert {"exact", "exact, union=True", "CG-3", "CG-10"} < names["ProxProp: MLP"]
+    assert {"exact", "exact, at the step", "CG-3", "CG-10"} < names["ProxProp: MLP"]
     assert {"exact", "toeplitz"} < names["ProxProp: ConvNet"]
     assert {"backpass PGD, early_stop=False", "torchattacks PGD", "foolbox LinfPGD"} < names["Attacks"]
     assert {"Rules", "SIBP", "Starting", "Training: lenet5", "SDE: integration"} < set(found)

@@ -13,7 +13,7 @@ from backpass.training import AdversarialTraining, ControlledLR, Trainer, Traini
 KINDS: dict[str, dict[str, Any]] = {
     "BP": {},
     "LinBP": {"rules": (LinBP(start=-1),)},
-    "ProxProp union": {"rules": (ProxProp(tau=0.5, union=True),)},
+    "ProxProp union": {"rules": (ProxProp(tau=0.5, solve="step"),)},
     "adversarial": {"objective": AdversarialTraining(PGD(eps=0.1, step=0.05, steps=2, random_start=True))},
     "controlled": {"accumulate": 1},
 }

@@ -4,72 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError
-from backpass.rules.activations import ACTIVATIONS, WITHOUT_ACTIVATION, read_call
-from backpass.rules.ranges import check_paths, check_places, resolve_range
+from backpass.rules import torch_internals
+from backpass.rules.activation_calls import ActivationInterception
+from backpass.rules.activations import (
+    ACTIVATIONS,
+    FUSED_ACTIVATIONS,
+    WITHOUT_ACTIVATION,
+    learned_value,
+    read_call,
+    writes_in_place,
+)
+from backpass.rules.attaching.attached import Attached
+from backpass.rules.attaching.interception import Interception
+from backpass.rules.attaching.run import SiteCall
+from backpass.rules.places import Place, check_places
 from backpass.rules.rule import Rule
-from backpass.rules.sites import Site, SiteTable
+from backpass.rules.sites import Site
 
 __all__ = ["ActivationRule"]
 
 
-class _OwnBackward(torch.autograd.Function):
-    """y = s(x) forward; dL/dx is what the rule says."""
+class ActivationAttached(Attached):
+    """An activation rule in force on a model."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], rule: ActivationRule) -> Tensor:
-        return compute(x, *parameters)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.rule = inputs[3]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        return ctx.rule.backward(grad, x), None, None, None
-
-
-class _ValueAndOwnBackward(torch.autograd.Function):
-    """The value forward; dL/dx is what the rule says, and dL/dy goes to the value's own graph."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, value: Tensor, rule: ActivationRule) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.rule = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return ctx.rule.backward(grad, x), grad, None
+    interception: type[Interception] = ActivationInterception
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationRule(Rule):
-    """Selected activations get another derivative: y = s(x) forward, exactly; dL/dx = backward(dL/dy, x).
+    """Base of the rules that give selected activations another derivative.
 
-    A subclass is a frozen dataclass with a ``name`` and `backward`. It acts on every activation, however it is called:
-    as a module, a function or a method, in place too; or on those of ``functions = activations("relu", ...)``.
+    y = s(x) forward, exactly; dL/dx = backward(dL/dy, x). A subclass is a frozen dataclass with a ``name`` and
+    `backward`. It acts on every activation, however it is called: as a module, a function or a method, in place too,
+    composed as x * gate(x), or as an elementwise module without parameters; or on those of
+    ``functions = activations("relu", ...)`` alone.
 
     Args:
         start: first site: an index from the front (7), from the end (-2: the last two), a fraction of all sites (0.5:
             the second half), or the path of a module (the first site inside it); None: the first site.
         stop: one past the last site, given like ``start``; None: up to the end.
         where: which of the sites from ``start`` to ``stop``, a function of a `Site`; None: all.
+        gates: whether activations whose value only gates another tensor, as in squeeze-and-excitation, are sites too.
 
     Raises:
         BackpassError: a setting is out of its range.
@@ -77,44 +59,169 @@ class ActivationRule(Rule):
     """
 
     functions = ACTIVATIONS
-    silent = WITHOUT_ACTIVATION
+    opaque = FUSED_ACTIVATIONS
+    skipped = WITHOUT_ACTIVATION
+    needs_input: ClassVar[bool] = True
+    """Whether `backward` uses x; without it nothing is kept for the backward pass."""
 
-    start: int | float | str | None = None
-    stop: int | float | str | None = None
+    start: Place = None
+    stop: Place = None
     where: Callable[[Site], bool] | None = None
+    gates: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses settings that cannot be meant."""
+        """Validate the settings."""
         check_places(self.start, self.stop)
         if self.where is not None and not callable(self.where):
-            raise BackpassError(f"where is a function of a Site that gives a bool, got {self.where!r}.")
+            raise BackpassError(f"where must be a function of a Site that returns a bool, got {self.where!r}.")
+        if not isinstance(self.gates, bool):
+            raise BackpassError(f"gates must be True or False, got {self.gates!r}.")
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse a module path that the model does not have, and a rule that does not say what it does."""
+    @property
+    def compositions(self) -> bool:  # type: ignore[override]
+        """Whether composed activations are sites: where the rule acts on every activation."""
+        return self.functions is ACTIVATIONS
+
+    @property
+    def acts_on_nodes(self) -> bool:  # type: ignore[override]
+        """Whether a plain call can be given this rule's backward afterwards: if the input is not needed."""
+        return not self.needs_input
+
+    def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
+        """Override the backward of ``model``; see `Rule.attach`."""
         kind = type(self)
         if kind.backward is ActivationRule.backward and kind.replace is ActivationRule.replace:
             raise BackpassError(f"{kind.__name__} does not say what its backward pass is: define backward(grad, x).")
-        check_paths(model, self.start, self.stop)
-
-    def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
-        """The site indices from ``start`` to ``stop``."""
-        return resolve_range(self.start, self.stop, sites)
+        return ActivationAttached(self, model, strict=strict)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        """dL/dx, from ``grad`` = dL/dy and the activation's input x, all of one shape; by elementwise operations.
+        """Return dL/dx.
 
-        Here dL/dy itself.
+        Args:
+            grad: dL/dy.
+            x: the activation's input, of the shape of ``grad``.
+
+        Returns:
+            A tensor of that shape, computed by elementwise operations; here dL/dy itself.
         """
         return grad
 
     def replace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The activation with this rule's backward; a learned parameter, such as PReLU's, keeps its own gradient."""
+        """Return the activation's value with this rule's backward; learned parameters keep their own gradients."""
         activation, x, parameters, in_place = read_call(func, args, kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        z = x.clone() if in_place else x  # the backward pass needs the input as it was
-        if any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
-            y = _ValueAndOwnBackward.apply(z, activation.compute(z.detach(), *parameters), self)  # type: ignore[no-untyped-call]
+        z = x.clone() if in_place and self.needs_input else x  # the backward pass needs the input as it was
+        if parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
+            y = self.replace_value(z, activation.compute(z.detach(), *parameters), None)
         else:
-            y = _OwnBackward.apply(z, activation.compute, parameters, self)  # type: ignore[no-untyped-call]
+            y = _kernel(self).apply(z, activation.compute, parameters, self)
         return x.copy_(y) if in_place else y
+
+    def replace_call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+    ) -> Any:
+        """Return the activation's value with the plain graph and this rule's backward beside it; see `replace_value`."""
+        if not args:
+            args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+        x, rest = args[0], args[1:]
+        writes = writes_in_place(func, args, kwargs)
+        before = x.clone() if writes else x
+        plain = func(before.clone() if writes else x, *rest, **kwargs)
+        out = self.replace_value(before, plain, site, learned_value(func, before, args, kwargs))
+        return x.copy_(out) if writes else out
+
+    def replace_value(self, x: Tensor, value: Tensor, site: SiteCall | None, learned: Tensor | None = None) -> Any:
+        """Return ``value``, computed from x, with this rule's backward.
+
+        Args:
+            x: the input.
+            value: the value; with the plain graph, or, if the rule surely acts, with that of learned parameters.
+            site: asked in the backward pass whether the rule acts; None: it does.
+            learned: the value as a function of learned parameters alone, where ``site`` is given.
+        """
+        apply: Callable[..., Any] = _Replaced.apply
+        return apply(x, value, learned, self, site)
+
+    def on_node(self, grad_inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> Any:
+        """Return the gradients that a plain activation's graph node passes on in the place of its own."""
+        of_x, *others = grad_inputs
+        if of_x is None or grads[0] is None:
+            return None
+        return self.backward(grads[0], grads[0]).to(of_x.dtype), *others
+
+
+class _Kernel(torch.autograd.Function):
+    """y = s(x) forward; dL/dx = rule.backward(dL/dy, x). Fast in eager calls, where the context can be set up at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], rule: Any) -> Any:
+        ctx.rule, ctx.dtype = rule, x.dtype
+        if rule.needs_input:
+            ctx.save_for_backward(x)
+        return compute(x, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x = ctx.saved_tensors[0] if ctx.rule.needs_input else grad
+        of_x = ctx.rule.backward(grad, x)
+        return of_x if of_x.dtype == ctx.dtype else of_x.to(ctx.dtype), None, None, None
+
+
+class _KernelUnderTransforms(_Kernel):
+    """The same for torch.func and torch.compile, which want the context set up apart."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], rule: Any) -> Any:
+        return compute(x, *parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, _, ctx.rule = inputs
+        ctx.dtype = x.dtype
+        if ctx.rule.needs_input:
+            ctx.save_for_backward(x)
+
+
+class _KernelBothWays(_KernelUnderTransforms):
+    """The same with a forward-mode derivative, for rules without x; apart, because Dynamo refuses a Function with one."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:
+        return ctx.rule.backward(tangent, tangent)
+
+
+def _kernel(rule: ActivationRule) -> Any:
+    if is_dynamo_compiling():
+        return _KernelUnderTransforms
+    if torch_internals.forward_mode() and not rule.needs_input:
+        return _KernelBothWays
+    return _KernelUnderTransforms if torch_internals.transforms() else _Kernel
+
+
+class _Replaced(torch.autograd.Function):
+    """(x, value, learned) -> value; backward gives x the rule's gradient, or the value its own, as the site is decided."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, value: Tensor, learned: Tensor | None, rule: Any, site: SiteCall | None) -> Tensor:
+        # Without a view of the value, so that later calls may write into the result.
+        return value.clone() if is_dynamo_compiling() or torch_internals.transforms() else value.data
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, learned, ctx.rule, ctx.site = inputs
+        ctx.dtype, ctx.learns = x.dtype, learned is not None
+        if ctx.rule.needs_input:
+            ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.site is not None and not ctx.site.active():
+            return None, grad, None, None, None
+        x = ctx.saved_tensors[0] if ctx.rule.needs_input else grad
+        of_x = ctx.rule.backward(grad, x).to(ctx.dtype)
+        return of_x, grad if ctx.site is None else None, grad if ctx.learns else None, None, None

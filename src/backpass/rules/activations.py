@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backpass.errors import UnknownNameError
 
-__all__ = ["ACTIVATIONS", "WITHOUT_ACTIVATION", "Activation", "activations", "read_call"]
+__all__ = ["ACTIVATIONS", "FUSED_ACTIVATIONS", "WITHOUT_ACTIVATION", "Activation", "activations", "learned_value", "read_call", "writes_in_place"]
 
 aten = torch.ops.aten
 
@@ -108,13 +108,21 @@ WITHOUT_ACTIVATION: frozenset[type[nn.Module]] = frozenset(
 )
 """torch's own modules that call no activation: they need no hooks."""
 
+FUSED_ACTIVATIONS: Mapping[Callable[..., Any], str] = {
+    getattr(torch, name): name
+    for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    for name in (kind, f"{kind}_cell")
+    if name != "rnn"
+}
+"""Torch functions that call activations out of reach, and the name of each."""
+
 _IN_PLACE = frozenset(function for function in _BY_FUNCTION if function.__name__.endswith("_"))
 
 
 def read_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Activation, Tensor, tuple[Any, ...], bool]:
-    """The activation that a call computes, its input, its parameters in order, and whether it overwrites the input."""
+    """Return the activation that a call computes, its input, its parameters in order, and whether it writes in place."""
     activation = _BY_FUNCTION[func]
     x, given = (args[0], args[1:]) if args else (kwargs["input"], ())
     n = len(activation.parameters)
@@ -124,3 +132,20 @@ def read_call(
         parameters += tuple(kwargs.get(name, default) for name, default in missing)
     in_place = func in _IN_PLACE or (given[n] if len(given) > n else kwargs.get("inplace", False))
     return activation, x, parameters, bool(in_place)
+
+
+def writes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether an elementwise call overwrites its first argument."""
+    if func in _BY_FUNCTION:
+        return read_call(func, args, kwargs)[3]
+    return func.__name__.endswith("_") and not func.__name__.endswith("__")
+
+
+def learned_value(
+    func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Return the value of an activation as a function of its learned parameters alone, or None if it has none."""
+    activation, _, parameters, _ = read_call(func, args, kwargs)
+    if any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
+        return activation.compute(x.detach(), *parameters)
+    return None

@@ -5,94 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.rules.activation_rule import ActivationRule
-from backpass.rules.activations import read_call
+from backpass.rules.activation_rule import ActivationAttached, ActivationRule
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.interception import Interception
-from backpass.rules.ranges import resolve_range
-from backpass.rules.residual import ResidualInterception
-from backpass.rules.sites import SiteTable
+from backpass.rules.attaching.run import SiteCall
+from backpass.rules.residual import PerActivation, ResidualInterception
 
 __all__ = ["LinBP"]
 
-
-class _Linear(NamedTuple):
-    """An activation with its parameters, and the slope that stands for its derivative."""
-
-    compute: Callable[..., Tensor]
-    parameters: tuple[Any, ...]
-    slope: float
+_RESIDUALS = ("plain", "renormalized", "per_activation")
 
 
-class _LinearBackward(torch.autograd.Function):
-    """y = s(x) forward, dL/dx = slope dL/dy backward; keeps no tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: _Linear) -> Any:
-        ctx.dtype, ctx.slope = x.dtype, activation.slope
-        return activation.compute(x, *activation.parameters)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _times(grad, ctx.slope, ctx.dtype), None
-
-
-class _LinearUnderTransforms(torch.autograd.Function):
-    """The same for torch.func and torch.compile, which want the context set up apart; in eager calls it is slower."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, activation: _Linear) -> Tensor:
-        return activation.compute(x, *activation.parameters)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Linear], output: Tensor) -> None:
-        ctx.dtype, ctx.slope = inputs[0].dtype, inputs[1].slope
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _times(grad, ctx.slope, ctx.dtype), None
-
-
-class _LinearBothWays(_LinearUnderTransforms):
-    """The same with a forward-mode derivative; apart, because Dynamo refuses a Function that has one."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
-        return tangent * ctx.slope
-
-
-def _times(grad: Tensor, slope: float, dtype: torch.dtype) -> Tensor:
-    if slope != 1.0:
-        grad = grad * slope
-    return grad if grad.dtype == dtype else grad.to(dtype)
-
-
-class _ValueAndGradientPath(torch.autograd.Function):
-    """value forward; backward gives dL/dy to the value's own graph and slope dL/dy to x."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, value: Tensor, slope: float) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype, ctx.slope = inputs[0].dtype, inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return _times(grad, ctx.slope, ctx.dtype), grad, None
+class _ResidualAttached(ActivationAttached):
+    interception = ResidualInterception
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +39,11 @@ class LinBP(ActivationRule):
         stop: one past the last linear site, given like ``start``; None: up to the end.
         where: which of the sites from ``start`` to ``stop`` are linear, a function of a `Site`; None: all.
         slope: the constant that replaces s'(x), finite.
-        residual: ``"plain"``, or ``"renormalized"``: in residual blocks ReLU(s(z) + f(z)) the activation after the
-            sum keeps its own derivative and the gradient of f is scaled per sample to the norm it has under plain
-            backpropagation (Guo et al., 2020, Section 3.2).
+        residual: ``"plain"``; ``"renormalized"``: in residual blocks the gradient through the branch is scaled per
+            sample to the norm that it has under plain backpropagation, and an activation of the sum stays plain (Guo
+            et al., 2020, Section 3.2); or ``"per_activation"``: the gradient of each selected activation is.
+        decay: factor of the branches' gradients with ``residual="renormalized"``, in [0, 1] (lambda there).
+        gates: as in `ActivationRule`.
 
     Raises:
         BackpassError: a setting is out of its range.
@@ -118,39 +51,53 @@ class LinBP(ActivationRule):
     """
 
     name: ClassVar[str] = "linbp"
+    needs_input: ClassVar[bool] = False
+
     slope: float = 1.0
-    residual: Literal["plain", "renormalized"] = "plain"
+    residual: Literal["plain", "renormalized", "per_activation"] = "plain"
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.start == "paper" or self.stop == "paper":
+            raise BackpassError(
+                "start='paper' stands for a network of the laboratory and is replaced there: backpass sites NAME --rule "
+                "linbp:start=paper shows the place to give instead."
+            )
         if isinstance(self.slope, bool) or not isinstance(self.slope, int | float) or not math.isfinite(self.slope):
-            raise BackpassError(f"slope is a finite number, got {self.slope!r}.")
-        if self.residual not in ("plain", "renormalized"):
-            raise UnknownNameError("residual", str(self.residual), ("plain", "renormalized"))
+            raise BackpassError(f"slope must be a finite number, got {self.slope!r}.")
+        if self.residual not in _RESIDUALS:
+            raise UnknownNameError("residual", str(self.residual), _RESIDUALS)
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
+            raise BackpassError(f"decay must be in [0, 1], got {self.decay!r}.")
+        if self.decay != 1.0 and self.residual != "renormalized":
+            raise BackpassError(f'decay={self.decay} scales branches: it needs residual="renormalized".')
 
-    def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
-        """The site indices from ``start`` to ``stop``; residual blocks are looked for in the table of sites."""
-        return resolve_range(self.start, self.stop, sites, always_look=self.residual == "renormalized")
+    @property
+    def acts_on_nodes(self) -> bool:  # type: ignore[override]
+        """Whether a plain call can be given this rule's backward afterwards."""
+        return self.residual == "plain"
 
-    def attach(self, model: nn.Module) -> Attached:
-        """As `Rule.attach`; where their gradient is renormalized, residual blocks are followed."""
-        return Attached(self, model, ResidualInterception if self.residual == "renormalized" else Interception)
+    def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
+        """Override the backward of ``model``; see `Rule.attach`."""
+        kind = _ResidualAttached if self.residual == "renormalized" else ActivationAttached
+        return kind(self, model, strict=strict)
+
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Return slope * dL/dy."""
+        return grad if self.slope == 1.0 else grad * self.slope
 
     def replace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The activation with a linear backward."""
-        activation, x, parameters, in_place = read_call(func, args, kwargs)
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        if parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
-            y = _ValueAndGradientPath.apply(x, activation.compute(x.detach(), *parameters), self.slope)  # type: ignore[no-untyped-call]
-        else:
-            y = _function().apply(x, _Linear(activation.compute, parameters, self.slope))  # type: ignore[no-untyped-call]
-        return x.copy_(y) if in_place else y
+        """Return the activation's value with a linear backward."""
+        if self.residual != "per_activation" or not torch.is_grad_enabled():
+            return super().replace(func, args, kwargs)
+        return self.replace_call(func, args, kwargs, None)
 
-
-def _function() -> type[torch.autograd.Function]:
-    if is_dynamo_compiling():
-        return _LinearUnderTransforms
-    if forward_ad._current_level >= 0:
-        return _LinearBothWays
-    return _LinearUnderTransforms if torch._C._are_functorch_transforms_active() else _LinearBackward
+    def replace_value(self, x: Tensor, value: Tensor, site: SiteCall | None, learned: Tensor | None = None) -> Any:
+        """Return ``value``, computed from x, with a linear backward; see `ActivationRule.replace_value`."""
+        if self.residual != "per_activation":
+            return super().replace_value(x, value, site, learned)
+        if is_dynamo_compiling():
+            raise BackpassError('residual="per_activation" does not work under torch.compile: use residual="plain".')
+        apply: Callable[..., Any] = PerActivation.apply
+        return apply(x, value, learned, self, site)

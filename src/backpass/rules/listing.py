@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from backpass.errors import UnknownNameError
-from backpass.rules.activations import ACTIVATIONS
+from backpass.rules.activation_rule import ActivationAttached
+from backpass.rules.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.redefinition import Redefinition, TorchFunction
-from backpass.rules.layers.linear_calls import LINEAR, OPAQUE
-from backpass.rules.layers.normalizations import NORMALIZATIONS
+from backpass.rules.attaching.override import BackwardOverride, TorchFunction
+from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
+from backpass.rules.implicit.interception import LayerInterception
 from backpass.rules.sites import SiteTable
 
 __all__ = ["list_sites"]
 
-_KINDS = {"activation": ACTIVATIONS, "linear": {**LINEAR, **NORMALIZATIONS, **OPAQUE}}
+_KINDS = ("activation", "linear")
 
 
 def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs: Any) -> SiteTable:
-    """The sites of a model, in call order; prints as a table.
+    """Return the sites of a model, in call order; the table prints, and names what is out of reach.
 
     Costs one forward pass, after which buffers, random states and hooks are what they were.
 
     Args:
         model: any module.
-        args: what the model is called with, for instance ``x``.
+        args: arguments of the model's call, for instance ``x``.
         kind: ``"activation"``, the sites of `LinBP`, or ``"linear"``, those of `ProxProp`.
         kwargs: keyword arguments of the model's call.
 
@@ -37,19 +37,39 @@ def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs:
     """
     if kind not in _KINDS:
         raise UnknownNameError("kind of site", kind, _KINDS)
-    with Attached(_Listing(_KINDS[kind]), model) as listing:
-        listing.probe(args, kwargs)
-        return listing.seen
+    attached = ActivationAttached(_Activations(), model) if kind == "activation" else _LayersAttached(_Layers(), model)
+    with attached:
+        attached.learn(*args, **kwargs)
+        table = attached.seen
+        table.unreachable = attached.unreachable
+    return table
 
 
-class _Listing(Redefinition):
+class _Listing(BackwardOverride):
     """Sees the sites of some functions and changes nothing."""
 
     name = "listing"
     needs_site = False
+    stop = 0
 
-    def __init__(self, functions: Mapping[TorchFunction, str]) -> None:
-        self.functions = functions  # type: ignore[misc]
 
-    def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
-        return 0, 0
+class _Activations(_Listing):
+    functions = ACTIVATIONS
+    opaque = FUSED_ACTIVATIONS
+    compositions = True
+
+    def replace_value(self, x: Tensor, value: Tensor, site: object, learned: Tensor | None = None) -> Tensor:
+        return value
+
+    def replace_call(
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: object
+    ) -> Any:
+        return func(*args, **kwargs)
+
+
+class _Layers(_Listing):
+    functions = {**LINEAR, **NORMALIZATIONS, **OPAQUE, **PRODUCTS}
+
+
+class _LayersAttached(Attached):
+    interception = LayerInterception

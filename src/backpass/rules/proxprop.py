@@ -4,51 +4,69 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.dynamo import constant_while_tracing
-from backpass.rules.attaching.interception import Interception
-from backpass.rules.attaching.redefinition import TorchFunction, no_site
-from backpass.rules.layers.linear_calls import LINEAR, OPAQUE, linear_call
-from backpass.rules.layers.normalizations import NORMALIZATIONS, normalization
-from backpass.rules.proximal.backward import Call, announce, proximal_affine, proximal_linear
-from backpass.rules.proximal.contributions import Contributions
-from backpass.rules.proximal.direction import ProximalStep
-from backpass.rules.proximal.union import Union
-from backpass.rules.ranges import Place, check_paths, check_places, resolve_range
+from backpass.rules.attaching.interception import choose
+from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.wrappers import unwrap
+from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
+from backpass.rules.implicit.direction import ProximalStep, direction, solve_dtype
+from backpass.rules.implicit.interception import LayerInterception, is_functional, refuse_model
+from backpass.rules.implicit.memory import Memory
+from backpass.rules.implicit.step import AtStep, diverged, optimizers_of
+from backpass.rules.implicit.systems import NotFiniteError
+from backpass.rules.implicit.uses import Call, Contributions, Found, Use, implicit_layer
+from backpass.rules.places import Place, check_places
 from backpass.rules.rule import Rule
-from backpass.rules.sites import Site, SiteTable
+from backpass.rules.sites import Site
 
 __all__ = ["ProxProp", "ProximalAttached"]
+
+_TAU = 3.0
+_MEMORY, _REFRESH = 0.9, 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProxProp(Rule):
     """Proximal backpropagation: implicit steps in the weights of linear layers.
 
-    z = A Theta forward and what flows down to A stay as they are; in the place of the gradient A^T g the weights get
+    The forward pass z = A Theta and the gradient with respect to A are unchanged. Instead of the gradient A^T g the
+    weights get
     D = Theta - argmin_T 1/2 |A T - (A Theta - g)|^2 + 1/(2 tau) |T - Theta|^2 = (A^T A + I/tau)^{-1} A^T g,
-    which any optimizer then uses. Linear layers are F.linear, convolutions (also transposed), embeddings and the
-    weights of normalizations, with their biases.
+    which any optimizer then uses. Linear layers are F.linear, convolutions (also transposed), matrix products, addmm
+    and einsum with a parameter, with their biases; embeddings and the weights of normalizations on request.
 
     Args:
-        tau: step size of the proximal step, positive. tau -> 0 gives tau times the gradient, tau -> inf the
-            least-squares solution of A T = A Theta - g.
-        solver: ``"exact"``; ``"cg"``, a few conjugate-gradient steps on the same system as in the paper; or
-            ``"toeplitz"``, exact but for convolutions, whose A^T A is replaced by the larger block-Toeplitz one that
-            ignores the border, which is cheaper and still a descent direction.
+        tau: step size of the proximal step, positive; None takes 3 with ``damping="relative"``. tau -> 0 gives tau
+            times the gradient, tau -> inf the least-squares solution of A T = A Theta - g.
+        damping: what 1/tau is relative to. ``"sum"``: A^T A as above (the paper), for which the effect of tau depends
+            on the batch size if the loss is a mean. ``"mean"``: A^T A / rows (FOOF), rows are samples, tokens or
+            output pixels. ``"sample_mean"``: A^T A / samples (K-FAC's convention for convolutions). ``"relative"``:
+            the mean eigenvalue lambda of A^T A, so that D = (lambda/tau) (A^T A + (lambda/tau) I)^{-1} A^T g, which
+            has the scale of the gradient. None: ``"relative"`` without tau, ``"sum"`` with one.
+        solver: ``"exact"``; ``"cg"``, a few conjugate-gradient steps on the same system as in the paper, in linear
+            layers with one step length per output; or ``"toeplitz"``, exact but for convolutions where it is cheaper
+            to replace A^T A by the larger block-Toeplitz matrix that ignores the border.
         cg_steps: iterations of ``solver="cg"``, at least 1.
-        damping: ``"sum"``, A^T A as above, for which the effect of tau depends on the batch size if the loss is a
-            mean; or ``"mean"``, A^T A / rows.
-        union: False solves in the backward pass, for one use of each weight per step; True solves before the
-            optimizer's step over everything accumulated since the last: micro-batches, shared weights, processes.
+        solve: ``"backward"`` solves in the backward pass, for one use of each weight per step. ``"step"`` solves at
+            the optimizer's step, over all contributions since the last: micro-batches, shared weights, processes.
+        memory: with ``solve="step"``, the share in [0, 1) of the running average of A^T A / rows that each refresh
+            keeps; None takes 0.9, and the exact step for layers where that is cheaper. 0 with ``refresh=1`` is the
+            exact step for all layers.
+        refresh: number of steps from one refresh of a layer's average to the next; None takes 10 unless ``memory``
+            is 0, which takes 1. The layers take turns.
+        embeddings: whether embeddings are layers too.
+        norms: whether the weights of normalizations are layers too.
+        max_side: where the solve needs a Gram matrix of more columns, it is block-diagonal with blocks of at most this
+            side. Systems over rows have no limit.
         start: first site, as in `LinBP`.
         stop: one past the last site; -1 leaves the last layer plain, which is the paper's setting.
         where: which of the sites from ``start`` to ``stop`` are proximal, a function of a `Site`; None: all.
@@ -59,130 +77,165 @@ class ProxProp(Rule):
     """
 
     name: ClassVar[str] = "proxprop"
-    functions: ClassVar[Mapping[TorchFunction, str]] = {**LINEAR, **NORMALIZATIONS, **OPAQUE}
+    functions: ClassVar[Mapping[TorchFunction, str]] = {**LINEAR, **PRODUCTS, **NORMALIZATIONS, **OPAQUE}
 
-    tau: float = 1.0
+    tau: float | None = None
+    damping: Literal["relative", "sum", "mean", "sample_mean"] | None = None
     solver: Literal["exact", "cg", "toeplitz"] = "exact"
     cg_steps: int = 3
-    damping: Literal["sum", "mean"] = "sum"
-    union: bool = False
+    solve: Literal["backward", "step"] = "backward"
+    memory: float | None = None
+    refresh: int | None = None
+    embeddings: bool = False
+    norms: bool = False
+    max_side: int = 4096
     start: Place = None
     stop: Place = None
     where: Callable[[Site], bool] | None = None
 
     def __post_init__(self) -> None:
-        number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)
-        if not number or not 0 < self.tau < math.inf:
-            raise BackpassError(f"tau is a positive finite number, got {self.tau!r}.")
+        self._check_numbers()
         for name, value, known in (
             ("solver", self.solver, ("exact", "cg", "toeplitz")),
-            ("damping", self.damping, ("sum", "mean")),
+            ("damping", self.damping, (None, "relative", "sum", "mean", "sample_mean")),
+            ("solve", self.solve, ("backward", "step")),
         ):
             if value not in known:
-                raise UnknownNameError(name, str(value), known)
-        if isinstance(self.cg_steps, bool) or not isinstance(self.cg_steps, int) or self.cg_steps < 1:
-            raise BackpassError(f"cg_steps is an int of at least 1, got {self.cg_steps!r}.")
-        if not isinstance(self.union, bool):
-            raise BackpassError(f"union is True or False, got {self.union!r}.")
+                raise UnknownNameError(name, str(value), [one for one in known if one])
+        for name in ("embeddings", "norms"):
+            if not isinstance(getattr(self, name), bool):
+                raise BackpassError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if self.solve == "backward" and (self.memory or (self.refresh or 1) > 1):
+            raise BackpassError(
+                'memory and refresh need the solve at the optimizer\'s step: set solve="step" and attach the rule with '
+                "attach(model, optimizer=optimizer)."
+            )
+        if self.memory and (self.solver == "cg" or self.step.damping == "sum"):
+            raise BackpassError(
+                'memory averages A^T A / rows and factors it: it goes with damping "relative", "mean" or "sample_mean", '
+                f"and not with solver='cg'; got damping={self.step.damping!r}, solver={self.solver!r}."
+            )
         check_places(self.start, self.stop)
         if self.where is not None and not callable(self.where):
-            raise BackpassError(f"where is a function of a Site that gives a bool, got {self.where!r}.")
+            raise BackpassError(f"where must be a function of a Site that returns a bool, got {self.where!r}.")
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse a module path that the model does not have."""
-        check_paths(model, self.start, self.stop)
+    def _check_numbers(self) -> None:
+        for name, least, below, whole in (
+            ("tau", 0, math.inf, False),
+            ("memory", 0, 1, False),
+            ("cg_steps", 1, math.inf, True),
+            ("refresh", 1, math.inf, True),
+            ("max_side", 1, math.inf, True),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("tau", "memory", "refresh"):
+                continue
+            right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not right or not least <= value < below or (name == "tau" and value == 0):
+                kind = "an int of at least 1" if whole else "in [0, 1)" if name == "memory" else "positive and finite"
+                raise BackpassError(f"{name} must be {kind}, got {value!r}.")
 
-    def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
-        """The site indices from ``start`` to ``stop``."""
-        table = SiteTable()
-
-        def look() -> SiteTable:
-            table.extend(sites())
-            return table
-
-        first, stop = resolve_range(self.start, self.stop, look)
-        if not stop:
-            raise no_site(self, len(table), table)
-        return first, stop
-
-    def attach(self, model: nn.Module, optimizer: Optimizer | None = None) -> ProximalAttached:
+    def attach(self, model: nn.Module, optimizer: Any = None) -> ProximalAttached:
         """As `Rule.attach`.
 
         Args:
             model: the model.
-            optimizer: whose step solves, with ``union=True``; must be one that has the model's parameters.
+            optimizer: with ``solve="step"``, the optimizer whose step solves, or a list of those that share the model's
+                parameters.
 
         Raises:
-            BackpassError: ``union=True`` without an optimizer, or an optimizer without ``union=True``.
+            BackpassError: ``solve="step"`` without an optimizer or the reverse; an equal rule is attached; the
+                parameters are sharded.
         """
-        if self.union and not isinstance(optimizer, Optimizer):
-            raise BackpassError(
-                "union=True solves in the optimizer's step: ProxProp(union=True).attach(model, optimizer=optimizer), "
-                f"got optimizer={optimizer!r}."
-            )
-        if optimizer is not None and not self.union:
-            raise BackpassError("an optimizer is for union=True; without it the backward pass solves: leave it out.")
-        return ProximalAttached(self, model, optimizer)
+        if self.solve == "step":
+            optimizer = optimizers_of(optimizer)
+        elif optimizer is not None:
+            raise BackpassError('an optimizer is for solve="step"; without it the backward pass solves: leave it out.')
+        model = unwrap(model)
+        refuse_model(self, model)
+        return ProximalAttached(self, model, optimizer or [])
 
     @property
     def step(self) -> ProximalStep:
         """The settings of the solve."""
-        return ProximalStep(float(self.tau), self.solver, self.cg_steps, self.damping == "mean")
+        damping = self.damping or ("relative" if self.tau is None else "sum")
+        tau = _TAU if self.tau is None else float(self.tau)
+        return ProximalStep(tau, damping, self.solver, self.cg_steps, self.max_side)
 
 
-class ProximalInterception(Interception):
+class ProximalInterception(LayerInterception):
     """An interception that gives linear layers proximal weight gradients."""
 
-    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def is_site(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call is a layer; embeddings and normalizations on request."""
+        name, rule = self.rule.functions[func], self.rule
+        if name == "embedding" or func in NORMALIZATIONS:
+            return bool(rule.embeddings if name == "embedding" else rule.norms)  # type: ignore[attr-defined]
+        return super().is_site(func, args, kwargs)
+
+    def replace(
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+    ) -> Any:
         """The call's value; in the backward pass its weights contribute to this attachment."""
-        if func in OPAQUE:
-            raise BackpassError(
-                f"{OPAQUE[func]!r} in module {self.running[-1].path or '(model)'!r} computes its linear layers out of "
-                "sight, so ProxProp cannot act on them. Leave it plain by "
-                f"where=lambda site: site.function != {OPAQUE[func]!r}, or write it with nn.Linear."
-            )
-        call: Call = (self.numbering.token, _functional())
-        if call[1] and torch.compiler.is_dynamo_compiling():
+        functional = is_functional()
+        if functional and is_dynamo_compiling():
             # Dynamo does not know then which arguments gradients are asked for.
             raise BackpassError(
                 "ProxProp does not work in a compiled torch.func.grad: take torch.func.grad of the compiled model, or "
                 "leave out torch.compile."
             )
-        if func in NORMALIZATIONS:
-            return _normalize(func, args, kwargs, call)
-        found = linear_call(func, args, kwargs)
-        if _learns(found.weight, found.bias):
-            layer = found.layer
-            fixed = (found.compute, found.rest, type(layer).__name__, layer.geometry, call)
-            z = proximal_linear(found.x, found.weight, found.bias, *fixed)
-        else:
-            z = found.compute(found.x, found.weight, found.bias, *found.rest)
-        return z if found.batched else z.squeeze(0)
+        layer = self.layer(func, args, kwargs)
+        if layer is None or not torch.is_grad_enabled() or not self._is_due(layer):
+            return func(*args, **kwargs)
+        call = Call(layer.text, ("", ()), functional, self.attached.token)
+        z = implicit_layer(layer.x, layer.weight, layer.bias, layer.z, layer.compute, layer.rest, call)
+        z = z if layer.batched else z.squeeze(0)
+        return z if site is None else choose(func(*args, **kwargs), z, site)
+
+    def _is_due(self, layer: Any) -> bool:
+        if is_dynamo_compiling():
+            return True
+        contributions = self.attached.contributions  # type: ignore[attr-defined]
+        if not isinstance(contributions, AtStep) or contributions.memory is None:
+            return True
+        named = contributions.parameter(layer.weight if layer.weight.requires_grad else layer.bias)
+        return named is None or contributions.is_due(named.name)
 
 
-@constant_while_tracing
-def _functional() -> bool:
-    """Whether ``torch.func`` takes the gradients."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+class InBackward(Contributions):
+    """Solves in the backward pass, which is exact for one use of each weight.
 
+    Attributes:
+        step: how to solve.
+    """
 
-def _learns(weight: Tensor | None, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))
+    step_name = "proximal"
+    way_out = (
+        'to accumulate gradients, share a weight or use several processes, use ProxProp(solve="step").attach(model, '
+        "optimizer=optimizer)"
+    )
 
+    def __init__(self, attached: Attached, step: ProximalStep) -> None:
+        super().__init__(attached)
+        self.step = step
 
-def _normalize(func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
-    norm = normalization(func, args, kwargs)
-    weight, bias = norm.weight, norm.bias
-    if not _learns(weight, bias):
-        return norm.compute(norm.x, weight, bias, True)
-    if weight is None:
-        assert bias is not None  # noqa: S101  one of them learns
-        weight = torch.ones_like(bias).detach()
-    # First without moving the running statistics, on which the second may depend.
-    normalized = norm.compute(norm.x, None, None, False)
-    with torch.no_grad():
-        value = norm.compute(norm.x, norm.weight, bias, True)
-    return proximal_affine(normalized, value, weight, bias, norm.last, call)
+    def gradients(self, use: Use) -> Found:
+        """The plain input gradient, and the directions of weight and bias.
+
+        Raises:
+            BackpassError: the weight has another contribution already, or several processes contribute.
+        """
+        grad = use.grad.to(solve_dtype(use.weight.dtype))
+        layer = use.layer
+        of_x = layer.input_gradient(use.x, grad, use.weight.to(grad.dtype)) if use.wants[0] else None
+        if not use.asked:
+            return of_x, None, None
+        if not use.functional:
+            self.admit(use)
+        try:
+            return of_x, *direction(layer, use.x, grad, use.wants[1:], self.step)
+        except NotFiniteError:
+            raise diverged(self.describe(use.weight)) from None
 
 
 class ProximalAttached(Attached):
@@ -192,14 +245,42 @@ class ProximalAttached(Attached):
         contributions: what the weights' uses contributed since the last step.
     """
 
-    def __init__(self, rule: ProxProp, model: nn.Module, optimizer: Optimizer | None) -> None:
-        super().__init__(rule, model, ProximalInterception)
-        self._contribute(rule, optimizer)
+    rule: ProxProp
+    interception = ProximalInterception
 
-    def _contribute(self, rule: ProxProp, optimizer: Optimizer | None) -> None:
-        step = rule.step
-        self.contributions = Union(self._model, step, optimizer) if rule.union else Contributions(self._model, step)
-        announce(self.token, self.contributions)
+    def __init__(self, rule: ProxProp, model: nn.Module, optimizers: list[Any]) -> None:
+        super().__init__(rule, model)
+        self._contribute(optimizers)
+        self.contributions.watch()
+
+    def _contribute(self, optimizers: list[Any]) -> None:
+        rule = self.rule
+        self.contributions: InBackward | AtStep
+        if rule.solve == "backward":
+            self.contributions = InBackward(self, rule.step)
+            return
+        share = rule.memory
+        choose = share is None and rule.solver != "cg" and rule.step.damping != "sum"
+        share = (_MEMORY if choose else 0.0) if share is None else share
+        refresh = rule.refresh or (_REFRESH if share else 1)
+        memory = Memory(share, refresh, rule.step) if share or refresh > 1 else None
+        self.contributions = AtStep(self, rule.step, optimizers, memory, choose)
+
+    def set(self, **settings: Any) -> None:
+        """Change settings of the solve from the next backward pass or step on, for schedules.
+
+        Args:
+            settings: ``tau`` and ``cg_steps``, as of `ProxProp`.
+
+        Raises:
+            BackpassError: another setting, or a value out of its range.
+        """
+        for name in settings:
+            if name not in ("tau", "cg_steps"):
+                raise UnknownNameError("setting that can change while the rule is attached", name, ("tau", "cg_steps"))
+        damping = self.rule.step.damping
+        self.rule = replace(self.rule, damping=damping, **settings)
+        self.contributions.step = self.rule.step
 
     def remove(self) -> None:
         """Give the model its own backward again, and the optimizer its own step; a second call does nothing."""
@@ -213,5 +294,4 @@ class ProximalAttached(Attached):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        assert isinstance(self.rule, ProxProp)  # noqa: S101  it was made with one
-        self._contribute(self.rule, None)
+        self._contribute([])

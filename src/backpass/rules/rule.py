@@ -9,32 +9,37 @@ from torch import nn
 
 from backpass.errors import BackpassError
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.redefinition import Redefinition
+from backpass.rules.attaching.override import BackwardOverride
 from backpass.rules.text import format_settings
 
 __all__ = ["BP", "Rule"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule(Redefinition):
+class Rule(BackwardOverride):
     """A replacement backward for some torch functions at chosen sites of a model; the forward stays as it is.
 
     A subclass is a frozen dataclass with a ``name``, the ``functions`` that it re-defines, and `replace`.
     """
 
-    def attach(self, model: nn.Module) -> Attached:
-        """Re-define the backward of ``model`` until `Attached.remove` or the end of a ``with`` block.
+    def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
+        """Override the backward of ``model`` until `Attached.remove` or the end of a ``with`` block.
 
         Wrappers (``torch.compile``, DDP, DataParallel) are seen through. Of two rules that select the same
         site, the one attached last acts. Call the model itself, not its ``forward``.
 
+        Args:
+            model: the model.
+            strict: whether it is an error if the rule cannot reach a part of the model; else it is a warning, and
+                `Attached.unreachable` names the part.
+
         Raises:
-            NoSiteError: the model is scripted, so its operations cannot be reached.
+            NoSiteError: the model is scripted, so its operations cannot be reached; or, with ``strict``, a part of it.
             BackpassError: ``model`` is no ``nn.Module``, or does not fit the rule's settings.
         """
         if self.functions and type(self).replace is Rule.replace:
             raise BackpassError(f"{type(self).__name__} names functions and would leave them plain: define replace().")
-        return Attached(self, model)
+        return Attached(self, model, strict=strict)
 
     def __str__(self) -> str:
         return format_settings(self.name, self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 from weakref import ref
 
@@ -15,18 +15,19 @@ from torch.compiler import is_dynamo_compiling
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.activations import ACTIVATIONS
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.dynamo import constant_while_tracing, show_to_modes
 from backpass.rules.attaching.interception import Interception
-from backpass.rules.attaching.redefinition import EVERYTHING, TorchFunction
-from backpass.rules.layers.linear_calls import LINEAR, OPAQUE, LinearCall, linear_call
+from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.wrappers import unwrap
+from backpass.rules.implicit.calls import LINEAR, OPAQUE, PRODUCTS, LinearCall
+from backpass.rules.implicit.interception import LayerInterception, is_functional, refuse_model
+from backpass.rules.implicit.uses import Call, implicit_layer
 from backpass.rules.rule import Rule
-from backpass.rules.semi_implicit.backward import Call, Steps, announce, semi_implicit_layer
+from backpass.rules.semi_implicit.backward import SemiImplicitContributions
 from backpass.rules.semi_implicit.checkpoints import checkpoint_hooks, checkpointed_without_gradients
-from backpass.rules.semi_implicit.divergence import StepSizes
 from backpass.rules.semi_implicit.elementwise import elementwise
-from backpass.rules.semi_implicit.single_use import SingleUse
 from backpass.rules.semi_implicit.weight_step import SemiImplicitStep
-from backpass.rules.sites import Site, SiteTable
+from backpass.rules.sites import Site
 
 __all__ = ["SIBP", "SemiImplicitAttached"]
 
@@ -37,14 +38,15 @@ _LAYERS = {function: name for function, name in LINEAR.items() if name != "embed
 class SIBP(Rule):
     """Semi-implicit back propagation: explicit steps for neurons, implicit ones for weights.
 
-    A layer z = W a + b, y = s(z) with the gradient g at y gets, in the place of its weight gradients, -dW and -db of
+    A layer z = W a + b, y = s(z) with the gradient g at y gets, instead of its weight gradients, -dW and -db of
     argmin |s(z + dW a + db) - (y - eta g)|^2 + lam |dW|^2 + lam_bias |db|^2 over the batch,
-    and passes (W + dW)^T (s'(z) g) down to a. SGD with learning rate 1 is the algorithm of the paper; any optimizer
-    may use the direction. The forward pass stays as it is.
+    and its input gets the gradient (W + dW)^T (s'(z) g). SGD with learning rate 1 and without momentum is the algorithm
+    of the paper; any optimizer may use the direction. The forward pass is unchanged.
 
-    Layers are F.linear and convolutions (also transposed). s is the activation that is called on the layer's own
-    output; where something else stands between (a normalization, pooling, a sum), or the activation has weights or a
-    rule of its own, s is the identity, g the gradient at z, and what stands between is ordinary backpropagation.
+    Layers are F.linear, convolutions (also transposed), matrix products, addmm and einsum with a parameter. s is the
+    activation that is called on the layer's own output; where something else stands between (a normalization, pooling,
+    a sum), or the activation has weights or is overridden by another rule, s is the identity, g the gradient at z, and
+    what stands between is ordinary backpropagation.
 
     Args:
         eta: step size of the neurons, positive, for a loss that is a sum over the batch; None takes
@@ -53,12 +55,14 @@ class SIBP(Rule):
         lam_bias: penalty on the biases' increment, positive; None takes lam.
         newton_steps: Gauss-Newton steps on the sub-problem where s is not the identity, at least 1.
         cg_steps: conjugate-gradient iterations in each, at least 1. Without s the solve is direct.
-        corrections: where s is piecewise linear the Gauss-Newton model does not see the kinks that the step crosses.
-            So many of the last ``cg_steps`` iterations, all but one at most, descend on the sub-problem itself, each
-            unit only where that lowers its objective. 0 leaves the plain Gauss-Newton steps.
-        reduction: what the loss is over the batch, ``"mean"`` or ``"sum"``. With ``"mean"`` gradients are multiplied
-            by the size of the first dimension of the layer's input.
-        updated_weights: whether gradients flow down through W + dW; False: through W.
+        descent_steps: the Gauss-Newton model does not see the kinks of a piecewise linear s that the step crosses. So
+            many of the last ``cg_steps`` iterations, all but one at most, then descend on the sub-problem itself. From
+            1 on, no unit takes a step that raises its objective, whatever s is. 0 leaves plain Gauss-Newton steps.
+        reduction: how the loss combines the samples of a batch, ``"mean"`` or ``"sum"``. With ``"mean"`` gradients are
+            multiplied by the size of the first dimension of the layer's input.
+        updated_weights: whether input gradients are propagated through W + dW; False: through W.
+        loss_scale: factor by which the loss is multiplied before the backward pass, positive; the steps are those of
+            the loss itself, times this factor. For a ``GradScaler`` use ``attach(model, scaler=scaler)`` instead.
         where: which layers are semi-implicit, a function of a `Site`; None: all.
 
     Raises:
@@ -67,54 +71,61 @@ class SIBP(Rule):
     """
 
     name: ClassVar[str] = "sibp"
-    functions: ClassVar[Mapping[TorchFunction, str]] = {**_LAYERS, **OPAQUE}
+    functions: ClassVar[Mapping[TorchFunction, str]] = {**_LAYERS, **PRODUCTS, **OPAQUE}
 
     eta: float | None = 0.1
     lam: float = 1.0
     lam_bias: float | None = None
     newton_steps: int = 1
     cg_steps: int = 5
-    corrections: int = 1
+    descent_steps: int = 1
     reduction: Literal["mean", "sum"] = "mean"
     updated_weights: bool = True
+    loss_scale: float = 1.0
     where: Callable[[Site], bool] | None = None
 
     def __post_init__(self) -> None:
-        for name, optional in (("eta", True), ("lam", False), ("lam_bias", True)):
+        for name, optional in (("eta", True), ("lam", False), ("lam_bias", True), ("loss_scale", False)):
             number = getattr(self, name)
             if number is None and optional:
                 continue
             if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-                raise BackpassError(f"{name} is a positive finite number{' or None' * optional}, got {number!r}.")
-        for name, least in (("newton_steps", 1), ("cg_steps", 1), ("corrections", 0)):
+                raise BackpassError(f"{name} must be positive and finite{', or None' * optional}, got {number!r}.")
+        for name, least in (("newton_steps", 1), ("cg_steps", 1), ("descent_steps", 0)):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise BackpassError(f"{name} is an int of at least {least}, got {count!r}.")
+                raise BackpassError(f"{name} must be an int of at least {least}, got {count!r}.")
         if self.reduction not in ("mean", "sum"):
             raise UnknownNameError("reduction", str(self.reduction), ("mean", "sum"))
         if not isinstance(self.updated_weights, bool):
-            raise BackpassError(f"updated_weights is True or False, got {self.updated_weights!r}.")
+            raise BackpassError(f"updated_weights must be True or False, got {self.updated_weights!r}.")
         if self.where is not None and not callable(self.where):
-            raise BackpassError(f"where is a function of a Site that gives a bool, got {self.where!r}.")
+            raise BackpassError(f"where must be a function of a Site that returns a bool, got {self.where!r}.")
 
-    def range(self, sites: Callable[[], SiteTable]) -> tuple[int, int]:
-        """All sites; `where` chooses among them."""
-        show_to_modes(ACTIVATIONS)
-        return EVERYTHING
+    def attach(self, model: nn.Module, scaler: Any = None) -> SemiImplicitAttached:
+        """As `Rule.attach`.
 
-    def attach(self, model: nn.Module) -> SemiImplicitAttached:
-        """As `Rule.attach`."""
-        return SemiImplicitAttached(self, model)
+        Args:
+            model: the model.
+            scaler: the ``torch.amp.GradScaler`` that scales the loss, if there is one. A semi-implicit step is no linear
+                function of the loss's scale, so the rule must know it.
+
+        Raises:
+            BackpassError: an equal rule is attached, or the parameters are sharded.
+        """
+        model = unwrap(model)
+        refuse_model(self, model)
+        return SemiImplicitAttached(self, model, scaler)
 
     def step(self, depth: int) -> SemiImplicitStep:
         """The settings of the solve in a network with ``depth`` layers."""
         eta = 1 / max(depth, 1) if self.eta is None else float(self.eta)
         lam_bias = float(self.lam if self.lam_bias is None else self.lam_bias)
-        fixed = (self.newton_steps, self.cg_steps, self.corrections, self.reduction, self.updated_weights)
-        return SemiImplicitStep(eta, float(self.lam), lam_bias, *fixed)
+        fixed = (self.newton_steps, self.cg_steps, self.descent_steps, self.reduction, self.updated_weights)
+        return SemiImplicitStep(eta, float(self.lam), lam_bias, *fixed, float(self.loss_scale))
 
 
-class SemiImplicitInterception(Interception):
+class SemiImplicitInterception(LayerInterception):
     """An interception that gives layers their semi-implicit backward, together with the activation that follows.
 
     Attributes:
@@ -130,7 +141,7 @@ class SemiImplicitInterception(Interception):
         self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in ACTIVATIONS and (self.outputs or self.recomputed) and not _has_rule_of_its_own(func):
+        if func in ACTIVATIONS and (self.outputs or self.recomputed) and not _is_overridden(func):
             found = elementwise(func, args, kwargs)
             if found is not None:
                 self._refuse_parted(found[1], found[0].name)
@@ -140,23 +151,21 @@ class SemiImplicitInterception(Interception):
                         return self._activate(layer, *found)
         return super().__torch_function__(func, types, args, kwargs)
 
-    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer's value; what it passes on serves unless an activation follows."""
-        if func in OPAQUE:
-            raise BackpassError(
-                f"{OPAQUE[func]!r} in module {self.running[-1].path or '(model)'!r} computes its linear layers out of "
-                "sight, so SIBP cannot act on them. Leave it plain by "
-                f"where=lambda site: site.function != {OPAQUE[func]!r}, or write it with nn.Linear."
-            )
-        layer = linear_call(func, args, kwargs)
-        learns = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-        if not torch.is_grad_enabled() or not learns:
+    def replace(
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+    ) -> Any:
+        """The layer's value; its input gradient is used unless an activation follows."""
+        layer = self.layer(func, args, kwargs)
+        if layer is None or not torch.is_grad_enabled():
             z = func(*args, **kwargs)
-            if learns and not is_dynamo_compiling() and (place := checkpointed_without_gradients(self.running)):
-                self.recomputed.append((ref(z), place))
+            if layer is not None and not is_dynamo_compiling():
+                place = checkpointed_without_gradients(self.running)
+                if place is not None:
+                    self.recomputed.append((ref(z), place))
             return z
-        _refuse_half(layer)
-        z = semi_implicit_layer(layer, None, layer.compute, layer.rest, self._call(layer, "", ()))
+        if not self.attached.scaled:  # type: ignore[attr-defined]
+            _refuse_half(layer)
+        z = self._node(layer, None, layer.compute, layer.rest, ("", ()))
         if layer.batched:
             self.outputs.append((z, layer, None if is_dynamo_compiling() else checkpoint_hooks()))
             return z
@@ -181,19 +190,19 @@ class SemiImplicitInterception(Interception):
 
     def _activate(self, layer: LinearCall, s: Any, z: Tensor, in_place: bool) -> Tensor:
         before = z.detach().clone() if in_place else z.detach()
-        y = semi_implicit_layer(layer, before, s.value, (), self._call(layer, s.name, s.numbers))
+        y = self._node(layer, before, s.value, (), (s.name, s.numbers))
         # Cut off from the layer's own node, which no longer acts.
         return z.detach_().copy_(y) if in_place else y
 
-    def _call(self, layer: LinearCall, activation: str, numbers: tuple[float, ...]) -> Call:
-        kind, geometry = type(layer.layer).__name__, layer.layer.geometry
-        return Call(self.numbering.token, kind, geometry, activation, numbers, _functional())
+    def _node(self, layer: LinearCall, z: Tensor | None, compute: Any, rest: Any, activation: Any) -> Tensor:
+        call = Call(layer.text, activation, is_functional(), self.attached.token)
+        return implicit_layer(layer.x, layer.weight, layer.bias, z, compute, rest, call)
 
 
-def _has_rule_of_its_own(func: TorchFunction) -> bool:
-    """Whether a rule around this one re-defines the function."""
+def _is_overridden(func: TorchFunction) -> bool:
+    """Whether a rule around this one overrides the function."""
     modes = (torch._C._get_function_stack_at(depth) for depth in range(torch._C._len_torch_function_stack()))
-    return any(isinstance(mode, Interception) and func in mode.numbering.rule.functions for mode in modes)
+    return any(isinstance(mode, Interception) and func in mode.rule.functions for mode in modes)
 
 
 def _refuse_half(layer: LinearCall) -> None:
@@ -201,42 +210,64 @@ def _refuse_half(layer: LinearCall) -> None:
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     if autocast or layer.weight.dtype == torch.float16:
         raise BackpassError(
-            "float16 needs a scaled loss, and a semi-implicit step is no linear function of the loss's scale: use "
-            "bfloat16 (torch.autocast with dtype=torch.bfloat16), which needs none."
+            "float16 needs a scaled loss, and a semi-implicit step is no linear function of the loss's scale: attach the "
+            "rule with attach(model, scaler=scaler), or use bfloat16 (torch.autocast with dtype=torch.bfloat16), which "
+            "needs none."
         )
 
 
-@constant_while_tracing
-def _functional() -> bool:
-    """Whether ``torch.func`` takes the gradients."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 class SemiImplicitAttached(Attached):
-    """`SIBP` in force on a model."""
+    """`SIBP` in force on a model.
 
-    def __init__(self, rule: SIBP, model: nn.Module) -> None:
-        super().__init__(rule, model, SemiImplicitInterception)
-        self._announce_steps()
+    Attributes:
+        scaled: whether a GradScaler is known.
+    """
 
-    def _announce_steps(self) -> None:
-        rule = self.rule
-        assert isinstance(rule, SIBP)  # noqa: S101  it was made with one
+    rule: SIBP
+    interception = SemiImplicitInterception
+
+    def __init__(self, rule: SIBP, model: nn.Module, scaler: Any) -> None:
+        super().__init__(rule, model)
+        self._contribute(scaler)
+        self.contributions.watch()
+
+    def _contribute(self, scaler: Any) -> None:
         attached = ref(self)
 
         def step() -> SemiImplicitStep:
             found = attached()
-            return rule.step(len(found.last_call[1]) if found else 0)
+            if found is None:
+                raise BackpassError("the attached rule is gone.")
+            return found.rule.step(len(found.sites))
 
-        uses = SingleUse(self._model)
-        self._steps = Steps(step, uses, StepSizes(uses))
-        announce(self.token, self._steps)
+        self.scaled = scaler is not None
+        self.contributions = SemiImplicitContributions(self, step, scaler)
+
+    def set(self, **settings: Any) -> None:
+        """Change settings of the step from the next backward pass on, for schedules.
+
+        Args:
+            settings: of `SIBP`, all but ``where``.
+
+        Raises:
+            BackpassError: another setting, or a value out of its range.
+        """
+        known = [field.name for field in fields(self.rule) if field.name != "where"]
+        for name in settings:
+            if name not in known:
+                raise UnknownNameError("setting that can change while the rule is attached", name, known)
+        self.rule = replace(self.rule, **settings)
+
+    def remove(self) -> None:
+        """Give the model its own backward again; a second call does nothing."""
+        super().remove()
+        self.contributions.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["_steps"]
+        del state["contributions"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._announce_steps()
+        self._contribute(None)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["Seen", "Site", "SiteTable", "sites_of"]
-
-Seen = tuple[str, str, str, tuple[int, ...]]
-"""What an interception notes of a site: module path, key of the module's call, function name, shape."""
+__all__ = ["Site", "SiteTable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +16,7 @@ class Site:
         index: position among the model's sites, in call order, from 0.
         module: path of the innermost module whose forward makes the call; ``""`` is the model itself.
         function: name of the torch function, for instance ``"relu"``.
-        call: how many calls of this function in this module came before, in this call of the model.
+        call: call index: number of calls of this function in this module before, in this call of the model.
         shape: shape of the function's first argument.
         key: the chain of module calls that leads here; unlike ``index`` it is known in a recomputation too.
     """
@@ -33,17 +29,22 @@ class Site:
     key: str = field(default="", repr=False, compare=False)
 
     def inside(self, module: str) -> bool:
-        """Whether the call happens in the module of this path or below it."""
+        """Return whether the call happens in the module of this path or below it."""
         return module in ("", self.module) or self.module.startswith(module + ".")
 
 
 class SiteTable(list[Site]):
-    """A list of sites that prints as a table."""
+    """A list of sites that prints as a table.
+
+    Attributes:
+        unreachable: what a rule cannot reach in the model: a list of reasons for each module path.
+    """
 
     _HEADER = ("site", "module", "function", "call", "shape")
 
     def __init__(self, sites: Iterable[Site] = ()) -> None:
         super().__init__(sites)
+        self.unreachable: dict[str, list[str]] = {}
 
     def __str__(self) -> str:
         rows = [self._HEADER] + [
@@ -51,17 +52,5 @@ class SiteTable(list[Site]):
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(self._HEADER))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"out of reach in {path or '(model)'}: {', '.join(why)}" for path, why in self.unreachable.items()]
         return "\n".join(lines)
-
-
-def sites_of(seen: Iterable[Seen]) -> SiteTable:
-    """The sites of one call of a model, from what was noted of them in call order."""
-    calls: Counter[tuple[str, str]] = Counter()
-    within: Counter[tuple[str, str]] = Counter()
-    table = SiteTable()
-    for index, (module, caller, function, shape) in enumerate(seen):
-        key = f"{caller}:{function}#{within[caller, function]}"
-        table.append(Site(index, module, function, calls[module, function], tuple(shape), key))
-        calls[module, function] += 1
-        within[caller, function] += 1
-    return table

@@ -54,7 +54,7 @@ def half_losses(
     """Return the two functions that `ControlledLR.measure` takes: loss(model(x), y) on each half of a batch.
 
     Running statistics and generators are restored. Rules in force on the model are suspended, so the loss itself is
-    measured, and nothing is added to what `ProxProp(union=True)` collects for the step.
+    measured, and nothing is added to what `ProxProp(solve="step")` collects for the step.
 
     Args:
         model: model in training mode; wrappers for compilation or several processes are removed.

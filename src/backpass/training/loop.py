@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from backpass.errors import BackpassError
 from backpass.rules import Attached, unwrap
-from backpass.rules.damped import NotFiniteError
-from backpass.rules.semi_implicit.divergence import DivergedError
+from backpass.rules.implicit.systems import NotFiniteError
+from backpass.rules.semi_implicit.backward import DivergedError
 from backpass.training.averaging import Average, Averaging
 from backpass.training.batches import Batches
 from backpass.training.checkpoint import Checkpoints

@@ -336,7 +336,7 @@ class Trainer(Settings):
 
 
 def attach(rule: Rule, model: nn.Module, optimizer: Optimizer) -> Attached:
-    """Attach a rule to a model that an optimizer trains; `ProxProp(union=True)` needs to know its steps."""
-    if isinstance(rule, ProxProp) and rule.union:
+    """Attach a rule to a model that an optimizer trains; `ProxProp(solve="step")` needs to know its steps."""
+    if isinstance(rule, ProxProp) and rule.solve == "step":
         return rule.attach(model, optimizer=optimizer)
     return rule.attach(model)

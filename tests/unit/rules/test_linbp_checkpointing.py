@@ -72,7 +72,7 @@ def test_checkpointing_a_function_is_refused_with_the_way_out(reentrant):
         model(torch.randn(2, 5, requires_grad=True))
 
 
-def test_a_users_own_no_grad_block_is_not_taken_for_checkpointing():
+def test_activations_without_gradients_are_no_sites_and_not_taken_for_checkpointing():
     class Model(Functional):
         def forward(self, x):
             with torch.no_grad():
@@ -82,7 +82,8 @@ def test_a_users_own_no_grad_block_is_not_taken_for_checkpointing():
     model, x = Model(), torch.randn(2, 5)
     with LinBP().attach(model) as attached:
         assert torch.equal(model(x), Model.forward(model, x))
-    assert len(attached.sites) == 2
+    assert len(attached.sites) == 1  # the gradient does not reach the other
+    assert not attached.unreachable
 
 
 def test_a_part_called_by_itself_before_the_whole_is_an_error():

@@ -231,34 +231,32 @@ def test_resolving_the_sites_leaves_buffers_and_random_states(training):
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
-def test_a_model_whose_sites_change_is_not_silently_misread():
+@pytest.mark.parametrize("start", [-1, 0.5, 1])
+def test_a_model_whose_number_of_sites_changes_is_exact_in_every_call(start):
     class Deeper(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer, self.depth = nn.Linear(4, 4), 2
 
-        def forward(self, x):
-            for _ in range(self.depth):
-                x = F.relu(self.layer(x))
+        def forward(self, x, linear=None):
+            for index in range(self.depth):
+                h = self.layer(x)
+                y = F.relu(h) if linear is None else torch.relu(h)
+                x = y if linear is None or index not in linear else h + (y - h).detach()
             return x
 
-    model, x = Deeper(), torch.randn(2, 4)
-    with LinBP(start=-1).attach(model):
-        model(x)
-        model.depth = 3
-        with pytest.raises(BackpassError, match="2 sites when .* and 3 in this call"):
-            model(x)
-    with LinBP(start=1).attach(model) as attached:
-        for model.depth in (2, 3):
-            model(x)
-            assert len(attached.sites) == model.depth - 1
+    model, x = Deeper().double(), torch.randn(8, 4, dtype=torch.float64)
+    with LinBP(start=start).attach(model) as attached:
+        for model.depth in (2, 3, 3, 5, 5, 1 + (start == 1), 4, 3):
+            got = gradients(model, model, x)
+            first = {-1: model.depth - 1, 0.5: model.depth // 2, 1: 1}[start]
+            assert [site.index for site in attached.sites] == list(range(first, model.depth))
+            with attached.suspended():
+                close(got, gradients(lambda z: model(z, linear=range(first, model.depth)), model, x))
 
 
-def test_lazy_modules_are_to_be_called_first():
+def test_lazy_modules_take_a_rule_before_they_are_called():
     model, x = nn.Sequential(nn.LazyLinear(4), nn.ReLU()), torch.randn(2, 3)
-    with LinBP(start=-1).attach(model), pytest.raises(BackpassError, match="call it once before"):
-        model(x)
-    model(x)
     with LinBP(start=-1).attach(model) as attached:
         model(x)
         assert len(attached.sites) == 1
@@ -298,10 +296,13 @@ def test_scripted_models_raise(make):
     model = make(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
     with pytest.raises(NoSiteError, match="scripted"):
         LinBP().attach(model)
-    with pytest.raises(NoSiteError, match=r"its module 'inner' is scripted"):
-        outer = nn.Sequential()
-        outer.inner = model
-        LinBP().attach(outer)
+    outer = nn.Sequential()
+    outer.inner = model
+    with pytest.raises(NoSiteError, match=r"inner: the module is scripted"):
+        LinBP().attach(outer, strict=True)
+    with LinBP().attach(outer) as attached, pytest.raises(NoSiteError, match=r"inner: the module is scripted"):
+        outer(torch.randn(2, 3))
+    assert list(attached.unreachable) == ["inner"]
 
 
 def test_exported_models_raise():

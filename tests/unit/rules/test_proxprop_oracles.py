@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpass.rules import ProxProp
+from backpass.rules import ProxProp, parse_rule
 from support.proximal import directions, flat, jacobian, relative
 
 LAYERS = {
@@ -29,7 +29,7 @@ def layer(request) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
 
 
 def direction(model: nn.Module, x: Tensor, g: Tensor, tau: float, **settings) -> Tensor:
-    return flat(directions(model, x, g, ProxProp(tau=tau, **settings)), ("weight", "bias"))
+    return flat(directions(model, x, g, ProxProp(tau=tau, norms=True, **settings)), ("weight", "bias"))
 
 
 TAUS = (1e-4, 1e-2, 1.0, 1e2, 1e4)
@@ -108,17 +108,17 @@ def test_conjugate_gradients_converge_to_the_exact_step(name):
     assert errors[3] < 1e-10
 
 
-def test_toeplitz_descends_is_shorter_and_exact_for_linear_layers():
+def test_toeplitz_descends_and_is_shorter_where_it_is_cheaper_and_else_exact():
     torch.manual_seed(0)
-    for name in ("tall linear", "convolution", "transposed"):
-        make, shape = LAYERS[name]
+    for make, shape, cheaper in (
+        (lambda: nn.Linear(4, 3), (12, 4), False),
+        (lambda: nn.Conv2d(4, 2, 3), (2, 4, 5, 4), False),
+        (lambda: nn.Conv2d(3, 2, 5, padding=2), (8, 3, 12, 12), True),
+        (lambda: nn.ConvTranspose2d(3, 2, 5), (8, 3, 12, 12), True),
+    ):
         model, x = make().double(), torch.randn(*shape, dtype=torch.float64)
-        gradient = jacobian(model, x, ("weight", "bias")).T
         g = torch.randn(model(x).shape, dtype=torch.float64)
+        gradient = flat(directions(model, x, g, parse_rule("bp")), ("weight", "bias"))
         exact, larger = direction(model, x, g, 1.0), direction(model, x, g, 1.0, solver="toeplitz")
-        inner = larger @ (gradient @ g.flatten())
-        if name == "tall linear":
-            assert torch.equal(exact, larger)
-        elif name == "convolution":
-            assert 0 < inner < exact @ (gradient @ g.flatten())
-        assert inner > 0
+        assert torch.equal(exact, larger) is not cheaper
+        assert 0 < larger @ gradient <= exact @ gradient * (1 + 1e-12)

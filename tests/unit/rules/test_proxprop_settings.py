@@ -21,7 +21,7 @@ def small() -> tuple[nn.Sequential, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "text", ["proxprop", "proxprop:tau=0.05", "proxprop:solver=cg,cg_steps=10", "proxprop:tau=0.05,union=true,stop=-1"]
+    "text", ["proxprop", "proxprop:tau=0.05", "proxprop:solver=cg,cg_steps=10", "proxprop:tau=0.05,solve=step,stop=-1"]
 )
 def test_the_text_form_reads_back(text):
     assert str(parse_rule(text)) == text
@@ -41,7 +41,12 @@ def test_the_rule_is_a_public_name():
         ({"damping": "men"}, "mean"),
         ({"cg_steps": 0}, "at least 1"),
         ({"cg_steps": 2.0}, "at least 1"),
-        ({"union": 1}, "union"),
+        ({"solve": "stp"}, "step"),
+        ({"memory": 1.0, "solve": "step"}, "memory"),
+        ({"memory": 0.9}, "solve=.step."),
+        ({"tau": 1.0, "memory": 0.9, "solve": "step"}, "damping"),
+        ({"refresh": 0}, "refresh"),
+        ({"norms": 1}, "norms"),
         ({"start": 1.5}, "start"),
         ({"where": "fc"}, "where"),
     ],
@@ -51,11 +56,11 @@ def test_a_setting_out_of_range_is_an_error(settings, says):
         ProxProp(**settings)
 
 
-def test_an_optimizer_goes_with_union_and_only_with_it():
+def test_an_optimizer_goes_with_the_solve_at_its_step_and_only_with_it():
     model, _ = small()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(BackpassError, match="optimizer=optimizer"):
-        ProxProp(union=True).attach(model)
+        ProxProp(solve="step").attach(model)
     with pytest.raises(BackpassError, match="leave it out"):
         ProxProp().attach(model, optimizer)
     assert not optimizer._optimizer_step_pre_hooks
@@ -164,13 +169,13 @@ def test_a_hidden_layer_can_be_left_out():
 @pytest.mark.parametrize("setting", ["sparse", "scale_grad_by_freq"])
 def test_an_embedding_s_own_gradient_tricks_are_refused(setting):
     layer = nn.Embedding(4, 2, **{setting: True})
-    with ProxProp().attach(layer), pytest.raises(BackpassError, match=f"{setting}=False"):
+    with ProxProp(embeddings=True).attach(layer), pytest.raises(BackpassError, match=f"{setting}=False"):
         layer(torch.tensor([1]))
 
 
 def test_an_embedding_s_max_norm_still_holds():
     layer = nn.Embedding(4, 2, max_norm=0.1)
-    with ProxProp().attach(layer):
+    with ProxProp(embeddings=True).attach(layer):
         assert layer(torch.tensor([1, 2])).norm(dim=1).max() <= 0.1 + 1e-6
 
 

@@ -121,11 +121,22 @@ def test_running_statistics_move_once_in_training(net, x):
     assert all(torch.equal(v, twin.state_dict()[k]) for k, v in net.state_dict().items())
 
 
-def test_active_dropout_in_a_branch_is_refused(net, x):
-    net.layer3.conv2 = nn.Sequential(nn.Dropout(0.5), net.layer3.conv2)
-    net.train()
-    with LinBP(residual="renormalized").attach(net), pytest.raises(BackpassError, match="eval"):
-        net(x)
+def test_active_dropout_scales_both_ways_through_the_branch_alike(net, x):
+    class Dropped(nn.Module):
+        kept = None
+
+        def forward(self, z):
+            if self.training:
+                self.kept = F.dropout(torch.ones_like(z), 0.5)
+            return z * self.kept
+
+    dropped = Dropped()
+    net.layer3.conv2 = nn.Sequential(dropped, net.layer3.conv2)
+    dropped.train()
+    with LinBP(start="layer3", residual="renormalized").attach(net):
+        gradient, _ = input_gradient(net, x)
+    dropped.eval()
+    assert torch.allclose(gradient, by_hand(net, x, {"layer3"}), rtol=0, atol=1e-12)
 
 
 def test_a_network_without_residual_blocks_is_refused():
@@ -134,14 +145,18 @@ def test_a_network_without_residual_blocks_is_refused():
         model(torch.randn(2, 4))
 
 
-def test_a_block_that_never_adds_to_its_input_is_refused_by_name(net, x):
+def test_a_scaled_skip_connection_is_one_too(net, x):
     class Scaled(PreActivationBlock):
         def forward(self, z):
             return (2 * z) + self.branch(z)
 
     net.layer3 = Scaled(8).double().eval()
-    with LinBP(residual="renormalized").attach(net), pytest.raises(BackpassError, match="'layer3' could not be"):
-        net(x)
+    net.layer3.downsample = None
+    with LinBP(start="layer3", residual="renormalized").attach(net) as attached:
+        gradient, _ = input_gradient(net, x)
+    assert {site.module for site in attached.sites} == {"layer3"}
+    net.layer3.downsample = lambda z: 2 * z
+    assert torch.allclose(gradient, by_hand(net, x, {"layer3"}), rtol=0, atol=1e-12)
 
 
 def test_a_vanishing_branch_gradient_gives_no_nan(net, x):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backpass import SIBP, BackpassError, NoSiteError, UnknownNameError, parse_rule
-from backpass.rules.semi_implicit.divergence import DivergedError
+from backpass.rules.semi_implicit.backward import DivergedError
 from support.processes import in_processes
 
 
@@ -34,7 +34,7 @@ def test_a_shared_weight() -> None:
     model = nn.Sequential(layer, nn.ReLU(), layer)
     with (
         SIBP().attach(model),
-        pytest.raises(BackpassError, match=r"used twice in one backward pass.*ProxProp\(union=True\)"),
+        pytest.raises(BackpassError, match=r'used twice in one backward pass.*ProxProp\(solve="step"\)'),
     ):
         model(torch.randn(2, 3)).sum().backward()
     model.zero_grad()
@@ -129,7 +129,7 @@ def _two_processes(rank: int) -> str:
 def test_several_processes() -> None:
     for message in in_processes(2, _two_processes):
         assert "2 processes contribute to the layer of '2.weight'" in message
-        assert "ProxProp(union=True)" in message
+        assert 'ProxProp(solve="step")' in message
 
 
 def test_half_precision() -> None:
@@ -177,7 +177,7 @@ def train(model: nn.Module, rule: SIBP, steps: int, optimizer: torch.optim.Optim
 
 def test_a_finite_explosion_is_divergence_too() -> None:
     with pytest.raises(DivergedError, match=r"times as long as its weights and as every step before, so the network"):
-        train(deep(nn.ReLU), SIBP(eta=10.0, corrections=0), 300)
+        train(deep(nn.ReLU), SIBP(eta=10.0, descent_steps=0), 300)
 
 
 @pytest.mark.parametrize("s", [nn.ReLU, nn.Tanh])
@@ -221,15 +221,15 @@ def test_layers_out_of_sight() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("eta", 0, "eta is a positive finite number or None"),
-        ("eta", float("inf"), "eta is a positive"),
-        ("lam", None, "lam is a positive finite number, got None"),
-        ("lam", -1.0, "lam is a positive"),
-        ("lam_bias", "1", "lam_bias is a positive finite number or None"),
-        ("newton_steps", 0, "newton_steps is an int of at least 1"),
-        ("cg_steps", 2.0, "cg_steps is an int of at least 1"),
-        ("updated_weights", 1, "updated_weights is True or False"),
-        ("where", 3, "where is a function of a Site"),
+        ("eta", 0, "eta must be positive and finite, or None"),
+        ("eta", float("inf"), "eta must be positive"),
+        ("lam", None, "lam must be positive and finite, got None"),
+        ("lam", -1.0, "lam must be positive"),
+        ("lam_bias", "1", "lam_bias must be positive and finite, or None"),
+        ("newton_steps", 0, "newton_steps must be an int of at least 1"),
+        ("cg_steps", 2.0, "cg_steps must be an int of at least 1"),
+        ("updated_weights", 1, "updated_weights must be True or False"),
+        ("where", 3, "where must be a function of a Site"),
     ],
 )
 def test_settings_out_of_range(setting: str, value: object, message: str) -> None:

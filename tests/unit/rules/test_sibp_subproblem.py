@@ -79,7 +79,7 @@ def test_the_step_is_never_worse_than_five_nonlinear_iterations(s: nn.Module, co
 
 @LINEAR_AND_CONV
 def test_without_a_correction_kinks_make_a_few_layers_worse(conv: bool) -> None:
-    ratios = against_fletcher_reeves(nn.ReLU(), conv, corrections=0)
+    ratios = against_fletcher_reeves(nn.ReLU(), conv, descent_steps=0)
     assert (ratios > 1).any()
     assert (ratios <= 1).double().mean() >= 0.9
 
@@ -92,7 +92,7 @@ def test_a_correction_never_raises_a_units_objective(conv: bool, eta: float) -> 
         # The model's first four iterations, then one to four on the sub-problem itself.
         found = []
         for k in range(1, 5):
-            objective, ours = random_layer(seed, conv, nn.ReLU(), eta, cg_steps=4 + k, corrections=k)
+            objective, ours = random_layer(seed, conv, nn.ReLU(), eta, cg_steps=4 + k, descent_steps=k)
             zero = torch.zeros_like(ours)
             alone = [torch.where(torch.arange(len(ours))[:, None] == j, ours, zero) for j in range(len(ours))]
             found.append(torch.stack([objective(one) for one in alone]))
@@ -116,13 +116,13 @@ def test_the_step_lowers_the_objective(s: nn.Module, newton_steps: int) -> None:
 def test_no_units_objective_rises_however_far_the_targets_lie(conv: bool, newton_steps: int) -> None:
     rises_without = 0
     for seed in range(10):
-        for corrections in (0, 1):
-            settings = {"newton_steps": newton_steps, "corrections": corrections}
+        for descent_steps in (0, 1):
+            settings = {"newton_steps": newton_steps, "descent_steps": descent_steps}
             objective, ours = random_layer(seed, conv, nn.ReLU(), 100.0, **settings)
             zero = torch.zeros_like(ours)
             alone = [torch.where(torch.arange(len(ours))[:, None] == j, ours, zero) for j in range(len(ours))]
             rises = sum(bool(objective(one) > objective(zero) * (1 + 1e-12)) for one in alone)
-            assert not (corrections and rises), seed
+            assert not (descent_steps and rises), seed
             rises_without += rises
     assert newton_steps > 1 or rises_without
 

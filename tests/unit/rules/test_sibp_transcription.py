@@ -34,10 +34,10 @@ def compare(model: nn.Module, layers: list[Layer], x: Tensor, reduction: str = "
     """The error of SIBP, its conjugate gradients run to the end, against the transcription."""
     y = torch.randint(3, (len(x),))
     plain = {"eta": 0.3, **settings}
-    corrections = plain.pop("corrections", 0)
-    with SIBP(cg_steps=60, corrections=corrections, reduction=reduction, **plain).attach(model):
+    descent_steps = plain.pop("descent_steps", 0)
+    with SIBP(cg_steps=60, descent_steps=descent_steps, reduction=reduction, **plain).attach(model):
         F.cross_entropy(model(x), y, reduction=reduction).backward()
-    expected = transcription(layers, x, summed_gradient(y), **plain, descents=corrections)
+    expected = transcription(layers, x, summed_gradient(y), **plain, descents=descent_steps)
     return error(steps_of_rule(model, [layer.module for layer in layers]), expected)
 
 
@@ -74,9 +74,9 @@ def test_further_newton_steps(n: int) -> None:
 
 @pytest.mark.parametrize("n", [4, 20])
 @pytest.mark.parametrize("eta", [0.3, 3.0])
-@pytest.mark.parametrize("corrections", [1, 3])
-def test_corrections_where_the_activation_has_kinks(n: int, eta: float, corrections: int) -> None:
-    settings = {"eta": eta, "lam": 0.7, "lam_bias": 0.2, "corrections": corrections}
+@pytest.mark.parametrize("descent_steps", [1, 3])
+def test_descent_steps_where_the_activation_has_kinks(n: int, eta: float, descent_steps: int) -> None:
+    settings = {"eta": eta, "lam": 0.7, "lam_bias": 0.2, "descent_steps": descent_steps}
     for s in (nn.ReLU, nn.LeakyReLU, nn.Hardtanh):
         assert compare(*three_layers(s), torch.randn(n, 7).double(), **settings) < 1e-8, s
         assert compare(*convolutions(s), torch.randn(n, 2, 4, 4).double(), **settings) < 1e-8, s
@@ -85,9 +85,9 @@ def test_corrections_where_the_activation_has_kinks(n: int, eta: float, correcti
 def test_a_smooth_activation_needs_no_correction() -> None:
     model, layers = three_layers(nn.Tanh)
     x, found = torch.randn(4, 7).double(), []
-    for corrections in (0, 3):
+    for descent_steps in (0, 3):
         model.zero_grad()
-        with SIBP(corrections=corrections).attach(model):
+        with SIBP(descent_steps=descent_steps).attach(model):
             model(x).square().sum().backward()
         found.append(steps_of_rule(model, [layer.module for layer in layers]))
     assert error(*found) == 0

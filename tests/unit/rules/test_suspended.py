@@ -130,7 +130,7 @@ def test_what_proxprop_collected_survives():
     g = layer(x).detach() - y
     expected = torch.linalg.solve(a.T @ a + torch.eye(5, dtype=torch.float64) / 0.7, a.T @ g)
     optimizer = torch.optim.SGD(layer.parameters(), 1.0)
-    with ProxProp(tau=0.7, union=True).attach(layer, optimizer=optimizer) as attached:
+    with ProxProp(tau=0.7, solve="step").attach(layer, optimizer=optimizer) as attached:
         for part in (slice(0, 6), slice(6, 10)):
             with attached.suspended():
                 inside = x[part].clone().requires_grad_()

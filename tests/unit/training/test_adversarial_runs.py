@@ -145,7 +145,7 @@ def test_a_run_whose_network_is_no_longer_finite_has_diverged(trades):
 def test_examples_compose_with_proximal_steps():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     objective = AdversarialTraining(INNER, rule=LIN)
-    model, trainer = train(objective, model, epochs=3, rules=(ProxProp(tau=1.0, union=True), LIN))
+    model, trainer = train(objective, model, epochs=3, rules=(ProxProp(tau=1.0, solve="step"), LIN))
     result = trainer.fit()
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 

@@ -79,7 +79,7 @@ def test_measuring_leaves_no_trace():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
 
 
-@pytest.mark.parametrize("rule", [ProxProp(tau=1.0, union=True), ProxProp(tau=1.0), LinBP(start=-1)], ids=str)
+@pytest.mark.parametrize("rule", [ProxProp(tau=1.0, solve="step"), ProxProp(tau=1.0), LinBP(start=-1)], ids=str)
 def test_rules_in_force_neither_change_a_measurement_nor_are_changed_by_it(rule):
     x, y = normal(8, 3), normal(8, 2, seed=1)
 
@@ -88,7 +88,7 @@ def test_rules_in_force_neither_change_a_measurement_nor_are_changed_by_it(rule)
         model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         scheduler = ControlledLR(optimizer)
-        optimizers = {"optimizer": optimizer} if getattr(rule, "union", False) else {}
+        optimizers = {"optimizer": optimizer} if getattr(rule, "solve", "") == "step" else {}
         with rule.attach(model, **optimizers) if ruled else nullcontext():
             F.mse_loss(model(x), y).backward()
             if measured:

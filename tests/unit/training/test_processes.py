@@ -16,7 +16,7 @@ from support.processes import in_processes
 CASES = {
     "BP": {},
     "LinBP": {"rules": (LinBP(start=-1),)},
-    "ProxProp union": {"rules": (ProxProp(tau=0.5, union=True),)},
+    "ProxProp union": {"rules": (ProxProp(tau=0.5, solve="step"),)},
     "PGD-AT": {"objective": AdversarialTraining(PGD(eps=0.1, step=0.05, steps=3))},
     "TRADES and LinBP": {
         "objective": AdversarialTraining(PGD(eps=0.1, step=0.05, steps=3), rule=LinBP(start=-1), trades=2.0),

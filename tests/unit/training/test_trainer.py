@@ -73,7 +73,7 @@ def test_rules_are_gone_after_an_error_too():
 
 
 @pytest.mark.parametrize("parts", [2, 3, 10])
-@pytest.mark.parametrize("rules", [(), (LinBP(start=-1),), (ProxProp(tau=0.1, union=True),)], ids=str)
+@pytest.mark.parametrize("rules", [(), (LinBP(start=-1),), (ProxProp(tau=0.1, solve="step"),)], ids=str)
 def test_accumulated_parts_are_the_batch(parts, rules):
     a, of_a, b, of_b = pair()
     by_trainer(a, of_a, accumulate=parts, rules=rules)
@@ -174,7 +174,7 @@ def test_bf16_autocast_computes_in_bf16():
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
-@pytest.mark.parametrize("rules", [(), (LinBP(start=-1),), (ProxProp(tau=0.1, union=True),)], ids=str)
+@pytest.mark.parametrize("rules", [(), (LinBP(start=-1),), (ProxProp(tau=0.1, solve="step"),)], ids=str)
 def test_a_compiled_model_takes_the_same_steps(rules):
     a, of_a, b, of_b = pair()
     by_trainer(a, of_a, compile={"backend": "aot_eager"}, rules=rules, evaluation=(X, Y))

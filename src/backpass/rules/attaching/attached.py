@@ -2,59 +2,83 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary, ref
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
 
-from backpass.errors import BackpassError
+from backpass.errors import BackpassError, NoSiteError
+from backpass.preserved import preserved
+from backpass.rules import torch_internals
 from backpass.rules.attaching import hooks
-from backpass.rules.attaching.dynamo import guard_module_hooks
-from backpass.rules.attaching.interception import Intercept, Interception, ModuleCalls, interceptions_aside, pop_modes
-from backpass.rules.attaching.numbering import Numbering
-from backpass.rules.attaching.redefinition import Redefinition
-from backpass.rules.attaching.undisturbed import undisturbed
-from backpass.rules.attaching.wrappers import named_modules, refuse_scripted, unwrap
+from backpass.rules.attaching.interception import Interception
+from backpass.rules.attaching.module_calls import FUSED, ModuleCalls, pop_interceptions
+from backpass.rules.attaching.override import BackwardOverride
+from backpass.rules.attaching.run import Plan, Run
+from backpass.rules.attaching.wrappers import named_modules, out_of_reach, unwrap
+from backpass.rules.sites import SiteTable
+from backpass.rules.torch_internals import constant_while_tracing
 
 __all__ = ["Attached", "attachments"]
 
 
-class Attached(Numbering):
+class Attached:
     """A rule in force on a model: ``with rule.attach(model) as attached: ...``.
 
     A copy of the model (deepcopy, pickle) carries the rule along; `attachments` finds it there.
 
     Attributes:
         rule: the rule.
-        sites: the sites that the rule re-defined in the last whole call of the model.
-        seen: all sites of the rule's functions in that call.
+        operators: names of the rule's functions.
+        unreachable: what the rule cannot reach: a list of reasons for each module path. Complete after the first call
+            of the model.
     """
 
-    def __init__(self, rule: Redefinition, model: nn.Module, intercept: Intercept = Interception) -> None:
+    interception: type[Interception] = Interception
+
+    def __init__(self, rule: BackwardOverride, model: nn.Module, *, strict: bool = False) -> None:
         model = unwrap(model)
-        refuse_scripted(model)
         rule.check(model)
-        super().__init__(rule)
-        self._identifier = hooks.free_identifier(model)
+        beyond = out_of_reach(model)
+        self.rule = rule
+        self.strict = strict
+        self.unreachable: dict[str, list[str]] = {}
         self._model = ref(model)
-        # A rule that re-defines nothing costs nothing.
-        modules = [
-            (path, module)
-            for path, module in named_modules(model)
-            if rule.functions and (type(module) not in rule.silent or not path)
-        ]
-        self._hooked = [ref(module) for _, module in modules]
+        self._identifier = hooks.free_identifier(model)
+        self._hooked = []
         self._suspensions = 0
         self._removed = False
-        for path, module in modules:
-            calls = ModuleCalls(self, intercept, path)
-            hooks.insert(module, self._identifier, calls.enter, calls.leave, with_kwargs=not path)
-        self.announce(self._token())
-        guard_module_hooks()
+        self.operators = frozenset(rule.functions.values())
+        self._forget_calls()
+        if any(other.rule == rule and not other._suspensions for other in attachments(model)) and rule.functions:
+            warnings.warn(f"{rule} is in force on this model already: the one attached last acts.", stacklevel=4)
+        if rule.functions:  # a rule that overrides nothing costs nothing
+            modules = [(path, one) for path, one in named_modules(model) if type(one) not in rule.skipped or not path]
+            self._hooked = [ref(module) for _, module in modules]
+            for path, module in modules:
+                calls = ModuleCalls(self, path, rule.compositions and _may_be_activation(module), isinstance(module, FUSED))
+                with_kwargs = not path or calls.fused
+                hooks.insert(module, self._identifier, calls.enter, calls.leave, with_kwargs=with_kwargs)
+            self._report(beyond)
+        self.token = self._token()
+
+    def _forget_calls(self) -> None:
+        self._last: Run | Plan | None = None
+        self._plans: dict[bool, Plan] = {}
+        self._served = ""
+        self._aside: dict[int, tuple[str, list[Any]]] = {}
+        self._training = False
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._reported = False
 
     @property
     def model(self) -> nn.Module:
@@ -68,6 +92,18 @@ class Attached(Numbering):
             raise BackpassError("the model of this attached rule is gone: keep a reference to the model.")
         return model
 
+    @property
+    def seen(self) -> SiteTable:
+        """All sites of the last whole call of the model."""
+        last = self._last_call()
+        return last.table() if last else SiteTable()
+
+    @property
+    def sites(self) -> SiteTable:
+        """The sites where the rule acted in the last whole call of the model."""
+        last = self._last_call()
+        return last.selected() if last else SiteTable()
+
     def remove(self) -> None:
         """Give the model its own backward again; a second call does nothing."""
         for reference in self._hooked:
@@ -76,32 +112,30 @@ class Attached(Numbering):
                 hooks.remove(module, self._identifier)
         self._hooked.clear()
         self._removed = True
-        pop_modes(self)
-        guard_module_hooks()
+        pop_interceptions(self)
 
     @contextmanager
     def suspended(self) -> Iterator[Self]:
         """Out of force in a ``with`` block, and in force again after it, in its old place among other rules.
 
-        Nothing that the rule keeps is lost: its range of sites, what `ProxProp` collected for the next step, compiled
-        code. Blocks may be nested; after `remove` they do nothing. A graph built outside the block keeps the rule's
-        backward inside it, and a copy of the model made inside is plain.
+        What the rule keeps is kept: its sites, contributions to the next step, compiled code. Blocks may be nested; after
+        `remove` they do nothing. A graph built outside the block keeps the rule's backward inside it, and a copy of the
+        model made inside is plain.
         """
-        silenced = self._silence() if not self._suspensions else []
+        disabled = self._disable() if not self._suspensions else []
         self._suspensions += 1
         try:
             yield self
         finally:
             self._suspensions -= 1
             if self._hooked:  # not removed meanwhile
-                for module, pair in silenced:
+                for module, pair in disabled:
                     hooks.swap(module, self._identifier, pair)
 
-    def _silence(self) -> list[tuple[nn.Module, hooks.Pair]]:
-        """Put silence in the place of the hooks; which they were."""
+    def _disable(self) -> list[tuple[nn.Module, hooks.Pair]]:
         modules = [module for reference in self._hooked if (module := reference()) is not None]
         pairs = [(module, hooks.swap(module, self._identifier, None)) for module in modules]
-        pop_modes(self)
+        pop_interceptions(self)
         return [(module, pair) for module, pair in pairs if pair is not None]
 
     def __enter__(self) -> Self:
@@ -117,10 +151,171 @@ class Attached(Numbering):
     def __repr__(self) -> str:
         return f"Attached({self.rule!r}, {type(self._model()).__name__}, {len(self.sites)} sites)"
 
-    def probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Call the model once more with these arguments, leaving no lasting effect."""
-        with undisturbed(self.model, args, kwargs) as (copies, named), interceptions_aside():
-            self.model(*copies, **named)
+    def learn(self, *args: Any, **kwargs: Any) -> None:
+        """Call the model once to find its sites, leaving no lasting effect; compiled code needs them beforehand.
+
+        Raises:
+            BackpassError: the model has lazy modules that were not called yet.
+        """
+        model = self.model
+        if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+            raise BackpassError("the model has lazy modules without a shape: call it once before attaching a rule.")
+        args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        modes = torch_internals.function_modes()
+        pop_interceptions()
+        try:
+            with preserved(model, training=None):
+                torch_internals.without_tracing(lambda: model(*args, **kwargs))
+        finally:
+            torch_internals.restore_modes(modes)
+
+    # --- Calls of the model; the hooks report here ---------------------------------------------------------------------
+
+    def begin(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
+        """Return the interception of a call of the model, or of a part of it that is called again by itself."""
+        if torch.compiler.is_dynamo_compiling():
+            self.prepare(module.training, *args, **kwargs)
+            return self.interception(self, None)
+        if path:
+            return self._begin_again(path)
+        # If this call turns out to run compiled code, its sites are looked for before that is made.
+        self._training, self._arguments = module.training, (args, kwargs)
+        return self.interception(self, Run(self.rule, self._plans.get(module.training)))
+
+    @constant_while_tracing
+    def prepare(self, training: bool, /, *args: Any, **kwargs: Any) -> None:
+        """Make sure that the sites are known; while compiled code is made."""
+        self._training, self._arguments = training, (args, kwargs)
+        self._plan()
+
+    @constant_while_tracing
+    def planned(self, key: str) -> bool:
+        """Return whether the rule acts on a call; while compiled code is made."""
+        by_key = self._plan().by_key
+        if key not in by_key:
+            raise BackpassError(
+                f"tracing meets {key!r}, which an eager call of the model did not: the model does something else when "
+                "it is compiled. Attach the rule to the model without torch.compile."
+            )
+        return all(by_key[key])
+
+    @constant_while_tracing
+    def is_composed(self, key: str) -> bool:
+        """Return whether a module call is one activation as a whole; while compiled code is made."""
+        return key in self._plan().composed
+
+    @constant_while_tracing
+    def verify(self, traced: int) -> str:
+        """Check that compiled code passes all sites; a name of the plan that it follows."""
+        plan = self._plan()
+        if traced != len(plan.keys):
+            raise BackpassError(
+                f"compiled code passes {traced} of the {len(plan.keys)} calls that {self.rule} saw in an eager call of "
+                "the model: attach the rule to the model without torch.compile."
+            )
+        return "train" if self._training else "eval"
+
+    def _plan(self) -> Plan:
+        """Return the plan of the running call, by an eager call of the model if there is none yet."""
+        if self._training not in self._plans:
+            torch_internals.show_to_modes(self.rule.functions)
+            self.learn(*self._arguments[0], **self._arguments[1])
+        return self._plans[self._training]
+
+    def end(self, mode: Interception, output: Any) -> None:
+        """Take note of a call that ended; ``output`` is None after an exception."""
+        if torch.compiler.is_dynamo_compiling():
+            self._served = self.verify(mode.traced)
+            return
+        if mode.replayed is not None:
+            return
+        if output is None:
+            mode.run.abandon()
+            return
+        training = self.model.training
+        if mode.traced:
+            plan = self._plan()
+            self._last, self._served = plan, ""
+            self.verify(mode.traced + len(mode.run.sites))
+            mode.run.settle(plan)
+            return
+        run, self._arguments = mode.run, ((), {})
+        run.finish(self.unreachable)
+        self._served = ""
+        self._last = run
+        if run.plan is None:
+            self._plans[training] = Plan(run)
+            self._report(run.unreachable)
+
+    def is_aside(self) -> bool:
+        """Return whether this thread is inside a module whose calls are left alone."""
+        return get_ident() in self._aside
+
+    def step_aside(self, mode: Interception) -> None:
+        """Take the interception off the stack until `step_back`."""
+        if not self.is_aside():
+            modes = torch_internals.function_modes()
+            self._aside[get_ident()] = (mode.running[-1].path, modes)
+            torch_internals.restore_modes(one for one in modes if one is not mode)
+
+    def step_back(self, path: str) -> None:
+        """Put back what `step_aside` took off in the module of this path."""
+        if self._aside.get(get_ident(), (None,))[0] == path:
+            torch_internals.restore_modes(self._aside.pop(get_ident())[1])
+
+    def replayed_key(self, path: str) -> str:
+        """Return the key of the call of a part of the model that a call by itself repeats.
+
+        Raises:
+            BackpassError: no whole call came before, or several of its calls could be meant.
+        """
+        run = self._last
+        keys = [key for entered, key in run.entered if entered == path] if isinstance(run, Run) else []
+        if not isinstance(run, Run) or not keys:
+            raise BackpassError(
+                f"module {path!r} was called by itself, but {self.rule} numbers its sites in a call of the whole "
+                "model: call the model once first, or attach the rule to that module."
+            )
+        patterns = {
+            tuple(
+                (site.key.removeprefix(start), site.selected)
+                for site in run.sites
+                if site.key.startswith((start + "/", start + ":"))
+            )
+            for start in keys
+        }
+        if len(patterns) != 1:
+            raise BackpassError(
+                f"module {path!r} ran {len(keys)} times in the last whole call, with different sites "
+                "selected, so a call of it by itself is ambiguous: select by `where` or a module path instead."
+            )
+        return keys[0]
+
+    def _begin_again(self, path: str) -> Interception:
+        self.replayed_key(path)
+        run = self._last
+        assert isinstance(run, Run)  # noqa: S101  replayed_key would have raised
+        return self.interception(self, run, {site.key: site for site in run.sites})
+
+    def _last_call(self) -> Run | Plan | None:
+        return self._plans.get(self._served == "train") if self._served else self._last
+
+    def _report(self, unreachable: dict[str, list[str]]) -> None:
+        for path, reasons in unreachable.items():
+            known = self.unreachable.setdefault(path, [])
+            known += [reason for reason in reasons if reason not in known]
+        if not unreachable:
+            return
+        listing = "; ".join(f"{path or '(model)'}: {', '.join(reasons)}" for path, reasons in self.unreachable.items())
+        message = f"{self.rule} cannot reach all of this model, which stays plain there: {listing}."
+        if self.strict:
+            self.remove()
+            raise NoSiteError(message + " Without strict=True this is a warning.")
+        if not self._reported and self._last is not None:
+            self._reported = True
+            warnings.warn(message + " See attached.unreachable.", stacklevel=5)
+
+    # --- Copies ---------------------------------------------------------------------------------------------------------
 
     def _token(self) -> str:
         serial = _SERIAL.setdefault(self.model, next(_COUNTER))
@@ -128,19 +323,29 @@ class Attached(Numbering):
 
     def __getstate__(self) -> dict[str, Any]:
         hooked = [module for reference in self._hooked if (module := reference()) is not None]
-        return {**self.__dict__, "_model": self._model(), "_hooked": hooked}
+        kept = {name: value for name, value in self.__dict__.items() if name not in _OF_CALLS}
+        return {**kept, "_model": self._model(), "_hooked": hooked}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._forget_calls()
         self._model = ref(state["_model"])
         self._hooked = [ref(module) for module in state["_hooked"]]
-        self.announce(self._token())
+        self.token = self._token()
 
 
+_OF_CALLS = frozenset(("_last", "_plans", "_served", "_aside", "_training", "_arguments", "_reported", "token"))
 _COUNTER = count()
 _SERIAL: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def attachments(model: nn.Module) -> list[Attached]:
-    """The rules in force on a model, in the order in which they were attached."""
-    return [enter.__self__.numbering for enter in hooks.of(unwrap(model))]
+    """Return the rules in force on a model, in the order in which they were attached."""
+    return [enter.__self__.attached for enter in hooks.of(unwrap(model))]
+
+
+def _may_be_activation(module: nn.Module) -> bool:
+    """Return whether a module has no tensors of its own, and is not one of torch's, whose calls are seen themselves."""
+    return not type(module).__module__.startswith("torch.") and not any(
+        one._parameters or one._buffers for one in module.modules()
+    )

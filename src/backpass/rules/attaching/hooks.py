@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from backpass.rules.attaching.dynamo import outside_compiled_frames
+from backpass.rules import torch_internals
+from backpass.rules.torch_internals import keep_out_of_frames
 
 __all__ = ["Pair", "free_identifier", "insert", "of", "remove", "swap"]
 
@@ -23,15 +24,30 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def free_identifier(model: nn.Module) -> str:
-    """The first identifier that no module of the model uses."""
+    """Return the first identifier that no module of the model uses."""
     used = {name for module in model.modules() for name in map(str, module._forward_pre_hooks)}
     return next(name for n in count() if (name := f"{_PREFIX}{n}") not in used)
 
 
 def of(module: nn.Module) -> list[Any]:
-    """Our ``enter`` hooks on this very module, in the order of insertion, without those silenced by `swap`."""
+    """Return our ``enter`` hooks on this very module, in the order of insertion, without those that `swap` disabled."""
     own = [hook for name, hook in module._forward_pre_hooks.items() if str(name).startswith(_PREFIX)]
-    return [hook for hook in own if hook is not _silent]
+    return [hook for hook in own if hook is not _disabled]
+
+
+class _Marked(dict[str, Any]):
+    """A module's table of members while hooks are on it.
+
+    Compiled code does not look again at hooks that were not there when it was made, but it does look at the types of
+    these tables: their change makes it compile anew, for this module alone.
+    """
+
+
+def _mark(module: nn.Module, kind: type[dict[str, Any]]) -> None:
+    for name in ("_modules", "_parameters"):
+        table = vars(module).get(name)
+        if type(table) in (dict, _Marked) and type(table) is not kind:
+            vars(module)[name] = kind(table)
 
 
 def insert(
@@ -45,10 +61,12 @@ def insert(
     hooks._forward_hooks[identifier] = leave
     hooks._forward_hooks.move_to_end(identifier, last=False)
     hooks._forward_hooks_always_called[identifier] = True
+    if torch_internals.dynamo_has_run():
+        _mark(module, _Marked)
 
 
 def remove(module: nn.Module, identifier: str) -> None:
-    """Take away what `insert` put there."""
+    """Remove the hooks that `insert` put there."""
     for hooks in (
         module._forward_pre_hooks,
         module._forward_pre_hooks_with_kwargs,
@@ -56,10 +74,12 @@ def remove(module: nn.Module, identifier: str) -> None:
         module._forward_hooks_always_called,
     ):
         hooks.pop(identifier, None)  # type: ignore[call-overload]
+    if not any(str(name).startswith(_PREFIX) for name in module._forward_pre_hooks):
+        _mark(module, dict)
 
 
 def swap(module: nn.Module, identifier: str, pair: Pair | None) -> Pair | None:
-    """Put other hooks in the place of what `insert` put there, or silence for None; what was there, or None.
+    """Replace the hooks that `insert` put there by others, or by none, and return those that were there, or None.
 
     The place among the other hooks stays, and so does the identifier, which nobody else can take meanwhile.
     """
@@ -67,10 +87,10 @@ def swap(module: nn.Module, identifier: str, pair: Pair | None) -> Pair | None:
     if identifier not in hooks._forward_pre_hooks:
         return None
     before = (hooks._forward_pre_hooks[identifier], hooks._forward_hooks[identifier])
-    hooks._forward_pre_hooks[identifier], hooks._forward_hooks[identifier] = pair or (_silent, _silent)
+    hooks._forward_pre_hooks[identifier], hooks._forward_hooks[identifier] = pair or (_disabled, _disabled)
     return before
 
 
-@outside_compiled_frames
-def _silent(*args: Any, **kwargs: Any) -> None:
-    """A hook that does nothing."""
+@keep_out_of_frames
+def _disabled(*args: Any, **kwargs: Any) -> None:
+    """Do nothing."""

@@ -7,10 +7,8 @@ exception. Module calls, functional calls, methods, in-place calls and re-used a
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,250 +16,218 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 
 from backpass.errors import BackpassError
-from backpass.rules.attaching.dynamo import outside_compiled_frames
-from backpass.rules.attaching.numbering import Numbering, resolve, resolve_while_tracing, verify_while_tracing
-from backpass.rules.attaching.redefinition import TorchFunction
-from backpass.rules.sites import Seen, Site
+from backpass.rules import torch_internals
+from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.attaching.run import Run, SiteCall
 
-__all__ = ["Intercept", "Interception", "ModuleCall", "ModuleCalls", "interceptions_aside", "pop_modes"]
+if TYPE_CHECKING:
+    from backpass.rules.attaching.attached import Attached
+
+__all__ = ["Interception", "ModuleCall", "checkpointed_function", "choose"]
 
 
 class ModuleCall:
-    """One running call of a module: its path, the chain of calls above it, and what it has called so far."""
+    """One running call of a module.
 
-    __slots__ = ("calls", "grad_enabled", "key", "path", "saved_tensor_hooks")
+    Attributes:
+        path: of the module.
+        key: the chain of calls that leads here.
+        calls: how often each function and module below was called so far.
+        plain: whether its calls are left alone.
+        x: its input, where it is one activation as a whole.
+        hidden: functions of the rule that were called without gradients, as a custom autograd function does.
+    """
 
     def __init__(self, path: str, key: str) -> None:
         self.path = path
         self.key = key
         self.calls: dict[str, int] = {}
+        self.plain = False
+        self.x: Tensor | None = None
+        self.hidden: list[str] = []
         if not is_dynamo_compiling():
             self.grad_enabled = torch.is_grad_enabled()
-            self.saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            self.checkpoint = torch_internals.checkpoint_hooks()
 
     def count(self, name: str) -> int:
-        """How many calls of ``name`` came before this one."""
+        """Return how many calls of ``name`` came before this one."""
         before = self.calls.get(name, 0)
         self.calls[name] = before + 1
         return before
 
 
 class Interception(TorchFunctionMode):
-    """One call of an attached model: numbers its sites and hands those that the rule selects to the rule.
+    """One call of an attached model: notes its sites and hands those that the rule selects to the rule.
 
     Attributes:
-        seen: what was noted of the sites, as plain tuples because a compiled region can rebuild those.
-        taken: the indices of the sites that the rule re-defined.
-        yielded: how many selected sites a rule further in re-defined.
+        attached: the rule on the model.
+        run: the sites of this call.
+        running: the chain of running module calls, the outermost first.
+        replayed: the calls of the last whole run by key, where a part of the model is called again by itself.
+        traced: number of sites that compiled code has passed.
     """
 
-    def __init__(self, numbering: Numbering, first: int, stop: int, whole: bool) -> None:
+    def __init__(self, attached: Attached, run: Run, replayed: dict[str, SiteCall] | None = None) -> None:
         super().__init__()
-        self.numbering = numbering
-        self.first = first
-        self.stop = stop
-        self.whole = whole
+        self.attached = attached
+        self.rule: Any = attached.rule
+        self.run = run
         self.running: list[ModuleCall] = []
-        self.seen: list[Seen] = []
-        self.taken: list[int] = []
-        self.yielded = 0
-        self.entered: list[tuple[str, str]] = []
+        self.replayed = replayed
+        self.traced = 0
 
     def __torch_function__(
-        self,
-        func: TorchFunction,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = self.numbering.rule.functions.get(func)
-        if name is None:
-            return func(*args, **kwargs)
         caller = self.running[-1]
-        index = self.number(caller, name, args, kwargs)
-        if not self.accepts(index, caller, name):
+        if caller.plain:
             return func(*args, **kwargs)
-        self.taken.append(index)
-        if not is_dynamo_compiling():
-            self._refuse_checkpointed_function(caller, name)
-        if torch._C._len_torch_function_stack():
-            for outer in _interceptions():
-                outer.yield_to_inner(func, args, kwargs)
-        return self.replace(func, args, kwargs)
-
-    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The selected call with the rule's backward."""
-        return self.numbering.rule.replace(func, args, kwargs)
-
-    def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...]) -> None:
-        """Note that a call of a module begins."""
-        self.running.append(ModuleCall(path, key))
-        self.entered.append((path, key))
-
-    def leave(self, call: ModuleCall, finished: bool) -> None:
-        """Note that a module's call ends, ``finished`` unless by an exception."""
-
-    def number(self, caller: ModuleCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Note one call as a site; its index."""
-        if not self.whole:
-            return self.numbering.site_at(f"{caller.key}:{name}#{caller.count(name + '()')}").index
+        name = self.rule.functions.get(func)
+        if name is None:
+            return self.other(caller, func, args, kwargs)
+        if is_dynamo_compiling():
+            return self._traced(caller, name, func, args, kwargs)
+        if caller.grad_enabled != torch.is_grad_enabled():
+            # No gradient reaches this call: it is made under no_grad, or in the forward of a custom autograd function.
+            self.hide(caller, name)
+            return func(*args, **kwargs)
+        hooks = torch_internals.checkpoint_hooks()
+        if hooks is not None and hooks is not caller.checkpoint:
+            raise checkpointed_function(name, caller.path)
         x = args[0] if args else kwargs.get("input")
-        self.seen.append((caller.path, caller.key, name, x.shape if isinstance(x, Tensor) else ()))
-        return len(self.seen) - 1
+        return self.at(self.meet(caller, name, x), func, args, kwargs)
 
-    def accepts(self, index: int, caller: ModuleCall, name: str) -> bool:
-        """Whether the rule selects this site."""
-        if not self.first <= index < self.stop:
-            return False
-        where = self.numbering.rule.where
-        if where is None:
-            return True
-        if not self.whole:
-            return bool(where(self.numbering.seen[index]))
-        before = [seen for seen in self.seen[:-1] if seen[0] == caller.path and seen[2] == name]
-        return bool(where(Site(index, caller.path, name, len(before), tuple(self.seen[-1][3]))))
+    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that is no site of the rule."""
+        if not is_dynamo_compiling():
+            if func in self.rule.opaque:
+                self.note_unreachable(caller.path, f"{self.rule.opaque[func]} computes out of reach")
+            elif isinstance(func, torch._ops.OpOverload) and func._opname.rstrip("_") in self.attached.operators:
+                self.note_unreachable(caller.path, f"it calls {func}, as exported code does")
+        return func(*args, **kwargs)
 
-    def yield_to_inner(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Number a call that a rule further in re-defines: the numbers stay those of the model."""
-        name = self.numbering.rule.functions.get(func)
-        if name is not None:
-            caller = self.running[-1]
-            self.yielded += self.accepts(self.number(caller, name, args, kwargs), caller, name)
+    def hide(self, caller: ModuleCall, name: str) -> None:
+        """Note a function of the rule that is called without gradients."""
+        caller.hidden.append(name)
 
-    def _refuse_checkpointed_function(self, inner: ModuleCall, name: str) -> None:
-        """A recomputation calls the checkpointed function, not the module around it: no hook would run then."""
-        if inner.grad_enabled != torch.is_grad_enabled():
-            checkpointed = _called_from_checkpoint()
-        else:
-            top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-            checkpointed = (
-                top is not None and top != inner.saved_tensor_hooks and top[0].__module__ == "torch.utils.checkpoint"
-            )
-        if checkpointed:
-            raise BackpassError(
-                f"{name!r} in module {inner.path or '(model)'!r} runs inside a checkpointed function, and its "
-                "recomputation would silently be plain backpropagation. Checkpoint a module instead of a function: "
-                "put the code into an nn.Module and call checkpoint(that_module, x)."
-            )
+    def meet(self, caller: ModuleCall, name: str, x: Any, key: str = "") -> SiteCall:
+        """Note a call that may be a site; in a recomputation, find it again."""
+        key = key or f"{caller.key}:{name}#{caller.count(name + '()')}"
+        if self.replayed is None:
+            return self.run.meet(key, caller.path, name, x.shape if isinstance(x, Tensor) else ())
+        if key not in self.replayed:
+            raise BackpassError(f"site {key!r} was not in the last whole call of the model: call the model again.")
+        return self.replayed[key]
 
+    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function as its site is decided: plain, by the rule, or so that the backward pass decides."""
+        again = self.replayed is not None and site.kernel  # a recomputation saves what the first pass saved
+        if site.selected is False and not again and (site.fixed or self.rule.acts_on_nodes):
+            out = func(*args, **kwargs)
+            if not site.fixed and isinstance(out, Tensor):
+                site.node = out.grad_fn
+            return out
+        if not torch.is_grad_enabled() or (self.replayed is not None and site.hooked):
+            return func(*args, **kwargs)
+        if site.selected is None and torch_internals.forward_mode():
+            self.run.decide_early(site)
+            return self.at(site, func, args, kwargs)
+        site.kernel = True
+        outer = [mode for mode in torch_internals.function_modes() if isinstance(mode, Interception)]
+        if not outer:
+            return self.replace(func, args, kwargs, None if site.fixed and site.selected else site)
+        before = [len(mode.run.sites) for mode in outer]
+        out = self.replace(func, args, kwargs, site)
+        for mode, count in zip(outer, before, strict=True):
+            for other in mode.run.sites[count:]:
+                other.delegate = site
+        return out
 
-def _called_from_checkpoint() -> bool:
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-    return False
+    def replace(
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+    ) -> Any:
+        """Call a function with the rule's backward.
 
+        Args:
+            func: the function.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            site: asked in the backward pass whether the rule acts; where not, other rules on the stack do. None: the
+                rule acts.
+        """
+        if site is None:
+            return self.rule.replace(func, args, kwargs)
+        plain = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            replaced = self.rule.replace(func, args, kwargs)
+        return choose(plain, replaced, site)
 
-def _interceptions() -> list[Interception]:
-    """Those running in this thread, the innermost first."""
-    depths = range(torch._C._len_torch_function_stack() - 1, -1, -1)
-    modes = [torch._C._get_function_stack_at(depth) for depth in depths]
-    return [mode for mode in modes if isinstance(mode, Interception)]
+    def _traced(
+        self, caller: ModuleCall, name: str, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.traced += 1
+        key = f"{caller.key}:{name}#{caller.count(name + '()')}"
+        if not self.attached.token or not self.attached.planned(key):
+            return self.plain_in_graph(func, args, kwargs)
+        return self.replace(func, args, kwargs, None)
 
+    def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of the rule plainly in compiled code; as an operator, which no mode sees when the code runs."""
+        return func(*args, **kwargs)
 
-NOTHING: dict[str, Any] = {}
-
-Intercept = Callable[[Numbering, int, int, bool], Interception]
-
-
-class ModuleCalls:
-    """The pair of hooks of one module in an attached model."""
-
-    def __init__(self, numbering: Numbering, intercept: Intercept, path: str) -> None:
-        self.numbering = numbering
-        self.intercept = intercept
-        self.path = path
-
-    @outside_compiled_frames
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] = NOTHING) -> None:
-        """Forward pre-hook: note the call, and begin the interception where this is the outermost one."""
-        mode = self._current()
-        if mode is not None and not self.path and not is_dynamo_compiling() and not _calls_itself(module):
-            # Ctrl-C cut a call short: PyTorch runs no hook then.
-            pop_modes(self.numbering)
-            mode = None
-        if mode is not None:
-            outer = mode.running[-1]
-            mode.enter(module, self.path, f"{outer.key}/{self.path}#{outer.count(self.path)}", args)
-        else:
-            torch._C._push_on_torch_function_stack(self._begin(module, args, kwargs))
-
-    @outside_compiled_frames
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook, run after an exception too: end what `enter` began, and nothing else."""
-        mode = self._current()
-        # Where another pre-hook failed before ours, there is nothing of this module to end.
-        if mode is None or mode.running[-1].path != self.path:
-            return
-        finished = output is not None  # a call that an exception ended has no output
-        call = mode.running.pop()
-        if not mode.running:
-            torch._C._pop_torch_function_stack()
-        mode.leave(call, finished)
-        if not mode.running and mode.whole and finished:
-            if is_dynamo_compiling():
-                self.numbering.last_call = (mode.seen, mode.taken)
-                verify_while_tracing(self.numbering.token, len(mode.seen), len(mode.taken) + mode.yielded)
-            else:
-                self.numbering.record(mode.seen, mode.taken, len(mode.taken) + mode.yielded, mode.entered)
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
-        intercept: Intercept = self.intercept
-        if self.path:
-            first, stop, key = self.numbering.resume(self.path)
-        elif self.numbering.is_probing:
-            first, stop, key, intercept = 0, 0, "", Interception
-        else:
-            resolve_now = resolve_while_tracing if is_dynamo_compiling() else resolve
-            (first, stop), key = resolve_now(self.numbering.token, module.training, *args, **kwargs), ""
-        mode = intercept(self.numbering, first, stop, not self.path)
-        mode.enter(module, self.path, key, args)
-        return mode
-
-    def _current(self) -> Interception | None:
-        depth = torch._C._len_torch_function_stack()
-        while depth:  # mostly the innermost one
-            depth -= 1
-            mode = torch._C._get_function_stack_at(depth)
-            if isinstance(mode, Interception) and mode.numbering is self.numbering:
-                return mode
+    def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
+        """Note that a call of a module begins, which may be one activation as a whole; other arguments for it, or None."""
+        call = ModuleCall(path, key)
+        call.plain = bool(self.running) and self.running[-1].plain
+        self.running.append(call)
+        if not is_dynamo_compiling() and self.replayed is None:
+            self.run.entered.append((path, key))
         return None
 
+    def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:
+        """Note that a module's call ends, and return its output, which is None after an exception."""
+        if call.hidden and output is not None and self.run.plan is None and not is_dynamo_compiling():
+            self._name_hidden(call, output)
+        return output
 
-def _calls_itself(module: nn.Module) -> bool:
-    """Whether a call of this module is really running above the one that begins now."""
-    frame, running = sys._getframe(1), 0
-    while frame.f_back is not None:
-        frame = frame.f_back
-        running += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
-    return running > 1
+    def note_unreachable(self, path: str, reason: str) -> None:
+        """Note what the rule cannot reach in a module."""
+        reasons = self.run.unreachable.setdefault(path, [])
+        if reason not in reasons:
+            reasons.append(reason)
 
-
-def pop_modes(numbering: Numbering) -> None:
-    """Take the interceptions of ``numbering`` off this thread's stack of modes, wherever they lie."""
-    for mode in _popped():
-        if not (isinstance(mode, Interception) and mode.numbering is numbering):
-            torch._C._push_on_torch_function_stack(mode)
-
-
-@contextmanager
-def interceptions_aside() -> Iterator[None]:
-    """Inside, no interception is on this thread's stack of modes: a call of a model is not part of one that runs."""
-    stack = _popped()
-    for mode in stack:
-        if not isinstance(mode, Interception):
-            torch._C._push_on_torch_function_stack(mode)
-    try:
-        yield
-    finally:
-        _popped()
-        for mode in stack:
-            torch._C._push_on_torch_function_stack(mode)
+    def _name_hidden(self, call: ModuleCall, output: Any) -> None:
+        for kind in torch_internals.custom_functions(output):
+            if kind is torch.utils.checkpoint.CheckpointFunction:
+                raise checkpointed_function(call.hidden[0], call.path)
+            self.note_unreachable(call.path, f"the autograd function {kind.__name__} has its own backward")
 
 
-def _popped() -> list[Any]:
-    """This thread's modes, the outermost first, taken off their stack."""
-    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
+def choose(plain: Tensor, replaced: Tensor, site: SiteCall) -> Any:
+    """Return the common value of two tensors, with the gradient of the one that the site is decided for."""
+    apply: Callable[..., Any] = _Choice.apply
+    return apply(plain, replaced, site)
+
+
+class _Choice(torch.autograd.Function):
+    """(plain, replaced) -> their common value; backward gives the gradient to one of them."""
+
+    @staticmethod
+    def forward(ctx: Any, plain: Tensor, replaced: Tensor, site: SiteCall) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.site = site
+        return replaced.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        return (None, grad, None) if ctx.site.active() else (grad, None, None)
+
+
+def checkpointed_function(name: str, path: str) -> BackpassError:
+    """Return the error of a checkpointed function: its recomputation runs no hook of a module."""
+    return BackpassError(
+        f"{name!r} in module {path or '(model)'!r} runs inside a checkpointed function, and its recomputation would "
+        "silently be plain backpropagation. Checkpoint a module instead of a function: put the code into an nn.Module "
+        "and call checkpoint(that_module, x)."
+    )

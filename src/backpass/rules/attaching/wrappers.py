@@ -9,11 +9,11 @@ from torch import nn
 
 from backpass.errors import BackpassError, NoSiteError
 
-__all__ = ["named_modules", "refuse_scripted", "unwrap"]
+__all__ = ["named_modules", "out_of_reach", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside ``torch.compile``, DDP and DataParallel wrappers.
+    """Return the user's own module inside ``torch.compile``, DDP and DataParallel wrappers.
 
     Raises:
         BackpassError: ``model`` is not an ``nn.Module``.
@@ -30,22 +30,36 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its path in the user's model, wrappers left out."""
+    """Yield every module with its path in the user's model, wrappers left out."""
     for path, module in model.named_modules():
         if unwrap(module) is module:
             yield ".".join(part for part in path.split(".") if part != "_orig_mod"), module
 
 
-def refuse_scripted(model: nn.Module) -> None:
-    """Scripted code calls no torch function that Python could see.
+def out_of_reach(model: nn.Module) -> dict[str, list[str]]:
+    """Return the parts of a model that call no torch function which Python could see, with the reasons.
 
     Raises:
-        NoSiteError: a module is scripted.
+        NoSiteError: the model itself is scripted.
     """
-    for path, module in model.named_modules():
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NoSiteError(
+            "the model is scripted (TorchScript), so its operations cannot be reached and it shows no sites: attach the "
+            "rule to the model before torch.jit.script or torch.jit.trace."
+        )
+    found: dict[str, list[str]] = {}
+    inside: list[str] = []
+    for path, module in named_modules(model):
         if isinstance(module, torch.jit.ScriptModule):
-            where = f"its module {path!r}" if path else "the model"
-            raise NoSiteError(
-                f"{where} is scripted (TorchScript), so its operations cannot be reached and it shows no sites: "
-                "attach the rule to the model before torch.jit.script or torch.jit.trace."
-            )
+            if not any(path.startswith(outer + ".") for outer in inside):
+                inside.append(path)
+                found[path] = ["the module is scripted"]
+            continue
+        names = getattr(getattr(type(module), "forward", None), "__code__", None)
+        scope = getattr(getattr(type(module), "forward", None), "__globals__", {})
+        functions = [(name, scope.get(name)) for name in (names.co_names if names else ())]
+        functions += list(vars(module).items())
+        scripted = [name for name, one in functions if isinstance(one, torch.jit.ScriptFunction)]
+        if scripted:
+            found[path] = [f"the function {name} is scripted" for name in scripted]
+    return found

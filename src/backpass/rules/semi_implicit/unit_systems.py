@@ -1,6 +1,6 @@
 """The unknowns of a layer's sub-problem, in the rows of its input or in its columns.
 
-Every output unit j has a problem of its own in its weights w_j, with the same rows A. A bias with another penalty than
+Every output unit j has its own problem in its weights w_j, with the same rows A. A bias with another penalty than
 the weights is a column of the constant sqrt(c) in A, c = lam / lam_bias: b = sqrt(c) times that column's weight.
 
 By rows, w_j = A^T u_j and u_j is the unknown: only K = A A^T is needed, and A^T in front of a vector is left out.
@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from backpass.rules.damped import solve
-from backpass.rules.gram import row_gram
-from backpass.rules.layers.convolution import Convolution
-from backpass.rules.layers.linear_layer import Gradients, LinearLayer
-from backpass.rules.layers.linear_layers import Linear
+from backpass.rules.implicit.layers import Gradients, Linear, LinearLayer, Product
+from backpass.rules.implicit.systems import row_gram, solve
 
 __all__ = ["ByColumns", "ByRows", "UnitSystem", "unit_system"]
 
@@ -69,7 +65,7 @@ class UnitSystem(ABC):
         """<w, w'> per unit, where ``applied`` is A w'; broadcasts over unknowns."""
 
     def over_outputs(self, per_unit: Tensor) -> Tensor:
-        """What `inner` gives, to broadcast over outputs instead."""
+        """The result of `inner`, to broadcast over outputs instead."""
         return per_unit
 
     @abstractmethod
@@ -99,12 +95,9 @@ class ByRows(UnitSystem):
         self._products: Tensor | None = None
 
     def _gram(self, dtype: torch.dtype) -> Tensor:
-        gram = row_gram(self.rows.to(dtype)) if self.wants[0] else self._no_columns(dtype)
-        return gram.add_(self.ratio) if self.ratio else gram
-
-    def _no_columns(self, dtype: torch.dtype) -> Tensor:
         blocks, n = self.rows.shape[:2]
-        return self.rows.new_zeros(blocks, n, n, dtype=dtype)
+        gram = row_gram(self.rows.to(dtype)) if self.wants[0] else self.rows.new_zeros(blocks, n, n, dtype=dtype)
+        return gram.add_(self.ratio) if self.ratio else gram
 
     def arrange(self, outputs: Tensor) -> Tensor:
         """As (blocks, n, units)."""
@@ -139,7 +132,7 @@ class ByRows(UnitSystem):
         def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             return self.gram if dtype == self.gram.dtype else self._gram(dtype), outputs.to(dtype)
 
-        return solve(system, lam, outputs.dtype, _ROWS_FLOOR).to(outputs.dtype)
+        return solve(system, lambda gram: lam, outputs.dtype, _ROWS_FLOOR)[0].to(outputs.dtype)
 
     def weights(self, unknown: Tensor) -> Gradients:
         """U^T A and c times the sum of u."""
@@ -148,72 +141,68 @@ class ByRows(UnitSystem):
 
 
 class ByColumns(UnitSystem):
-    """Unknowns w: (blocks, units, columns), the bias's column last; outputs as the layer's own."""
+    """Unknowns w: (blocks, units, columns), the bias's column last; outputs by rows, of a convolution as its own."""
 
-    @property
-    def _root(self) -> float:
-        return math.sqrt(self.ratio)
-
-    def _split(self, unknown: Tensor) -> Gradients:
-        weight, bias = self.wants
-        of_weight = self.layer.weight(unknown[..., :-1] if bias else unknown) if weight else None
-        return of_weight, unknown[..., -1].flatten() if bias else None
-
-    def _join(self, gradients: Gradients) -> Tensor:
-        weight, bias = gradients
-        parts = [] if weight is None else [self.layer.matrix(weight)]
-        if bias is not None:
-            parts.append(self.layer.bias_matrix(bias) * self._root)
-        return torch.cat(parts, -1)
+    def __init__(self, layer: LinearLayer, x: Tensor, wants: Wants, ratio: float) -> None:
+        super().__init__(layer, x, wants, ratio)
+        self._root = math.sqrt(self.ratio)
+        self._by_rows = isinstance(layer, Product)
+        self._rows = layer.rows(x) if self._by_rows else x
 
     def arrange(self, outputs: Tensor) -> Tensor:
-        """As it is."""
-        return outputs
+        """As (blocks, n, units); of a convolution as it is."""
+        return self.layer.output_rows(outputs) if self._by_rows else outputs
 
     def apply(self, unknown: Tensor, out: Tensor | None = None) -> Tensor:
         """The layer itself."""
-        weight, bias = self._split(unknown)
-        if bias is not None:
-            bias = bias * self._root
-        if weight is None:
-            weight = self.x.new_zeros(self.layer.shape)
-        if isinstance(self.layer, Convolution):
-            return _convolve(self.layer, self.x, weight, bias)
-        z = self.x @ weight.mT
-        return z if bias is None else z.add_(bias)
+        if self._by_rows:
+            columns = unknown.shape[-1] - self.wants[1]
+            if not self.wants[0]:
+                return unknown.mT.expand(-1, self._rows.shape[1], -1) * self._root
+            z = self._rows @ unknown[..., :columns].mT
+            return z.add_(unknown[..., columns:].mT, alpha=self._root) if self.wants[1] else z
+        weight, bias = self.weights(unknown)
+        weight = self.x.new_zeros(self.layer.shape) if weight is None else weight
+        return self.layer.outputs(self.x, weight, bias)
 
     def adjoint(self, outputs: Tensor) -> Tensor:
         """The layer's weight gradient."""
-        return self._join(self.layer.gradients(self.x, outputs, *self.wants))
+        if self._by_rows:
+            parts = [outputs.mT @ self._rows] if self.wants[0] else []
+            parts += [outputs.sum(-2).unsqueeze(-1) * self._root] if self.wants[1] else []
+        else:
+            weight, bias = self.layer.gradients(self.x, outputs, *self.wants)
+            parts = [] if weight is None else [self.layer.matrix(weight)]
+            parts += [] if bias is None else [self.layer.bias_matrix(bias) * self._root]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def inner(self, first: Tensor, second: Tensor, applied: Tensor) -> Tensor:
         """Sum over columns of w w'."""
         return (first * second).sum(-1, keepdim=True)
 
     def over_outputs(self, per_unit: Tensor) -> Tensor:
-        """Along the channels of a convolution, along the last dimension otherwise."""
-        flat = per_unit.flatten()
-        return flat.reshape(-1, *[1] * (len(self.layer.shape) - 2))
+        """Along the last dimension, of a convolution along its channels."""
+        return per_unit.mT if self._by_rows else per_unit.reshape(-1, *[1] * (len(self.layer.shape) - 2))
 
     def square(self, outputs: Tensor) -> Tensor:
         """Sum over all dimensions but that of the units."""
-        last = not isinstance(self.layer, Convolution)
-        units = outputs if last else outputs.movedim(1, -1)
-        return units.square().flatten(0, -2).sum(0).reshape(self.layer.blocks, -1, 1)
+        if self._by_rows:
+            return outputs.square().sum(-2).unsqueeze(-1)
+        return outputs.movedim(1, -1).square().flatten(0, -2).sum(0).reshape(self.layer.blocks, -1, 1)
 
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
         """(A^T A + lam I)^{-1} A^T v."""
 
         def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            x = self.x.to(dtype)
-            right = self._join(self.layer.gradients(x, outputs.to(dtype), *self.wants)).mT
-            return self._gram(x), right
+            same = self if dtype == self.x.dtype else ByColumns(self.layer, self.x.to(dtype), self.wants, self.ratio)
+            return same._gram(), same.adjoint(outputs.to(dtype)).mT
 
-        return solve(system, lam, outputs.dtype, _COLUMNS_FLOOR).mT.to(outputs.dtype)
+        return solve(system, lambda gram: lam, outputs.dtype, _COLUMNS_FLOOR)[0].mT.to(outputs.dtype)
 
-    def _gram(self, x: Tensor) -> Tensor:
+    def _gram(self) -> Tensor:
+        x, count = self.x, self.layer.count(self.x)
         if not self.wants[0]:
-            return x.new_full((self.layer.blocks, 1, 1), self.layer.count(x) * self.ratio)
+            return torch.full((self.layer.blocks, 1, 1), count * self.ratio, dtype=x.dtype, device=x.device)
         gram = self.layer.gram(x, self.wants[1])
         if self.wants[1]:
             gram[:, -1] *= self._root
@@ -222,24 +211,16 @@ class ByColumns(UnitSystem):
 
     def weights(self, unknown: Tensor) -> Gradients:
         """w, and sqrt(c) times its last column."""
-        weight, bias = self._split(unknown)
-        return weight, None if bias is None else bias * self._root
+        weight, bias = self.wants
+        of_weight = self.layer.weight(unknown[..., :-1] if bias else unknown) if weight else None
+        return of_weight, unknown[..., -1].flatten() * self._root if bias else None
 
 
 def unit_system(layer: LinearLayer, x: Tensor, wants: Wants, ratio: float, direct: bool) -> UnitSystem:
     """The system on the cheaper side, for a direct solve or for conjugate gradients."""
     if isinstance(layer, Linear):
         # An iteration costs one product with K, or one with A and one with A^T.
-        few_rows = layer.count(x) <= layer.shape[1] * (1 if direct else 2)
+        few_rows = layer.count(x) <= layer.columns(False) * (1 if direct else 2)
     else:
         few_rows = layer.has_rows and layer.count(x) <= layer.columns(wants[1])
     return (ByRows if few_rows else ByColumns)(layer, x, wants, ratio)
-
-
-def _convolve(layer: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    padding = layer.before
-    if layer.before != layer.after:
-        x, padding = layer.spread(x), (0,) * len(layer.before)
-    settings: Any = (layer.stride, padding, layer.dilation, bool(layer.transposed), layer.output_padding, layer.groups)
-    z: Tensor = torch.ops.aten.convolution(x, weight, bias, *settings)
-    return z

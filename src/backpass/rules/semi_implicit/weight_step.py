@@ -29,23 +29,26 @@ class SemiImplicitStep:
         lam_bias: penalty on the biases' increment, positive.
         newton_steps: Gauss-Newton steps where s is not the identity.
         cg_steps: conjugate-gradient iterations in each.
-        corrections: of the last of these iterations, how many descend on the sub-problem itself where s has kinks.
-        reduction: ``"mean"`` or ``"sum"``: what the loss is over the batch.
-        updated_weights: whether what flows down is propagated through the updated weights.
+        descent_steps: of the last of these iterations, how many descend on the sub-problem itself where s has kinks;
+            from 1 on no unit's objective rises.
+        reduction: ``"mean"`` or ``"sum"``: how the loss combines the samples.
+        updated_weights: whether the input gradient is propagated through the updated weights.
+        loss_scale: factor of the loss.
     """
 
     eta: float
     lam: float
     lam_bias: float
-    newton_steps: int
-    cg_steps: int
-    corrections: int
-    reduction: str
-    updated_weights: bool
+    newton_steps: int = 1
+    cg_steps: int = 5
+    descent_steps: int = 1
+    reduction: str = "mean"
+    updated_weights: bool = True
+    loss_scale: float = 1.0
 
-    def corrects(self, s: Elementwise) -> int:
+    def descends(self, s: Elementwise) -> int:
         """How many iterations descend on the sub-problem itself; the first stays with the Gauss-Newton model."""
-        return min(self.corrections, self.cg_steps - 1) if s.has_kinks else 0
+        return min(self.descent_steps, self.cg_steps - 1) if s.has_kinks else 0
 
     @property
     def ratio(self) -> float:
@@ -83,7 +86,7 @@ def increment(
         system: A and the coordinates of d.
         of_z: D g, arranged as the system's outputs, as the other tensors.
         weighting: the diagonal of D^2, overwritten; None for the identity, which one direct solve does.
-        curved: the activation, arranged alike; None for the identity, or where one Gauss-Newton step is all.
+        curved: the activation, arranged alike; None for the identity.
         scale: eta for the loss as it is given, -eta D g = -scale * ``of_z``.
         step: the settings.
 
@@ -92,11 +95,11 @@ def increment(
     """
     if weighting is None:
         return system.solve(of_z * -scale, step.lam)
-    corrections = 0 if curved is None else step.corrects(curved.s)
-    iterations = [step.cg_steps] * (step.newton_steps - 1) + [step.cg_steps - corrections]
+    descents = 0 if curved is None else step.descends(curved.s)
+    iterations = [step.cg_steps] * (step.newton_steps - 1) + [step.cg_steps - descents]
     right = system.adjoint(of_z * (-scale / step.lam))
     found = _conjugate_gradients(system, weighting.div_(step.lam), right, iterations[0])
-    if curved is None:
+    if curved is None or (step.newton_steps == 1 and not step.descent_steps):
         return found
     targets = curved.s.value(curved.z).sub_(curved.grad, alpha=scale)
     if step.newton_steps > 1:
@@ -107,12 +110,12 @@ def increment(
         right = system.adjoint((slope * (curved.s.value(moved) - targets)).div_(-step.lam)).sub_(found)
         further = _conjugate_gradients(system, slope.square().div_(step.lam), right, steps)
         found += further.mul_(_length(system, curved, targets, found, further, step.lam))
-    if corrections:
-        _correct(system, curved, targets, found, scale, step)
+    if step.descent_steps:
+        _descend(system, curved, targets, found, scale, step)
     return found
 
 
-def _correct(
+def _descend(
     system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor, scale: float, step: SemiImplicitStep
 ) -> None:
     """Drop ``found`` for units whose objective it raises, then add steps of steepest descent on the sub-problem.
@@ -122,18 +125,20 @@ def _correct(
     gradient where the unit now stands, and a unit takes it if its objective does not rise.
     """
     s, lam, at = curved.s, step.lam, system.apply(found)
+    descents = step.descends(s)
     moved = curved.z + at
     misfit = s.value(moved).sub_(targets)
     before = system.square(misfit) / lam
     helps = before + system.inner(found, found, at) <= system.square(curved.grad) * (scale**2 / lam)
     if not bool(helps.all()):
-        # Not by a product: what overflowed is dropped too.
+        # Not by a product: what overflowed is dropped too. A unit that is left without a step gets one.
+        descents = max(descents, 1)
         found.copy_(torch.where(helps, found, 0.0))
         at = torch.where(system.over_outputs(helps), at, 0.0)
         moved = curved.z + at
         misfit = s.value(moved).sub_(targets)
         before = system.square(misfit) / lam
-    for left in reversed(range(step.corrects(s))):
+    for left in reversed(range(descents)):
         pulled = system.adjoint(s.backward(misfit, moved))
         gradient = torch.add(found, pulled, alpha=1 / lam, out=pulled)
         to = system.apply(gradient, misfit)

@@ -1,0 +1,245 @@
+"""Calls of activations: single functions, products ``x * gate(x)``, and whole modules that are one activation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.utils._pytree import tree_leaves
+
+from backpass.rules import torch_internals
+from backpass.rules.activations import read_call, writes_in_place
+from backpass.rules.attaching.interception import Interception, ModuleCall
+from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.attaching.run import SiteCall
+from backpass.rules.compositions import BENT, ELEMENTWISE, PRODUCTS, VIEWS, Origin, Origins, composes, gates, is_query
+
+__all__ = ["ActivationInterception"]
+
+
+class _Watched:
+    """A running module that may be one activation as a whole.
+
+    Attributes:
+        call: the call of the module.
+        x: its input.
+        given: the tensor that the module computes with: x, or a copy where the module may write into it.
+        begin: number of calls that the run had noted before.
+        elementwise: whether it has called elementwise functions alone.
+        bent: whether one of them bends, as an activation does.
+    """
+
+    def __init__(self, call: ModuleCall, x: Tensor, given: Tensor, begin: int) -> None:
+        self.call, self.x, self.given, self.begin = call, x, given, begin
+        self.elementwise = True
+        self.bent = False
+
+
+class ActivationInterception(Interception):
+    """An interception that recognises activations composed of several calls, and gates.
+
+    In the first call of a model everything is looked at, and the backward pass decides; later calls follow the plan and
+    look only into modules that compose activations. Compiled code follows the plan and does not look.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.origins: list[Origins] = []
+        self.watched: list[_Watched] = []
+
+    def _looks(self) -> bool:
+        if not self.rule.compositions or is_dynamo_compiling():
+            return False
+        if self.replayed is None and self.run.plan is None:
+            return True
+        return self.running[-1].path in (self.run.plan or self.run).composing
+
+    # --- Functions --------------------------------------------------------------------------------------------------
+
+    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an activation as its site is decided, and remember the origin of its value."""
+        if not self._looks():
+            return super().at(site, func, args, kwargs)
+        x = args[0] if args else kwargs["input"]
+        origin = self.origins[-1].of(x)
+        out = super().at(site, func, args, kwargs)
+        self._bend()
+        direct = site if origin.source is x else None
+        self.origins[-1].note(out, Origin(origin.source, site.function, (*origin.sites, site), out.numel(), direct))
+        return out
+
+    def replace(
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+    ) -> Any:
+        """Call an activation with the rule's backward."""
+        if site is None:
+            return self.rule.replace(func, args, kwargs)
+        return self.rule.replace_call(func, args, kwargs, site)
+
+    def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an activation plainly in compiled code."""
+        activation, x, parameters, in_place = read_call(func, args, kwargs)
+        y = activation.compute(x, *parameters)
+        return x.copy_(y) if in_place else y
+
+    def hide(self, caller: ModuleCall, name: str) -> None:
+        """Note an activation that is called without gradients."""
+        super().hide(caller, name)
+        self._bend()
+
+    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that is no activation by itself, but may compose one."""
+        if not self._looks():
+            return super().other(caller, func, args, kwargs)
+        if func in VIEWS:
+            out = func(*args, **kwargs)
+            self._arranged(args, out)
+            return out
+        if func not in ELEMENTWISE:
+            if not is_query(func):
+                for watched in self.watched:
+                    watched.elementwise = False
+            return super().other(caller, func, args, kwargs)
+        if func in BENT:
+            self._bend()
+        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        origins = [self.origins[-1].of(x) for x in operands]
+        source = origins[0].source if origins and all(one.source is origins[0].source for one in origins) else None
+        if source is not None and composes(func, origins):
+            return self._compose(caller, source, origins, func, args, kwargs)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and operands:
+            self._follow(func, source, origins, out)
+        return out
+
+    def _follow(self, func: TorchFunction, source: Tensor | None, origins: list[Origin], out: Tensor) -> None:
+        """Remember the origin of an elementwise function's value; or find that it multiplies by a gate."""
+        sites = tuple(site for origin in origins for site in origin.sites)
+        bent = func.__name__ if func in BENT else next((one.bent for one in origins if one.bent), "")
+        if source is not None or len(origins) == 1:
+            self.origins[-1].note(out, Origin(source, bent, sites, min(origins[0].numel, out.numel())))
+        elif func in PRODUCTS and not self.rule.gates:
+            for origin in gates(origins, out):
+                _discount(origin.sites)
+
+    def _compose(
+        self,
+        caller: ModuleCall,
+        source: Tensor,
+        origins: list[Origin],
+        func: TorchFunction,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call the product that makes an activation of ``source``, or scales one."""
+        bent = next((origin.bent for origin in origins if origin.bent), func.__name__)
+        site = origins[0].direct if len(origins) == 1 else None
+        if site is None:
+            _discount(site for origin in origins for site in origin.sites)
+            site = self.meet(caller, f"x*{bent}", source)
+        self._bend()
+        self.run.composing.add(caller.path)
+        if not writes_in_place(func, args, kwargs):
+            out = self.at_value(site, source, func(*args, **kwargs))
+        else:
+            before = source.clone() if source is args[0] else source
+            out = args[0].copy_(self.at_value(site, before, func(args[0].clone(), *args[1:], **kwargs)))
+        self.origins[-1].note(out, Origin(source, bent, (site,), out.numel(), site, product=True))
+        return out
+
+    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor) -> Tensor:
+        """Give a value that was computed plainly from ``source`` the rule's backward, as its site is decided."""
+        if (site.selected is False and site.fixed) or not torch.is_grad_enabled():
+            return plain
+        if site.selected is None and torch_internals.forward_mode():
+            self.run.decide_early(site)
+            return self.at_value(site, source, plain)
+        value: Tensor = self.rule.replace_value(source, plain, None if site.fixed else site)
+        return value
+
+    def _arranged(self, args: tuple[Any, ...], out: Any) -> None:
+        origin = self.origins[-1].of(args[0]) if args and isinstance(args[0], Tensor) else None
+        if origin is not None and origin.sites:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    numel = min(origin.numel, leaf.numel())
+                    self.origins[-1].note(leaf, Origin(None, origin.bent, origin.sites, numel))
+
+    def _bend(self) -> None:
+        for watched in self.watched:
+            watched.bent = True
+
+    # --- Modules ----------------------------------------------------------------------------------------------------
+
+    def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
+        """Note that a call of a module begins, and watch it if it may be one activation as a whole."""
+        super().enter(module, path, key, args, activation)
+        call = self.running[-1]
+        if is_dynamo_compiling():
+            if activation and self.attached.is_composed(key):
+                call.plain, call.x = True, args[0]
+            return None
+        self.origins.append(Origins())
+        whole = activation and not call.plain and len(args) == 1 and isinstance(args[0], Tensor)
+        if not whole or not torch.is_grad_enabled():
+            return None
+        x = args[0]
+        with torch._C.DisableTorchFunction():
+            given = x.clone() if any(getattr(one, "inplace", False) for one in module.modules()) else x
+        if self.replayed is None and self.run.plan is None:
+            self.watched.append(_Watched(call, x, given, len(self.run.sites)))
+        elif key in (self.run.plan or self.run).composed:
+            call.plain, call.x = True, x
+            self.watched.append(_Watched(call, x, given, 0))
+        else:
+            return None
+        return None if given is x else (given,)
+
+    def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:
+        """Note that a module's call ends; a module that was one activation gets the rule's backward."""
+        if is_dynamo_compiling():
+            if call.x is None:
+                return output
+            planned = self.attached.planned(f"{call.key}:{type(module).__name__}")
+            self.traced += 1
+            return self.rule.replace_value(call.x, output, None) if planned else output
+        inner = self.origins.pop()
+        watched = self.watched.pop() if self.watched and self.watched[-1].call is call else None
+        if watched is not None and isinstance(output, Tensor):
+            with torch._C.DisableTorchFunction():
+                output = self._whole(module, watched, inner.of(output), output)
+        output = super().leave(module, call, output)
+        if self.origins:
+            inner.pass_on(tree_leaves(output), self.origins[-1])
+        return output
+
+    def _whole(self, module: nn.Module, watched: _Watched, origin: Origin, output: Tensor) -> Tensor:
+        """Give the value of a module that was one activation the rule's backward."""
+        call, x = watched.call, watched.x
+        wrote = output is watched.given and output is not x
+        if call.plain or self._is_activation(watched, origin, output):
+            if not call.plain:
+                _discount(self.run.sites[watched.begin :])
+                self.run.composed.add(call.key)
+                call.hidden.clear()
+            name = type(module).__name__
+            site = self.meet(call, name, x, f"{call.key}:{name}")
+            output = self.at_value(site, x.clone() if wrote else x, output)
+        return x.copy_(output) if wrote else output
+
+    def _is_activation(self, watched: _Watched, origin: Origin, output: Tensor) -> bool:
+        """Return whether a module that ends was one elementwise activation, and not just the call of one."""
+        if not (watched.elementwise and watched.bent and output.shape == watched.x.shape):
+            return False
+        sites = [site for site in self.run.sites[watched.begin :] if site.counted]
+        if len(self.running) == 1 and sites:
+            return False  # the model itself
+        return not (len(sites) == 1 and origin.source is watched.given and origin.direct is sites[0])
+
+
+def _discount(sites: Iterable[SiteCall]) -> None:
+    for site in sites:
+        site.counted = False

@@ -1,0 +1,117 @@
+"""The hooks that begin and end an interception, and keep the chain of module calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.utils._pytree import tree_leaves
+
+from backpass.rules import torch_internals
+from backpass.rules.attaching.interception import Interception
+from backpass.rules.torch_internals import keep_out_of_frames
+
+if TYPE_CHECKING:
+    from backpass.rules.attaching.attached import Attached
+
+__all__ = ["FUSED", "ModuleCalls", "pop_interceptions"]
+
+FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""Modules that compute by other means where they see a mode and no gradient is asked for."""
+
+_NOTHING: dict[str, Any] = {}
+
+
+class ModuleCalls:
+    """The pair of hooks of one module in an attached model.
+
+    Args:
+        attached: the rule on the model.
+        path: of the module.
+        activation: whether the module may be one activation as a whole.
+        fused: whether it is one of `FUSED`.
+    """
+
+    def __init__(self, attached: Attached, path: str, activation: bool, fused: bool) -> None:
+        self.attached = attached
+        self.path = path
+        self.activation = activation
+        self.fused = fused
+
+    @keep_out_of_frames
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] = _NOTHING) -> Any:
+        """Forward pre-hook: note the call, and begin the interception where this is the outermost one."""
+        mode = self._current()
+        if mode is not None and not self.path and not is_dynamo_compiling() and not _calls_itself(module):
+            # Ctrl-C cut a call short: PyTorch runs no hook then.
+            pop_interceptions(self.attached)
+            mode = None
+        if mode is None:
+            if self.path and self.attached.is_aside():
+                return None
+            mode = self.attached.begin(self.path, module, args, kwargs)
+            key = self.attached.replayed_key(self.path) if self.path else ""
+            changed = mode.enter(module, self.path, key, args, self.activation)
+            torch_internals.push_mode(mode)
+        else:
+            outer = mode.running[-1]
+            key = f"{outer.key}/{self.path}#{outer.count(self.path)}"
+            changed = mode.enter(module, self.path, key, args, self.activation)
+        if self.fused and not is_dynamo_compiling() and not _asks_for_gradients(module, args, kwargs):
+            self.attached.step_aside(mode)
+        return changed if changed is None or kwargs is _NOTHING else (changed, kwargs)
+
+    @keep_out_of_frames
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook, run after an exception too: end what `enter` began, and nothing else."""
+        if self.fused and not is_dynamo_compiling():
+            self.attached.step_back(self.path)
+        mode = self._current()
+        # Where another pre-hook failed before ours, there is nothing of this module to end.
+        if mode is None or mode.running[-1].path != self.path:
+            return None
+        if is_dynamo_compiling():
+            changed = self._end(mode, mode.leave(module, mode.running[-1], output))
+        else:
+            finished = None
+            try:
+                finished = mode.leave(module, mode.running[-1], output)
+            finally:
+                changed = self._end(mode, finished)
+        return None if changed is output else changed
+
+    def _end(self, mode: Interception, output: Any) -> Any:
+        mode.running.pop()
+        if not mode.running:
+            torch_internals.pop_mode()
+            self.attached.end(mode, output)
+        return output
+
+    def _current(self) -> Interception | None:
+        depth = torch._C._len_torch_function_stack()
+        while depth:  # mostly the innermost one
+            depth -= 1
+            mode = torch._C._get_function_stack_at(depth)
+            if isinstance(mode, Interception) and mode.attached is self.attached:
+                return mode
+        return None
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    return torch_internals.called_through(module, nn.Module._call_impl.__code__) > 1
+
+
+def _asks_for_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (*module.parameters(), *tensors))
+
+
+def pop_interceptions(attached: Attached | None = None) -> None:
+    """Take the interceptions of an attached rule, or all, off this thread's stack of modes, wherever they lie."""
+    torch_internals.restore_modes(
+        mode
+        for mode in torch_internals.function_modes()
+        if not (isinstance(mode, Interception) and attached in (None, mode.attached))
+    )

@@ -1,0 +1,144 @@
+"""Activations composed of several calls, and gates, recognised from the calls themselves.
+
+``x * gate(x)`` (a hand-written SiLU, GELU, Mish or Hardswish) is one activation of x. An activation whose value multiplies
+*another* tensor, as in squeeze-and-excitation, is a gate and no activation. To tell them apart, each result of an
+elementwise function remembers the tensor that it is a function of, its `Origin`, for as long as the calling module runs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backpass.rules.attaching.run import SiteCall
+
+__all__ = ["BENT", "ELEMENTWISE", "PRODUCTS", "VIEWS", "Origin", "Origins", "composes", "gates", "is_query"]
+
+
+def _functions(names: str) -> frozenset[Callable[..., Any]]:
+    places = (torch, Tensor, F, torch.special, operator)
+    found = (getattr(place, name, None) for place in places for name in names.split())
+    return frozenset(function for function in found if callable(function))
+
+
+PRODUCTS = _functions("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__") | _functions(
+    "div div_ divide divide_ true_divide true_divide_ __truediv__ __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__"
+)
+"""Functions that multiply or divide."""
+
+CHOICES = _functions("maximum minimum max min where")
+"""Functions that choose between tensors; of functions of one tensor they make another, such as a leaky ReLU."""
+
+BENT = _functions(
+    "erf exp exp_ expm1 log1p log sin cos sinh cosh atan asinh logsigmoid softsign tanhshrink hardshrink softshrink "
+    "clamp clamp_ clip clip_ clamp_min clamp_max clamp_min_ clamp_max_ gt ge lt le __gt__ __ge__ __lt__ __le__ heaviside"
+)
+"""Elementwise functions that make a gate, or an activation, of what they are called on, but are no sites by themselves."""
+
+_SMOOTH = _functions(
+    "add add_ __add__ __radd__ __iadd__ sub sub_ subtract rsub __sub__ __rsub__ __isub__ pow pow_ __pow__ square neg "
+    "negative __neg__ abs __abs__ sqrt rsqrt reciprocal clone contiguous to float half bfloat16 double type type_as"
+)
+
+ELEMENTWISE = PRODUCTS | CHOICES | BENT | _SMOOTH
+"""Functions of which each output element depends on the input elements in its place."""
+
+VIEWS = _functions(
+    "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split unbind "
+    "movedim t repeat tile broadcast_to view_as reshape_as narrow select"
+)
+"""Functions that arrange the same elements anew."""
+
+_SIGMOIDS = frozenset(("sigmoid", "hardsigmoid"))
+_QUERIES = frozenset(("__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "__len__"))
+
+
+def is_query(func: Callable[..., Any]) -> bool:
+    """Return whether a function only asks a tensor for a property."""
+    return getattr(func, "__name__", "") in _QUERIES
+
+
+class Origin:
+    """The tensor that a result is an elementwise function of.
+
+    Attributes:
+        source: that tensor; None for an arrangement of its elements.
+        bent: name of the last function on the way that is not linear, or an empty string.
+        sites: activations on the way.
+        numel: number of elements of the result, before it was expanded.
+        direct: the activation of ``source`` whose value the result is, if it is one.
+        product: whether that activation is composed.
+    """
+
+    __slots__ = ("bent", "direct", "numel", "product", "sites", "source")
+
+    def __init__(
+        self,
+        source: Tensor | None,
+        bent: str,
+        sites: tuple[SiteCall, ...],
+        numel: int,
+        direct: SiteCall | None = None,
+        product: bool = False,
+    ) -> None:
+        self.source = source
+        self.bent = bent
+        self.sites = sites
+        self.numel = numel
+        self.direct = direct
+        self.product = product
+
+
+class Origins:
+    """The origins of the latest results in one call of a module."""
+
+    _LIMIT = 64
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, Origin]] = []
+
+    def of(self, x: Tensor) -> Origin:
+        """Return the origin of a tensor, which is the tensor itself where it is not known."""
+        for tensor, origin in reversed(self._known):
+            if tensor is x:
+                return origin
+        return Origin(x, "", (), x.numel())
+
+    def note(self, x: Tensor, origin: Origin) -> None:
+        """Remember the origin of a result."""
+        self._known.append((x, origin))
+        if len(self._known) > self._LIMIT:
+            del self._known[0]
+
+    def pass_on(self, outputs: Iterable[Any], to: Origins) -> None:
+        """Tell the calling module the origins of what a module returns."""
+        for x in outputs:
+            if isinstance(x, Tensor):
+                origin = self.of(x)
+                if origin.source is not x:
+                    to.note(x, origin)
+
+
+def composes(func: Callable[..., Any], origins: list[Origin]) -> bool:
+    """Return whether a call on functions of one tensor makes an activation of it, or scales one that was made so."""
+    if func in CHOICES:
+        return len(origins) > 1
+    if func not in PRODUCTS or not any(origin.bent for origin in origins):
+        return False
+    return len(origins) > 1 or origins[0].product
+
+
+def gates(factors: list[Origin], product: Tensor) -> list[Origin]:
+    """Return the factors of a product of different tensors that gate it: sigmoids, and activations that are expanded."""
+    whole = [factor.numel >= product.numel() for factor in factors]
+    return [
+        factor
+        for factor, full in zip(factors, whole, strict=True)
+        if factor.sites
+        and ((not full and any(whole)) or any(site.function in _SIGMOIDS for site in factor.sites))
+    ]

@@ -1,0 +1,361 @@
+"""Calls of torch functions that are linear in a weight, read as layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from backpass.errors import BackpassError
+from backpass.rules.implicit.uses import COMPUTED
+
+__all__ = ["LINEAR", "NORMALIZATIONS", "OPAQUE", "PRODUCTS", "LinearCall", "linear_call", "product_call"]
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = {getattr(F, f"conv{dims}d"): f"conv{dims}d" for dims in (1, 2, 3)}
+_TRANSPOSED = {getattr(F, f"conv_transpose{dims}d"): f"conv_transpose{dims}d" for dims in (1, 2, 3)}
+
+LINEAR: Mapping[Callable[..., Any], str] = {
+    F.linear: "linear",
+    F.embedding: "embedding",
+    **_CONVOLUTIONS,
+    **_TRANSPOSED,
+}
+"""Torch functions with a weight, and the name of each."""
+
+_MULTIPLICATIONS = ("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "mv")
+PRODUCTS: Mapping[Callable[..., Any], str] = {
+    torch.einsum: "einsum",
+    **{f: "addmm" for place in (torch, Tensor) if (f := getattr(place, "addmm", None))},
+    **{f: "matmul" for place in (torch, Tensor) for name in _MULTIPLICATIONS if (f := getattr(place, name, None))},
+}
+"""Torch functions that are layers where one of their arguments is a parameter, and the name of each."""
+
+NORMALIZATIONS: Mapping[Callable[..., Any], str] = {
+    getattr(F, name): name for name in ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
+}
+"""Torch functions that normalize and then apply a weight, and the name of each."""
+
+OPAQUE: Mapping[Callable[..., Any], str] = {
+    F.multi_head_attention_forward: "multi_head_attention_forward",
+    F.embedding_bag: "embedding_bag",
+    F.bilinear: "bilinear",
+    **{getattr(torch, name): name for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    **{getattr(torch, f"{name}_cell"): f"{name}_cell" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+}
+"""Torch functions that hold linear layers which cannot be reached."""
+
+_STATISTICS = (("input", None), ("running_mean", None), ("running_var", None), ("weight", None), ("bias", None))
+_SETTINGS = {
+    "linear": (("input", None), ("weight", None), ("bias", None)),
+    "addmm": (("input", None), ("mat1", None), ("mat2", None), ("beta", 1), ("alpha", 1)),
+    "embedding": (
+        *(("input", None), ("weight", None), ("padding_idx", None), ("max_norm", None), ("norm_type", 2.0)),
+        *(("scale_grad_by_freq", False), ("sparse", False)),
+    ),
+    "conv": (
+        *(("input", None), ("weight", None), ("bias", None), ("stride", 1), ("padding", 0), ("dilation", 1)),
+        ("groups", 1),
+    ),
+    "conv_transpose": (
+        *(("input", None), ("weight", None), ("bias", None), ("stride", 1), ("padding", 0), ("output_padding", 0)),
+        *(("groups", 1), ("dilation", 1)),
+    ),
+    "batch_norm": (*_STATISTICS, ("training", False), ("momentum", 0.1), ("eps", 1e-5)),
+    "instance_norm": (*_STATISTICS, ("use_input_stats", True), ("momentum", 0.1), ("eps", 1e-5)),
+    "group_norm": (("input", None), ("num_groups", None), ("weight", None), ("bias", None), ("eps", 1e-5)),
+    "layer_norm": (("input", None), ("normalized_shape", None), ("weight", None), ("bias", None), ("eps", 1e-5)),
+    "rms_norm": (("input", None), ("normalized_shape", None), ("weight", None), ("eps", None)),
+}
+
+
+def _settings(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    defaults = dict(_SETTINGS[kind])
+    return defaults | dict(zip(defaults, args, strict=False)) | kwargs
+
+
+class LinearCall(NamedTuple):
+    """A call z = f(x, weight, bias) that is linear in weight and bias.
+
+    Attributes:
+        x: the input; of a convolution with its batch dimension.
+        weight: the weight, a leaf of the graph, or a view of one.
+        bias: the bias, or None.
+        compute: z from (x, weight, bias, *rest), by the aten operator behind the torch function.
+        rest: the other arguments of ``compute``.
+        text: the layer (see `layers.layer_of`).
+        z: the value where it is computed already, of a normalization; ``x`` is then normalized.
+        batched: False if the caller's input was a convolution's without a batch dimension.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    compute: Callable[..., Tensor]
+    rest: tuple[Any, ...]
+    text: str
+    z: Tensor | None = None
+    batched: bool = True
+
+    @property
+    def learns(self) -> bool:
+        """Whether weight or bias requires a gradient."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+
+def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearCall | None:
+    """The call of a function of `LINEAR` or `NORMALIZATIONS` as a layer; None for a normalization without weights.
+
+    Raises:
+        BackpassError: an embedding's gradient is sparse or scaled by frequency; the weight is complex or computed.
+    """
+    if func is F.linear:
+        given = _settings("linear", args, kwargs)
+        x, weight, bias = given["input"], given["weight"], given["bias"]
+        parent = _transposed_parent(weight)
+        if parent is None:
+            return _checked(LinearCall(x, weight, bias, aten.linear, (), "Linear 0"))
+        return _checked(LinearCall(x, parent, bias, _linear_of_transposed, (), "Linear 1"))
+    if func in NORMALIZATIONS:
+        return _normalization(NORMALIZATIONS[func], args, kwargs)
+    if func is F.embedding:
+        return _embedding(_settings("embedding", args, kwargs))
+    kind = "conv_transpose" if func in _TRANSPOSED else "conv"
+    return _convolution(_settings(kind, args, kwargs), getattr(aten, LINEAR[func]), transposed=kind != "conv")
+
+
+def product_call(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_parameter: Callable[[Tensor], bool]
+) -> LinearCall | None:
+    """The call of a function of `PRODUCTS` as a layer; None if no argument, or more than one, is a parameter.
+
+    Args:
+        func: the function.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        is_parameter: whether a tensor is a parameter of the model.
+    """
+
+    def weight_of(*operands: Any) -> int | None:
+        found = [k for k, t in enumerate(operands) if isinstance(t, Tensor) and (is_parameter(t) or _parent_is(t))]
+        return found[0] if len(found) == 1 else None
+
+    def _parent_is(tensor: Tensor) -> bool:
+        parent = _transposed_parent(tensor)
+        return parent is not None and is_parameter(parent)
+
+    if kwargs.get("out") is not None:
+        return None
+    if PRODUCTS[func] == "addmm":
+        return _addmm(_settings("addmm", args, kwargs), weight_of)
+    if PRODUCTS[func] == "einsum":
+        equation, *operands = args
+        if len(operands) == 1 and isinstance(operands[0], list | tuple):
+            operands = list(operands[0])
+        at = weight_of(*operands) if isinstance(equation, str) and len(operands) == 2 else None
+        return None if at is None else _einsum(equation, operands[1 - at], operands[at], at)
+    first, second = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
+    if func is getattr(Tensor, "__rmatmul__", None):
+        first, second = second, first
+    at = weight_of(first, second)
+    return None if at is None else _matmul(first, second, at)
+
+
+def _matmul(first: Tensor, second: Tensor, at: int) -> LinearCall:
+    x, weight = (second, first) if at == 0 else (first, second)
+    if at == 1 and weight.dim() == 2:
+        parent = _transposed_parent(weight)
+        if parent is None:
+            return _checked(LinearCall(x, weight, None, aten.matmul, (), "Linear 1"))
+        return _checked(LinearCall(x, parent, None, _matmul_of_transposed, (), "Linear 0"))
+    # Letters from the end of the alphabet for leading dimensions, which broadcast.
+    a, b = first.dim(), second.dim()
+    leading = "stuvwxyz"
+    left = "d" if a == 1 else leading[len(leading) - (a - 2) :] + "nd"
+    right = "d" if b == 1 else leading[len(leading) - (b - 2) :] + "do"
+    z = max(left[:-2], right[:-2], key=len) + ("n" if a > 1 else "") + ("o" if b > 1 else "")
+    if any(m != n and 1 in (m, n) for m, n in zip(first.shape[-3::-1], second.shape[-3::-1], strict=False)):
+        raise BackpassError(
+            f"a matrix product with a parameter of shape {tuple(weight.shape)} that broadcasts over dimensions of size 1 "
+            "is no layer with a proximal step: expand the parameter away, or leave the call out by `where`."
+        )
+    equation = f"{left},{right}->{z}" if at == 1 else f"{right},{left}->{z}"
+    return _checked(LinearCall(x, weight, None, _product, (at,), f"Einsum {equation}"))
+
+
+def _product(x: Tensor, weight: Tensor, bias: None, at: int) -> Tensor:
+    return aten.matmul(x, weight) if at else aten.matmul(weight, x)
+
+
+def _matmul_of_transposed(x: Tensor, weight: Tensor, bias: None) -> Tensor:
+    return aten.matmul(x, weight.t())
+
+
+def _linear_of_transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return aten.linear(x, weight.t(), bias)
+
+
+def _addmm(given: dict[str, Any], weight_of: Callable[..., int | None]) -> LinearCall | None:
+    added, first, second = given["input"], given["mat1"], given["mat2"]
+    at = weight_of(first, second)
+    if at is None:
+        return None
+    outputs = second.shape[1]
+    if at == 0 or added.shape not in ((outputs,), (1, outputs)) or (given["beta"], given["alpha"]) != (1, 1):
+        raise BackpassError(
+            "addmm is a layer with a proximal step if it is bias + input @ weight, with a bias of one row and without "
+            f"alpha and beta; got shapes {tuple(added.shape)}, {tuple(first.shape)}, {tuple(second.shape)}: leave the "
+            "call out by `where`."
+        )
+    return _checked(LinearCall(first, second, added, _biased_product, (), "Linear 1"))
+
+
+def _biased_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return aten.addmm(bias, x, weight)
+
+
+def _einsum(equation: str, x: Tensor, weight: Tensor, at: int) -> LinearCall:
+    inputs, arrow, z = equation.replace(" ", "").partition("->")
+    labels = inputs.split(",")
+    if "..." in labels[1 - at] and "..." not in labels[at]:
+        extra = x.dim() - len(labels[1 - at]) + 3
+        free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation][:extra]
+        labels[1 - at], z = labels[1 - at].replace("...", "".join(free)), z.replace("...", "".join(free))
+    of_x, of_w = labels[1 - at], labels[at]
+    if not arrow:
+        counted = sorted(c for c in set(of_x + of_w) if (of_x + of_w).count(c) == 1)
+        z = "".join(counted)
+    repeated = any(len(set(part)) < len(part) for part in (of_x, of_w, z))
+    if repeated or "." in of_x + of_w or any(c not in z and (c in of_x) != (c in of_w) for c in of_x + of_w):
+        raise BackpassError(
+            f"einsum({equation!r}) with a parameter is no layer with a proximal step, because it sums over a dimension "
+            "of one argument alone or repeats one: write it otherwise, or leave the call out by `where`."
+        )
+    return _checked(LinearCall(x, weight, None, _einsum_value, (equation, at), f"Einsum {of_x},{of_w}->{z}"))
+
+
+def _einsum_value(x: Tensor, weight: Tensor, bias: None, equation: str, at: int) -> Tensor:
+    operands = (x, weight) if at else (weight, x)
+    return aten.einsum(equation.replace(" ", ""), operands)
+
+
+def _embedding(given: dict[str, Any]) -> LinearCall:
+    x, weight = given["input"], given["weight"]
+    for setting in ("sparse", "scale_grad_by_freq"):
+        if given[setting]:
+            raise BackpassError(
+                "ProxProp solves for an embedding's gradient densely and divides by the counts itself: set "
+                f"{setting}=False."
+            )
+    padding = given["padding_idx"]
+    padding = -1 if padding is None else padding % weight.shape[0]
+    if given["max_norm"] is not None:
+        with torch.no_grad():
+            aten.embedding_renorm_(weight, x.contiguous(), given["max_norm"], given["norm_type"])
+    return _checked(LinearCall(x, weight, None, _embed, (padding,), f"Embedding {padding}"))
+
+
+def _embed(x: Tensor, weight: Tensor, bias: None, padding: int) -> Tensor:
+    return aten.embedding(weight, x, padding)
+
+
+def _convolution(given: dict[str, Any], compute: Callable[..., Tensor], transposed: bool) -> LinearCall:
+    x, weight = given["input"], given["weight"]
+    dims = weight.dim() - 2
+    stride, dilation = _each(given["stride"], dims), _each(given["dilation"], dims)
+    extra, groups = _each(given.get("output_padding", 0), dims), given["groups"]
+    padding = given["padding"]
+    if padding == "same":
+        total = [(k - 1) * d for k, d in zip(weight.shape[2:], dilation, strict=True)]
+        before, after = tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+    else:
+        before = after = _each(0 if padding == "valid" else padding, dims)
+    sizes = " ".join("".join(f"{n}," for n in part) for part in (stride, before, after, dilation, extra))
+    settings = padding if isinstance(padding, str) else before
+    rest = (stride, settings, extra, groups, dilation) if transposed else (stride, settings, dilation, groups)
+    batched = x.dim() == weight.dim()
+    text = f"Convolution {sizes} {groups} {int(transposed)}"
+    x = x if batched else x.unsqueeze(0)
+    return _checked(LinearCall(x, weight, given["bias"], compute, rest, text, None, batched))
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _normalization(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearCall | None:
+    """The call as z = x w + b with the normalized x, which is computed from the input with its graph."""
+    given = _settings(name, args, kwargs)
+    weight, bias, eps = given["weight"], given.get("bias"), given["eps"]
+
+    def compute(weight: Tensor | None, bias: Tensor | None, update: bool) -> Tensor:
+        x, cudnn = given["input"], torch.backends.cudnn.enabled
+        z: Tensor
+        if name in ("batch_norm", "instance_norm"):
+            own = given["training" if name == "batch_norm" else "use_input_stats"]
+            statistics = (given["running_mean"], given["running_var"]) if update or not own else (None, None)
+            z = getattr(aten, name)(x, weight, bias, *statistics, own, given["momentum"], eps, cudnn)
+        elif name == "group_norm":
+            z = aten.group_norm(x, given["num_groups"], weight, bias, eps, cudnn)
+        elif name == "layer_norm":
+            z = aten.layer_norm(x, given["normalized_shape"], weight, bias, eps, cudnn)
+        else:
+            z = aten.rms_norm(x, given["normalized_shape"], weight, eps)
+        return z
+
+    if not torch.is_grad_enabled() or not any(p is not None and p.requires_grad for p in (weight, bias)):
+        return None
+    # First without moving the running statistics, on which the second may depend.
+    normalized = compute(None, None, False)
+    with torch.no_grad():
+        value = compute(weight, bias, True)
+    if weight is None:
+        assert bias is not None  # noqa: S101  one of them learns
+        weight = torch.ones_like(bias).detach()
+    last = int(name in ("layer_norm", "rms_norm"))
+    return _checked(LinearCall(normalized, weight, bias, aten.clone, (), f"Affine {last}", value))
+
+
+def _transposed_parent(weight: Tensor) -> Tensor | None:
+    """The leaf of which a matrix is the transpose."""
+    if is_dynamo_compiling() or weight.is_leaf or weight.dim() != 2:
+        return None
+    parent = weight._base
+    same = parent is not None and parent.is_leaf and weight.stride() == parent.stride()[::-1]
+    return parent if same and weight.shape == parent.shape[::-1] and weight.numel() == parent.numel() else None
+
+
+def _checked(call: LinearCall) -> LinearCall:
+    """Refuse weights for which a step would not be that of a parameter."""
+    if call.weight.is_complex():
+        raise BackpassError(
+            f"implicit steps need real weights, got {call.weight.dtype}: leave the layer out by `where`, or store real "
+            "and imaginary part as two parameters."
+        )
+    for tensor in (call.weight, call.bias):
+        if tensor is not None and not is_dynamo_compiling() and not _is_parameter(tensor):
+            raise BackpassError(
+                f"the weight of shape {tuple(tensor.shape)} is computed from other parameters. {COMPUTED}"
+            )
+    return call
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor is a leaf, or a view of one in which no two entries share memory."""
+    if tensor.is_leaf or not tensor.requires_grad or isinstance(tensor, nn.Parameter):
+        return True
+    parent = tensor._base
+    if parent is None or not parent.is_leaf:
+        return False
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return False
+        reach = max(reach, stride * size)
+    return True

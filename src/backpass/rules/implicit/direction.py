@@ -1,0 +1,238 @@
+"""The proximal direction of one linear layer (Frerix et al., ICLR 2018, Section 3).
+
+With Z = A Theta and g = dL/dZ it is, in the place of the gradient A^T g,
+D = Theta - argmin_T 1/2 |A T - (A Theta - g)|^2 + 1/(2 tau) |T - Theta|^2
+  = (A^T A + I/tau)^{-1} A^T g = A^T (A A^T + I/tau)^{-1} g.
+The increment D is solved for itself: an argmin minus Theta would lose it in the rounding of Theta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from backpass.rules.implicit.layers import Gradients, LinearLayer, Product
+from backpass.rules.implicit.systems import conjugate_gradients, row_gram, solve
+
+__all__ = ["ProximalStep", "Rows", "direction", "from_gradient", "from_rows", "solve_dtype"]
+
+# Below this ratio of the smallest to the largest squared pivot of the Cholesky factor a system is computed anew in
+# float64. The relative error in float32 is at most near 1e-7 over that ratio, where rows repeat each other, and much
+# less where they do not; computing a Gram matrix of columns anew costs more.
+_ROWS_FLOOR = 3e-4
+_COLUMNS_FLOOR = 3e-5
+
+
+@dataclass(frozen=True)
+class ProximalStep:
+    """Size of the step, and how it is solved for.
+
+    Attributes:
+        tau: step size, positive.
+        damping: ``"sum"``, ``"mean"``, ``"sample_mean"`` or ``"relative"``.
+        solver: ``"exact"``, ``"cg"`` or ``"toeplitz"``.
+        cg_steps: iterations of ``"cg"``.
+        max_side: longest side of a Gram matrix of columns.
+    """
+
+    tau: float
+    damping: str
+    solver: str
+    cg_steps: int
+    max_side: int
+
+    @property
+    def border(self) -> bool:
+        """Whether Gram matrices of convolutions are exact at the border."""
+        return self.solver != "toeplitz"
+
+    def added(self, count: int, samples: int, columns: int = 0) -> Callable[[Tensor], Tensor | float]:
+        """What is added to the diagonal of a Gram matrix: A^T A, or A A^T if ``columns`` of A are given."""
+        if self.damping != "relative":
+            number = {"sum": 1, "mean": count, "sample_mean": samples}[self.damping] / self.tau
+            return lambda gram: number
+
+        def relative(gram: Tensor) -> Tensor:
+            eigenvalues = len(gram) * (columns or gram.shape[-1])
+            trace = gram.diagonal(dim1=-2, dim2=-1).sum()
+            return torch.where(trace == 0, 1.0, trace / (eigenvalues * self.tau))
+
+        return relative
+
+    def scale(self, count: int, samples: int, added: Tensor | float) -> Tensor | float:
+        """The number c with D = c (A^T A + added I)^{-1} A^T g."""
+        return {"sum": 1.0, "mean": float(count), "sample_mean": float(samples), "relative": added}[self.damping]
+
+
+@dataclass
+class Rows:
+    """A layer's rows, or those of several uses joined.
+
+    Attributes:
+        a: A without the column of ones, (blocks, n, d).
+        g: the gradient of Z in the precision to solve in, (blocks, n, o).
+        samples: number of samples that the rows belong to.
+    """
+
+    a: Tensor
+    g: Tensor
+    samples: int
+
+
+def solve_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision to solve in for weights of this dtype: a bfloat16 Gram matrix is not positive definite."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def direction(layer: LinearLayer, x: Tensor, grad: Tensor, wants: tuple[bool, bool], step: ProximalStep) -> Gradients:
+    """D for weight and bias of one use of a layer, on the cheaper side.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        grad: dL/dZ, in the precision to solve in.
+        wants: whether D is wanted for the weight, and for the bias; what is not wanted is held fixed.
+        step: the step.
+
+    Returns:
+        (D of the weight, D of the bias), each None if not wanted.
+
+    Raises:
+        NotFiniteError: ``x`` is not finite.
+    """
+    count = layer.count(x)
+    if layer.has_rows and wants[0] and count <= layer.columns(wants[1]):
+        return from_rows(layer, Rows(layer.rows(x), layer.output_rows(grad), len(x)), wants[1], step)
+
+    def system(dtype: torch.dtype) -> tuple[Tensor, Gradients]:
+        inputs = x.to(dtype) if x.is_floating_point() else x
+        return gram(layer, inputs, wants, step, dtype), layer.gradients(inputs, grad.to(dtype), *wants)
+
+    return from_gradient(layer, system, wants, (count, len(x)), grad.dtype, step)
+
+
+def gram(layer: LinearLayer, x: Tensor, wants: tuple[bool, bool], step: ProximalStep, dtype: torch.dtype) -> Tensor:
+    """A^T A of what is wanted; in pieces where it would be larger than the step's ``max_side``."""
+    if not wants[0]:
+        return torch.full((layer.blocks, 1, 1), float(layer.count(x)), dtype=dtype, device=x.device)
+    parts = layer.parts(step.max_side)
+    return layer.gram(x, wants[1] and parts == 1, step.border, parts).to(dtype)
+
+
+def from_rows(layer: LinearLayer, rows: Rows, ones: bool, step: ProximalStep, out: Tensor | None = None) -> Gradients:
+    """D = A^T S, S = (A A^T + I/tau)^{-1} g: the plain weight gradient with S in the place of g.
+
+    Args:
+        layer: the layer.
+        rows: its rows.
+        ones: whether A has the column of ones, so that D of the bias is wanted too.
+        step: the step.
+        out: memory for D of the weight as a matrix, used if its dtype fits.
+    """
+    a, g = rows.a, rows.g
+    count, columns = a.shape[1:]
+    added = step.added(count, rows.samples, columns + ones)
+    if step.solver == "cg":
+        kernel = row_gram(a.to(g.dtype), ones)
+        damping = added(kernel)
+        factor = conjugate_gradients(kernel, g, damping, step.cg_steps, isinstance(layer, Product), rows=True)
+    else:
+        # The solve costs as many right sides as there are; A itself may be the fewer: D^T = ((..)^{-1} A)^T g.
+        of_inputs = columns + ones < g.shape[-1]
+
+        def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            inputs = a.to(dtype)
+            right = (pad(inputs, (0, 1), value=1.0) if ones else inputs) if of_inputs else g.to(dtype)
+            return row_gram(inputs, ones), right
+
+        factor, damping = solve(system, added, g.dtype, _ROWS_FLOOR)
+        if of_inputs:
+            g = g.to(factor.dtype).mT
+            factor = _scaled(factor, step.scale(count, rows.samples, damping))
+            weight = _product(g, factor[..., :columns], out)
+            return layer.weight(weight), (g @ factor[..., columns:]).flatten() if ones else None
+    factor = _scaled(factor, step.scale(count, rows.samples, damping))
+    weight = _product(factor.mT, a.to(factor.dtype), out)
+    return layer.weight(weight), factor.sum(1).flatten() if ones else None
+
+
+def from_gradient(
+    layer: LinearLayer,
+    system: Callable[[torch.dtype], tuple[Tensor, Gradients]],
+    wants: tuple[bool, bool],
+    counts: tuple[int, int],
+    dtype: torch.dtype,
+    step: ProximalStep,
+) -> Gradients:
+    """D = (A^T A + I/tau)^{-1} P from the plain gradient P.
+
+    Args:
+        layer: the layer.
+        system: `gram` and the plain gradients of weight and bias in a given precision; both may be overwritten.
+        wants: whether weight and bias are solved for.
+        counts: number of rows of A and of samples.
+        dtype: the precision to solve in.
+        step: the step.
+    """
+    ones = wants[0] and wants[1]
+
+    def joined(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        kernel, gradients = system(dtype)
+        return kernel, as_matrix(layer, gradients, kernel.shape[-1])
+
+    added = step.added(*counts)
+    if step.solver == "cg":
+        kernel, right = joined(dtype)
+        damping = added(kernel)
+        by_column = isinstance(layer, Product)
+        found = conjugate_gradients(kernel, right, damping, step.cg_steps, by_column, rows=False)
+    else:
+        found, damping = solve(joined, added, dtype, _COLUMNS_FLOOR)
+    weight, bias = as_gradients(layer, _scaled(found, step.scale(*counts, damping)), wants)
+    if ones and bias is None:  # in pieces: the bias is a system of its own
+        plain = system(found.dtype)[1][1]
+        assert plain is not None  # noqa: S101  it is wanted
+        bias = plain * (step.scale(*counts, damping) / (counts[0] + damping))
+    return weight, bias
+
+
+def as_matrix(layer: LinearLayer, gradients: Gradients, side: int) -> Tensor:
+    """Weight and bias gradient as the right side (blocks, side, outputs) of a system with A^T A."""
+    weight, bias = gradients
+    if weight is None:
+        assert bias is not None  # noqa: S101  one of the two is wanted
+        return layer.bias_matrix(bias).mT
+    matrix = layer.matrix(weight)
+    columns = matrix.shape[-1]
+    if side < columns:
+        return matrix.unflatten(-1, (-1, side)).transpose(1, 2).flatten(0, 1).mT
+    if side > columns and bias is not None:
+        matrix = torch.cat([matrix, layer.bias_matrix(bias)], -1)
+    return matrix.mT
+
+
+def as_gradients(layer: LinearLayer, solution: Tensor, wants: tuple[bool, bool]) -> Gradients:
+    """The inverse of `as_matrix`; in pieces the bias is None."""
+    matrix = solution.mT
+    if not wants[0]:
+        return None, matrix.flatten()
+    columns, side = layer.columns(False), matrix.shape[-1]
+    if side < columns:
+        return layer.weight(matrix.unflatten(0, (-1, columns // side)).transpose(1, 2).flatten(2)), None
+    return layer.weight(matrix[..., :columns]), matrix[..., -1].flatten() if side > columns else None
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
+    """A product per block; a batch of one is slower than a plain product."""
+    if len(left) > 1:
+        return left @ right
+    fits = out is not None and out.dtype == left.dtype
+    return torch.mm(left[0], right[0], out=out[0] if out is not None and fits else None).unsqueeze(0)
+
+
+def _scaled(tensor: Tensor, scale: Tensor | float) -> Tensor:
+    return tensor if isinstance(scale, float) and scale == 1.0 else tensor * scale

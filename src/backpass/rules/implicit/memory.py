@@ -1,0 +1,144 @@
+"""A running average of each layer's Gram matrix, whose damped inverse is applied for several steps.
+
+M <- memory M + (1 - memory) A^T A / N every ``refresh`` steps, D = (M + lambda I)^{-1} G in every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backpass.rules.implicit.collected import Collected
+from backpass.rules.implicit.direction import ProximalStep, as_gradients, as_matrix
+from backpass.rules.implicit.layers import Gradients, LinearLayer
+from backpass.rules.implicit.systems import NotFiniteError, solve
+from backpass.rules.implicit.uses import layer_of
+
+__all__ = ["Memory"]
+
+_FLOOR = 3e-5
+
+
+@dataclass
+class _Layer:
+    """Memory of one layer.
+
+    Attributes:
+        text: the layer (see `layer_of`).
+        shape: shape of its weight.
+        names: of weight and bias, those that learn.
+        mean: M, (blocks, columns, columns).
+        samples: number of samples per row.
+        due: age at which M is next refreshed.
+        age: number of steps.
+        inverse: (M + lambda I)^{-1}, times the scale of the direction; None until it is needed.
+    """
+
+    text: str
+    shape: tuple[int, ...]
+    names: tuple[str | None, str | None]
+    mean: Tensor
+    samples: float
+    due: int
+    age: int = 0
+    inverse: Tensor | None = None
+
+
+class Memory:
+    """The memory of all layers.
+
+    Args:
+        decay: share of the old average that a refresh keeps, in [0, 1).
+        refresh: number of steps from one refresh of a layer to the next.
+        step: how to solve.
+    """
+
+    def __init__(self, decay: float, refresh: int, step: ProximalStep) -> None:
+        self.decay, self.refresh, self.step = decay, refresh, step
+        self.layers: dict[str, _Layer] = {}
+
+    def is_due(self, name: str) -> bool:
+        """Whether the next step of a layer needs its Gram matrix."""
+        layer = self.layers.get(name)
+        return layer is None or layer.age >= layer.due
+
+    def update(self, name: str, collected: Collected) -> None:
+        """Refresh the average of a layer.
+
+        Raises:
+            NotFiniteError: the Gram matrix is not finite; the memory stays as it was.
+        """
+        collected.to_gram()
+        assert collected.gram is not None  # noqa: S101  there was a use
+        gram = collected.gram / collected.count
+        if not bool(gram.sum().isfinite()):
+            raise NotFiniteError("a Gram matrix is not finite")
+        layer = self.layers.get(name)
+        samples = collected.samples / collected.count
+        if layer is None or layer.mean.shape != gram.shape:
+            weight, bias = collected.parameters
+            names = (weight.name if weight else None, bias.name if bias else None)
+            self.layers[name] = _Layer(collected.text, collected.layer.shape, names, gram, samples, due=-1)
+        else:
+            layer.mean.lerp_(gram, 1 - self.decay)
+            layer.samples, layer.due, layer.inverse = samples, layer.age + self.refresh, None
+
+    def spread(self) -> None:
+        """Give new layers their turns, so that refreshes of all layers spread evenly over the steps."""
+        new = [layer for layer in self.layers.values() if layer.due < 0]
+        loads = [0.0] * self.refresh
+        for layer in sorted(new, key=lambda one: -one.mean.numel() * one.mean.shape[-1]):
+            turn = loads.index(min(loads))
+            loads[turn] += layer.mean.numel() * layer.mean.shape[-1]
+            layer.due = turn + 1
+
+    def direction(self, name: str, plain: Gradients) -> Gradients:
+        """D of a layer."""
+        one = self.layers[name]
+        layer = layer_of(one.text, one.shape)
+        if one.inverse is None:
+            one.inverse = self._inverse(one)
+        one.age += 1
+        inverse = one.inverse
+        weight, bias = plain
+        columns, side = layer.columns(False), inverse.shape[-1]
+        if weight is None or side < columns or len(inverse) > 1 or layer.blocks > 1:
+            right = as_matrix(layer, plain, side).to(inverse.dtype)
+            weight, found = as_gradients(layer, inverse @ right, (weight is not None, bias is not None))
+            return weight, bias if found is None else found  # in pieces the bias keeps its gradient
+        matrix = layer.matrix(weight)[0].to(inverse.dtype)
+        if bias is None or side == columns:
+            return layer.weight((matrix @ inverse[0]).unsqueeze(0)), bias
+        last = inverse[0, -1]
+        bias = bias.to(inverse.dtype)
+        of_weight = torch.mm(matrix, inverse[0, :-1, :-1]).addr_(bias, last[:-1])
+        return layer.weight(of_weight.unsqueeze(0)), torch.addmv(bias * last[-1], matrix, last[:-1])
+
+    def _inverse(self, one: _Layer) -> Tensor:
+        added = self.step.added(1, one.samples)
+
+        def system(dtype: torch.dtype) -> tuple[Tensor, None]:
+            return one.mean.to(dtype, copy=True), None
+
+        inverse, damping = solve(system, added, one.mean.dtype, _FLOOR)
+        return (inverse * self.step.scale(1, one.samples, damping)).to(one.mean.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages and the turns; inverses follow from them."""
+        fields = ("text", "shape", "names", "mean", "samples", "due", "age")
+        return {name: {field: getattr(layer, field) for field in fields} for name, layer in self.layers.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.layers = {name: _Layer(**{**saved, "mean": saved["mean"].clone()}) for name, saved in state.items()}
+
+    @staticmethod
+    def pays(layer: LinearLayer, wants: tuple[bool, bool], rows: int, few: bool, refresh: int) -> bool:
+        """Whether memory costs fewer multiplications in a step than the exact step."""
+        d, o = layer.columns(wants[1]), layer.shape and torch.Size(layer.shape).numel() // max(layer.columns(False), 1)
+        build = rows * d**2 + d**3
+        exact = 2 * rows**2 * (d + o) + rows**3 / 3 if few else build + 2 * d**2 * o
+        return 2 * d**2 * o + build / refresh < exact

@@ -1,0 +1,258 @@
+"""One proximal step over everything that contributed since the last optimizer step.
+
+Backward passes leave the plain gradient P in ``.grad`` and collect what the solve needs: the rows A and their g while
+these are few, else A^T A. A hook before the optimizer's step puts D = (A^T A + I/tau)^{-1} P in the place of P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from backpass.errors import BackpassError
+from backpass.rules.attaching.attached import Attached
+from backpass.rules.implicit.collected import Collected, Parameters, gather
+from backpass.rules.implicit.direction import ProximalStep, solve_dtype
+from backpass.rules.implicit.layers import Gradients
+from backpass.rules.implicit.memory import Memory
+from backpass.rules.implicit.systems import NotFiniteError
+from backpass.rules.implicit.uses import COMPUTED, Contributions, Found, Use, holds_something, world_size
+
+__all__ = ["AtStep", "diverged", "optimizers_of"]
+
+_STATE = "backpass"
+
+
+def optimizers_of(given: Any) -> list[Optimizer]:
+    """The torch optimizers in one or several; wrappers, as of Accelerate and Lightning, are looked into.
+
+    Raises:
+        BackpassError: something else was given.
+    """
+    found = []
+    for optimizer in given if isinstance(given, Iterable) and not isinstance(given, Optimizer) else [given]:
+        while optimizer is not None and "_optimizer_step_pre_hooks" not in getattr(optimizer, "__dict__", {}):
+            optimizer = getattr(optimizer, "optimizer", None)
+        if not isinstance(optimizer, Optimizer):
+            raise BackpassError(
+                'solve="step" solves in the optimizer\'s step: '
+                'ProxProp(solve="step").attach(model, optimizer=optimizer), with one torch.optim.Optimizer or a list '
+                f"of them, got optimizer={given!r}."
+            )
+        found.append(optimizer)
+    return found
+
+
+class AtStep(Contributions):
+    """Collects the uses of every weight, and solves before the optimizer's step.
+
+    Args:
+        attached: the rule in force on the model.
+        step: how to solve.
+        optimizers: whose steps solve; none in a copy of the model.
+        memory: where averages are kept; None for the exact step.
+        choose: whether layers for which memory does not pay get the exact step.
+    """
+
+    step_name = "proximal"
+
+    def __init__(
+        self,
+        attached: Attached,
+        step: ProximalStep,
+        optimizers: Sequence[Optimizer],
+        memory: Memory | None,
+        choose: bool,
+    ) -> None:
+        super().__init__(attached)
+        self._step, self.memory, self._choose = step, memory, choose
+        self.optimizers = list(optimizers)
+        self._collected: dict[str, Collected] = {}
+        self._exact: set[str] = set()
+        self._written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self.optimizers]
+        if memory is not None and self.optimizers:
+            self._hooks.append(self.optimizers[0].register_state_dict_post_hook(self._save))
+            self._hooks.append(self.optimizers[0].register_load_state_dict_pre_hook(self._load))
+
+    @property
+    def step(self) -> ProximalStep:
+        """How to solve."""
+        return self._step
+
+    @step.setter
+    def step(self, step: ProximalStep) -> None:
+        self._step = step
+        if self.memory is not None:
+            self.memory.step = step
+            for layer in self.memory.layers.values():
+                layer.inverse = None
+
+    def remove(self) -> None:
+        """Leave the optimizers as they were."""
+        super().remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._collected.clear()
+
+    def is_due(self, name: str) -> bool:
+        """Whether the next step needs the rows of a layer; else its calls can stay plain."""
+        return self.memory is None or name in self._exact or self.memory.is_due(name)
+
+    def gradients(self, use: Use) -> Found:
+        """The plain gradients, which ``.grad`` accumulates; what the solve needs is collected.
+
+        Raises:
+            BackpassError: no step of an optimizer would solve for this weight.
+        """
+        layer, dtype = use.layer, solve_dtype(use.weight.dtype)
+        grad = use.grad.to(dtype)
+        of_x = layer.input_gradient(use.x, grad, use.weight.to(dtype)) if use.wants[0] else None
+        if not use.asked:
+            return of_x, None, None
+        use = use._replace(grad=grad)
+        parameters = self._learning(use)
+        named = next(p for p in parameters if p is not None)
+        x = use.x.to(dtype) if use.x.is_floating_point() else use.x
+        if not self.is_due(named.name):
+            return of_x, *layer.gradients(x, grad, *use.wants[1:])
+        now = torch._C._current_graph_task_id()
+        collected = self._collected.get(named.name)
+        if not holds_something(named.parameter):
+            # Nothing accumulated: what was collected before this pass was zeroed without a step, say by a GradScaler.
+            if collected is not None and collected.last_pass != now:
+                collected = None
+        elif collected is None:
+            raise BackpassError(
+                f"the gradient of {named.name!r} holds something from before its first use since the last step: call "
+                "optimizer.zero_grad() after each step."
+            )
+        if collected is None:
+            keep_rows = self.memory is None or (self._choose and named.name not in self.memory.layers)
+            collected = Collected(use, parameters, self._step, keep_rows)
+            self._collected[named.name] = collected
+        collected.add(use, parameters, now)
+        return of_x, *layer.gradients(x, grad, *use.wants[1:])
+
+    def _learning(self, use: Use) -> Parameters:
+        """Weight and bias, those that learn."""
+        named = [
+            self.parameter(tensor) if want and tensor is not None else None
+            for tensor, want in zip((use.weight, use.bias), use.wants[1:], strict=True)
+        ]
+        for one, tensor, want in zip(named, (use.weight, use.bias), use.wants[1:], strict=True):
+            if want and tensor is not None and (one is None or use.functional or tensor.shape != one.parameter.shape):
+                raise BackpassError(
+                    f'solve="step" solves in the optimizer\'s step, and {self.describe(tensor)} is no parameter that it '
+                    "would reach: gradients are taken by torch.func, or it is a part of a parameter, or computed from "
+                    f'one. {COMPUTED} Or use solve="backward".'
+                )
+            held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+            if one is not None and not any(one.parameter is p for p in held):
+                raise BackpassError(
+                    'solve="step" solves in the step of the optimizer it was attached with, which does not have '
+                    f"{one.name!r}: attach with the optimizers that do, optimizer=[first, second]; to a copy of a model "
+                    "attach the rule anew."
+                )
+        return named[0], named[1]
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._solve(optimizer)
+            return None
+
+        def closure_and_solve() -> Any:
+            loss = closure()
+            self._solve(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_and_solve}
+        return (args[0], closure_and_solve, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _solve(self, optimizer: Optimizer) -> None:
+        attached = self._attached()
+        if attached is None:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = dict(attached.model.named_parameters())
+        mine = {
+            name: one
+            for name, one in self._collected.items()
+            if any(p is not None and id(p.parameter) in held for p in one.parameters)
+        }
+        for name in mine:
+            del self._collected[name]
+        if world_size() > 1:
+            gather([name for name, p in named.items() if id(p) in held], mine)
+        for name, one in mine.items():
+            try:
+                if self._remembers(name, one):
+                    assert self.memory is not None  # noqa: S101  it remembers
+                    self.memory.update(name, one)
+                else:
+                    self._write(one.direction, *(p and p.parameter for p in one.parameters))
+            except NotFiniteError:
+                raise diverged(f"the layer of {name!r}") from None
+        if self.memory is not None:
+            self.memory.spread()
+            for name, layer in self.memory.layers.items():
+                learning = [named.get(one) if one else None for one in layer.names]
+                if any(id(p) in held for p in learning):
+                    self._write(partial(self.memory.direction, name), *learning)
+
+    def _remembers(self, name: str, one: Collected) -> bool:
+        """Whether a layer has a memory; decided at its first step."""
+        if self.memory is None or name in self._exact:
+            return False
+        pays = Memory.pays(one.layer, one.wants, one.count, one.has_rows, self.memory.refresh)
+        if name in self.memory.layers or not self._choose or pays:
+            return True
+        self._exact.add(name)
+        return False
+
+    def _write(
+        self, direction: Callable[[Gradients], Gradients], weight: nn.Parameter | None, bias: nn.Parameter | None
+    ) -> None:
+        """Put D in the place of the plain gradients in ``.grad``, once."""
+        plain = tuple(None if p is None else p.grad for p in (weight, bias))
+        if any(p is not None and g is None for p, g in zip((weight, bias), plain, strict=True)):
+            return  # zeroed after the backward pass: the optimizer passes it over
+        for gradient in plain:
+            if gradient is not None and self._is_written(gradient):
+                return
+        for gradient, value in zip(plain, direction((plain[0], plain[1])), strict=True):
+            if gradient is not None and value is not None:
+                if value.data_ptr() != gradient.data_ptr():
+                    gradient.copy_(value.view_as(gradient))
+                self._written[gradient] = gradient._version
+
+    def _is_written(self, gradient: Tensor) -> bool:
+        """Whether a gradient is a direction already: of a step without a backward pass before, or of two optimizers."""
+        return self._written.get(gradient) == gradient._version
+
+    def _save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        assert self.memory is not None  # noqa: S101  the hook is there with it
+        state[_STATE] = {"memory": self.memory.state_dict(), "exact": sorted(self._exact)}
+
+    def _load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        saved = state.pop(_STATE, None)
+        if saved is not None and self.memory is not None:
+            self.memory.load_state_dict(saved["memory"])
+            self._exact = set(saved["exact"])
+
+
+def diverged(layer: str) -> NotFiniteError:
+    """The error of a layer whose inputs are not finite."""
+    return NotFiniteError(
+        f"the inputs of {layer} are not finite, so it has no proximal step: the network has diverged. Lower the "
+        "learning rate or tau, and look at the losses of the steps before."
+    )

@@ -1,0 +1,152 @@
+"""Gram matrices of a layer's rows, and damped systems (K + damping I) S = R with them.
+
+A is (groups, rows, columns); with ``ones`` a column of ones, the bias's, follows the last column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from backpass.errors import BackpassError
+
+__all__ = ["NotFiniteError", "bordered", "column_gram", "conjugate_gradients", "row_gram", "solve"]
+
+_BLOCK = 256
+"""Size from which a CPU computes a symmetric product by blocks: half of it is enough."""
+
+Damping = Callable[[Tensor], Tensor | float]
+
+
+class NotFiniteError(BackpassError):
+    """The inputs of a layer hold inf or NaN, so the layer has no proximal step."""
+
+
+def row_gram(rows: Tensor, ones: bool = False) -> Tensor:
+    """A A^T, (groups, n, n); a column of ones adds 1 to every entry."""
+    gram = _times_transpose(rows)
+    return gram.add_(1.0) if ones else gram
+
+
+def column_gram(rows: Tensor, ones: bool = False) -> Tensor:
+    """A^T A, (groups, d, d), or (groups, d + 1, d + 1) with the column of ones last."""
+    gram = _times_transpose(rows.mT)
+    return bordered(gram, rows.sum(1), rows.shape[1]) if ones else gram
+
+
+def bordered(gram: Tensor, sums: Tensor, count: int) -> Tensor:
+    """The Gram matrix with the column of ones: ``gram`` (groups, d, d) between ``sums`` (groups, d) and ``count``."""
+    gram = pad(gram, (0, 1, 0, 1), value=float(count))
+    gram[:, -1, :-1] = sums
+    gram[:, :-1, -1] = sums
+    return gram
+
+
+def _times_transpose(m: Tensor) -> Tensor:
+    """M M^T of each (n, d) matrix; a CPU computes the lower triangle by blocks and mirrors it."""
+    n = m.shape[-2]
+    if n < 2 * _BLOCK - 32 or m.device.type != "cpu":
+        return torch.mm(m[0], m[0].mT).unsqueeze(0) if len(m) == 1 else m @ m.mT
+    gram = m.new_empty(*m.shape[:-1], n)
+    edges = [n * i // -(-n // _BLOCK) for i in range(-(-n // _BLOCK) + 1)]
+    for product, matrix in zip(gram, m, strict=True):
+        for start, stop in pairwise(edges):
+            torch.mm(matrix[start:stop], matrix[:stop].mT, out=product[start:stop, :stop])
+            product[:start, start:stop] = product[start:stop, :start].mT
+    return gram
+
+
+def solve(
+    system: Callable[[torch.dtype], tuple[Tensor, Tensor | None]],
+    damping: Damping,
+    dtype: torch.dtype,
+    pivot_floor: float,
+) -> tuple[Tensor, Tensor | float]:
+    """S = (K + damping I)^{-1} R, in the first of float32, float64 and float64 by eigenvalues that is good enough.
+
+    Args:
+        system: (K, R) computed in a given dtype, K (groups, n, n) positive semi-definite, R (groups, n, m) or None for
+            the identity. K is overwritten. It is computed anew in float64: rounding a float32 K up would not mend it.
+        damping: what is added to the diagonal of K, positive.
+        dtype: the first precision to try.
+        pivot_floor: smallest ratio of the Cholesky factor's squared pivots with which float32 is good enough; about
+            1 / condition number.
+
+    Returns:
+        S (groups, n, m), in the dtype that was needed, and the damping.
+
+    Raises:
+        NotFiniteError: K is not finite.
+    """
+    for precision in [dtype] if dtype == torch.float64 else [dtype, torch.float64]:
+        gram, right = system(precision)
+        added = damping(gram)
+        gram.diagonal(dim1=-2, dim2=-1).add_(added)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        low, high = map(float, torch.aminmax(factor.diagonal(dim1=-2, dim2=-1)))
+        floor = pivot_floor if precision != torch.float64 else 0.0
+        if low > 0 and low**2 > floor * high**2 and not bool(info.any()):
+            if right is None:
+                return torch.cholesky_inverse(factor), added
+            return torch.cholesky_solve(right, factor), added
+    gram, right = system(torch.float64)
+    if not bool(gram.isfinite().all()):
+        raise NotFiniteError("a Gram matrix is not finite: the inputs of its layer are not, or they overflow.")
+    return _solve_by_eigenvalues(gram, right, added), added
+
+
+def _solve_by_eigenvalues(gram: Tensor, right: Tensor | None, damping: Tensor | float) -> Tensor:
+    """Pseudo-inverse solve for damping below float64 resolution; components of R in the null space of K are dropped."""
+    values, vectors = torch.linalg.eigh(gram)
+    noise = values.amax(-1, keepdim=True) * values.shape[-1] * torch.finfo(values.dtype).eps
+    inverse = torch.where(values > noise, 1 / (values + damping), 0.0)
+    solution: Tensor = vectors @ (inverse.unsqueeze(-1) * (vectors.mT if right is None else vectors.mT @ right))
+    return solution
+
+
+def conjugate_gradients(
+    gram: Tensor, right: Tensor, damping: Tensor | float, steps: int, by_column: bool, rows: bool
+) -> Tensor:
+    """The ``steps``-th iterate of conjugate gradients on (K + damping I) S = R from S = 0.
+
+    No epsilon is added anywhere: scaling R scales S.
+
+    Args:
+        gram: K, (groups, n, n).
+        right: R, (groups, n, m).
+        damping: positive.
+        steps: at least 1; one product with K each.
+        by_column: one step length per column of R, as in the paper's linear layers; else one for all of R.
+        rows: K is A A^T, and S such that A^T S is the iterate on (A^T A + damping I) D = A^T R: inner products of
+            D are inner products with K of S, so that n x n products are enough.
+    """
+    dims = (-2,) if by_column else (0, 1, 2)
+
+    def inner(first: Tensor, second: Tensor) -> Tensor:
+        return (first * second).sum(dims, keepdim=True)
+
+    solution = torch.zeros_like(right)
+    residual = direction = right
+    # With ``rows`` K times each vector is carried along, which leaves one product per step.
+    k_residual = k_direction = gram @ right if rows else right
+    square = inner(residual, k_residual)
+    for _ in range(steps):
+        image = (k_direction if rows else gram @ direction) + damping * direction
+        step = _ratio(square, inner(k_direction, image))
+        solution = solution + step * direction
+        residual = residual - step * image
+        k_residual = k_residual - step * (gram @ k_direction + damping * k_direction) if rows else residual
+        before, square = square, inner(residual, k_residual)
+        turn = _ratio(square, before)
+        direction = residual + turn * direction
+        k_direction = k_residual + turn * k_direction if rows else direction
+    return solution
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """The quotient, and 0 where the iteration has already arrived."""
+    return torch.where(below > 0, above / below, 0.0)

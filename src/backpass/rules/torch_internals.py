@@ -1,0 +1,181 @@
+"""Private parts of torch that the rules rely on, all in one place; tested with torch 2.9 and 2.13.
+
+Everything here is undocumented and may change with a release of torch: the tests of the rules run on the oldest and the
+newest supported one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "FUNCTION_NODE",
+    "called_through",
+    "checkpoint_hooks",
+    "constant_while_tracing",
+    "custom_functions",
+    "dynamo_has_run",
+    "forward_mode",
+    "function_class",
+    "function_modes",
+    "graph_node",
+    "keep_out_of_frames",
+    "pop_mode",
+    "push_mode",
+    "restore_modes",
+    "sequence_number",
+    "show_to_modes",
+    "transforms",
+    "without_tracing",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_CHECKPOINT = "torch.utils.checkpoint"
+_GRAPH_LIMIT = 20_000
+
+
+# --- Torch function modes -----------------------------------------------------------------------------------------
+
+
+def function_modes() -> list[Any]:
+    """Return this thread's torch function modes, the innermost first."""
+    depths = range(torch._C._len_torch_function_stack() - 1, -1, -1)
+    return [torch._C._get_function_stack_at(depth) for depth in depths]
+
+
+def push_mode(mode: Any) -> None:
+    """Make a mode the innermost one; unlike ``with mode:`` this can happen in a hook."""
+    torch._C._push_on_torch_function_stack(mode)
+
+
+def pop_mode() -> Any:
+    """Take the innermost mode off the stack."""
+    return torch._C._pop_torch_function_stack()
+
+
+def restore_modes(modes: Iterable[Any]) -> None:
+    """Make these modes, the innermost first, the whole stack."""
+    while torch._C._len_torch_function_stack():
+        pop_mode()
+    for mode in reversed(list(modes)):
+        push_mode(mode)
+
+
+# --- Autograd ---------------------------------------------------------------------------------------------------------
+
+FUNCTION_NODE: type = torch.autograd.function.BackwardCFunction
+"""Class of the graph nodes of custom autograd functions."""
+
+
+def function_class(node: Any) -> type | None:
+    """Return the ``torch.autograd.Function`` that made a graph node, or None for an operator of torch."""
+    return getattr(node, "_forward_cls", None) if isinstance(node, FUNCTION_NODE) else None
+
+
+def custom_functions(output: Any) -> list[type]:
+    """Return the custom autograd functions in the graph of an output, but not the package's own."""
+    nodes = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor) and x.grad_fn is not None]
+    seen, found = set(nodes), []
+    while nodes and len(seen) < _GRAPH_LIMIT:
+        node = nodes.pop()
+        kind = function_class(node)
+        if kind is not None and not kind.__module__.startswith("backpass.") and kind not in found:
+            found.append(kind)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return found
+
+
+def graph_node(x: Tensor) -> Any:
+    """Return the graph node that a tensor's gradient goes to, or None; a leaf has one too."""
+    return torch.autograd.graph.get_gradient_edge(x).node if x.requires_grad else None
+
+
+def sequence_number(node: Any) -> int:
+    """Return the number of a graph node: what it is computed from has smaller ones, except for leaves."""
+    return int(node._sequence_nr())
+
+
+def checkpoint_hooks() -> Any:
+    """Return the innermost saved-tensor hook if it is a checkpoint's, each of which has its own; else None."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top[0] if top is not None and top[0].__module__ == _CHECKPOINT else None
+
+
+def transforms() -> bool:
+    """Return whether ``torch.func`` transforms are running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode() -> bool:
+    """Return whether forward-mode differentiation is running."""
+    return forward_ad._current_level >= 0
+
+
+def called_through(caller: Any, code: Any) -> int:
+    """Count the calls of a module that are running in this thread, by the frames of ``code``."""
+    frame, running = sys._getframe(1), 0
+    while frame.f_back is not None:
+        frame = frame.f_back
+        running += frame.f_code is code and frame.f_locals.get("self") is caller
+    return running
+
+
+# --- Dynamo, the tracer of torch.compile -------------------------------------------------------------------------------
+
+
+def dynamo_has_run() -> bool:
+    """Return whether this process may hold compiled code."""
+    return "torch._dynamo" in sys.modules
+
+
+def constant_while_tracing(function: Function) -> Function:
+    """Let Dynamo run the function while it traces; the graph takes the answer as a constant."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def keep_out_of_frames(function: Function) -> Function:
+    """Let Dynamo inline the function, but never compile it as a frame of its own.
+
+    The hooks of a compiled model's outermost module run outside the graph; they push and pop modes, which a frame
+    compiled by itself cannot do.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    frames.set_code_exec_strategy(function.__code__, skip)
+    return function
+
+
+def without_tracing(function: Callable[[], Any]) -> Any:
+    """Call a function in which nothing is compiled, not even what was compiled before."""
+    frames = torch._C._dynamo.eval_frame
+    callback = frames.set_eval_frame(None)
+    try:
+        with torch.compiler.set_stance("force_eager") if dynamo_has_run() else nullcontext():
+            return function()
+    finally:
+        frames.set_eval_frame(callback)
+
+
+def show_to_modes(functions: Iterable[Callable[..., Any]]) -> None:
+    """Let Dynamo hand these functions to torch function modes, as eager PyTorch does.
+
+    Its own list lacks some, for instance ``F.tanh``, ``F.hardswish`` and ``torch.relu_``. Code compiled without a mode
+    is the same with the longer list.
+    """
+    if dynamo_has_run():
+        from torch._dynamo.variables.torch import get_overridable_functions
+
+        get_overridable_functions().update(functions)

@@ -1,0 +1,243 @@
+"""The forward pass of a model with a rule runs once, with all its side effects once, wherever the range starts."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from backpass import BackpassError, LinBP
+from support.names import name_of
+from support.straight_through import Rewritten
+
+STARTS = (None, 0, 1, 0.5, -1, "second")
+SETTINGS = [{"start": start} for start in STARTS] + [{"stop": -1}, {"where": lambda site: site.index == 1}]
+
+
+class WithSideEffects(nn.Module):
+    """Two layers and something beside them that changes from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def beside(self, x):
+        return x
+
+    def forward(self, x):
+        x = torch.tanh(self.first(self.beside(x)))
+        return self.last(F.silu(self.second(x)))
+
+
+class GrowingCache(WithSideEffects):
+    """A list of keys, as in the attention of a decoder: later calls see earlier ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = []
+
+    def beside(self, x):
+        self.cache.append(x.detach())
+        return torch.stack(self.cache).mean(0) + x
+
+
+class Counter(WithSideEffects):
+    """An attribute, no buffer."""
+
+    calls = 0
+
+    def beside(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+class NumPyDraws(WithSideEffects):
+    def beside(self, x):
+        return x + float(np.random.rand())  # noqa: NPY002
+
+
+class OwnNumPyGenerator(WithSideEffects):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def beside(self, x):
+        return x + torch.as_tensor(self.generator.random(x.shape)).to(x)
+
+
+class OwnGenerator(WithSideEffects):
+    """A torch.Generator, of which a copy cannot be made by copying the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def beside(self, x):
+        return x + torch.randn(x.shape, generator=self.generator).to(x)
+
+    def __deepcopy__(self, memo):
+        return copied_with_generator(self)
+
+
+class GlobalDraws(WithSideEffects):
+    def beside(self, x):
+        return F.dropout(x, 0.3, training=True)
+
+
+class Iterator(WithSideEffects):
+    """Consumes what it is given once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+    def beside(self, x):
+        return x * self.scales.pop(0)
+
+
+class ReplacedBuffer(WithSideEffects):
+    """A buffer that is bound anew, so that it grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.empty(0, 4, dtype=torch.float64))
+
+    def beside(self, x):
+        self.seen = torch.cat([self.seen, x.detach()])
+        return x + self.seen.mean(0)
+
+
+class CachedGraph(WithSideEffects):
+    """A weight that is normalised at the first call and kept, with its graph."""
+
+    cached = None
+
+    def beside(self, x):
+        if self.cached is None:
+            self.cached = torch.tanh(self.first.weight)
+        return x @ self.cached.detach()
+
+
+class AlteredInput(WithSideEffects):
+    """Writes into the tensor that the user gave."""
+
+    def beside(self, x):
+        with torch.no_grad():
+            x.mul_(0.5)
+        return x
+
+
+def copied_with_generator(model):
+    twin = OwnGenerator().double()
+    twin.load_state_dict(model.state_dict())
+    twin.generator.set_state(model.generator.get_state())
+    return twin
+
+
+KINDS = [
+    *(GrowingCache, Counter, NumPyDraws, OwnNumPyGenerator, OwnGenerator, GlobalDraws, Iterator, ReplacedBuffer),
+    *(CachedGraph, AlteredInput),
+]
+
+
+def three_calls(model):
+    """Outputs and inputs after three calls on the same data, with every random state as at the start."""
+    np.random.seed(0)  # noqa: NPY002 - the global state of NumPy is the subject
+    torch.manual_seed(0)
+    xs = torch.randn(3, 5, 4, dtype=torch.float64)
+    outputs = [model(x) for x in xs]
+    return [out.detach().clone() for out in outputs], xs
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=name_of)
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_side_effects_are_those_of_the_plain_model(kind, settings):
+    torch.manual_seed(1)
+    model = kind().double()
+    twin = copy.deepcopy(model)
+    expected, altered = three_calls(twin)
+    draws = float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(None))
+    with LinBP(**settings).attach(model):
+        found, given = three_calls(model)
+        assert (float(np.random.rand()), float(torch.rand(()))) == draws  # noqa: NPY002
+    assert len(calls) == 3
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(given, altered)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+    assert three_calls_more(model) == three_calls_more(twin)
+
+
+def three_calls_more(model):
+    return [out.tolist() for out in three_calls(model)[0]]
+
+
+class ChangingNumber(nn.Module):
+    """As many activations as the call asks for, or as the input has rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(5)])
+
+    def forward(self, x, depth=None):
+        for layer in self.layers[: depth or len(x)]:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("start", [-1, -2, 0.5, 0.3, 0])
+def test_the_number_of_sites_may_change_from_call_to_call(start):
+    torch.manual_seed(0)
+    model = ChangingNumber().double()
+    with LinBP(start=start).attach(model) as attached:
+        for depth in (3, 5, 2, 4, 3):
+            x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+            (found,) = torch.autograd.grad(model(x, depth=depth).square().sum(), x)
+            first = int(start * depth) if isinstance(start, float) else start % depth
+            assert [site.index for site in attached.sites] == list(range(first, depth))
+            with attached.suspended():
+                rewritten = Rewritten(model, first)
+                (expected,) = torch.autograd.grad(rewritten(x, depth=depth).square().sum(), x)
+            assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_graphs_of_several_calls_keep_their_own_numbers():
+    # The range of a call is known at its end, so backward passes may come in any order, and later.
+    torch.manual_seed(0)
+    model = ChangingNumber().double()
+    xs = [torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    depths = (4, 2, 5)
+    with LinBP(start=-1).attach(model):
+        outs = [model(x, depth=depth) for x, depth in zip(xs, depths, strict=True)]
+    for x, out, depth in sorted(zip(xs, outs, depths, strict=True), key=lambda row: row[2]):
+        (found,) = torch.autograd.grad(out.square().sum(), x)
+        (expected,) = torch.autograd.grad(Rewritten(model, depth - 1)(x, depth=depth).square().sum(), x)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_backward_pass_before_the_end_of_the_call_is_exact_or_an_error():
+    """A model that differentiates inside its forward, as an energy model does, has no number of sites yet."""
+
+    class Energy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            energy = self.last(torch.tanh(self.first(x))).sum()
+            (force,) = torch.autograd.grad(energy, x, create_graph=True)
+            return torch.tanh(force)
+
+    torch.manual_seed(0)
+    model = Energy().double()
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    expected = Rewritten(model, 1)(x)
+    with LinBP(start=-1).attach(model):
+        try:
+            out = model(x)
+        except BackpassError:
+            return
+    assert torch.allclose(out, expected, rtol=0, atol=1e-12)
