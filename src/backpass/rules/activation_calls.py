@@ -71,9 +71,7 @@ class ActivationInterception(Interception):
         self.origins[-1].note(out, Origin(origin.source, site.function, (*origin.sites, site), out.numel(), direct))
         return out
 
-    def replace(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
-    ) -> Any:
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
         """Call an activation with the rule's backward."""
         if site is None:
             return self.rule.replace(func, args, kwargs)
@@ -82,8 +80,7 @@ class ActivationInterception(Interception):
     def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an activation plainly in compiled code."""
         activation, x, parameters, in_place = read_call(func, args, kwargs)
-        y = activation.compute(x, *parameters)
-        return x.copy_(y) if in_place else y
+        return func(*args, **kwargs) if in_place else activation.compute(x, *parameters)
 
     def hide(self, caller: ModuleCall, name: str) -> None:
         """Note an activation that is called without gradients."""
@@ -94,14 +91,18 @@ class ActivationInterception(Interception):
         """Call a function that is no activation by itself, but may compose one."""
         if not self._looks():
             return super().other(caller, func, args, kwargs)
+        if func not in ELEMENTWISE and func not in VIEWS and not is_query(func):
+            for watched in self.watched:
+                watched.elementwise = False
+        if caller.grad_enabled != torch.is_grad_enabled():
+            if func in BENT:
+                self.hide(caller, func.__name__)
+            return func(*args, **kwargs)
         if func in VIEWS:
             out = func(*args, **kwargs)
             self._arranged(args, out)
             return out
         if func not in ELEMENTWISE:
-            if not is_query(func):
-                for watched in self.watched:
-                    watched.elementwise = False
             return super().other(caller, func, args, kwargs)
         if func in BENT:
             self._bend()
@@ -141,7 +142,7 @@ class ActivationInterception(Interception):
             _discount(site for origin in origins for site in origin.sites)
             site = self.meet(caller, f"x*{bent}", source)
         self._bend()
-        self.run.composing.add(caller.path)
+        self.run.composing.update((caller.path, *(one.module for origin in origins for one in origin.sites)))
         if not writes_in_place(func, args, kwargs):
             out = self.at_value(site, source, func(*args, **kwargs))
         else:
@@ -157,7 +158,8 @@ class ActivationInterception(Interception):
         if site.selected is None and torch_internals.forward_mode():
             self.run.decide_early(site)
             return self.at_value(site, source, plain)
-        value: Tensor = self.rule.replace_value(source, plain, None if site.fixed else site)
+        kept = (plain.detach(), None) if site.fixed else (plain, site)
+        value: Tensor = self.rule.replace_value(source, *kept)
         return value
 
     def _arranged(self, args: tuple[Any, ...], out: Any) -> None:
@@ -183,8 +185,7 @@ class ActivationInterception(Interception):
                 call.plain, call.x = True, args[0]
             return None
         self.origins.append(Origins())
-        whole = activation and not call.plain and len(args) == 1 and isinstance(args[0], Tensor)
-        if not whole or not torch.is_grad_enabled():
+        if not activation or call.plain or len(args) != 1 or not isinstance(args[0], Tensor):
             return None
         x = args[0]
         with torch._C.DisableTorchFunction():
@@ -205,7 +206,7 @@ class ActivationInterception(Interception):
                 return output
             planned = self.attached.planned(f"{call.key}:{type(module).__name__}")
             self.traced += 1
-            return self.rule.replace_value(call.x, output, None) if planned else output
+            return self.rule.replace_value(call.x, output.detach(), None) if planned else output
         inner = self.origins.pop()
         watched = self.watched.pop() if self.watched and self.watched[-1].call is call else None
         if watched is not None and isinstance(output, Tensor):

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from backpass.errors import UnknownNameError
 
-__all__ = ["ACTIVATIONS", "FUSED_ACTIVATIONS", "WITHOUT_ACTIVATION", "Activation", "activations", "learned_value", "read_call", "writes_in_place"]
+__all__ = [
+    "ACTIVATIONS",
+    "FUSED_ACTIVATIONS",
+    "WITHOUT_ACTIVATION",
+    "Activation",
+    "activations",
+    "learned_value",
+    "read_call",
+    "writes_in_place",
+]
 
 aten = torch.ops.aten
 
@@ -141,9 +150,7 @@ def writes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     return func.__name__.endswith("_") and not func.__name__.endswith("__")
 
 
-def learned_value(
-    func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
+def learned_value(func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the value of an activation as a function of its learned parameters alone, or None if it has none."""
     activation, _, parameters, _ = read_call(func, args, kwargs)
     if any(isinstance(p, Tensor) and p.requires_grad for p in parameters):

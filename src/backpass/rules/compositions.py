@@ -139,6 +139,5 @@ def gates(factors: list[Origin], product: Tensor) -> list[Origin]:
     return [
         factor
         for factor, full in zip(factors, whole, strict=True)
-        if factor.sites
-        and ((not full and any(whole)) or any(site.function in _SIGMOIDS for site in factor.sites))
+        if factor.sites and ((not full and any(whole)) or any(site.function in _SIGMOIDS for site in factor.sites))
     ]

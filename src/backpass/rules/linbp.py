@@ -59,11 +59,6 @@ class LinBP(ActivationRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start == "paper" or self.stop == "paper":
-            raise BackpassError(
-                "start='paper' stands for a network of the laboratory and is replaced there: backpass sites NAME --rule "
-                "linbp:start=paper shows the place to give instead."
-            )
         if isinstance(self.slope, bool) or not isinstance(self.slope, int | float) or not math.isfinite(self.slope):
             raise BackpassError(f"slope must be a finite number, got {self.slope!r}.")
         if self.residual not in _RESIDUALS:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from backpass.rules.activation_rule import ActivationAttached
 from backpass.rules.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.override import BackwardOverride, TorchFunction
+from backpass.rules.attaching.run import SiteCall
 from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
 from backpass.rules.implicit.interception import LayerInterception
 from backpass.rules.sites import SiteTable
@@ -37,7 +39,7 @@ def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs:
     """
     if kind not in _KINDS:
         raise UnknownNameError("kind of site", kind, _KINDS)
-    attached = ActivationAttached(_Activations(), model) if kind == "activation" else _LayersAttached(_Layers(), model)
+    attached = ActivationAttached(_Activations(), model) if kind == "activation" else _LinearAttached(_Linear(), model)
     with attached:
         attached.learn(*args, **kwargs)
         table = attached.seen
@@ -67,9 +69,15 @@ class _Activations(_Listing):
         return func(*args, **kwargs)
 
 
-class _Layers(_Listing):
-    functions = {**LINEAR, **NORMALIZATIONS, **OPAQUE, **PRODUCTS}
+class _Linear(_Listing):
+    functions: ClassVar[Mapping[TorchFunction, str]] = {**LINEAR, **PRODUCTS, **NORMALIZATIONS}
+    opaque = OPAQUE
 
 
-class _LayersAttached(Attached):
-    interception = LayerInterception
+class _LinearInterception(LayerInterception):
+    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+
+class _LinearAttached(Attached):
+    interception = _LinearInterception

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.rules import torch_internals
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.interception import choose
+from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import SiteCall
-from backpass.rules.attaching.wrappers import unwrap
-from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
+from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS, LinearCall
 from backpass.rules.implicit.direction import ProximalStep, direction, solve_dtype
-from backpass.rules.implicit.interception import LayerInterception, is_functional, refuse_model
+from backpass.rules.implicit.interception import LayerAttached, LayerInterception
 from backpass.rules.implicit.memory import Memory
 from backpass.rules.implicit.step import AtStep, diverged, optimizers_of
 from backpass.rules.implicit.systems import NotFiniteError
@@ -77,7 +76,8 @@ class ProxProp(Rule):
     """
 
     name: ClassVar[str] = "proxprop"
-    functions: ClassVar[Mapping[TorchFunction, str]] = {**LINEAR, **PRODUCTS, **NORMALIZATIONS, **OPAQUE}
+    functions: ClassVar[Mapping[TorchFunction, str]] = {**LINEAR, **PRODUCTS, **NORMALIZATIONS}
+    opaque: ClassVar[Mapping[TorchFunction, str]] = OPAQUE
 
     tau: float | None = None
     damping: Literal["relative", "sum", "mean", "sample_mean"] | None = None
@@ -112,8 +112,8 @@ class ProxProp(Rule):
             )
         if self.memory and (self.solver == "cg" or self.step.damping == "sum"):
             raise BackpassError(
-                'memory averages A^T A / rows and factors it: it goes with damping "relative", "mean" or "sample_mean", '
-                f"and not with solver='cg'; got damping={self.step.damping!r}, solver={self.solver!r}."
+                'memory averages A^T A / rows and factors it: it goes with damping "relative", "mean" or '
+                f"\"sample_mean\", and not with solver='cg'; got damping={self.step.damping!r}, solver={self.solver!r}."
             )
         check_places(self.start, self.stop)
         if self.where is not None and not callable(self.where):
@@ -135,25 +135,23 @@ class ProxProp(Rule):
                 kind = "an int of at least 1" if whole else "in [0, 1)" if name == "memory" else "positive and finite"
                 raise BackpassError(f"{name} must be {kind}, got {value!r}.")
 
-    def attach(self, model: nn.Module, optimizer: Any = None) -> ProximalAttached:
-        """As `Rule.attach`.
+    def attach(self, model: nn.Module, optimizer: Any = None, *, strict: bool = False) -> ProximalAttached:
+        """Override the backward of ``model``; see `Rule.attach`.
 
         Args:
             model: the model.
             optimizer: with ``solve="step"``, the optimizer whose step solves, or a list of those that share the model's
                 parameters.
+            strict: as in `Rule.attach`.
 
         Raises:
-            BackpassError: ``solve="step"`` without an optimizer or the reverse; an equal rule is attached; the
-                parameters are sharded.
+            BackpassError: ``solve="step"`` without an optimizer or the reverse; the parameters are sharded.
         """
         if self.solve == "step":
             optimizer = optimizers_of(optimizer)
         elif optimizer is not None:
             raise BackpassError('an optimizer is for solve="step"; without it the backward pass solves: leave it out.')
-        model = unwrap(model)
-        refuse_model(self, model)
-        return ProximalAttached(self, model, optimizer or [])
+        return ProximalAttached(self, model, optimizer or [], strict)
 
     @property
     def step(self) -> ProximalStep:
@@ -166,39 +164,46 @@ class ProxProp(Rule):
 class ProximalInterception(LayerInterception):
     """An interception that gives linear layers proximal weight gradients."""
 
+    rule: ProxProp
+    attached: ProximalAttached
+
     def is_site(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call is a layer; embeddings and normalizations on request."""
-        name, rule = self.rule.functions[func], self.rule
-        if name == "embedding" or func in NORMALIZATIONS:
-            return bool(rule.embeddings if name == "embedding" else rule.norms)  # type: ignore[attr-defined]
+        """Return whether a call is a layer; embeddings and normalizations on request."""
+        if func in NORMALIZATIONS:
+            return self.rule.norms
+        if LINEAR.get(func) == "embedding":
+            return self.rule.embeddings
         return super().is_site(func, args, kwargs)
 
-    def replace(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
-    ) -> Any:
-        """The call's value; in the backward pass its weights contribute to this attachment."""
-        functional = is_functional()
-        if functional and is_dynamo_compiling():
-            # Dynamo does not know then which arguments gradients are asked for.
+    def check_layer(self, layer: LinearCall) -> None:
+        """Refuse a layer in a compiled transform, of which Dynamo does not say what gradients are asked for."""
+        if is_dynamo_compiling() and torch_internals.transforms():
             raise BackpassError(
                 "ProxProp does not work in a compiled torch.func.grad: take torch.func.grad of the compiled model, or "
                 "leave out torch.compile."
             )
-        layer = self.layer(func, args, kwargs)
-        if layer is None or not torch.is_grad_enabled() or not self._is_due(layer):
-            return func(*args, **kwargs)
-        call = Call(layer.text, ("", ()), functional, self.attached.token)
-        z = implicit_layer(layer.x, layer.weight, layer.bias, layer.z, layer.compute, layer.rest, call)
-        z = z if layer.batched else z.squeeze(0)
-        return z if site is None else choose(func(*args, **kwargs), z, site)
 
-    def _is_due(self, layer: Any) -> bool:
-        if is_dynamo_compiling():
+    def node(
+        self,
+        layer: LinearCall,
+        func: TorchFunction,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        site: SiteCall | None,
+    ) -> Any:
+        """Return the value of a layer whose weights contribute to this attachment in the backward pass."""
+        if not self._is_due(layer):
+            return func(*args, **kwargs)
+        call = Call(layer.text, ("", ()), torch_internals.transforms(), self.attached.token, site)
+        z = implicit_layer(layer.x, layer.weight, layer.bias, layer.z, layer.compute, layer.rest, call)
+        return z if layer.batched else z.squeeze(0)
+
+    def _is_due(self, layer: LinearCall) -> bool:
+        contributions = self.attached.contributions
+        if is_dynamo_compiling() or not isinstance(contributions, AtStep) or contributions.memory is None:
             return True
-        contributions = self.attached.contributions  # type: ignore[attr-defined]
-        if not isinstance(contributions, AtStep) or contributions.memory is None:
-            return True
-        named = contributions.parameter(layer.weight if layer.weight.requires_grad else layer.bias)
+        learning = layer.weight if layer.weight.requires_grad or layer.bias is None else layer.bias
+        named = contributions.parameter(learning)
         return named is None or contributions.is_due(named.name)
 
 
@@ -238,24 +243,25 @@ class InBackward(Contributions):
             raise diverged(self.describe(use.weight)) from None
 
 
-class ProximalAttached(Attached):
+class ProximalAttached(LayerAttached):
     """`ProxProp` in force on a model.
 
     Attributes:
         contributions: what the weights' uses contributed since the last step.
     """
 
+    interception: type[Interception] = ProximalInterception
     rule: ProxProp
-    interception = ProximalInterception
+    contributions: InBackward | AtStep
 
-    def __init__(self, rule: ProxProp, model: nn.Module, optimizers: list[Any]) -> None:
-        super().__init__(rule, model)
-        self._contribute(optimizers)
+    def __init__(self, rule: ProxProp, model: nn.Module, optimizers: list[Any], strict: bool) -> None:
+        super().__init__(rule, model, strict)
+        self.contribute(optimizers)
         self.contributions.watch()
 
-    def _contribute(self, optimizers: list[Any]) -> None:
+    def contribute(self, optimizers: Sequence[Any] = ()) -> None:
+        """Make `contributions` anew."""
         rule = self.rule
-        self.contributions: InBackward | AtStep
         if rule.solve == "backward":
             self.contributions = InBackward(self, rule.step)
             return
@@ -278,20 +284,6 @@ class ProximalAttached(Attached):
         for name in settings:
             if name not in ("tau", "cg_steps"):
                 raise UnknownNameError("setting that can change while the rule is attached", name, ("tau", "cg_steps"))
-        damping = self.rule.step.damping
+        damping: Any = self.rule.step.damping
         self.rule = replace(self.rule, damping=damping, **settings)
         self.contributions.step = self.rule.step
-
-    def remove(self) -> None:
-        """Give the model its own backward again, and the optimizer its own step; a second call does nothing."""
-        super().remove()
-        self.contributions.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        del state["contributions"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._contribute([])

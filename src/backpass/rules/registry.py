@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 
 from backpass.errors import BackpassError, UnknownNameError
@@ -12,16 +13,18 @@ from backpass.rules.rule import BP, Rule
 from backpass.rules.sibp import SIBP
 from backpass.rules.text import read_settings
 
-__all__ = ["RULES", "parse_rule", "rule_type"]
+__all__ = ["PLACEHOLDERS", "RULES", "parse_rule", "rule_type"]
 
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (BP, LinBP, ProxProp, SIBP)}
 """backpass' own rules by name."""
 
 _GROUP = "backpass.rules"
+PLACEHOLDERS = ("paper", "auto")
+"""Values of ``start`` that stand for places in a network which only the laboratory knows."""
 
 
 def rule_type(name: str) -> type[Rule]:
-    """The class of a rule: one of `RULES`, or one that an installed package adds by an entry point of backpass.rules.
+    """Return the class of a rule: one of `RULES`, or one that an installed package adds by an entry point of backpass.rules.
 
     Raises:
         UnknownNameError: there is no rule of this name.
@@ -33,8 +36,13 @@ def rule_type(name: str) -> type[Rule]:
     return found
 
 
-def parse_rule(text: str) -> Rule:
-    """The rule that a text form names, for instance ``"linbp:start=-2"``; ``str`` of the rule gives it back.
+def parse_rule(text: str, *, placeholders: Collection[str] = ()) -> Rule:
+    """Return the rule that a text form names, for instance ``"linbp:start=-2"``; ``str`` of the rule gives it back.
+
+    Args:
+        text: the text form.
+        placeholders: values of ``start`` that the caller will replace, of ``"paper"`` and ``"auto"``, which stand for
+            places that depend on the network. They are refused otherwise.
 
     Raises:
         UnknownNameError: no rule, or no setting of the rule, has that name.
@@ -48,4 +56,10 @@ def parse_rule(text: str) -> Rule:
     for setting in settings:
         if setting not in known:
             raise UnknownNameError(f"setting of rule {name!r}", setting, known)
+    start = settings.get("start")
+    if start in PLACEHOLDERS and start not in placeholders:
+        raise BackpassError(
+            f"{text!r} depends on the network, which a text form does not know: `backpass sites NETWORK --rule {text}` "
+            "shows the place to give, as in linbp:start=-2 or linbp:start=layer4."
+        )
     return kind(**settings)

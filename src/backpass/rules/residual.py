@@ -51,7 +51,13 @@ class ResidualInterception(ActivationInterception):
         output = super().leave(module, call, output)
         with torch._C.DisableTorchFunction():
             self.blocks.note(output)
-        if len(self.running) == 1 and self.replayed is None and output is not None and torch.is_grad_enabled() and not self.blocks.found:
+        if (
+            len(self.running) == 1
+            and self.replayed is None
+            and output is not None
+            and torch.is_grad_enabled()
+            and not self.blocks.found
+        ):
             raise BackpassError(
                 f"{self.rule} finds no residual block with an activation in its branch: a block adds a branch to its own "
                 'input, or to a projection of it. Use residual="plain" or "per_activation".'

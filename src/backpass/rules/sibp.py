@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.rules import torch_internals
 from backpass.rules.activations import ACTIVATIONS
-from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.interception import Interception
+from backpass.rules.attaching.interception import Interception, ModuleCall
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import SiteCall
-from backpass.rules.attaching.wrappers import unwrap
 from backpass.rules.implicit.calls import LINEAR, OPAQUE, PRODUCTS, LinearCall
-from backpass.rules.implicit.interception import LayerInterception, is_functional, refuse_model
+from backpass.rules.implicit.interception import LayerAttached, LayerInterception
 from backpass.rules.implicit.uses import Call, implicit_layer
 from backpass.rules.rule import Rule
 from backpass.rules.semi_implicit.backward import SemiImplicitContributions
-from backpass.rules.semi_implicit.checkpoints import checkpoint_hooks, checkpointed_without_gradients
+from backpass.rules.semi_implicit.checkpoints import checkpointed_without_gradients
 from backpass.rules.semi_implicit.elementwise import elementwise
 from backpass.rules.semi_implicit.weight_step import SemiImplicitStep
 from backpass.rules.sites import Site
@@ -71,7 +70,8 @@ class SIBP(Rule):
     """
 
     name: ClassVar[str] = "sibp"
-    functions: ClassVar[Mapping[TorchFunction, str]] = {**_LAYERS, **PRODUCTS, **OPAQUE}
+    functions: ClassVar[Mapping[TorchFunction, str]] = {**_LAYERS, **PRODUCTS}
+    opaque: ClassVar[Mapping[TorchFunction, str]] = OPAQUE
 
     eta: float | None = 0.1
     lam: float = 1.0
@@ -102,20 +102,19 @@ class SIBP(Rule):
         if self.where is not None and not callable(self.where):
             raise BackpassError(f"where must be a function of a Site that returns a bool, got {self.where!r}.")
 
-    def attach(self, model: nn.Module, scaler: Any = None) -> SemiImplicitAttached:
-        """As `Rule.attach`.
+    def attach(self, model: nn.Module, scaler: Any = None, *, strict: bool = False) -> SemiImplicitAttached:
+        """Override the backward of ``model``; see `Rule.attach`.
 
         Args:
             model: the model.
-            scaler: the ``torch.amp.GradScaler`` that scales the loss, if there is one. A semi-implicit step is no linear
-                function of the loss's scale, so the rule must know it.
+            scaler: the ``torch.amp.GradScaler`` that scales the loss, if there is one. A semi-implicit step is no
+                linear function of the loss's scale, so the rule must know it.
+            strict: as in `Rule.attach`.
 
         Raises:
-            BackpassError: an equal rule is attached, or the parameters are sharded.
+            BackpassError: the parameters are sharded.
         """
-        model = unwrap(model)
-        refuse_model(self, model)
-        return SemiImplicitAttached(self, model, scaler)
+        return SemiImplicitAttached(self, model, scaler, strict)
 
     def step(self, depth: int) -> SemiImplicitStep:
         """The settings of the solve in a network with ``depth`` layers."""
@@ -137,10 +136,8 @@ class SemiImplicitInterception(LayerInterception):
         self.outputs: list[tuple[Tensor, LinearCall, Any]] = []
         self.recomputed: list[tuple[ref[Tensor], Any]] = []
 
-    def __torch_function__(
-        self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that is no layer; an activation on a layer's output takes over its backward."""
         if func in ACTIVATIONS and (self.outputs or self.recomputed) and not _is_overridden(func):
             found = elementwise(func, args, kwargs)
             if found is not None:
@@ -149,27 +146,36 @@ class SemiImplicitInterception(LayerInterception):
                     if z is found[1] and torch.is_grad_enabled():
                         self.outputs.pop(at)
                         return self._activate(layer, *found)
-        return super().__torch_function__(func, types, args, kwargs)
+        return super().other(caller, func, args, kwargs)
 
-    def replace(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
-    ) -> Any:
-        """The layer's value; its input gradient is used unless an activation follows."""
-        layer = self.layer(func, args, kwargs)
-        if layer is None or not torch.is_grad_enabled():
-            z = func(*args, **kwargs)
-            if layer is not None and not is_dynamo_compiling():
-                place = checkpointed_without_gradients(self.running)
-                if place is not None:
-                    self.recomputed.append((ref(z), place))
-            return z
-        if not self.attached.scaled:  # type: ignore[attr-defined]
+    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a layer; without gradients, note where a checkpoint will call it again."""
+        z = super().at(site, func, args, kwargs)
+        if not torch.is_grad_enabled() and site.selected:
+            place = checkpointed_without_gradients(self.running)
+            if place is not None:
+                self.recomputed.append((ref(z), place))
+        return z
+
+    def check_layer(self, layer: LinearCall) -> None:
+        """Refuse float16 without a scaler that is known."""
+        if not self.attached.scaled:
             _refuse_half(layer)
-        z = self._node(layer, None, layer.compute, layer.rest, ("", ()))
-        if layer.batched:
-            self.outputs.append((z, layer, None if is_dynamo_compiling() else checkpoint_hooks()))
-            return z
-        return z.squeeze(0)
+
+    def node(
+        self,
+        layer: LinearCall,
+        func: TorchFunction,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        site: SiteCall | None,
+    ) -> Any:
+        """Return the value of a layer; its input gradient is used unless an activation follows."""
+        z = self._call(layer, None, layer.compute, layer.rest, ("", ()))
+        if not layer.batched:
+            return z.squeeze(0)
+        self.outputs.append((z, layer, None if is_dynamo_compiling() else torch_internals.checkpoint_hooks()))
+        return z
 
     def _refuse_parted(self, z: Tensor, name: str) -> None:
         """Refuse an activation that a recomputation would find without its layer, or its layer without it."""
@@ -179,7 +185,7 @@ class SemiImplicitInterception(LayerInterception):
         parted = any(one() is z and place is not here for one, place in self.recomputed)
         for output, _, hooks in self.outputs:
             if output is z:
-                now = checkpoint_hooks()
+                now = torch_internals.checkpoint_hooks()
                 parted |= here is not None or (now is not None and now is not hooks)
         if parted:
             raise BackpassError(
@@ -190,18 +196,18 @@ class SemiImplicitInterception(LayerInterception):
 
     def _activate(self, layer: LinearCall, s: Any, z: Tensor, in_place: bool) -> Tensor:
         before = z.detach().clone() if in_place else z.detach()
-        y = self._node(layer, before, s.value, (), (s.name, s.numbers))
+        y = self._call(layer, before, s.value, (), (s.name, s.numbers))
         # Cut off from the layer's own node, which no longer acts.
         return z.detach_().copy_(y) if in_place else y
 
-    def _node(self, layer: LinearCall, z: Tensor | None, compute: Any, rest: Any, activation: Any) -> Tensor:
-        call = Call(layer.text, activation, is_functional(), self.attached.token)
+    def _call(self, layer: LinearCall, z: Tensor | None, compute: Any, rest: Any, activation: Any) -> Tensor:
+        call = Call(layer.text, activation, torch_internals.transforms(), self.attached.token)
         return implicit_layer(layer.x, layer.weight, layer.bias, z, compute, rest, call)
 
 
 def _is_overridden(func: TorchFunction) -> bool:
     """Whether a rule around this one overrides the function."""
-    modes = (torch._C._get_function_stack_at(depth) for depth in range(torch._C._len_torch_function_stack()))
+    modes = torch_internals.function_modes()
     return any(isinstance(mode, Interception) and func in mode.rule.functions for mode in modes)
 
 
@@ -210,35 +216,36 @@ def _refuse_half(layer: LinearCall) -> None:
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     if autocast or layer.weight.dtype == torch.float16:
         raise BackpassError(
-            "float16 needs a scaled loss, and a semi-implicit step is no linear function of the loss's scale: attach the "
-            "rule with attach(model, scaler=scaler), or use bfloat16 (torch.autocast with dtype=torch.bfloat16), which "
-            "needs none."
+            "float16 needs a scaled loss, and a semi-implicit step is no linear function of the loss's scale: attach "
+            "the rule with attach(model, scaler=scaler), or use bfloat16 (torch.autocast with dtype=torch.bfloat16), "
+            "which needs none."
         )
 
 
-class SemiImplicitAttached(Attached):
+class SemiImplicitAttached(LayerAttached):
     """`SIBP` in force on a model.
 
     Attributes:
         scaled: whether a GradScaler is known.
     """
 
+    interception: type[Interception] = SemiImplicitInterception
     rule: SIBP
-    interception = SemiImplicitInterception
 
-    def __init__(self, rule: SIBP, model: nn.Module, scaler: Any) -> None:
-        super().__init__(rule, model)
-        self._contribute(scaler)
+    def __init__(self, rule: SIBP, model: nn.Module, scaler: Any, strict: bool) -> None:
+        super().__init__(rule, model, strict)
+        self.contribute(scaler)
         self.contributions.watch()
 
-    def _contribute(self, scaler: Any) -> None:
+    def contribute(self, scaler: Any = None) -> None:
+        """Make `contributions` anew."""
         attached = ref(self)
 
         def step() -> SemiImplicitStep:
             found = attached()
             if found is None:
                 raise BackpassError("the attached rule is gone.")
-            return found.rule.step(len(found.sites))
+            return found.rule.step(len(found.sites) if found.rule.eta is None else 1)
 
         self.scaled = scaler is not None
         self.contributions = SemiImplicitContributions(self, step, scaler)
@@ -257,17 +264,3 @@ class SemiImplicitAttached(Attached):
             if name not in known:
                 raise UnknownNameError("setting that can change while the rule is attached", name, known)
         self.rule = replace(self.rule, **settings)
-
-    def remove(self) -> None:
-        """Give the model its own backward again; a second call does nothing."""
-        super().remove()
-        self.contributions.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        del state["contributions"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._contribute(None)

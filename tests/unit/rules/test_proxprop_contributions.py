@@ -1,4 +1,4 @@
-"""Solved in the backward pass, a weight's direction is exact for one use per step: anything else is an error that says so."""
+"""Solved in the backward pass, a weight's direction is exact for one use per step; anything else is an error."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from torch import nn
 
 import backpass
 from backpass import BackpassError, NoSiteError, UnknownNameError, list_sites, parse_rule
-from backpass.rules import LinBP, ProxProp, attachments
+from backpass.rules import SIBP, LinBP, ProxProp, attachments
 from support.proximal import EXACT, directions, relative
 
 
@@ -145,25 +145,24 @@ def test_functional_calls_are_sites_too():
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
-def test_layers_that_hide_their_weights_are_refused_by_name(layer, inputs, name):
-    with ProxProp().attach(layer), pytest.raises(BackpassError, match=name):
-        layer(*inputs)
-
-
-def test_a_hidden_layer_can_be_left_out():
-    class Attention(nn.Module):
+@pytest.mark.parametrize("rule", [ProxProp(), SIBP()], ids=lambda rule: rule.name)
+def test_layers_that_hide_their_weights_are_named(rule, layer, inputs, name):
+    class Beside(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attend, self.out = nn.MultiheadAttention(4, 2), nn.Linear(4, 2)
+            self.hidden, self.reached = layer, nn.Linear(2, 2)
 
-        def forward(self, x):
-            return self.out(self.attend(x, x, x)[0])
+        def forward(self, *inputs):
+            return self.hidden(*inputs), self.reached(torch.randn(3, 2))
 
-    model = Attention()
-    with ProxProp(where=lambda site: site.function != "multi_head_attention_forward").attach(model) as attached:
-        model(torch.randn(3, 1, 4)).sum().backward()
-    assert [site.module for site in attached.sites] == ["out"]
-    assert model.attend.in_proj_weight.grad is not None
+    model = Beside()
+    with rule.attach(model) as attached:
+        with pytest.warns(UserWarning, match=name):
+            model(*inputs)
+        assert name in str(attached.unreachable["hidden"])
+        assert [site.module for site in attached.sites] == ["reached"]
+    with rule.attach(model, strict=True), pytest.raises(NoSiteError, match=name):
+        model(*inputs)
 
 
 @pytest.mark.parametrize("setting", ["sparse", "scale_grad_by_freq"])

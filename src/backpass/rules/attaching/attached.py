@@ -23,7 +23,7 @@ from backpass.rules.attaching import hooks
 from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.module_calls import FUSED, ModuleCalls, pop_interceptions
 from backpass.rules.attaching.override import BackwardOverride
-from backpass.rules.attaching.run import Plan, Run
+from backpass.rules.attaching.run import Plan, Run, SiteCall
 from backpass.rules.attaching.wrappers import named_modules, out_of_reach, unwrap
 from backpass.rules.sites import SiteTable
 from backpass.rules.torch_internals import constant_while_tracing
@@ -65,7 +65,9 @@ class Attached:
             modules = [(path, one) for path, one in named_modules(model) if type(one) not in rule.skipped or not path]
             self._hooked = [ref(module) for _, module in modules]
             for path, module in modules:
-                calls = ModuleCalls(self, path, rule.compositions and _may_be_activation(module), isinstance(module, FUSED))
+                calls = ModuleCalls(
+                    self, path, rule.compositions and _may_be_activation(module), isinstance(module, FUSED)
+                )
                 with_kwargs = not path or calls.fused
                 hooks.insert(module, self._identifier, calls.enter, calls.leave, with_kwargs=with_kwargs)
             self._report(beyond)
@@ -73,7 +75,7 @@ class Attached:
 
     def _forget_calls(self) -> None:
         self._last: Run | Plan | None = None
-        self._plans: dict[bool, Plan] = {}
+        self._plans: dict[tuple[bool, bool], Plan] = {}
         self._served = ""
         self._aside: dict[int, tuple[str, list[Any]]] = {}
         self._training = False
@@ -180,7 +182,7 @@ class Attached:
             return self._begin_again(path)
         # If this call turns out to run compiled code, its sites are looked for before that is made.
         self._training, self._arguments = module.training, (args, kwargs)
-        return self.interception(self, Run(self.rule, self._plans.get(module.training)))
+        return self.interception(self, Run(self.rule, self._plans.get((module.training, torch.is_grad_enabled()))))
 
     @constant_while_tracing
     def prepare(self, training: bool, /, *args: Any, **kwargs: Any) -> None:
@@ -217,10 +219,10 @@ class Attached:
 
     def _plan(self) -> Plan:
         """Return the plan of the running call, by an eager call of the model if there is none yet."""
-        if self._training not in self._plans:
+        if (self._training, True) not in self._plans:
             torch_internals.show_to_modes(self.rule.functions)
             self.learn(*self._arguments[0], **self._arguments[1])
-        return self._plans[self._training]
+        return self._plans[self._training, True]
 
     def end(self, mode: Interception, output: Any) -> None:
         """Take note of a call that ended; ``output`` is None after an exception."""
@@ -244,7 +246,7 @@ class Attached:
         self._served = ""
         self._last = run
         if run.plan is None:
-            self._plans[training] = Plan(run)
+            self._plans[training, torch.is_grad_enabled()] = Plan(run)
             self._report(run.unreachable)
 
     def is_aside(self) -> bool:
@@ -298,7 +300,7 @@ class Attached:
         return self.interception(self, run, {site.key: site for site in run.sites})
 
     def _last_call(self) -> Run | Plan | None:
-        return self._plans.get(self._served == "train") if self._served else self._last
+        return self._plans.get((self._served == "train", True)) if self._served else self._last
 
     def _report(self, unreachable: dict[str, list[str]]) -> None:
         for path, reasons in unreachable.items():

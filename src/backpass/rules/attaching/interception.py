@@ -144,9 +144,7 @@ class Interception(TorchFunctionMode):
                 other.delegate = site
         return out
 
-    def replace(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
-    ) -> Any:
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
         """Call a function with the rule's backward.
 
         Args:

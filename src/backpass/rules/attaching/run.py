@@ -38,7 +38,21 @@ class SiteCall:
         delegate: the site of a rule further in that may act in the place of this one.
     """
 
-    __slots__ = ("counted", "delegate", "excluded", "fixed", "function", "hooked", "kernel", "key", "module", "node", "run", "selected", "shape")
+    __slots__ = (
+        "counted",
+        "delegate",
+        "excluded",
+        "fixed",
+        "function",
+        "hooked",
+        "kernel",
+        "key",
+        "module",
+        "node",
+        "run",
+        "selected",
+        "shape",
+    )
 
     def __init__(self, run: Run, key: str, module: str, function: str, shape: tuple[int, ...]) -> None:
         self.run = run

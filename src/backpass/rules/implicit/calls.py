@@ -13,9 +13,9 @@ from torch.compiler import is_dynamo_compiling
 from backpass.errors import BackpassError
 from backpass.rules.implicit.uses import COMPUTED
 
-__all__ = ["LINEAR", "NORMALIZATIONS", "OPAQUE", "PRODUCTS", "LinearCall", "linear_call", "product_call"]
+__all__ = ["LINEAR", "NORMALIZATIONS", "OPAQUE", "PRODUCTS", "LinearCall", "learns", "linear_call", "product_call"]
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 _CONVOLUTIONS = {getattr(F, f"conv{dims}d"): f"conv{dims}d" for dims in (1, 2, 3)}
 _TRANSPOSED = {getattr(F, f"conv_transpose{dims}d"): f"conv_transpose{dims}d" for dims in (1, 2, 3)}
@@ -159,11 +159,25 @@ def product_call(
             operands = list(operands[0])
         at = weight_of(*operands) if isinstance(equation, str) and len(operands) == 2 else None
         return None if at is None else _einsum(equation, operands[1 - at], operands[at], at)
-    first, second = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
+    first, second = (*args, *kwargs.values())[:2]
     if func is getattr(Tensor, "__rmatmul__", None):
         first, second = second, first
     at = weight_of(first, second)
     return None if at is None else _matmul(first, second, at)
+
+
+def learns(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    product: LinearCall | BackpassError | None,
+) -> bool:
+    """Return whether weight or bias of a call requires a gradient; ``product`` is the call if it is a product."""
+    if func in PRODUCTS:
+        return not isinstance(product, LinearCall) or product.learns
+    name = LINEAR.get(func) or NORMALIZATIONS[func]
+    given = _settings(name.rstrip("123d") if name.startswith("conv") else name, args, kwargs)
+    return any(p is not None and p.requires_grad for p in (given["weight"], given.get("bias")))
 
 
 def _matmul(first: Tensor, second: Tensor, at: int) -> LinearCall:
@@ -171,7 +185,7 @@ def _matmul(first: Tensor, second: Tensor, at: int) -> LinearCall:
     if at == 1 and weight.dim() == 2:
         parent = _transposed_parent(weight)
         if parent is None:
-            return _checked(LinearCall(x, weight, None, aten.matmul, (), "Linear 1"))
+            return _checked(LinearCall(x, weight, None, _product, (1,), "Linear 1"))
         return _checked(LinearCall(x, parent, None, _matmul_of_transposed, (), "Linear 0"))
     # Letters from the end of the alphabet for leading dimensions, which broadcast.
     a, b = first.dim(), second.dim()
@@ -181,22 +195,22 @@ def _matmul(first: Tensor, second: Tensor, at: int) -> LinearCall:
     z = max(left[:-2], right[:-2], key=len) + ("n" if a > 1 else "") + ("o" if b > 1 else "")
     if any(m != n and 1 in (m, n) for m, n in zip(first.shape[-3::-1], second.shape[-3::-1], strict=False)):
         raise BackpassError(
-            f"a matrix product with a parameter of shape {tuple(weight.shape)} that broadcasts over dimensions of size 1 "
-            "is no layer with a proximal step: expand the parameter away, or leave the call out by `where`."
+            f"a matrix product with a parameter of shape {tuple(weight.shape)} that broadcasts over dimensions of size "
+            "1 is no layer with a proximal step: expand the parameter away, or leave the call out by `where`."
         )
     equation = f"{left},{right}->{z}" if at == 1 else f"{right},{left}->{z}"
     return _checked(LinearCall(x, weight, None, _product, (at,), f"Einsum {equation}"))
 
 
-def _product(x: Tensor, weight: Tensor, bias: None, at: int) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: None, at: int) -> Any:
     return aten.matmul(x, weight) if at else aten.matmul(weight, x)
 
 
-def _matmul_of_transposed(x: Tensor, weight: Tensor, bias: None) -> Tensor:
+def _matmul_of_transposed(x: Tensor, weight: Tensor, bias: None) -> Any:
     return aten.matmul(x, weight.t())
 
 
-def _linear_of_transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_of_transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     return aten.linear(x, weight.t(), bias)
 
 
@@ -215,7 +229,7 @@ def _addmm(given: dict[str, Any], weight_of: Callable[..., int | None]) -> Linea
     return _checked(LinearCall(first, second, added, _biased_product, (), "Linear 1"))
 
 
-def _biased_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _biased_product(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
     return aten.addmm(bias, x, weight)
 
 
@@ -239,7 +253,7 @@ def _einsum(equation: str, x: Tensor, weight: Tensor, at: int) -> LinearCall:
     return _checked(LinearCall(x, weight, None, _einsum_value, (equation, at), f"Einsum {of_x},{of_w}->{z}"))
 
 
-def _einsum_value(x: Tensor, weight: Tensor, bias: None, equation: str, at: int) -> Tensor:
+def _einsum_value(x: Tensor, weight: Tensor, bias: None, equation: str, at: int) -> Any:
     operands = (x, weight) if at else (weight, x)
     return aten.einsum(equation.replace(" ", ""), operands)
 
@@ -260,7 +274,7 @@ def _embedding(given: dict[str, Any]) -> LinearCall:
     return _checked(LinearCall(x, weight, None, _embed, (padding,), f"Embedding {padding}"))
 
 
-def _embed(x: Tensor, weight: Tensor, bias: None, padding: int) -> Tensor:
+def _embed(x: Tensor, weight: Tensor, bias: None, padding: int) -> Any:
     return aten.embedding(weight, x, padding)
 
 
@@ -327,8 +341,9 @@ def _transposed_parent(weight: Tensor) -> Tensor | None:
     if is_dynamo_compiling() or weight.is_leaf or weight.dim() != 2:
         return None
     parent = weight._base
-    same = parent is not None and parent.is_leaf and weight.stride() == parent.stride()[::-1]
-    return parent if same and weight.shape == parent.shape[::-1] and weight.numel() == parent.numel() else None
+    if parent is None or not parent.is_leaf or weight.stride() != parent.stride()[::-1]:
+        return None
+    return parent if weight.shape == parent.shape[::-1] else None
 
 
 def _checked(call: LinearCall) -> LinearCall:

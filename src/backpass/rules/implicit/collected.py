@@ -9,7 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from backpass.errors import BackpassError
-from backpass.rules.implicit.direction import ProximalStep, Rows, from_gradient, from_rows, gram
+from backpass.rules.implicit.direction import ProximalStep, Rows, from_gradient, from_rows, gram, samples
 from backpass.rules.implicit.layers import Gradients
 from backpass.rules.implicit.systems import column_gram
 from backpass.rules.implicit.uses import Named, Use
@@ -80,14 +80,14 @@ class Collected:
             )
         self.last_pass = now
         self.count += layer.count(use.x)
-        self.samples += len(use.x)
-        if self._keep_rows and self.has_rows and layer.has_rows and self.wants[0]:
-            if self.count <= layer.columns(self.wants[1]):
-                rows = layer.rows(use.x)
-                if use.borrowed and rows.data_ptr() == use.x.data_ptr():
-                    rows = rows.clone()
-                self._rows.append((rows, layer.output_rows(use.grad), rows._version))
-                return
+        self.samples += samples(use.x)
+        few = self.count <= layer.columns(self.wants[1]) and layer.has_rows and self.wants[0]
+        if few and self._keep_rows and self.has_rows:
+            rows = layer.rows(use.x)
+            if use.borrowed and rows.data_ptr() == use.x.data_ptr():
+                rows = rows.clone()
+            self._rows.append((rows, layer.output_rows(use.grad), rows._version))
+            return
         x = use.x.to(self._dtype) if use.x.is_floating_point() else use.x
         more = gram(layer, x, self.wants, self._step, self._dtype)
         self.to_gram()
@@ -100,7 +100,7 @@ class Collected:
             self._rows = []
             parts = self.layer.parts(self._step.max_side)
             if parts > 1:
-                a = a.unflatten(-1, (parts, -1)).transpose(1, 2).flatten(0, 1)
+                a = a.reshape(*a.shape[:2], parts, -1).transpose(1, 2).flatten(0, 1)
             self.gram = column_gram(a, self.wants[1] and parts == 1)
 
     def rows(self) -> Rows:

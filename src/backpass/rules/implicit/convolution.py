@@ -1,4 +1,4 @@
-# ruff: noqa: D102  the methods' docstrings stand at LinearLayer
+# ruff: noqa: D102  the methods' docstrings are at LinearLayer
 """Convolutions as linear layers: each row of A is the patch of the input that one output position sees."""
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from backpass.rules.implicit.layers import Gradients, LinearLayer, Product
 from backpass.rules.implicit.systems import conjugate_gradients, row_gram, solve
 
-__all__ = ["ProximalStep", "Rows", "direction", "from_gradient", "from_rows", "solve_dtype"]
+__all__ = ["ProximalStep", "Rows", "direction", "from_gradient", "from_rows", "gram", "samples", "solve_dtype"]
 
 # Below this ratio of the smallest to the largest squared pivot of the Cholesky factor a system is computed anew in
 # float64. The relative error in float32 is at most near 1e-7 over that ratio, where rows repeat each other, and much
@@ -50,7 +50,7 @@ class ProximalStep:
         """Whether Gram matrices of convolutions are exact at the border."""
         return self.solver != "toeplitz"
 
-    def added(self, count: int, samples: int, columns: int = 0) -> Callable[[Tensor], Tensor | float]:
+    def added(self, count: float, samples: float, columns: int = 0) -> Callable[[Tensor], Tensor | float]:
         """What is added to the diagonal of a Gram matrix: A^T A, or A A^T if ``columns`` of A are given."""
         if self.damping != "relative":
             number = {"sum": 1, "mean": count, "sample_mean": samples}[self.damping] / self.tau
@@ -63,7 +63,7 @@ class ProximalStep:
 
         return relative
 
-    def scale(self, count: int, samples: int, added: Tensor | float) -> Tensor | float:
+    def scale(self, count: float, samples: float, added: Tensor | float) -> Tensor | float:
         """The number c with D = c (A^T A + added I)^{-1} A^T g."""
         return {"sum": 1.0, "mean": float(count), "sample_mean": float(samples), "relative": added}[self.damping]
 
@@ -88,6 +88,11 @@ def solve_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def samples(x: Tensor) -> int:
+    """Number of samples in a layer's input."""
+    return x.shape[0] if x.dim() > 1 else 1
+
+
 def direction(layer: LinearLayer, x: Tensor, grad: Tensor, wants: tuple[bool, bool], step: ProximalStep) -> Gradients:
     """D for weight and bias of one use of a layer, on the cheaper side.
 
@@ -106,13 +111,13 @@ def direction(layer: LinearLayer, x: Tensor, grad: Tensor, wants: tuple[bool, bo
     """
     count = layer.count(x)
     if layer.has_rows and wants[0] and count <= layer.columns(wants[1]):
-        return from_rows(layer, Rows(layer.rows(x), layer.output_rows(grad), len(x)), wants[1], step)
+        return from_rows(layer, Rows(layer.rows(x), layer.output_rows(grad), samples(x)), wants[1], step)
 
     def system(dtype: torch.dtype) -> tuple[Tensor, Gradients]:
         inputs = x.to(dtype) if x.is_floating_point() else x
         return gram(layer, inputs, wants, step, dtype), layer.gradients(inputs, grad.to(dtype), *wants)
 
-    return from_gradient(layer, system, wants, (count, len(x)), grad.dtype, step)
+    return from_gradient(layer, system, wants, (count, samples(x)), grad.dtype, step)
 
 
 def gram(layer: LinearLayer, x: Tensor, wants: tuple[bool, bool], step: ProximalStep, dtype: torch.dtype) -> Tensor:
@@ -209,7 +214,7 @@ def as_matrix(layer: LinearLayer, gradients: Gradients, side: int) -> Tensor:
     matrix = layer.matrix(weight)
     columns = matrix.shape[-1]
     if side < columns:
-        return matrix.unflatten(-1, (-1, side)).transpose(1, 2).flatten(0, 1).mT
+        return matrix.reshape(len(matrix), -1, columns // side, side).transpose(1, 2).flatten(0, 1).mT
     if side > columns and bias is not None:
         matrix = torch.cat([matrix, layer.bias_matrix(bias)], -1)
     return matrix.mT
@@ -222,7 +227,8 @@ def as_gradients(layer: LinearLayer, solution: Tensor, wants: tuple[bool, bool])
         return None, matrix.flatten()
     columns, side = layer.columns(False), matrix.shape[-1]
     if side < columns:
-        return layer.weight(matrix.unflatten(0, (-1, columns // side)).transpose(1, 2).flatten(2)), None
+        pieces = matrix.reshape(-1, columns // side, *matrix.shape[1:])
+        return layer.weight(pieces.transpose(1, 2).flatten(2)), None
     return layer.weight(matrix[..., :columns]), matrix[..., -1].flatten() if side > columns else None
 
 

@@ -9,26 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
-from backpass.rules.attaching.attached import attachments
-from backpass.rules.attaching.interception import Interception
+from backpass.rules import torch_internals
+from backpass.rules.attaching.attached import Attached
+from backpass.rules.attaching.interception import Interception, choose
 from backpass.rules.attaching.override import BackwardOverride, TorchFunction
-from backpass.rules.implicit.calls import OPAQUE, PRODUCTS, LinearCall, linear_call, product_call
-from backpass.rules.torch_internals import constant_while_tracing
+from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.wrappers import unwrap
+from backpass.rules.implicit.calls import PRODUCTS, LinearCall, learns, linear_call, product_call
+from backpass.rules.implicit.uses import Contributions
 
-__all__ = ["LayerInterception", "is_functional", "refuse_model"]
-
-
-@constant_while_tracing
-def is_functional() -> bool:
-    """Whether ``torch.func`` takes the gradients."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+__all__ = ["LayerAttached", "LayerInterception"]
 
 
-def refuse_model(rule: BackwardOverride, model: nn.Module) -> None:
-    """Refuse a model to which a rule with implicit steps cannot be attached.
+def _refuse_sharded(rule: BackwardOverride, model: nn.Module) -> None:
+    """Refuse a model whose parameters no process has as a whole.
 
     Raises:
-        BackpassError: an equal rule is attached, or the parameters are sharded.
+        BackpassError: the parameters are sharded.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp is not None else ()
@@ -38,29 +35,61 @@ def refuse_model(rule: BackwardOverride, model: nn.Module) -> None:
     )
     if sharded:
         raise BackpassError(
-            f"the parameters of this model are sharded (FSDP or tensor parallel), and {type(rule).__name__} solves with "
-            "whole weight matrices, which no process has: use DistributedDataParallel with "
+            f"the parameters of this model are sharded (FSDP or tensor parallel), and {type(rule).__name__} solves "
+            "with whole weight matrices, which no process has: use DistributedDataParallel with "
             'ProxProp(solve="step").attach(model, optimizer=optimizer).'
         )
-    if any(attached.rule == rule for attached in attachments(model)):
-        raise BackpassError(f"{rule} is attached to this model already: remove it first, or do not attach it again.")
+
+
+class LayerAttached(Attached):
+    """A rule with implicit steps in force on a model.
+
+    Attributes:
+        contributions: what the weights' uses contribute.
+        excluded: keys of layers in which nothing learns.
+    """
+
+    contributions: Contributions
+
+    def __init__(self, rule: BackwardOverride, model: nn.Module, strict: bool) -> None:
+        _refuse_sharded(rule, unwrap(model))
+        self.excluded: set[str] = set()
+        super().__init__(rule, model, strict=strict)
+
+    def remove(self) -> None:
+        """Give the model its own backward again, and the optimizer its own step; a second call does nothing."""
+        super().remove()
+        self.contributions.remove()
+
+    def contribute(self) -> None:
+        """Make `contributions` anew, for a copy of the model."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["contributions"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.contribute()
 
 
 class LayerInterception(Interception):
     """An interception of calls that are linear in a weight."""
 
+    attached: LayerAttached
     _product: LinearCall | BackpassError | None = None
 
     def __torch_function__(
         self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.rule.functions or not self.is_site(func, args, kwargs):
-            return func(*args, **kwargs)
+        if func in self.rule.functions and not self.is_site(func, args, kwargs or {}):
+            return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
     def is_site(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call of one of the rule's functions is a layer: matrix products are with one parameter."""
+        """Return whether a call of one of the rule's functions is a layer: products are with one parameter."""
         if func not in PRODUCTS:
             return True
         try:
@@ -72,29 +101,82 @@ class LayerInterception(Interception):
     def _is_parameter(self, tensor: Tensor) -> bool:
         if isinstance(tensor, nn.Parameter):
             return True
-        if not is_functional():
+        if not torch_internals.transforms():
             return False
         try:
-            module = self.attached.model.get_submodule(self.running[-1].path)  # type: ignore[attr-defined]
+            module = self.attached.model.get_submodule(self.running[-1].path)
         except AttributeError:
             return False
         return any(tensor is p for p in module._parameters.values())
 
-    def layer(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearCall | None:
-        """The call as a layer with something to learn, or None, and then the rule does not act on it.
+    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a layer; where nothing in it learns, the rule does not act."""
+        excluded = self.attached.excluded
+        if not learns(func, args, kwargs, self._product):
+            excluded.add(site.key)
+            site.excluded, site.selected, site.fixed = True, False, True
+            return func(*args, **kwargs)
+        if site.key in excluded:  # the plan knows it as frozen
+            excluded.discard(site.key)
+            self.run.plan, site.selected = None, site.selected if site.fixed else None
+        if site.selected is None and not self.run.relative:
+            self.run.decide_early(site)
+        return super().at(site, func, args, kwargs)
+
+    def replace(
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+    ) -> Any:
+        """Call a layer with the rule's backward."""
+        try:
+            layer = self._layer(func, args, kwargs)
+        except BackpassError as error:
+            if site is None or (site.selected and site.fixed):
+                raise
+            return self._refuse_if_active(func(*args, **kwargs), site, error)
+        if layer is None:
+            return func(*args, **kwargs)
+        outer = [mode for mode in torch_internals.function_modes() if isinstance(mode, Interception)]
+        if site is not None and any(func in mode.rule.functions for mode in outer):
+            plain = func(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                replaced = self.node(layer, func, args, kwargs, None)
+            return choose(plain, replaced, site)
+        return self.node(layer, func, args, kwargs, site)
+
+    def node(
+        self,
+        layer: LinearCall,
+        func: TorchFunction,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        site: SiteCall | None,
+    ) -> Any:
+        """Return the value of a layer with the rule's backward."""
+        raise NotImplementedError
+
+    def check_layer(self, layer: LinearCall) -> None:
+        """Refuse a layer.
 
         Raises:
-            BackpassError: the layer is out of reach, or has no implicit step.
+            BackpassError: as the rule says.
         """
-        if func in OPAQUE:
-            raise BackpassError(
-                f"{OPAQUE[func]!r} in module {self.running[-1].path or '(model)'!r} computes its linear layers out of "
-                f"sight, so {type(self.rule).__name__} cannot act on them. Leave it plain by "
-                f"where=lambda site: site.function != {OPAQUE[func]!r}, or write it with nn.Linear."
-            )
+
+    def _layer(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearCall | None:
+        """Return the call as a layer with something to learn, or None."""
         call = self._product if func in PRODUCTS else linear_call(func, args, kwargs)
         if isinstance(call, BackpassError):
             raise call
         if call is None or not call.learns:
             return None
+        self.check_layer(call)
         return call
+
+    @staticmethod
+    def _refuse_if_active(out: Any, site: SiteCall, error: BackpassError) -> Any:
+        def refuse(grad: Tensor) -> None:
+            if site.active():
+                raise error
+
+        if isinstance(out, Tensor) and out.requires_grad:
+            out.register_hook(refuse)  # type: ignore[no-untyped-call]
+        return out

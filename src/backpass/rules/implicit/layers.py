@@ -1,3 +1,4 @@
+# ruff: noqa: D102  the methods' docstrings are at LinearLayer
 """Layers that are linear in their weights: their rows, Gram matrices and gradients.
 
 Each is Z = A Theta in independent blocks. A (blocks, rows, columns) has one row per use of the weights, Theta is the

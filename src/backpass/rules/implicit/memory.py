@@ -35,6 +35,7 @@ class _Layer:
         due: age at which M is next refreshed.
         age: number of steps.
         inverse: (M + lambda I)^{-1}, times the scale of the direction; None until it is needed.
+        of_bias: the same number for a bias alone.
     """
 
     text: str
@@ -45,6 +46,7 @@ class _Layer:
     due: int
     age: int = 0
     inverse: Tensor | None = None
+    of_bias: Tensor | float = 1.0
 
 
 class Memory:
@@ -108,10 +110,10 @@ class Memory:
         if weight is None or side < columns or len(inverse) > 1 or layer.blocks > 1:
             right = as_matrix(layer, plain, side).to(inverse.dtype)
             weight, found = as_gradients(layer, inverse @ right, (weight is not None, bias is not None))
-            return weight, bias if found is None else found  # in pieces the bias keeps its gradient
+            return weight, bias * one.of_bias if found is None and bias is not None else found
         matrix = layer.matrix(weight)[0].to(inverse.dtype)
         if bias is None or side == columns:
-            return layer.weight((matrix @ inverse[0]).unsqueeze(0)), bias
+            return layer.weight((matrix @ inverse[0]).unsqueeze(0)), None
         last = inverse[0, -1]
         bias = bias.to(inverse.dtype)
         of_weight = torch.mm(matrix, inverse[0, :-1, :-1]).addr_(bias, last[:-1])
@@ -124,7 +126,9 @@ class Memory:
             return one.mean.to(dtype, copy=True), None
 
         inverse, damping = solve(system, added, one.mean.dtype, _FLOOR)
-        return (inverse * self.step.scale(1, one.samples, damping)).to(one.mean.dtype)
+        scale = self.step.scale(1, one.samples, damping)
+        one.of_bias = scale / (1 + damping)
+        return (inverse * scale).to(one.mean.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and the turns; inverses follow from them."""
@@ -138,7 +142,8 @@ class Memory:
     @staticmethod
     def pays(layer: LinearLayer, wants: tuple[bool, bool], rows: int, few: bool, refresh: int) -> bool:
         """Whether memory costs fewer multiplications in a step than the exact step."""
-        d, o = layer.columns(wants[1]), layer.shape and torch.Size(layer.shape).numel() // max(layer.columns(False), 1)
+        d, weights = layer.columns(wants[1]), torch.Size(layer.shape).numel()
+        o = weights // layer.columns(False)
         build = rows * d**2 + d**3
         exact = 2 * rows**2 * (d + o) + rows**3 / 3 if few else build + 2 * d**2 * o
         return 2 * d**2 * o + build / refresh < exact

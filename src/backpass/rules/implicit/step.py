@@ -149,16 +149,16 @@ class AtStep(Contributions):
         for one, tensor, want in zip(named, (use.weight, use.bias), use.wants[1:], strict=True):
             if want and tensor is not None and (one is None or use.functional or tensor.shape != one.parameter.shape):
                 raise BackpassError(
-                    f'solve="step" solves in the optimizer\'s step, and {self.describe(tensor)} is no parameter that it '
-                    "would reach: gradients are taken by torch.func, or it is a part of a parameter, or computed from "
-                    f'one. {COMPUTED} Or use solve="backward".'
+                    f'solve="step" solves in the optimizer\'s step, and {self.describe(tensor)} is no parameter that '
+                    "it would reach: gradients are taken by torch.func, or it is a part of a parameter, or computed "
+                    f'from one. {COMPUTED} Or use solve="backward".'
                 )
             held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
             if one is not None and not any(one.parameter is p for p in held):
                 raise BackpassError(
                     'solve="step" solves in the step of the optimizer it was attached with, which does not have '
-                    f"{one.name!r}: attach with the optimizers that do, optimizer=[first, second]; to a copy of a model "
-                    "attach the rule anew."
+                    f"{one.name!r}: attach with the optimizers that do, optimizer=[first, second]; to a copy of a "
+                    "model attach the rule anew."
                 )
         return named[0], named[1]
 
@@ -237,7 +237,7 @@ class AtStep(Contributions):
 
     def _is_written(self, gradient: Tensor) -> bool:
         """Whether a gradient is a direction already: of a step without a backward pass before, or of two optimizers."""
-        return self._written.get(gradient) == gradient._version
+        return gradient in self._written and bool(self._written[gradient] == gradient._version)
 
     def _save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         assert self.memory is not None  # noqa: S101  the hook is there with it

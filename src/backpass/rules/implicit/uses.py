@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from backpass.errors import BackpassError
 from backpass.rules.attaching.attached import Attached
+from backpass.rules.attaching.run import SiteCall
 from backpass.rules.implicit.convolution import Convolution
 from backpass.rules.implicit.layers import Affine, Einsum, Embedding, Linear, LinearLayer, Sizes
 
@@ -123,7 +124,7 @@ class Contributions(ABC):
     def watch(self) -> None:
         """Refuse gradients of graphs that were built before the rule was attached."""
         self._early = [
-            parameter.register_post_accumulate_grad_hook(self._refuse_early)
+            parameter.register_post_accumulate_grad_hook(self._refuse_early)  # type: ignore[no-untyped-call]
             for _, parameter in self.named_parameters()
             if parameter.is_leaf and parameter.requires_grad
         ]
@@ -185,8 +186,10 @@ class Contributions(ABC):
         leaf = named.parameter if named else learning
         if named is None and not (leaf.is_leaf and leaf.requires_grad):
             raise BackpassError(f"{self.describe(learning)} is computed from other parameters. {COMPUTED}")
-        now, begin = torch._C._current_graph_task_id(), learning.storage_offset()
-        length = 1 + sum((size - 1) * stride for size, stride in zip(learning.shape, learning.stride(), strict=True))
+        now, begin = torch._C._current_graph_task_id(), int(learning.storage_offset())
+        length = 1 + sum(
+            int((size - 1) * stride) for size, stride in zip(learning.shape, learning.stride(), strict=True)
+        )
         task, before = self._last.get(id(leaf), (-1, []))
         before = before if task == now and now >= 0 else []
         twice = any(begin < stop and start < begin + length for start, stop in before)
@@ -224,12 +227,14 @@ class Call(NamedTuple):
         activation: the activation that follows.
         functional: whether ``torch.func`` takes the gradients.
         key: of the contributions.
+        site: asked in the backward pass whether the rule acts; None: it does.
     """
 
     text: str
     activation: Activation
     functional: bool
     key: str
+    site: SiteCall | None = None
 
 
 _BY_KEY: WeakValueDictionary[str, Contributions] = WeakValueDictionary()
@@ -343,10 +348,15 @@ class _ImplicitLayer(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         x, weight, bias, z = ctx.saved_tensors
-        text, activation, functional, _ = ctx.call
-        if functional or torch.compiler.is_compiling():
-            return _under_transforms(ctx, grad)  # type: ignore[no-any-return]
+        text, activation, functional, _, site = ctx.call
         needs = ctx.needs_input_grad
+        if site is not None and not site.active():
+            layer = layer_of(text, tuple(weight.shape))
+            of_x = layer.input_gradient(x, grad, weight.to(grad.dtype)).to(x.dtype) if needs[0] else None
+            x = x.to(grad.dtype) if x.is_floating_point() else x
+            return of_x, *layer.gradients(x, grad, needs[1], bias is not None and needs[2]), *[None] * 4
+        if functional or torch.compiler.is_compiling():
+            return _under_transforms(ctx, grad)
         wants = (bool(needs[0]), bool(needs[1]), bias is not None and bool(needs[2]))
         if torch.is_grad_enabled():
             raise BackpassError(
@@ -361,7 +371,7 @@ class _ImplicitLayer(torch.autograd.Function):
 @once_differentiable
 def _under_transforms(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, z = ctx.saved_tensors
-    text, activation, functional, key = ctx.call
+    text, activation, functional, key, _ = ctx.call
     needs = ctx.needs_input_grad
     wants = [bool(needs[0]), bool(needs[1]), bias is not None and bool(needs[2])]
     how = [functional, torch.compiler.is_compiling() or not needs[0]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backpass.errors import BackpassError
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.implicit.direction import solve_dtype
+from backpass.rules.implicit.direction import samples, solve_dtype
 from backpass.rules.implicit.layers import Gradients
 from backpass.rules.implicit.systems import NotFiniteError
 from backpass.rules.implicit.uses import Contributions, Found, Use
@@ -73,11 +73,11 @@ class SemiImplicitContributions(Contributions):
                 return grad.new_full(use.x.shape, math.nan), grad.new_full(weight.shape, math.nan), None
             system = unit_system(layer, x, use.wants[1:], step.ratio, direct=s is None)
             curved = None
-            if s is not None and use.z is not None:
+            if s is not None and use.z is not None and weighting is not None:
                 curved = Curved(s, system.arrange(use.z.to(dtype)), system.arrange(grad))
                 weighting = system.arrange(weighting)
             # For a loss that is a sum, -eta D g is -length * of_z.
-            length = step.eta / scale * (len(x) if step.reduction == "mean" and x.dim() > 1 else 1)
+            length = step.eta / scale * (samples(x) if step.reduction == "mean" else 1)
             try:
                 found = increment(system, system.arrange(of_z), weighting, curved, length, step)
             except NotFiniteError:
@@ -114,8 +114,8 @@ class SemiImplicitContributions(Contributions):
             size = max(longest, float(torch.linalg.vector_norm(learning.detach())))
             if length > _JUMP * size:
                 raise DivergedError(
-                    f"the semi-implicit step of the layer of {named.name!r} is {length / size:.1e} times as long as its "
-                    f"weights and as every step before, {_advice(eta)}"
+                    f"the semi-implicit step of the layer of {named.name!r} is {length / size:.1e} times as long as "
+                    f"its weights and as every step before, {_advice(eta)}"
                 )
         self._longest[named.name] = max(length, longest)
 

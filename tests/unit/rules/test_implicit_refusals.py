@@ -1,0 +1,234 @@
+"""Weights and calls for which an implicit step is not exact: refused by name, or the exact step of the parameter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from backpass import SIBP, BackpassError, ProxProp
+from backpass.rules import Rule
+from support.proximal import relative
+
+RULES = (ProxProp(tau=0.5), SIBP(eta=0.1))
+both = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+
+
+def spectral(layer: nn.Module) -> nn.Module:
+    return nn.utils.spectral_norm(layer)
+
+
+class Merged(nn.Module):
+    """A frozen weight with a low-rank adapter merged into it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = layer.weight.requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.a @ self.b)
+
+
+COMPUTED = {
+    "weight_norm": parametrizations.weight_norm,
+    "old weight_norm": nn.utils.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "old spectral_norm": spectral,
+    "orthogonal": parametrizations.orthogonal,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.3),
+    "merged": Merged,
+}
+
+
+@both
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_computed_from_parameters(rule: Rule, name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), COMPUTED[name](nn.Linear(3, 4)))
+    with rule.attach(model), pytest.raises(BackpassError, match="computed from other parameters"):
+        model(torch.randn(5, 3)).sum().backward()
+
+
+def test_a_tied_autoencoder() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.tanh(F.linear(x, self.weight)), self.weight.t())
+
+    model, x = Tied(), torch.randn(5, 3)
+    for rule in RULES:
+        with rule.attach(model), pytest.raises(BackpassError, match=r"'weight' is used twice"):
+            model(x).sum().backward()
+        model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with ProxProp(solve="step").attach(model, optimizer), pytest.raises(BackpassError, match="transposed"):
+        model(x).sum().backward()
+
+
+@both
+def test_two_parts_of_one_parameter_are_two_layers_unless_they_overlap(rule: Rule) -> None:
+    class Parts(nn.Module):
+        def __init__(self, second: slice) -> None:
+            super().__init__()
+            self.weight, self.second = nn.Parameter(torch.randn(6, 4).double()), second
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight[:3]) + F.linear(x.flip(0), self.weight[self.second])
+
+    torch.manual_seed(0)
+    model, x = Parts(slice(3, 6)), torch.randn(5, 4).double()
+    first, second = (nn.Linear(4, 3, bias=False).double() for _ in range(2))
+    g = torch.randn(5, 3).double()
+    with torch.no_grad():
+        first.weight.copy_(model.weight[:3])
+        second.weight.copy_(model.weight[3:])
+    with rule.attach(model):
+        (model(x) * g).sum().backward()
+    for layer, inputs, part in ((first, x, slice(0, 3)), (second, x.flip(0), slice(3, 6))):
+        with rule.attach(layer):
+            (layer(inputs) * g).sum().backward()
+        assert relative(model.weight.grad[part], layer.weight.grad) < 1e-12
+    overlapping = Parts(slice(2, 5))
+    with rule.attach(overlapping), pytest.raises(BackpassError, match="used twice"):
+        overlapping(x).sum().backward()
+
+
+@both
+def test_complex_weights(rule: Rule) -> None:
+    model = nn.Linear(3, 2).to(torch.complex64)
+    with rule.attach(model), pytest.raises(BackpassError, match=r"real weights, got torch\.complex64"):
+        model(torch.randn(4, 3, dtype=torch.complex64))
+
+
+@both
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(3, 2), (0, 3)),
+        (nn.Linear(3, 2), (4, 0, 3)),
+        (nn.Conv2d(2, 3, 3), (0, 2, 5, 5)),
+        (nn.ConvTranspose1d(2, 3, 3), (0, 2, 5)),
+    ],
+)
+def test_an_empty_batch_has_the_step_zero(rule: Rule, layer: nn.Module, shape: tuple[int, ...]) -> None:
+    layer.zero_grad()
+    with rule.attach(layer):
+        layer(torch.randn(shape)).sum().backward()
+    assert not layer.weight.grad.any()
+    assert layer.weight.grad.shape == layer.weight.shape
+    assert not layer.bias.grad.any()
+
+
+def test_an_empty_batch_at_the_step() -> None:
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    for batches in ((x[:0],), (x, x[:0])):
+        optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+        optimizer.zero_grad()
+        with ProxProp(tau=0.5, solve="step").attach(layer, optimizer):
+            for one in batches:
+                layer(one).sum().backward()
+            optimizer.step()
+        assert bool(layer.weight.grad.any()) == (len(batches) == 2)
+
+
+@both
+def test_a_rule_attached_between_forward_and_backward(rule: Rule) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    loss = model(torch.randn(5, 3)).sum()
+    with rule.attach(model), pytest.raises(BackpassError, match=r"before the rule was attached.*attach the rule first"):
+        loss.backward()
+    # Afterwards nothing is left behind, and the other order works.
+    model.zero_grad()
+    model(torch.randn(5, 3)).sum().backward()
+    model.zero_grad()
+    with rule.attach(model):
+        model(torch.randn(5, 3)).sum().backward()
+        model.zero_grad()
+        (2 * model[0].weight.sum()).backward()
+
+
+@both
+def test_an_equal_rule_attached_twice(rule: Rule) -> None:
+    model = nn.Linear(3, 2)
+    with rule.attach(model):
+        with pytest.warns(UserWarning, match="in force on this model already"):
+            rule.attach(model).remove()
+        with ProxProp(tau=0.123).attach(model):
+            model(torch.randn(4, 3)).sum().backward()
+    with rule.attach(model):
+        pass
+
+
+@both
+def test_frozen_layers_are_no_sites_of_the_rule(rule: Rule) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    with rule.attach(model) as attached:
+        model(torch.randn(5, 3)).sum().backward()
+    assert [site.module for site in attached.sites] == ["2"]
+    assert model[0].weight.grad is None
+
+
+def test_frozen_layers_do_not_count_in_sibp_s_eta() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+    model[0].requires_grad_(False)
+    found = []
+    for rule in (SIBP(eta=None), SIBP(eta=1.0)):
+        with rule.attach(model):
+            model(x).square().sum().backward()
+        found.append(model[2].weight.grad)
+        model.zero_grad()
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("how", ["loss_scale", "scaler"])
+def test_sibp_knows_the_scale_of_the_loss(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+    with SIBP(eta=2.0).attach(model):
+        model(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    rule = SIBP(eta=2.0, loss_scale=1024.0) if how == "loss_scale" else SIBP(eta=2.0)
+    with rule.attach(model, scaler=scaler if how == "scaler" else None):
+        loss = model(x).square().sum()
+        (scaler.scale(loss) if how == "scaler" else 1024.0 * loss).backward()
+    for p, known in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad / 1024, known, rtol=1e-12, atol=1e-14)
+
+
+def test_sibp_with_a_grad_scaler_in_float16_skips_what_overflows() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(5, 3)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 1.0), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    losses = []
+    with SIBP(eta=0.1).attach(model, scaler=scaler):
+        for _ in range(40):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = F.cross_entropy(model(x), torch.tensor([0, 1, 0, 1, 1]))
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+    assert scaler.get_scale() < 2.0**40
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_sharded_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    model = nn.Sequential(nn.Linear(3, 2))
+
+    class FSDPLinear(fsdp.FSDPModule, nn.Linear):
+        pass
+
+    model[0].__class__ = FSDPLinear
+    for rule in RULES:
+        with pytest.raises(BackpassError, match=r"sharded.*DistributedDataParallel"):
+            rule.attach(model)
