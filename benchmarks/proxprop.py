@@ -17,7 +17,7 @@ METHODS = {
     "plain": None,
     "exact, last layer plain": ProxProp(tau=0.05, stop=-1),
     "exact": ProxProp(tau=0.05),
-    "exact, union=True": ProxProp(tau=0.05, union=True),
+    "exact, at the step": ProxProp(tau=0.05, solve="step"),
     "CG-3": ProxProp(tau=0.05, solver="cg", cg_steps=3),
     "CG-10": ProxProp(tau=0.05, solver="cg", cg_steps=10),
 }
@@ -27,8 +27,8 @@ CONVNET_METHODS = {
     "toeplitz": ProxProp(tau=1.0, stop=-1, solver="toeplitz"),
     "CG-3": ProxProp(tau=1.0, stop=-1, solver="cg", cg_steps=3),
 }
-ASKED = {("MLP", "exact"): 1.35, ("MLP", "exact, union=True"): 1.6}
-NOTES = {("MLP", "exact, union=True"): "it needs a second product with the weights"}
+ASKED = {("MLP", "exact"): 1.35, ("MLP", "exact, at the step"): 1.6}
+NOTES = {("MLP", "exact, at the step"): "it needs a second product with the weights"}
 
 
 def mlp(quick: bool) -> nn.Module:
@@ -53,7 +53,7 @@ def training_step(model: nn.Module, rule: ProxProp | None, x: Tensor, y: Tensor)
     """One step of Nesterov SGD, as in the paper."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.95, nesterov=True)
     if rule is not None:
-        rule.attach(model, optimizer if rule.union else None)
+        rule.attach(model, optimizer if rule.solve == "step" else None)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -44,6 +44,10 @@ class Rate:
         """95 %, Wilson."""
         return wilson(self.hits, self.trials)
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.1%} [{low:.1%}, {high:.1%}]" if self.trials else "of no sample"
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON; null for NaN."""
         value = self.value if self.trials else None
@@ -68,6 +72,9 @@ class AttackRecord:
     prediction: Tensor
     gradients: int
 
+    def __repr__(self) -> str:
+        return f"AttackRecord({self.settings}, fooled {int(self.success.sum()):,} of {len(self.success):,} samples)"
+
 
 @dataclass(frozen=True, eq=False)
 class Report:
@@ -90,6 +97,15 @@ class Report:
     shards_computed: int
     shards_reused: int
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Report of {len(self.y):,} samples, {self.classes:,} classes; 95 % intervals",
+            f"  clean accuracy {self.clean}",
+            f"  robust accuracy {self.robust()}",
+        ]
+        lines += [f"  {name}: accuracy {self.robust(name)}, success {self.fooled(name)}" for name in self.attacks]
+        return "\n".join(lines)
 
     @property
     def correct(self) -> Tensor:

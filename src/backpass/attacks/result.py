@@ -33,3 +33,9 @@ class Result:
     gradients: int
     forwards: int
     halvings: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Result(success of {int(self.success.sum()):,} of {len(self.success):,} samples, "
+            f"{self.gradients:,} gradients, {self.forwards:,} forwards)"
+        )

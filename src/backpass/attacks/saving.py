@@ -45,6 +45,10 @@ class Saved:
     settings: dict[str, Any]
     versions: dict[str, str]
 
+    def __repr__(self) -> str:
+        shape = tuple(self.x_adv.shape[1:])
+        return f"Saved({len(self.y):,} samples {shape}, success {self.success_rate:.1%}, {self.settings})"
+
     @property
     def success_rate(self) -> float:
         """The share of the float images that fool the model."""

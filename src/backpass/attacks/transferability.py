@@ -37,6 +37,11 @@ class TransferReport:
     settings: dict[str, Any]
     versions: dict[str, str]
 
+    def __repr__(self) -> str:
+        lines = ["TransferReport; success on samples that the target has right, 95 % intervals"]
+        lines += [f"  {s} to {t}: {rate}" for s, row in self.rates.items() for t, rate in row.items()]
+        return "\n".join(lines)
+
     @property
     def rates(self) -> dict[str, dict[str, Rate]]:
         """``rates[source][target]``: fooled, of the samples that the target has right when they are clean."""

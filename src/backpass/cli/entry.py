@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import logging
 import os
 import sys
 from typing import Annotated, NoReturn
 
 from backpass.allocator import keep_freed_memory
 from backpass.errors import BackpassError
+from backpass.lab.wording import visible
 from backpass.version import __version__
 
 __all__ = ["app", "main"]
@@ -20,7 +23,7 @@ _LAB = {"PIL", "jinja2", "markupsafe", "matplotlib", "numpy", "pyarrow", "rich",
 
 def _fail(message: str) -> NoReturn:
     """End with a message on stderr; also where rich itself is missing."""
-    sys.stderr.write(f"backpass: {message}\n")
+    sys.stderr.write(f"backpass: {visible(message)}\n")
     raise SystemExit(_MISTAKE)
 
 
@@ -80,9 +83,36 @@ def _app(
     """Change how a PyTorch network learns, and is attacked, by changing only its backward pass."""
 
 
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that a stream cannot encode: ASCII for our own signs, escapes for others."""
+    assert isinstance(error, UnicodeEncodeError)  # noqa: S101
+    lost = error.object[error.start : error.end]
+    return "".join(_SIGNS.get(c, c.encode("ascii", "backslashreplace").decode()) for c in lost), error.end
+
+
+_SIGNS = {"\N{MINUS SIGN}": "-", "\N{BULLET}": "*", "\N{NO-BREAK SPACE}": " ", "\N{MULTIPLICATION SIGN}": "x"}
+
+
+def _prepare_streams() -> None:
+    """Make every text printable: in any encoding of the terminal, and warnings as `visible`."""
+    codecs.register_error("backpass-spell", _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backpass-spell")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Visible())
+    logging.basicConfig(handlers=[handler])
+
+
 def main() -> None:
     """Run the command line; a mistake that has a message ends with that message and exit code 2."""
     keep_freed_memory()
+    _prepare_streams()
     try:
         app()
     except KeyboardInterrupt:

@@ -19,8 +19,8 @@ Data = Annotated[
     str,
     typer.Option(
         help="digits; mnist, cifar10 or owner/name, found in the folder that BACKPASS_DATA names or else downloaded "
-        "from the Hugging Face hub; a folder of Parquet files; or a folder with a folder of PNG or JPEG images for "
-        "each class. Settings follow a colon, as in uoft-cs/cifar100:label=fine_label.",
+        "from the Hugging Face hub; a folder of Parquet files; or a folder with a folder of PNG, JPEG, WebP or BMP "
+        "images for each class. Settings follow a colon, as in uoft-cs/cifar100:label=fine_label.",
         metavar="NAME|FOLDER",
     ),
 ]

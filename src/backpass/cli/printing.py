@@ -1,4 +1,8 @@
-"""What several commands print in the same way: results on stdout, what is going on on stderr."""
+"""Output that several commands share: results on stdout, progress on stderr.
+
+Every text from outside is printed through `_text` or `say`: it is never markup, an emoji code
+or a control sequence.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from backpass.lab.wording import visible
 
 if TYPE_CHECKING:
     from backpass.lab.result import Cell, Result
@@ -19,24 +27,30 @@ if TYPE_CHECKING:
 __all__ = [
     "print_claims",
     "print_findings",
+    "print_grid",
     "print_overview",
     "print_table",
     "print_written",
+    "say",
     "told_when_interrupted",
     "working",
 ]
 
-_COLOURS = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
+_COLOURS = {
+    "holds": "green", "does not hold": "red", "undecided": "yellow",
+    "finished": "green", "running": "cyan", "interrupted": "yellow", "diverged": "red",
+}  # fmt: skip
+_NARROWEST = 8  # characters of a column of words; below that a table is printed as a list
 
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str, float], None]]:
     """A progress bar while something goes on; yields what sets it: (what is going on, the part done)."""
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=1.0)
-        yield lambda now, part: bar.update(task, description=now, completed=part)
+        yield lambda now, part: bar.update(task, description=visible(now), completed=part)
 
 
 @contextmanager
@@ -49,69 +63,125 @@ def told_when_interrupted(text: str) -> Iterator[None]:
         raise
 
 
-def print_claims(result: Result, title: str) -> None:
-    """The claims with their differences and verdicts."""
-    from backpass.lab.report import estimate
-    from backpass.lab.wording import interval_text
-
-    table = Table(title=title, title_justify="left", show_lines=False)
-    table.add_column("claim", overflow="fold")
-    table.add_column("measured", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for claim in result.claims:
-        difference = interval_text(estimate(claim), signed=True)
-        table.add_row(claim.statement, difference, f"[{_COLOURS[claim.verdict]}]{claim.verdict}[/]")
-    Console().print(table)
+def say(text: object, *, err: bool = False) -> None:
+    """Print a line."""
+    typer.echo(visible(text), err=err)
 
 
-def print_overview(results: Sequence[Result]) -> None:
-    """Every claim of several results with its verdict, and how many have each."""
-    from backpass.lab.report import count_verdicts, estimate
-    from backpass.lab.wording import interval_text
+def print_grid(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str] | str], words: Sequence[int] = (0,)
+) -> None:
+    """Print a table in which no number is ever cut; where the terminal is too narrow for that, print a list.
 
-    table = Table(
-        title="Claims and verdicts: what is claimed of, less what it is compared with; 95 % intervals",
-        title_justify="left",
-    )
-    table.add_column("claim", overflow="fold")
-    table.add_column("measured", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for result in results:
-        table.add_section()
-        table.add_row(f"[bold]{result.experiment}[/]  {result.source}", "", "")
-        for claim in result.claims:
-            numbers = interval_text(estimate(claim), signed=True)
-            words = f"{escape(claim.statement)} [dim]({escape(claim.quantity)})[/]"
-            table.add_row(words, numbers, f"[{_COLOURS[claim.verdict]}]{claim.verdict}[/]")
-    Console().print(table)
-    counts = count_verdicts([claim for result in results for claim in result.claims])
-    Console().print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-
-
-def print_table(numbers: Numbers, columns: int) -> None:
-    """The first columns of a table of the report."""
-    table, console = Table(title=numbers.title, title_justify="left"), Console()
-    of_words = [any(isinstance(row[at], str) and row[at] for row in numbers.rows) for at in range(columns)]
-    cells = [list(map(_cell, row[:columns])) for row in numbers.rows]
-    wide = sum(max(len(row[at]) for row in cells) for at in range(columns) if not of_words[at] and cells)
-    # Numbers stay whole, unless they fill the line: then intervals are broken, and names stay whole.
-    broken = wide > console.width / 2
-    for column, words in zip(numbers.columns[:columns], of_words, strict=True):
-        table.add_column(column, overflow="fold", no_wrap=words is broken)
-    for row in cells:
-        table.add_row(*row)
+    Args:
+        title: above the table.
+        columns: the headings.
+        rows: one cell per column; a single string is a heading over the rows that follow.
+        words: the columns whose cells may be wrapped.
+    """
+    console = Console()
+    widths = _widths(columns, rows, words, console.width)
+    if widths is None:  # an interval below its mean takes less room than beside it
+        stacked = [row if isinstance(row, str) else [cell.replace(" [", "\n[") for cell in row] for row in rows]
+        widths = _widths(columns, stacked, words, console.width)
+        if widths is None:
+            _print_list(console, title, columns, rows)
+            return
+        rows = stacked
+    table = Table(title=_text(title), title_justify="left")
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(_text(column), width=width, overflow="fold")
+    for row in rows:
+        if isinstance(row, str):
+            table.add_section()
+            table.add_row(Text(visible(row), style="bold"))
+        else:
+            table.add_row(*map(_text, row))
     console.print(table)
 
 
+def _widths(
+    columns: Sequence[str], rows: Sequence[Sequence[str] | str], words: Sequence[int], available: int
+) -> list[int] | None:
+    """Return the columns' widths, those of numbers as wide as their longest cell; None where that leaves no room."""
+    cells = [row for row in rows if not isinstance(row, str)]
+    longest = [max([_width(row[at]) for row in cells], default=0) for at in range(len(columns))]
+    widths = [
+        max(longest[at], min(_NARROWEST, max([*map(cell_len, column.split()), 1]))) for at, column in enumerate(columns)
+    ]
+    room = available - 3 * len(columns) - 1 - sum(width for at, width in enumerate(widths) if at not in words)
+    for left, at in zip(range(len(words), 0, -1), sorted(words, key=lambda at: widths[at]), strict=True):
+        share = room // left
+        if share < min(widths[at], _NARROWEST):
+            return None
+        widths[at] = min(widths[at], share)
+        room -= widths[at]
+    return widths if room >= 0 else None
+
+
+def _print_list(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str] | str]) -> None:
+    if title:
+        console.print(Text(visible(title), style="italic"))
+    for row in rows:
+        if isinstance(row, str):
+            console.print(Text(visible(row), style="bold"))
+            continue
+        console.print(_text(row[0]))
+        for column, cell in zip(columns[1:], row[1:], strict=True):
+            console.print(Text(f"  {visible(column)}: ") + _text(cell.replace("\n", ", ")))
+
+
+def _text(cell: str) -> Text:
+    return Text(visible(cell), style=_COLOURS.get(cell, ""))
+
+
+def _width(cell: str) -> int:
+    return max([*map(cell_len, visible(cell).split("\n")), 1])
+
+
+def print_claims(result: Result, title: str) -> None:
+    """Print the claims with their differences and verdicts."""
+    from backpass.lab.report import estimate
+    from backpass.lab.wording import interval_text
+
+    rows = [(claim.statement, interval_text(estimate(claim), signed=True), claim.verdict) for claim in result.claims]
+    print_grid(title, ("claim", "measured", "verdict"), rows)
+
+
+def print_overview(results: Sequence[Result]) -> None:
+    """Print every claim of several results with its verdict, and the number of claims by verdict."""
+    from backpass.lab.report import count_verdicts, estimate
+    from backpass.lab.wording import interval_text
+
+    rows: list[Sequence[str] | str] = []
+    for result in results:
+        rows.append(f"{result.experiment}  {result.source}")
+        for claim in result.claims:
+            measured = interval_text(estimate(claim), signed=True)
+            rows.append((f"{claim.statement} ({claim.quantity})", measured, claim.verdict))
+    title = "Claims and verdicts: what is claimed of, less what it is compared with; 95 % intervals"
+    print_grid(title, ("claim", "measured", "verdict"), rows)
+    counts = count_verdicts([claim for result in results for claim in result.claims])
+    say(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+
+
+def print_table(numbers: Numbers, columns: int) -> None:
+    """Print the first columns of a table of the report."""
+    rows = [[_cell(cell) for cell in row[:columns]] for row in numbers.rows]
+    heads = list(numbers.columns[:columns])
+    words = [at for at in range(len(heads)) if all(isinstance(row[at], str) for row in numbers.rows)]
+    print_grid(numbers.title, heads, rows, words or (0,))
+
+
 def print_findings(result: Result) -> None:
-    """The findings as a list."""
+    """Print the findings as a list."""
     for finding in result.findings:
-        Console().print(f"\N{BULLET} {finding.topic}. {finding.text}", markup=False, highlight=False)
+        Console().print(_text(f"\N{BULLET} {finding.topic}. {finding.text}"))
 
 
 def print_written(seconds: float, paths: Sequence[Path]) -> None:
-    """How long it took, and where the results are."""
-    Console().print(f"\n{seconds:.0f} s. Written: {', '.join(map(str, paths))}", markup=False, soft_wrap=True)
+    """Print how long it took, and the files with the results."""
+    say(f"\n{seconds:.0f} s. Written: {', '.join(map(str, paths))}")
 
 
 def _cell(value: Cell) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from backpass.cli.entry import app
 from backpass.cli.options import Device
-from backpass.cli.printing import print_overview, print_written, told_when_interrupted, working
+from backpass.cli.printing import print_grid, print_overview, print_written, say, told_when_interrupted, working
 from backpass.errors import BackpassError
 
 if TYPE_CHECKING:
@@ -84,13 +84,13 @@ def reproduce(
             else:
                 failed.append(ended)
                 told = f"failed: {ended.reason}"
-            typer.echo(f"{ended.name} ({time.perf_counter() - began:.0f} s): {told}", err=True)
+            say(f"{ended.name} ({time.perf_counter() - began:.0f} s): {told}", err=True)
         page = write_overview(out, read_results(out, damaged.append)) if found else None
     if found:
         print_overview([done.result for done in found])
     kept = [done.result.experiment for done in found if done.kept]
     if kept:
-        typer.echo(f"\nKept from an earlier run: {', '.join(kept)}. --again computes anew.")
+        say(f"\nKept from an earlier run: {', '.join(kept)}. --again computes anew.")
     if page is not None:
         print_written(time.perf_counter() - began, [page, *(path for done in found for path in done.paths[1:])])
     _tell(damaged)
@@ -134,16 +134,9 @@ def _tell(damaged: Sequence[BackpassError]) -> None:
 
 
 def _list(scale: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from backpass.lab.experiments.catalogue import EXPERIMENTS
 
-    table = Table(title=f"{len(EXPERIMENTS)} experiments", title_justify="left")
-    table.add_column("name", no_wrap=True)  # to be copied
-    for column in ("what", "from", "data"):
-        table.add_column(column, overflow="fold")
     for experiment in EXPERIMENTS:
         experiment.settings(scale)
-        table.add_row(experiment.name, experiment.title, experiment.source, ", ".join(experiment.data) or "made")
-    Console().print(table)
+    rows = [(one.name, one.title, one.source, ", ".join(one.data) or "made") for one in EXPERIMENTS]
+    print_grid(f"{len(rows)} experiments", ("name", "what", "from", "data"), rows, words=(1, 2, 3))

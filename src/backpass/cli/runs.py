@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backpass.cli.entry import app
+from backpass.cli.printing import print_grid, say
 
 if TYPE_CHECKING:
     from backpass.lab.training.listing import Run
@@ -40,33 +41,23 @@ def runs(
         import json
         from dataclasses import asdict
 
-        typer.echo(json.dumps([asdict(run) for run in found], indent=2))
+        say(json.dumps([asdict(run) for run in found], indent=2))
         return
     _print(found)
 
 
 def _print(found: list[Run]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for name in ("run", "training"):
-        table.add_column(name, overflow="fold")
-    table.add_column("status", no_wrap=True)
-    for name in ("epochs", "loss", "test", "robust", "s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in found:
-        table.add_row(
+    rows = [
+        (
             run.folder,
             "\n".join(filter(None, (f"{run.data} {run.model}", run.rule, run.adversary))),
-            f"[{_COLOURS.get(run.status, 'white')}]{run.status}[/]",
+            run.status,
             f"{run.epoch}/{run.epochs}",
             "" if run.loss is None else f"{run.loss:.4f}",
             "" if run.accuracy is None else f"{run.accuracy:.2%}",
             "" if run.robust_accuracy is None else f"{run.robust_accuracy:.1%}",
             f"{run.seconds:.0f}",
         )
-    Console().print(table)
-
-
-_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow", "diverged": "red"}
+        for run in found
+    ]
+    print_grid("", ("run", "training", "status", "epochs", "loss", "test", "robust", "s"), rows, words=(0, 1))

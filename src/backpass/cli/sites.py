@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from backpass.cli.entry import app
+from backpass.cli.printing import say
 from backpass.errors import BackpassError
 
 __all__ = ["sites"]
@@ -61,6 +62,6 @@ def sites(
         table = next(one for one in tables if acts <= set(one))
     header, *lines = str(table).splitlines()
     width = max(map(len, [header, *lines]))
-    typer.echo(header)
+    say(header)
     for site, line in zip(table, lines, strict=True):
-        typer.echo(f"{line:<{width}}  <- {rule}" if site in acts else line)
+        say(f"{line:<{width}}  <- {rule}" if site in acts else line)

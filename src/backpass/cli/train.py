@@ -10,7 +10,7 @@ import typer
 
 from backpass.cli import options as o
 from backpass.cli.entry import app
-from backpass.cli.printing import working
+from backpass.cli.printing import say, working
 
 if TYPE_CHECKING:
     from backpass.lab.training.training_run import Trained
@@ -139,13 +139,10 @@ def _run(
         wanted = Recipe.of({**values, **given}, str(file) if file else "the command line")
         where = device_of_this_process(parse_device(device))
         try:
-            trained = carry_out(wanted, out, device=where, resume=resume, report=report, tell=typer.echo)
+            trained = carry_out(wanted, out, device=where, resume=resume, report=report, tell=say)
         except Interrupted as stopped:
             if is_first_process():
-                typer.echo(
-                    f"backpass: {str(stopped).partition(':')[0]}. Continue: backpass train --resume --out {out}",
-                    err=True,
-                )
+                say(f"backpass: {str(stopped).partition(':')[0]}. Continue: backpass train --resume --out {out}", err=True)
             raise typer.Exit(130) from None
     if is_first_process():
         _print(trained, out)
@@ -156,14 +153,12 @@ def _run(
 def _print(trained: Trained, out: Path) -> None:
     result, recipe = trained.result, trained.recipe
     if result.diverged:
-        typer.echo(
-            f"\ndiverged: {result.diverged}. A lower --lr may help, and with linbp fewer linear sites.", err=True
-        )
+        say(f"\ndiverged: {result.diverged}. A lower --lr may help, and with linbp fewer linear sites.", err=True)
     numbers = [] if trained.accuracy is None else [f"test accuracy {trained.accuracy:.2%}"]
     if trained.robust_accuracy is not None:
         numbers.append(
             f"robust accuracy {trained.robust_accuracy:.1%} ({recipe.robust}, {recipe.robust_images} images)"
         )
-    typer.echo("\n" + ", ".join(numbers))
-    typer.echo(f"{result.seconds:.0f} s. Written: {trained.weights}, {out / 'recipe.toml'}, {out / 'log.jsonl'}")
-    typer.echo(f"Attack it: {trained.next}")
+    say("\n" + ", ".join(numbers))
+    say(f"{result.seconds:.0f} s. Written: {trained.weights}, {out / 'recipe.toml'}, {out / 'log.jsonl'}")
+    say(f"Attack it: {trained.next}")

@@ -10,8 +10,8 @@ __all__ = ["write_atomically", "write_bytes_atomically"]
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write ``text`` to ``path`` as UTF-8; see `write_bytes_atomically`."""
-    return write_bytes_atomically(path, text.encode())
+    """Write ``text`` to ``path`` as UTF-8; a lone surrogate is written as its escape. See `write_bytes_atomically`."""
+    return write_bytes_atomically(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backpass.attacks import Attack, Rate, evaluate
 from backpass.errors import BackpassError
-from backpass.rules import LinBP, Rule, list_sites, parse_rule
+from backpass.rules import PLACEHOLDERS, LinBP, Rule, list_sites, parse_rule
 
 __all__ = ["Choice", "choose_start", "is_automatic"]
 
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
 def is_automatic(rule: Rule | str) -> bool:
     """Whether a rule, or its text form, is LinBP with ``start=auto``, which stands for the search."""
-    rule = parse_rule(rule) if isinstance(rule, str) else rule
+    rule = parse_rule(rule, placeholders=PLACEHOLDERS) if isinstance(rule, str) else rule
     return isinstance(rule, LinBP) and rule.start == _AUTO
 
 

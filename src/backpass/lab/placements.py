@@ -10,7 +10,7 @@ from backpass.lab.models import MODELS
 from backpass.lab.models.lookup import is_the_labs
 from backpass.lab.models.text import read_model
 from backpass.lab.placement_search import is_automatic
-from backpass.rules import LinBP, ProxProp, Rule, parse_rule
+from backpass.rules import PLACEHOLDERS, LinBP, ProxProp, Rule, parse_rule
 
 __all__ = ["PAPER", "parse_rule_for"]
 
@@ -46,7 +46,7 @@ def parse_rule_for(model: str, text: str, *, use: Literal["attack", "training", 
 
     Source: Li, Guo, Liu, Zhang (arXiv 2112.11018), Section 4.2, as their code has it.
     """
-    rule = parse_rule(text)
+    rule = parse_rule(text, placeholders=PLACEHOLDERS)
     if use == "attack" and isinstance(rule, ProxProp):
         raise BackpassError(
             f"{text!r} changes the gradients of weights alone, and an attack follows that of the image, which would "

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a result, and the same numbers as JSON beside it."""
+"""One self-contained HTML page of a result, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -13,42 +13,46 @@ from backpass.lab.files import write_atomically
 from backpass.lab.plots import inline_svg
 from backpass.lab.result import Cell, Result, Series
 from backpass.lab.statistics import Interval
-from backpass.lab.wording import number, setting
+from backpass.lab.wording import anchor, number, setting, visible
 
 __all__ = ["count_verdicts", "estimate", "page", "render", "shown", "write_report"]
 
 
 def page(result: Result) -> str:
-    """The page: plain HTML with its own style and SVG plots; it loads nothing and runs no script.
+    """Return the page: HTML with its own style and SVG plots, without scripts and without references to other files.
 
-    Every number of a table stands in a ``<data value="...">`` element that holds it unrounded.
+    Every number of a table stands in a ``<data value="...">`` element that holds it unrounded. Text of the result is
+    escaped here alone: the templates show no string that did not pass `visible` and Jinja's escaping.
     """
     return render("report.html", page=shown(result))
 
 
 def render(template: str, **content: Any) -> str:
-    """A template of the lab, filled in."""
+    """Fill in a template of the lab."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = Environment(
         loader=PackageLoader("backpass.lab"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # Markup is no plain str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(cell=_cell, setting=setting)
+    templates.filters.update(cell=_cell, setting=setting, anchor=anchor)
     return templates.get_template(template).render(**content)
 
 
 def shown(result: Result, prefix: str = "") -> dict[str, Any]:
-    """What the templates show of a result.
+    """Return what the templates show of a result.
 
     Args:
         result: the result.
         prefix: put before every id, so that several results fit on one page.
     """
     from markupsafe import Markup
+
+    prefix = anchor(prefix)
 
     return {
         "result": result,
@@ -67,12 +71,12 @@ def shown(result: Result, prefix: str = "") -> dict[str, Any]:
 
 
 def estimate(claim: Claim) -> Interval:
-    """What was measured of a claim, with its interval."""
+    """Return the measured difference of a claim with its interval."""
     return Interval(claim.estimate, *claim.interval, claim.n)
 
 
 def count_verdicts(claims: Sequence[Claim]) -> dict[str, int]:
-    """How many of the claims have each verdict."""
+    """Count the claims by verdict."""
     verdicts = [claim.verdict for claim in claims]
     return {verdict: verdicts.count(verdict) for verdict in ("holds", "does not hold", "undecided")}
 
@@ -91,21 +95,21 @@ def write_report(result: Result, out: Path) -> tuple[Path, Path]:
 
 
 def _numbers(series: Series) -> list[list[Cell]]:
-    """The table under a plot: a row for every place that some curve has, a column for every curve."""
+    """Return the rows of the table under a plot: each x with the interval of every curve."""
     places = sorted({x for curve in series.curves for x in curve.x})
     columns = [dict(zip(curve.x, curve.intervals, strict=True)) for curve in series.curves]
     return [[x, *(column.get(x, "") for column in columns)] for x in places]
 
 
 def _cell(value: Cell, *, signed: bool = False) -> Any:
-    """A cell's HTML: words as they are, numbers rounded inside an element that carries them whole."""
+    """Return a cell's HTML: escaped words, or a rounded number inside an element that carries it unrounded."""
     from markupsafe import Markup
 
     def datum(x: float) -> Markup:
         return Markup('<data value="{}">{}</data>').format(repr(x), number(x, signed=signed))
 
     if isinstance(value, str):
-        return Markup.escape(value)
+        return Markup.escape(visible(value))
     if isinstance(value, int):
         return Markup('<data value="{}">{}</data>').format(value, f"{value:,}")
     if isinstance(value, float):

@@ -1,14 +1,17 @@
-"""What an experiment found: numbers, claims and the circumstances, as data and as JSON."""
+"""Result of an experiment: numbers, claims, settings and environment, as data and as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from backpass.lab.claims import Claim
@@ -34,8 +37,7 @@ OVER_SEEDS = (
     "edge marks where at least one run has diverged; no mean is drawn there."
 )
 PAIRED_SEEDS = (
-    "Every pair shares its seed: initial weights and order of the batches. Each interval is Student's t over the seeds "
-    "and stands alone: of twenty such intervals for differences that are truly zero, about one excludes zero by chance."
+    "Every pair shares its seed: initial weights and order of the batches. Each interval is Student's t over the seeds."
 )
 
 Cell = str | int | float | Interval
@@ -140,7 +142,7 @@ class Result:
     source: str = ""
 
     def as_json(self) -> str:
-        """The result as JSON, without the pixels of its images; a number that is not finite is ``null``."""
+        """Return the result as ASCII JSON without the pixels of its images; a number that is not finite is ``null``."""
         content = asdict(self)
         for gallery in content["galleries"]:
             for picture in (picture for row in gallery["rows"] for picture in row):
@@ -150,7 +152,7 @@ class Result:
                 intervals = source.intervals
                 curve["mean"] = [i.mean for i in intervals]
                 curve["interval"] = [(i.low, i.high) for i in intervals]
-        return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
 
 
 def plain(value: Any) -> Any:
@@ -167,7 +169,7 @@ def plain(value: Any) -> Any:
 
 
 def environment(*, device: str, threads: int, data: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """The circumstances that every report names.
+    """Return what every report names: date, command line, versions, platform, device, data and seeds.
 
     Args:
         device: where it ran.
@@ -181,7 +183,11 @@ def environment(*, device: str, threads: int, data: str, seeds: Sequence[int]) -
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    program = Path(sys.argv[0]).name
+    words = ["backpass"] if program in ("backpass", "__main__.py") else ["python", program]
     return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "command": shlex.join([*words, *sys.argv[1:]]),
         "versions": versions,
         "platform": f"{sys.platform} {platform.machine()}",
         "device": device,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from backpass.errors import BackpassError
 from backpass.lab.files import write_bytes_atomically
 from backpass.lab.models import Normalize
+from backpass.lab.wording import visible
 
 __all__ = ["load_weights", "read_weights", "save_weights", "weights_hash"]
 
@@ -101,10 +102,11 @@ def weights_hash(model: nn.Module) -> str:
 
 def _safetensors(path: Path) -> Any:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     try:
-        return load_file(path)
+        # The library maps files into memory, but only those with a name in UTF-8.
+        return load_file(path) if visible(path) == str(path) else load(path.read_bytes())
     except SafetensorError as error:
         raise BackpassError(f"{path} cannot be read as safetensors: {error}.") from error
 

@@ -1,17 +1,36 @@
-"""Numbers as people read them; the page and the terminal use the same."""
+"""Numbers and outside text in the form in which pages, plots and terminals show them."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from backpass.lab.statistics import Interval
 
-__all__ = ["interval_text", "listing", "number", "setting"]
+__all__ = ["anchor", "interval_text", "listing", "number", "setting", "visible"]
+
+# Control characters (but for tab and line feed), line separators, bidirectional controls, surrogates, non-characters.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def visible(text: object) -> str:
+    r"""Replace characters that steer a terminal, reorder a line or cannot be encoded by Python's escapes.
+
+    A name such as ``"a\x1b[2J"`` is shown as ``a\x1b[2J``, and a byte of a file name that is no UTF-8 as ``\udcff``.
+    """
+    return _INVISIBLE.sub(lambda found: repr(found[0])[1:-1], str(text))
+
+
+def anchor(text: str) -> str:
+    """Return an HTML id for a text: characters that an id or a link cannot hold become hyphens."""
+    return re.sub(r"[^\w.:=,+-]", "-", text)
 
 
 def number(value: float, *, signed: bool = False) -> str:
-    """Three significant digits, a true minus sign, and a word for what is not finite."""
+    """Format a number with three significant digits; ``diverged`` for one that is not finite."""
     if not math.isfinite(value):
         return "diverged"
     magnitude = abs(value)
@@ -27,7 +46,7 @@ def number(value: float, *, signed: bool = False) -> str:
 
 
 def interval_text(interval: Interval, *, signed: bool = False) -> str:
-    """``mean [low, high]``; the mean alone where there is no interval."""
+    """Format an interval as ``mean [low, high]``, or the mean alone where an end is not finite."""
     mean = number(interval.mean, signed=signed)
     if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
         return mean
@@ -35,7 +54,7 @@ def interval_text(interval: Interval, *, signed: bool = False) -> str:
 
 
 def setting(value: object) -> str:
-    """A setting on one line."""
+    """Format a setting on one line."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {setting(part)}" for key, part in value.items())
     if isinstance(value, list | tuple):
@@ -46,5 +65,5 @@ def setting(value: object) -> str:
 
 
 def listing(parts: Sequence[str]) -> str:
-    """The parts as in "a, b and c"; nothing for no part."""
+    """Join the parts as in "a, b and c"."""
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))

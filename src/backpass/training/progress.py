@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,5 +55,5 @@ class TrainingResult:
     stopped: str | None
     steps: int
     seconds: float
-    averaged: dict[str, Tensor] | None
+    averaged: dict[str, Tensor] | None = field(repr=False)
     folder: Path | None

@@ -106,7 +106,9 @@ TIMM: dict[str, Architecture] = {
     "nfnet": Architecture(build=timm("test_nfnet"), sites=3 + 4 * 5 + 1, gates=("*.gate",)),
     # The same with activations that are scaled in a module of their own, which is one activation.
     "nfnet_scaled": Architecture(
-        build=timm("test_nfnet", act_layer="gelu", gamma_in_act=True), sites=3 + 4 * 5 + 1, gates=("*.gate",),
+        build=timm("test_nfnet", act_layer="gelu", gamma_in_act=True),
+        sites=3 + 4 * 5 + 1,
+        gates=("*.gate",),
         elementwise=("GammaAct",),
     ),
     "vgg11": Architecture(build=narrow_vgg, sites=8 + 2),

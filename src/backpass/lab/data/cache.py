@@ -25,7 +25,7 @@ from backpass.lab.files import write_atomically, write_bytes_atomically
 __all__ = ["cache_folder", "cached", "content_key"]
 
 _LOG = logging.getLogger(__name__)
-_LAYOUT = 2  # of the files below; another number makes other keys
+_LAYOUT = 3  # of the files below and of how images are decoded; another number makes other keys
 _HEADER = 4096
 
 
@@ -44,7 +44,7 @@ def content_key(files: Iterable[Path], words: Iterable[str]) -> str:
     """A hash of the bytes of files, in their order, and of words that say how they are read."""
     key = hashlib.blake2b(f"{_LAYOUT}".encode(), digest_size=16)
     for word in words:
-        key.update(b"\0" + word.encode())
+        key.update(b"\0" + word.encode(errors="surrogatepass"))
     for path in files:
         with path.open("rb") as file:
             key.update(hashlib.file_digest(file, "blake2b").digest())

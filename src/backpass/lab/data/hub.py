@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from backpass.errors import BackpassError
 from backpass.lab.data.cache import cache_folder
 from backpass.lab.data.names import DataName
+from backpass.lab.data.parquet import check_shards
 from backpass.lab.files import write_atomically
 
 __all__ = ["Fetched", "fetch"]
@@ -41,10 +43,11 @@ class Fetched:
 
 
 def fetch(name: DataName, split: str) -> Fetched:
-    """The Parquet files of a part of a data set, downloaded at the first time; later no network is asked.
+    """Return the Parquet files of a part of a data set, downloaded the first time; later the network is not used.
 
-    The commit that was the newest at the first time is noted in the cache and kept to. The hub's library shows the
-    progress on a terminal and keeps the files (``HF_HOME``); a token for private data sets is its own affair too.
+    A note in the cache keeps the commit that was the newest the first time, for each repository, configuration,
+    revision and part. The hub's library shows the progress on a terminal, keeps the files (``HF_HOME``) and reads the
+    token for private data sets.
 
     Args:
         name: with ``repository``; ``config`` and ``revision`` choose.
@@ -56,9 +59,10 @@ def fetch(name: DataName, split: str) -> Fetched:
     repository = name.repository
     if repository is None:
         raise BackpassError(f"{name.name!r} is no data set of the Hugging Face hub: these are named owner/name.")
-    label = [*repository.split("/"), name.config, name.revision, split]
-    note = cache_folder() / "hub" / ("--".join(part.replace("/", "-") for part in label if part) + ".json")
-    noted = _read_note(note)
+    key = {"repository": repository, "config": name.config, "revision": name.revision, "split": split}
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
+    note = cache_folder() / "hub" / f"{repository.replace('/', '--')}--{digest}.json"
+    noted = _read_note(note, key)
     if noted is not None:
         files = _download(name, *noted, local=True)
         if files is not None:
@@ -70,22 +74,24 @@ def fetch(name: DataName, split: str) -> Fetched:
             f"the hub has lost {', '.join(names)} of {repository} at {revision}: name another revision."
         )
     try:
-        write_atomically(note, json.dumps({"revision": revision, "names": names}, indent=1) + "\n")
+        write_atomically(note, json.dumps({"of": key, "revision": revision, "names": names}, indent=1) + "\n")
     except OSError as error:
         _LOG.warning("%s cannot be written, so the hub is asked every time: %s", note, error)
     return Fetched(repository=repository, revision=revision, names=names, files=files)
 
 
-def _read_note(note: Path) -> tuple[str, tuple[str, ...]] | None:
+def _read_note(note: Path, key: dict[str, str | None]) -> tuple[str, tuple[str, ...]] | None:
     try:
-        content = json.loads(note.read_text())
+        content = json.loads(note.read_text(encoding="utf-8"))
+        if content["of"] != key:
+            return None
         return str(content["revision"]), tuple(map(str, content["names"]))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def _look_up(name: DataName, repository: str, split: str) -> tuple[str, tuple[str, ...]]:
-    """The commit, and the files of the split in it."""
+    """Return the commit, and the files of the split in it."""
     for revision in [name.revision] if name.revision else [None, _CONVERTED]:
         found = _list(name, repository, revision)
         if found is not None and found[1]:
@@ -123,7 +129,7 @@ def _list(name: DataName, repository: str, revision: str | None) -> tuple[str, l
 
 
 def _choose(repository: str, files: Sequence[str], config: str | None, split: str) -> tuple[str, ...]:
-    """The files of a split and a configuration: ``CONFIG/SPLIT-*.parquet`` or ``CONFIG/SPLIT/*.parquet``."""
+    """Return the files of a split and a configuration: ``CONFIG/SPLIT-*.parquet`` or ``CONFIG/SPLIT/*.parquet``."""
     places: dict[tuple[str, str], list[str]] = {}
     for file in files:
         path = PurePosixPath(file)
@@ -144,7 +150,9 @@ def _choose(repository: str, files: Sequence[str], config: str | None, split: st
             f"{repository} has {len(candidates)} configurations with {split!r}: {_listing(sorted(candidates))}. Choose "
             f"one, as in {repository}:config={candidates[0]}."
         )
-    return tuple(places[candidates[0], split])
+    chosen = places[candidates[0], split]
+    check_shards(repository, [PurePosixPath(file).name for file in chosen])
+    return tuple(chosen)
 
 
 def _download(name: DataName, revision: str, files: Sequence[str], *, local: bool) -> tuple[Path, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
@@ -17,7 +18,7 @@ __all__ = ["find", "is_the_labs", "parse_shape"]
 
 
 def is_the_labs(name: str) -> bool:
-    """Whether a specification means a network of the lab, ``NAME`` or ``NAME:option=value,...``, not a user's own."""
+    """Return whether a specification is ``NAME`` or ``NAME:option=value,...`` of the lab, not a user's own."""
     head, colon, rest = name.strip().partition(":")
     return not colon or head in MODELS or "=" in rest
 
@@ -30,10 +31,10 @@ def find(
     normalisation: Normalisation | None = None,
     seed: int = 0,
 ) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """A network of the lab, or a user's own as ``module:callable``, with its input's shape where that is known.
+    """Return a network of the lab, or a user's own as ``module:callable``, with its input's shape where that is known.
 
-    A user's module is looked up as Python does, and in the current folder; it is imported, so it runs. The name after
-    the colon is a module instance, or is called without arguments and returns one.
+    A user's module is looked up as Python does, and then in the current folder; it is imported, so it runs. The name
+    after the colon is a module instance, or is called without arguments and returns one.
 
     Args:
         name: for instance ``mlp``, ``resnet18:activation=silu``, or ``my_package.nets:make_resnet``.
@@ -61,7 +62,7 @@ def find(
     path, _, attribute = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)  # last: a file such as jinja2.py in this folder hides no package
     try:
         module = import_module(path)
     except (ImportError, TypeError, ValueError) as error:
@@ -69,6 +70,7 @@ def find(
             f"cannot import {path!r} of {name!r}: {error}. It is looked for in {here} and where Python looks, and "
             "named without .py."
         ) from error
+    _check_not_hidden(module, path, here)
     if not hasattr(module, attribute):
         own = [n for n, v in vars(module).items() if isinstance(v, nn.Module) or getattr(v, "__module__", "") == path]
         raise UnknownNameError(f"network of module {path!r}", attribute, own)
@@ -82,3 +84,12 @@ def find(
             f"{name!r} must give an nn.Module, got {type(model).__name__}. Lab networks: {list(MODELS)}."
         )
     return model, None
+
+
+def _check_not_hidden(module: ModuleType, path: str, here: str) -> None:
+    """Refuse a module of the current folder that has the name of an installed one, which is imported in its place."""
+    mine = Path(here, *path.split("."))
+    own = [file.resolve() for file in (mine.with_name(mine.name + ".py"), mine / "__init__.py") if file.is_file()]
+    found = getattr(module, "__file__", None)
+    if own and (found is None or Path(found).resolve() not in own):
+        raise BackpassError(f"{own[0]} has the name of another module, which Python imports ({found}): rename it.")

@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from html import escape
 
 from backpass.lab.report import count_verdicts, estimate
 from backpass.lab.result import Result
-from backpass.lab.wording import interval_text
+from backpass.lab.wording import interval_text, setting, visible
 
 __all__ = ["verdict_counts", "verdicts"]
 
 
-_WHAT = """What is measured is a difference, what the claim speaks of less what it is compared with, in pairs of runs;
-or, where a range is claimed, the quantity itself. A claim holds where the whole 95 % interval is on its side of zero,
-or in its range.
+_WHAT = """The measured quantity is a paired difference: the side that the claim speaks of less the side that it is
+compared with. Where a range is claimed it is the quantity itself. A claim holds where the whole 95 % interval is on its
+side of zero or in its range, and does not hold where the whole interval is on the other side: the effect is then
+significantly the opposite one.
 """
 
 
 def verdict_counts(results: Sequence[Result]) -> str:
-    """A table with a row for each experiment: what it asks, and how many of its claims have each verdict."""
+    """Return a table with the number of claims by verdict, a row for each experiment."""
     lines = ["| experiment | question | holds | does not hold | undecided |", "| --- | --- | --- | --- | --- |"]
     for result in results:
-        counts = count_verdicts(result.claims)
-        lines.append(
-            f"| `{result.experiment}` | {result.title} | {' | '.join(str(count or '') for count in counts.values())} |"
-        )
+        counts = [str(count or "") for count in count_verdicts(result.claims).values()]
+        lines.append(f"| {' | '.join([_name(result.experiment), _escaped(result.title), *counts])} |")
     return "\n".join(lines) + "\n"
 
 
 def verdicts(results: Sequence[Result]) -> str:
-    """A page: the counts, then for every experiment its findings and each claim with its verdict."""
+    """Return a page: the counts, then the findings and claims of every experiment."""
     parts = ["# Which claims hold?\n", _WHAT, verdict_counts(results)]
     for result in results:
-        place = result.environment
-        parts.append(f"\n## {result.experiment}: {result.title}\n")
-        parts.append(
-            f"{result.source}. Scale {result.scale}, {place['data']}; {place['device']}, torch "
-            f"{place['versions'].get('torch', '?')}, {place.get('seconds', '?')} s.\n"
+        run = {name: setting(value) for name, value in result.environment.items()}
+        torch = result.environment["versions"].get("torch", "?")
+        about = (
+            f"{result.source}. Scale {result.scale}, {run.get('data', '?')}; {run.get('device', '?')}, torch {torch}, "
         )
-        parts += [f"- **{finding.topic}.** {_escaped(finding.text)}" for finding in result.findings]
+        parts.append(f"\n## {_escaped(result.experiment)}: {_escaped(result.title)}\n")
+        when = f", {run['date']}" if "date" in run else ""
+        parts.append(_escaped(f"{about}{run.get('seconds', '?')} s{when}.") + "\n")
+        parts += [f"- **{_escaped(finding.topic)}.** {_escaped(finding.text)}" for finding in result.findings]
         parts.append(
             "\n| claim | verdict | measured [95 % interval] | in the paper | n |\n| --- | --- | --- | --- | --- |"
         )
@@ -50,6 +53,10 @@ def verdicts(results: Sequence[Result]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _escaped(text: str) -> str:
-    """Without what Markdown would take for a column's or an emphasis's end."""
-    return text.replace("|", "\\|").replace("*", "\\*").replace("\n", " ")
+def _name(text: str) -> str:
+    return f"`{text}`" if re.fullmatch(r"[\w.-]+", text) else _escaped(text)
+
+
+def _escaped(text: object) -> str:
+    """Escape HTML and Markdown: no tag, link, emphasis, column or formula begins in a text."""
+    return re.sub(r"([\\`*_|$~]|\](?=[(\[:]))", r"\\\1", escape(visible(text).replace("\n", " "), quote=False))

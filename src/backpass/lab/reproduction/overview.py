@@ -16,7 +16,7 @@ __all__ = ["overview", "read_results", "write_overview"]
 
 
 def overview(results: Sequence[Result]) -> str:
-    """The page; it loads nothing and runs no script."""
+    """Return the page."""
     pages = [shown(result, f"{result.experiment}-{result.scale}-") for result in results]
     return render(
         "overview.html",
@@ -27,7 +27,7 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def read_results(folder: Path, damaged: Callable[[BackpassError], None] | None = None) -> list[Result]:
-    """Every ``result.json`` at most two folders below, in the catalogue's order.
+    """Read every ``result.json`` at most two folders below, in the catalogue's order.
 
     Args:
         folder: where to look.

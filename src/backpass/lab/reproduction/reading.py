@@ -22,7 +22,7 @@ _AGAIN = "Delete it: backpass reproduce writes it again, from the pieces that ar
 
 
 def read_result(path: Path) -> Result:
-    """The result of a ``result.json``; pictures, which JSON leaves out, are gone.
+    """Read the result of a ``result.json``, without the images, which JSON leaves out.
 
     Raises:
         BackpassError: there is no such file, or it holds something else.
@@ -41,6 +41,8 @@ def read_result(path: Path) -> Result:
 
 
 def _result(content: Mapping[str, Any]) -> Result:
+    if not isinstance(content["environment"]["versions"], Mapping):
+        raise TypeError(f"versions is {content['environment']['versions']!r}")
     return Result(
         **{
             **_known(Result, content),
@@ -54,7 +56,7 @@ def _result(content: Mapping[str, Any]) -> Result:
 
 
 def _known(kind: type[DataclassInstance], content: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that a dataclass has, each of its field's kind; a later version may write more."""
+    """Return the entries that a dataclass has and check their types; a later version may write more."""
     hints = get_type_hints(kind)
     found = {name: content[name] for name in hints if name in content}
     for name, value in found.items():
@@ -81,11 +83,12 @@ def _series(content: Mapping[str, Any]) -> Series:
 def _curve(content: Mapping[str, Any]) -> Curve:
     given = content["given"]
     return Curve(
-        label=content["label"],
-        x=content["x"],
-        runs=[[_number(value) for value in run] for run in content["runs"]],
-        geometric=content["geometric"],
-        given=None if given is None else [_interval(one) for one in given],
+        **{
+            **_known(Curve, content),
+            "x": [x if type(x) is int else float(x) for x in content["x"]],
+            "runs": [[_number(value) for value in run] for run in content["runs"]],
+            "given": None if given is None else [_interval(one) for one in given],
+        }
     )
 
 

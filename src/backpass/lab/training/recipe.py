@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.lab.files import write_atomically
+from backpass.lab.files import write_bytes_atomically
 from backpass.training.settings import Settings
 from backpass.training.trainer import Trainer
 
@@ -137,7 +137,7 @@ def described() -> dict[str, str]:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the values of a recipe's file, by name.
+    """Read the values of a recipe's file, by name.
 
     Raises:
         BackpassError: there is no such file, or it is not TOML.
@@ -145,19 +145,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BackpassError(f"there is no recipe {path}: give a TOML file, for instance one from the folder recipes.")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise BackpassError(f'{path} is no TOML file: {error}. Expected lines such as data = "mnist".') from error
 
 
 def write_recipe(recipe: Recipe, path: Path) -> Path:
-    """Write a recipe that `read_recipe` and `Recipe.of` give back; defaults are written too, None is left out."""
+    """Write a recipe, with its defaults, so that `read_recipe` and `Recipe.of` give it back; None is left out."""
     lines = [
         f"{field.name} = {_toml(value)}"
         for field in fields(recipe)
         if (value := getattr(recipe, field.name)) is not None and value not in ("", ())
     ]
-    return write_atomically(path, "\n".join(lines) + "\n")
+    # A path may hold bytes that are no UTF-8; they are kept as they are.
+    return write_bytes_atomically(path, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
 
 
 def _typed(value: Any, kind: tuple[tuple[type, ...], bool], what: str) -> Any:

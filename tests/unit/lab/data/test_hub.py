@@ -190,6 +190,21 @@ def test_a_gated_data_set_says_how_to_get_in(hub, monkeypatch):
         load_data("somebody/cats")
 
 
+def test_settings_of_one_value_do_not_share_a_note(hub):
+    hub.add("o/n", "en/test-0.parquet")
+    hub.add("o/n", "test-1.parquet", revision="en", seed=7)
+    config, revision = load_data("o/n:config=en"), load_data("o/n:revision=en")
+    assert not torch.equal(config.images.pixels, revision.images.pixels)
+    hub.online = False
+    assert torch.equal(load_data("o/n:revision=en").images.pixels, revision.images.pixels)
+
+
+def test_a_missing_shard_is_named(hub):
+    hub.add("o/n", "data/test-00001-of-00003.parquet")
+    with pytest.raises(BackpassError, match="o/n holds test-00001-of-00003.parquet: expected all 3 shards"):
+        load_data("o/n")
+
+
 def test_a_note_that_is_damaged_is_made_anew(hub, tmp_path):
     hub.add("somebody/cats", "test-0.parquet")
     load_data("somebody/cats")

@@ -59,6 +59,18 @@ def test_a_folder_of_classes_is_numbered_by_sorted_names(tmp_path):
     assert torch.equal(data.images.pixels, torch.stack([a_pixels, dog_pixels.expand(3, -1, -1), b_pixels]))
 
 
+def test_every_image_of_a_class_is_read_also_in_folders_below_and_behind_links(tmp_path, caplog):
+    kinds = {"a.PNG": "PNG", "b.jfif": "JPEG", "c.webp": "WEBP", "d.bmp": "BMP", "deep/er/e.jpeg": "JPEG"}
+    files = {f"cat/{name}": picture(1, kind=kind)[0] for name, kind in kinds.items()}
+    hidden = {"cat/._a.png": b"", "dog/.cache/x.png": b"", "cat/Thumbs.db": b"", "preview.png": b""}
+    classes(tmp_path / "d", {**files, "dog/1.png": picture(2)[0], **hidden})
+    (tmp_path / "d" / "dog" / "more").symlink_to(tmp_path / "d" / "cat" / "deep")
+    (tmp_path / "d" / "dog" / "loop").symlink_to(tmp_path / "d" / "dog")
+    assert load_data(str(tmp_path / "d")).images.labels.bincount().tolist() == [5, 2]
+    assert "1 files are no images: 'Thumbs.db'" in caplog.text
+    assert "1 images beside the folders of classes have no class: 'preview.png'" in caplog.text
+
+
 def test_the_first_images_of_a_folder_are_of_all_classes_alike(tmp_path):
     content, _ = picture(1)
     classes(
@@ -118,6 +130,14 @@ def _mistakes(tmp_path):
     (tmp_path / "broken" / "test-0.parquet").write_bytes(b"PAR1 and nothing else")
     classes(tmp_path / "sizes", {"a/1.png": good, "b/small.png": other})
     classes(tmp_path / "cut", {"a/1.png": good, "b/cut.png": good[:60]})
+    parquet(tmp_path / "identifier" / "test-0.parquet", [good, good], [3, 1 << 40])
+    parquet(tmp_path / "unnamed" / "test-0.parquet", [good, good], [1, 2], names=["a", "b"])
+    shards = {"middle": ["1-of-3"], "last": ["0-of-3", "1-of-3"], "old": ["0-of-1", "0-of-2", "1-of-2"]}
+    for folder, names in {**shards, "extra": ["0-of-1", "x"], "twice": ["0-of-2", "0-of-2-a"]}.items():
+        for name in names:
+            parquet(tmp_path / folder / f"test-{name}.parquet", [good], [0])
+    classes(tmp_path / "gif", {"a/1.png": good, "b/1.png": good, "b/2.gif": b""})
+    classes(tmp_path / "deeper", {f"{s}/{c}/1.png": good for s in ("training", "testing") for c in "ab"})
     classes(tmp_path / "one", {"a/1.png": good})
     classes(tmp_path / "bare", {"a/1.png": good, "b/readme.txt": b""})
 
@@ -131,15 +151,23 @@ def _mistakes(tmp_path):
         ("column:picture=image", r"unknown setting of data 'picture'"),
         ("column:image=", r"cannot read 'image=' in .*: expected setting=value"),
         ("row", r"row 2 of test-0.parquet is a corrupt image"),
-        ("noimage", r"row 1 of test-0.parquet is no image that can be read"),
+        ("noimage", r"row 1 of test-0.parquet is no PNG, JPEG, WebP or BMP image"),
         ("size", r"row 1 of test-0.parquet has 4x4 pixels, row 0 of test-0.parquet has 6x5"),
         ("negative", r"row 0 of test-0.parquet has the label -1"),
         ("split", r"no test-\*.parquet in .*split; there is train-0.parquet"),
         ("broken", r"test-0.parquet cannot be read as Parquet"),
         ("sizes", r"small.png has 4x4 pixels"),
         ("cut", r"cut.png is a corrupt image"),
+        (
+            "identifier",
+            r"row 1 of test-0.parquet has the label 1099511627776; expected a whole number from 0 to 999,999",
+        ),
+        ("unnamed", r"image 1 of .*unnamed has the label 2, and the files name 2 classes"),
+        *((name, r"expected all \d shards of one set") for name in ("middle", "last", "old", "extra", "twice")),
+        ("gif", r"2.gif is no PNG, JPEG, WebP or BMP image: convert it"),
+        ("deeper", r"each of them 'a', 'b': expected the classes' own folders"),
         ("one", r"at least two folders"),
-        ("bare", r"b holds no PNG or JPEG image"),
+        ("bare", r"b holds no PNG, JPEG, WebP or BMP image"),
     ],
 )
 def test_a_mistake_in_the_data_names_its_place(tmp_path, name, message):

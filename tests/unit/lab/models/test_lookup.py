@@ -1,5 +1,7 @@
 """From what a user names to a network: the lab's, or a user's own module."""
 
+import sys
+
 import pytest
 from torch import nn
 
@@ -35,6 +37,17 @@ def test_a_users_own_network_is_found_in_the_current_folder(tmp_path, monkeypatc
         find("torch.nn:Linear")
     with pytest.raises(BackpassError, match="cannot import 'no_such_module'"):
         find("no_such_module:net")
+
+
+def test_a_file_of_the_current_folder_hides_no_package(tmp_path, monkeypatch):
+    (tmp_path / "my_net_beside.py").write_text("from torch import nn\nimport this\ndef make():\n    return nn.Tanh()\n")
+    for name in ("jinja2", "this"):  # `this` is of Python itself, and not imported yet
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    assert isinstance(find("my_net_beside:make")[0], nn.Tanh)
+    with pytest.raises(BackpassError, match=r"jinja2.py has the name of another module, .*: rename it"):
+        find("jinja2:Environment")
 
 
 @pytest.mark.parametrize("text", ["3x32x16", "3,32,16", "3X32x16"])

@@ -34,7 +34,7 @@ class Comparison:
     difference: PairedDifference | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Worst:
     """All attacks at one radius together.
 
@@ -43,12 +43,14 @@ class Worst:
         by_rule: by rule, the part that at least one attack fools.
         together: the part that at least one attack with at least one rule fools.
         further: how many images that makes beyond the first rule's.
+        fooled: (N,) bool, the images of `together`.
     """
 
     eps: float
     by_rule: dict[str, Rate]
     together: Rate
     further: int
+    fooled: Tensor
 
 
 def rule_name(rule: str) -> str:
@@ -94,6 +96,7 @@ def worst_cases(measured: Measured) -> list[Worst]:
                 by_rule={rule: Rate(int(some.sum()), right) for rule, some in fooled.items()},
                 together=Rate(int(together.sum()), right),
                 further=int((together & ~fooled[study.rules[0]]).sum()),
+                fooled=together,
             )
         )
     return found

@@ -1,9 +1,10 @@
-"""What the numbers of an attack support and what they do not, in sentences made from them."""
+"""Findings of an attack: sentences made from the numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from backpass.attacks import Rate
 from backpass.lab.numbers import fraction_text
 from backpass.lab.proportions import percent_text
 from backpass.lab.result import Finding
@@ -15,19 +16,11 @@ __all__ = ["findings", "subject_findings"]
 
 
 def findings(measured: Measured, comparisons: Sequence[Comparison], worst: Sequence[Worst]) -> list[Finding]:
-    """The findings, in the order in which a reader asks."""
+    """Return a summary, then a finding for each attack, and the limits of the measurement."""
     study = measured.study
-    base = measured.reports[study.rules[0]]
-    found = [
-        Finding(
-            "Clean images",
-            f"{study.subject.name} has {base.clean.hits:,} of {base.clean.trials:,} images right, "
-            f"{percent_text(base.clean)}."
-            + ("" if base.clean.hits else " There is nothing to attack: an attack's success counts those alone."),
-        )
-    ]
-    if base.clean.hits:
-        found += [_attack(measured, [c for c in comparisons if c.plan == plan]) for plan in study.plans]
+    found = [_summary(measured, comparisons, worst)]
+    if measured.reports[study.rules[0]].clean.hits:
+        found += [_attack(measured, [c for c in comparisons if c.plan.text == text]) for text in study.attacks]
         found += _together(study, worst)
         found += _masking(measured)
     found += [_placing(text, placing) for text, placing in study.placings.items()]
@@ -41,6 +34,33 @@ def findings(measured: Measured, comparisons: Sequence[Comparison], worst: Seque
         )
     )
     return found
+
+
+def _summary(measured: Measured, comparisons: Sequence[Comparison], worst: Sequence[Worst]) -> Finding:
+    """Return clean accuracy, accuracy under all attacks and the comparison of the rules, a sentence each."""
+    study = measured.study
+    base = measured.reports[study.rules[0]]
+    sentences = [
+        f"{study.subject.name} has {base.clean.hits:,} of {base.clean.trials:,} images right, "
+        f"{percent_text(base.clean)}."
+    ]
+    if not base.clean.hits:
+        sentences.append("There is nothing to attack: an attack's success counts those alone.")
+        return Finding("In short", " ".join(sentences))
+    left = [
+        f"{percent_text(Rate(base.clean.hits - one.together.hits, base.clean.trials))} at eps {fraction_text(one.eps)}"
+        for one in sorted(worst, key=lambda one: one.eps)
+    ]
+    left = [left[0], *left[1:][-1:]]
+    sentences.append(f"Under {'every attack' if len(study.attacks) > 1 else 'attack'} it still has {listing(left)}.")
+    differences = [c.difference.interval for c in comparisons if c.difference is not None]
+    if differences:
+        more, fewer = sum(d.low > 0 for d in differences), sum(d.high < 0 for d in differences)
+        sentences.append(
+            f"Compared with the gradients of {rule_name(study.rules[0])}, those of the other rules fool significantly "
+            f"more images in {more} and significantly fewer in {fewer} of {len(differences)} comparisons."
+        )
+    return Finding("In short", " ".join(sentences))
 
 
 def subject_findings(study: Study) -> list[Finding]:
@@ -63,22 +83,26 @@ def subject_findings(study: Study) -> list[Finding]:
 
 
 def _attack(measured: Measured, comparisons: Sequence[Comparison]) -> Finding:
-    plan = comparisons[0].plan
+    """Return the success of one attack with every rule's gradients, at the smallest and the largest radius."""
+    ends = {min(measured.study.radii), max(measured.study.radii)}
+    comparisons = [one for one in comparisons if one.plan.eps in ends]
     parts = []
-    for one in comparisons:
-        rate = percent_text(measured.reports[one.rule].fooled(plan.name))
-        if not plan.uses_gradients:
-            parts.append(f"without gradients it fools {rate} of them")
-        elif one.difference is None:
-            parts.append(f"with {rule_name(one.rule)}'s gradients it fools {rate} of them")
-        else:
-            low, high = one.difference.interval.low, one.difference.interval.high
-            told = "more" if low > 0 else "fewer" if high < 0 else "which may be chance"
-            parts.append(
-                f"with those of {rule_name(one.rule)} {rate}, a paired difference of "
-                f"{interval_text(one.difference.interval, signed=True)} points ({told})"
-            )
-    return Finding(f"{plan.text}, eps {fraction_text(plan.eps)}", _sentence("; ".join(parts)))
+    for rule in dict.fromkeys(one.rule for one in comparisons):
+        of_rule = [one for one in comparisons if one.rule == rule]
+        who = f"with the gradients of {rule_name(rule)}" if of_rule[0].plan.uses_gradients else "without gradients"
+        parts.append(f"{who} it fools {listing([_success(measured, one) for one in of_rule])}")
+    return Finding(comparisons[0].plan.text, _sentence("; ".join(parts)))
+
+
+def _success(measured: Measured, one: Comparison) -> str:
+    rate = f"{percent_text(measured.reports[one.rule].fooled(one.plan.name))} at eps {fraction_text(one.plan.eps)}"
+    if one.difference is None:
+        return rate
+    interval = one.difference.interval
+    told = (
+        "significantly more" if interval.low > 0 else "significantly fewer" if interval.high < 0 else "not significant"
+    )
+    return f"{rate} ({told}: {interval_text(interval, signed=True)} points)"
 
 
 def _placing(text: str, placing: Placing) -> Finding:

@@ -12,7 +12,7 @@ _RULES_SHOWN = 3
 
 
 def gallery(measured: Measured) -> list[Gallery]:
-    """The samples in rows: the image, then for every rule the image after and the difference; nothing without any."""
+    """Return the samples in rows: the image, then for every rule the attacked image and the difference."""
     samples, data = measured.samples, measured.study.data
     if not samples:
         return []
@@ -25,11 +25,19 @@ def gallery(measured: Measured) -> list[Gallery]:
         columns += [f"After, {rule_name(rule)}", "Difference"]
     rows = []
     for sample in samples:
-        row = [Picture(uri=png_uri(sample.before), caption=f"{data.class_name(sample.label)} (image {sample.index})")]
+        row = [
+            Picture(
+                uri=png_uri(sample.before),
+                caption=f"{data.class_name(sample.label)}, {sample.confidence:.0%} (image {sample.index})",
+            )
+        ]
         for rule in rules:
             added = sample.after[rule] - sample.before
             row += [
-                Picture(uri=png_uri(sample.after[rule]), caption=f"seen as {data.class_name(sample.seen[rule])}"),
+                Picture(
+                    uri=png_uri(sample.after[rule]),
+                    caption=f"seen as {data.class_name(sample.seen[rule])}, {sample.confidences[rule]:.0%}",
+                ),
                 Picture(
                     uri=png_uri(amplified(added, factor)),
                     caption=f"largest change {255 * float(added.abs().max()):.3g}/255",
@@ -42,7 +50,7 @@ def gallery(measured: Measured) -> list[Gallery]:
             title="Some fooled images",
             columns=columns,
             rows=rows,
-            note=f"The first images fooled by {plan.name}, if possible with every rule's gradients. Differences are "
-            f"multiplied by {factor:.3g} around mid-grey.",
+            note=f"The first images fooled by {plan.name}, if possible with every rule's gradients. Percentages are "
+            f"the network's softmax probabilities. Differences are multiplied by {factor:.3g} around mid-grey.",
         )
     ]

@@ -9,7 +9,7 @@ from backpass.errors import BackpassError
 from backpass.lab.data import Labelled
 from backpass.lab.placement_search import choose_start, is_automatic
 from backpass.lab.studies.attack.study import Placing, Study
-from backpass.rules import LinBP, parse_rule
+from backpass.rules import PLACEHOLDERS, LinBP, parse_rule
 
 __all__ = ["place", "set_aside"]
 
@@ -49,7 +49,7 @@ def place(study: Study, aside: Labelled) -> Study:
     model, x = study.protocol.model(study.subject.model), study.protocol.images(aside.images.x)
     placed: dict[str, Placing] = {}
     for text in filter(is_automatic, study.rules):
-        rule = parse_rule(text)
+        rule = parse_rule(text, placeholders=PLACEHOLDERS)
         assert isinstance(rule, LinBP)  # noqa: S101  no other rule is automatic
         choice = choose_start(
             rule, study.subject.network, x, aside.images.y, plan.attack, model=model, batch_size=study.batch_size

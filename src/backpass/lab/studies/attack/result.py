@@ -6,10 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
+from backpass.attacks import Rate
 from backpass.lab.numbers import fraction_text
 from backpass.lab.proportions import percent
 from backpass.lab.result import Cell, Curve, Result, Series, Table, environment
-from backpass.lab.studies.attack.comparison import Comparison, Worst, claims, compare, rule_name, worst_cases
+from backpass.lab.studies.attack.comparison import (
+    Comparison,
+    Worst,
+    claims,
+    compare,
+    rule_name,
+    worst_cases,
+)
 from backpass.lab.studies.attack.findings import findings
 from backpass.lab.studies.attack.gallery import gallery
 from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text
@@ -18,20 +26,23 @@ from backpass.lab.wording import listing
 
 __all__ = ["CLAIMS_NOTE", "PLOTS_NOTE", "describe"]
 
-PLOTS_NOTE = "Lines are the part of the images fooled, bands their 95 % intervals (Wilson)."
+PLOTS_NOTE = (
+    "Lines are shares of images, bands their 95 % intervals: Wilson's for a share, Agresti and Min's for a difference."
+)
 CLAIMS_NOTE = (
     "A pair is one image, attacked from the same random starts with either rule's gradients. The interval is Agresti "
     "and Min's (2005) at 95 % for a difference of paired proportions, p is McNemar's exact two-sided one. They speak "
-    "of images drawn like these and of this one network, and each stands alone: of twenty such intervals for "
-    "differences that are truly zero, about one excludes zero by chance."
+    "of images drawn like these and of this one network."
 )
 _MOST_FREQUENT = 8
+_MOST_CLASSES = 30
 
 
 def describe(measured: Measured) -> Result:
     """The result that the report shows."""
     study = measured.study
     comparisons, worst = compare(measured), worst_cases(measured)
+    classes, numbers_by_class = _classes(measured, worst)
     base = study.rules[0]
     right = measured.reports[base].clean.hits
     others = [rule_name(rule) for rule in study.rules[1:]]
@@ -57,12 +68,15 @@ def describe(measured: Measured) -> Result:
             "parts": f"{measured.computed} computed, {measured.reused} found finished",
         },
         settings=_settings(measured),
-        series=[_series(measured, sweep) for sweep in measured.sweeps] if right else [],
-        tables=_tables(measured, comparisons, worst) if right else [],
+        series=[*(_series(measured, sweep) for sweep in measured.sweeps), *_differences(measured, comparisons)]
+        if right
+        else [],
+        tables=_tables(measured, comparisons, worst, classes) if right else [],
         claims=claims(comparisons, base),
         galleries=gallery(measured),
         numbers={
             "rules": {rule: report.to_dict() for rule, report in measured.reports.items()},
+            "classes": numbers_by_class,
             "paired_differences": [
                 {"attack": one.plan.name, "rule": one.rule, "baseline": base, **one.difference._asdict()}
                 for one in comparisons
@@ -87,7 +101,9 @@ def _settings(measured: Measured) -> dict[str, object]:
     }
 
 
-def _tables(measured: Measured, comparisons: Sequence[Comparison], worst: Sequence[Worst]) -> list[Table]:
+def _tables(
+    measured: Measured, comparisons: Sequence[Comparison], worst: Sequence[Worst], classes: Table
+) -> list[Table]:
     study = measured.study
     base = measured.reports[study.rules[0]]
     rows: list[list[Cell]] = [["none", "", "", percent(base.clean), "", "", ""]]
@@ -124,7 +140,38 @@ def _tables(measured: Measured, comparisons: Sequence[Comparison], worst: Sequen
     ]
     if len(study.attacks) > 1 or len(study.rules) > 1:
         tables.append(_worst(measured, worst))
-    return [*tables, *(_placing(text, placing) for text, placing in study.placings.items()), _confusion(measured)]
+    placings = [_placing(text, placing) for text, placing in study.placings.items()]
+    return [*tables, classes, *placings, _confusion(measured)]
+
+
+def _classes(measured: Measured, worst: Sequence[Worst]) -> tuple[Table, list[dict[str, object]]]:
+    """Return clean accuracy and accuracy under all attacks by class: a table of the lowest, and all for the JSON."""
+    study, base = measured.study, measured.reports[measured.study.rules[0]]
+    outcomes = {
+        "Right, clean": base.correct,
+        **{f"Right, eps {fraction_text(one.eps)}": base.correct & ~one.fooled for one in worst},
+    }
+    rates: dict[int, list[Rate]] = {}
+    for label in torch.unique(base.y).tolist():
+        of_class = base.y == label
+        rates[label] = [Rate(int(right[of_class].sum()), int(of_class.sum())) for right in outcomes.values()]
+    shown = sorted(rates)
+    if len(rates) > _MOST_CLASSES:
+        shown = sorted(rates, key=lambda label: (rates[label][-1].value, rates[label][0].value))[:_MOST_CLASSES]
+    few = f" The {len(shown)} of {len(rates)} classes with the lowest accuracy; result.json has all."
+    table = Table(
+        id="classes",
+        title="Class by class: right, clean and under all attacks (%)",
+        columns=["Class", "Images", *outcomes],
+        rows=[[study.data.class_name(k), rates[k][0].trials, *map(percent, rates[k])] for k in shown],
+        note="Of all images of the class, with Wilson's 95 % intervals. Under attack an image counts as right where no "
+        "attack fools it, with the gradients of any rule." + (few if len(shown) < len(rates) else ""),
+    )
+    everything = [
+        {"label": k, "class": study.data.class_name(k), **dict(zip(outcomes, (r.to_dict() for r in row), strict=True))}
+        for k, row in rates.items()
+    ]
+    return table, everything
 
 
 def _placing(text: str, placing: Placing) -> Table:
@@ -182,10 +229,47 @@ def _confusion(measured: Measured) -> Table:
     )
 
 
+def _differences(measured: Measured, comparisons: Sequence[Comparison]) -> list[Series]:
+    """Return a plot for each attack: what each rule's gradients add to the first rule's success, by radius."""
+    study = measured.study
+    label, unit = _radius_axis(study.radii)
+    made = []
+    for index, text in enumerate(study.attacks, start=1):
+        curves = []
+        for rule in study.rules[1:]:
+            found = {
+                c.plan.eps: c.difference.interval
+                for c in comparisons
+                if (c.plan.text, c.rule) == (text, rule) and c.difference
+            }
+            if len(found) > 1:
+                places = sorted(found)
+                given = [found[eps] for eps in places]
+                curves.append(Curve(label=rule_name(rule), x=[round(unit * eps, 9) for eps in places], given=given))
+        if curves:
+            base = rule_name(study.rules[0])
+            made.append(
+                Series(
+                    id=f"difference-{index}",
+                    title=f"{text}: difference to {base}",
+                    description=f"Share of images fooled less that of {base}, on the same images. Below zero "
+                    "the rule's gradients make the weaker attack.",
+                    x_label=label,
+                    y_label="difference (points)",
+                    curves=curves,
+                )
+            )
+    return made
+
+
+def _radius_axis(radii: Sequence[float]) -> tuple[str, float]:
+    """Return the label of an axis of radii and the factor to its unit."""
+    in_255ths = all("/255" in fraction_text(eps) for eps in radii)
+    return ("eps (255ths)", 255.0) if in_255ths else ("eps", 1.0)
+
+
 def _series(measured: Measured, sweep: Sweep) -> Series:
-    in_255ths = sweep.over == "eps" and all("/255" in fraction_text(eps) for eps in measured.study.radii)
-    unit = 255.0 if in_255ths else 1.0
-    label = {"eps": "eps (255ths)" if in_255ths else "eps", "steps": "steps"}[sweep.over]
+    label, unit = _radius_axis(measured.study.radii) if sweep.over == "eps" else ("steps", 1.0)
     rates = next(iter(sweep.rates.values()))
     return Series(
         id=f"{sweep.over}-{measured.study.attacks.index(sweep.attack) + 1}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from backpass.attacks import Report
 from backpass.lab.studies.attack.images import AttackImages
@@ -13,7 +14,7 @@ __all__ = ["draw_samples"]
 
 
 def draw_samples(study: Study, reports: dict[str, Report]) -> list[Sample]:
-    """Images that the first plan fools, if possible with every rule."""
+    """Return images that the first plan fools, if possible with every rule."""
     plan = next((plan for plan in study.plans if plan.uses_gradients), study.plans[0])
     rules = [rule for rule in study.rules if plan in study.plans_of(rule)]
     outcomes = torch.stack([reports[rule].attacks[plan.name].success for rule in rules])
@@ -25,12 +26,14 @@ def draw_samples(study: Study, reports: dict[str, Report]) -> list[Sample]:
     x = torch.stack([images[int(index)][0] for index in chosen]).to(study.device)
     y = study.data.images.labels[chosen].to(study.device)
     model = study.protocol.model(study.subject.model)
-    after, seen = {}, {}
+    after, seen, confidences = {}, {}, {}
     for rule in rules:
         with parse_rule(rule).attach(study.subject.network):
             found = plan.attack(model, x, y, indices=chosen.to(study.device))
         after[rule], seen[rule] = study.protocol.pixels(found.x_adv).cpu(), found.prediction.cpu()
+        confidences[rule] = _confidence(study, model, found.x_adv, found.prediction)
     before = study.protocol.pixels(x).cpu()
+    confidence = _confidence(study, model, x, y)
     return [
         Sample(
             index=int(index),
@@ -38,6 +41,17 @@ def draw_samples(study: Study, reports: dict[str, Report]) -> list[Sample]:
             before=before[row],
             after={rule: after[rule][row] for rule in rules},
             seen={rule: int(seen[rule][row]) for rule in rules},
+            confidence=confidence[row],
+            confidences={rule: confidences[rule][row] for rule in rules},
         )
         for row, index in enumerate(chosen)
     ]
+
+
+@torch.no_grad()
+def _confidence(study: Study, model: nn.Module, x: Tensor, classes: Tensor) -> list[float]:
+    """Return the softmax probability of one class per image."""
+    logits, place = model(x), study.options.get("logits")
+    if place is not None:
+        logits = getattr(logits, place) if isinstance(place, str) and hasattr(logits, place) else logits[place]
+    return [float(p) for p in logits.softmax(1).gather(1, classes[:, None]).squeeze(1)]

@@ -18,7 +18,7 @@ from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Protocol
 from backpass.lab.studies.attack.plans import Plan, make_plans
 from backpass.lab.subjects import Subject
-from backpass.rules import LinBP, parse_rule
+from backpass.rules import PLACEHOLDERS, LinBP, parse_rule
 
 __all__ = ["Measured", "Placing", "Sample", "Study", "Sweep", "check_rules", "order_rules"]
 
@@ -113,6 +113,8 @@ class Sample:
         before: (C, H, W) pixels.
         after: by rule, pixels, outside [0, 1] where the protocol allows it.
         seen: by rule, the class that the network sees in it.
+        confidence: the softmax probability of the label, before.
+        confidences: by rule, that of the class that is seen.
     """
 
     index: int
@@ -120,6 +122,8 @@ class Sample:
     before: Tensor
     after: dict[str, Tensor]
     seen: dict[str, int]
+    confidence: float
+    confidences: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,7 +160,10 @@ def order_rules(rules: Sequence[str], model: str | None = None) -> list[str]:
         UnknownNameError: a rule has no known name.
         BackpassError: a rule cannot be read, stands twice, or is to be chosen without a network to choose for.
     """
-    texts = [str(parse_rule(rule) if model is None else parse_rule_for(model, rule)) for rule in rules]
+    texts = [
+        str(parse_rule(rule, placeholders=PLACEHOLDERS) if model is None else parse_rule_for(model, rule))
+        for rule in rules
+    ]
     for index, text in enumerate(texts):
         if text in texts[:index]:
             raise BackpassError(f"--rule {text} stands twice.")

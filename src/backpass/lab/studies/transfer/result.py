@@ -23,7 +23,7 @@ _PLOTS_NOTE = "Lines are the part of the images fooled, bands their 95 % interva
 _CLAIMS_NOTE = (
     "Both rules are judged on the same images, those that the target has right. The interval is that of Agresti and "
     "Min (2005) for paired proportions, at 95 %; n counts images. It speaks of images drawn like these and of these "
-    "networks, and stands alone: many claims are tested at once."
+    "networks."
 )
 _REFERENCE = "Guo, Li, Chen, NeurIPS 2020: images made with linear backpropagation transfer better"
 
@@ -149,8 +149,9 @@ def _findings(measured: Measured, claims: list[Claim]) -> list[Finding]:
         found.append(
             Finding(
                 "Whether a rule transfers better",
-                f"Of {len(claims)} claims that a rule transfers better than {rule_name(study.rules[0])}, one for every "
-                f"attack and pair, {counts[0]} hold, {counts[1]} do not hold and {counts[2]} are undecided.",
+                f"Compared with {rule_name(study.rules[0])}, the other rules' images fool a target significantly more "
+                f"often in {counts[0]} and significantly less often in {counts[1]} of {len(claims)} comparisons, one "
+                f"for every attack and pair of networks; {counts[2]} are undecided.",
             )
         )
     both = {**study.sources, **study.targets}

@@ -1,0 +1,89 @@
+"""Cost of implicit steps: whole training steps over those of AdamW, interleaved, on one thread.
+
+    OMP_NUM_THREADS=1 python benchmarks/implicit_cost.py [--rounds 30] [--only GPT] [--out cost.json]
+
+Every arm trains its own copy of the network on the same batches. An arm's figure is the median over rounds of its
+time over AdamW's in the same round; with memory a round is ten steps, so that every layer is refreshed once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpass import SIBP, ProxProp
+from implicit_networks import SETTINGS
+
+RULES: dict[str, ProxProp | SIBP | None] = {
+    "AdamW": None,
+    "exact": ProxProp(),
+    "default at the step": ProxProp(solve="step"),
+    "memory .9, refresh 10": ProxProp(solve="step", memory=0.9, refresh=10),
+    "SIBP": SIBP(),
+}
+STEPS = 10
+
+
+def arm(make: Callable[[], nn.Module], rule: ProxProp | SIBP | None) -> Callable[[Tensor, Tensor], None]:
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    if isinstance(rule, ProxProp) and rule.solve == "step":
+        rule.attach(model, optimizer)
+    elif rule is not None:
+        rule.attach(model)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="settings whose name holds this")
+    parser.add_argument("--arms", nargs="*", default=list(RULES))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    for name, setting in SETTINGS.items():
+        if arguments.only not in name:
+            continue
+        x, y = setting.data(0)[:2]
+        arms = {one: arm(setting.make, RULES[one]) for one in ["AdamW", *arguments.arms]}
+        times: dict[str, list[float]] = {one: [] for one in arms}
+        for turn in range(arguments.rounds + 1):
+            for one, step in arms.items():
+                start = time.perf_counter()
+                for k in range(STEPS):
+                    rows = torch.arange(setting.batch) + (turn * STEPS + k) * setting.batch
+                    step(x[rows % len(x)], y[rows % len(x)])
+                if turn:
+                    times[one].append((time.perf_counter() - start) / STEPS)
+        ratios = {
+            one: statistics.median(a / b for a, b in zip(values, times["AdamW"], strict=True))
+            for one, values in times.items()
+        }
+        found[name] = {"ms of AdamW": 1e3 * statistics.median(times["AdamW"]), **ratios}
+        print(f"{name}: AdamW {found[name]['ms of AdamW']:.1f} ms;", end=" ")
+        print("; ".join(f"{one} {ratio:.2f}" for one, ratio in ratios.items() if one != "AdamW"), flush=True)
+    found["peak memory of the process, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
