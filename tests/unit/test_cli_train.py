@@ -95,6 +95,18 @@ def test_the_recipe_in_the_folder_repeats_the_run_to_the_bit(here):
         assert (here / "one" / name).read_bytes() == (here / "two" / name).read_bytes()
 
 
+def test_the_settings_of_the_trainer_are_options(here):
+    options = ["--checkpoint-every", 20, "--keep", 9, "--log-every", 10, "--scheduler", "one-cycle", "--mixup", 0.2]
+    train("out", *ADAM, *options, "--max-steps", 50, "--epochs", 3, "--no-drop-last", "--loggers", "tensorboard")
+    kept = [path.stem for path in sorted((here / "out/checkpoints").glob("*.pt"))]
+    assert kept == [f"step-{step:08d}" for step in (0, 20, 22, 40, 44, 50)]
+    recipe = tomllib.loads((here / "out/recipe.toml").read_text())
+    assert (recipe["checkpoint_every"], recipe["loggers"], recipe["drop_last"]) == (20, ["tensorboard"], False)
+    assert list((here / "out/tensorboard").iterdir())
+    train("timed", *ADAM, "--checkpoint-every", "10min")
+    assert tomllib.loads((here / "timed/recipe.toml").read_text())["checkpoint_every"] == "10min"
+
+
 def test_options_override_the_recipe(here):
     (here / "mine.toml").write_text('data = "digits"\nmodel = "mlp:widths=32"\nepochs = 7\nrule = "linbp:start=0"\n')
     ended = run("train", "--recipe", "mine.toml", "--epochs", 1, "--rule", "bp", "--lr", "0.02", "--out", "out")

@@ -142,7 +142,8 @@ def _run(
             trained = carry_out(wanted, out, device=where, resume=resume, report=report, tell=say)
         except Interrupted as stopped:
             if is_first_process():
-                say(f"backpass: {str(stopped).partition(':')[0]}. Continue: backpass train --resume --out {out}", err=True)
+                what = str(stopped).partition(":")[0]
+                say(f"backpass: {what}. Continue: backpass train --resume --out {out}", err=True)
             raise typer.Exit(130) from None
     if is_first_process():
         _print(trained, out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import pickle
 import re
 from pathlib import Path
@@ -14,37 +13,12 @@ from typing import Any
 import torch
 
 from backpass.errors import BackpassError
+from backpass.files import write_whole
 
-__all__ = ["Checkpoints", "write_whole"]
+__all__ = ["Checkpoints"]
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8,})\.pt")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash at any moment it is there as a whole, or as it was before.
-
-    Raises:
-        OSError: the file cannot be written; its name is in the error, and no part of it stays.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class Checkpoints:

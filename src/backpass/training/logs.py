@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 import torch
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.training.checkpoint import write_whole
+from backpass.files import write_whole
 from backpass.version import __version__
 
 __all__ = ["Logger", "Logs", "Status", "check_loggers"]

@@ -15,13 +15,13 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.files import locked
 from backpass.rules import Attached, ProxProp, Rule, unwrap
 from backpass.training.batches import Prepare, to_unit_interval
 from backpass.training.evaluation import Metric, check_targets
 from backpass.training.fingerprint import describe, describe_model, describe_optimizer
 from backpass.training.half_batches import Measuring
 from backpass.training.interruption import Interruption
-from backpass.training.locking import locked
 from backpass.training.loop import Loop, Resume
 from backpass.training.objective import CrossEntropy, Objective
 from backpass.training.orders import Order, mixed, seeded

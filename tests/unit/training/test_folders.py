@@ -10,14 +10,14 @@ import threading
 import pytest
 
 from backpass import BackpassError
+from backpass.files import locked, write_whole
 from backpass.training import Interrupted
-from backpass.training.checkpoint import Checkpoints, write_whole
-from backpass.training.locking import locked
+from backpass.training.checkpoint import Checkpoints
 from support.training import outcome, trainer
 
 HOLD = """
 import pathlib, sys, time
-from backpass.training.locking import locked
+from backpass.files import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

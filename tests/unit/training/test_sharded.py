@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -57,10 +58,8 @@ def resumed(folder: str) -> list[bool]:
         if step == 6:
             raise Interrupted
 
-    try:
+    with suppress(Interrupted):
         make(True, f"{folder}/stopped", average="ema:0.8", checkpoint_every=2, on_step=stop).fit()
-    except Interrupted:
-        pass
     again = make(True, f"{folder}/stopped", average="ema:0.8")
     return numbers(again, again.fit(resume=True)) == expected
 
@@ -151,7 +150,7 @@ def test_a_rank_that_ends_tells_the_others(how, message, tmp_path):
         )
         for rank in range(2)
     ]
-    _, told = processes[1].communicate(timeout=120)
+    processes[1].communicate(timeout=120)
     ended = time.monotonic()
     _, others = processes[0].communicate(timeout=120)
     assert time.monotonic() - ended < 20

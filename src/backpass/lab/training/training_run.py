@@ -15,6 +15,7 @@ from torch import nn
 
 from backpass.attacks import Attack
 from backpass.errors import BackpassError
+from backpass.files import locked
 from backpass.lab.numbers import fraction_text
 from backpass.lab.training.assembly import assemble, complete
 from backpass.lab.training.parts import load_parts
@@ -22,7 +23,6 @@ from backpass.lab.training.recipe import Recipe, write_recipe
 from backpass.lab.weights import save_weights
 from backpass.rules import unwrap
 from backpass.training import Progress, TrainingResult, local_device
-from backpass.training.locking import locked
 
 __all__ = ["Trained", "check_folder", "device_of_this_process", "is_first_process", "train"]
 

@@ -1,4 +1,4 @@
-"""Lock on a run's folder, so that one run at a time writes there."""
+"""Files that are written whole or not at all, and folders that one process at a time uses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,38 @@ from typing import IO
 
 from backpass.errors import BackpassError
 
-__all__ = ["locked"]
+__all__ = ["locked", "write_whole"]
 
 _HELD: dict[str, tuple[int, str]] = {}  # by path: the thread of this process, and the holder's description
 _GUARD = threading.Lock()
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write a file so that after a crash at any moment it is there as a whole, or as it was before.
+
+    Raises:
+        OSError: the file cannot be written; its name is in the error, and no part of it stays.
+    """
+    # Threads and processes that write the same file do not share a temporary one.
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.{path.name}.part")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+    if os.name != "nt":  # there, folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    return path
 
 
 @contextmanager
