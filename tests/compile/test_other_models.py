@@ -95,6 +95,38 @@ WAYS = {
 }
 
 
+class CallsCompiledFunction(nn.Module):
+    """An eager model whose forward calls a compiled function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.function = [torch.compile(lambda z: torch.relu(z) * 2, backend="eager")]
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.function[0](self.first(x))))
+
+
+@pytest.mark.parametrize("called_before", [True, False])
+@pytest.mark.parametrize("start", [0, -1])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_function_inside_obeys_the_rule_is_named_or_an_error(start, called_before, x):
+    torch.manual_seed(0)
+    model = CallsCompiledFunction().double()
+    with torch.compiler.set_stance("force_eager"), LinBP(start=start).attach(model):
+        expected = call(model, x)
+    if called_before:
+        call(model, x)
+    try:
+        with LinBP(start=start).attach(model) as attached:
+            (found,) = torch.autograd.grad(model(x).square().sum(), x)
+            (again,) = torch.autograd.grad(model(x).square().sum(), x)
+    except BackpassError:
+        return
+    exact = all(torch.allclose(one, expected, rtol=0, atol=1e-12) for one in (found, again))
+    assert exact or "" in attached.unreachable
+
+
 @pytest.mark.parametrize("called_before", [True, False])
 @pytest.mark.parametrize("start", [0, -1])
 @pytest.mark.parametrize("way", WAYS)

@@ -142,7 +142,7 @@ class Rewritten:
                 number, self.count = self.count, self.count + 1
                 if not self.start <= number < self.stop:
                     return compute(*args, **kwargs)
-                x, *rest = args if args else (kwargs.pop("input"),)
+                x, *rest = args or (kwargs.pop(next(iter(kwargs))),)
                 z = x.clone()
 
                 def value(z: Tensor) -> Tensor:

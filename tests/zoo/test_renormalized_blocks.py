@@ -142,7 +142,7 @@ def test_the_stages_are_the_network(case):
     assert relative(z, model(x)) < 1e-12
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("decay", [1.0, 0.5, 0.01])
 def test_the_gradient_equals_the_rule_block_by_block(case, decay):
     model, x, stages, gates, _ = case
     plain = model(x)

@@ -96,16 +96,15 @@ class Calls:
 def test_gradients_are_those_of_straight_through_activations_and_the_forward_is_plain(architecture, start):
     model, _ = made(architecture, torch.float64)
     plain, _ = gradients(architecture, model, model)
-    with LinBP(start=start).attach(model) as attached, Calls(model) as calls:
-        outputs, found = gradients(architecture, model, model)
-        _, again = gradients(architecture, model, model)  # follows what the first call showed
-    assert all(torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
     first = first_index(start, architecture.sites)
-    assert [site.index for site in attached.sites] == list(range(first, architecture.sites))
     _, expected = gradients(architecture, model, architecture.rewritten(model, first))
-    assert_close(found, expected, 1e-10)
-    assert_close(again, expected, 1e-10)
-    assert calls[""] == 2
+    with LinBP(start=start).attach(model) as attached, Calls(model) as calls:
+        for number in (1, 2):  # what the first call showed may serve the second
+            outputs, found = gradients(architecture, model, model)
+            assert all(torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
+            assert [site.index for site in attached.sites] == list(range(first, architecture.sites))
+            assert_close(found, expected, 1e-10)
+            assert calls[""] == number
 
 
 def test_the_same_in_single_precision(architecture):

@@ -120,7 +120,6 @@ def _draw_svg(series: Sequence[Series], *, size: tuple[float, float], background
             labels.append("a run diverged")
         columns = _legend_columns(labels, size[0])
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-        figure.draw_without_rendering()  # the layout of the second drawing knows the tick labels
         stream = io.StringIO()
         canvas: Any = FigureCanvasSVG(figure)
         canvas.print_svg(stream, metadata={"Date": None, "Creator": None})

@@ -15,7 +15,19 @@ from backpass.rules.activations import read_call, writes_in_place
 from backpass.rules.attaching.interception import Interception, ModuleCall
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import SiteCall
-from backpass.rules.compositions import BENT, ELEMENTWISE, PRODUCTS, VIEWS, Origin, Origins, composes, gates, is_query
+from backpass.rules.compositions import (
+    BENT,
+    ELEMENTWISE,
+    MIXES,
+    PRODUCTS,
+    VIEWS,
+    Origin,
+    Origins,
+    composes,
+    constants,
+    gates,
+    is_query,
+)
 
 __all__ = ["ActivationInterception"]
 
@@ -45,30 +57,36 @@ class ActivationInterception(Interception):
     look only into modules that compose activations. Compiled code follows the plan and does not look.
     """
 
+    follows = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.origins: list[Origins] = []
         self.watched: list[_Watched] = []
+        self.compositions = self.rule.compositions
 
-    def _looks(self) -> bool:
-        if not self.rule.compositions or is_dynamo_compiling():
-            return False
-        if self.replayed is None and self.run.plan is None:
-            return True
-        return self.running[-1].path in (self.run.plan or self.run).composing
+    def _looks(self, caller: ModuleCall) -> bool:
+        return caller.looks or (self.run.plan is None and self.replayed is None and self.compositions)
+
+    def _origins(self, call: ModuleCall) -> Origins:
+        if call.origins is None:
+            call.origins = Origins()
+        origins: Origins = call.origins
+        return origins
 
     # --- Functions --------------------------------------------------------------------------------------------------
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an activation as its site is decided, and remember the origin of its value."""
-        if not self._looks():
+        if not self._looks(self.running[-1]):
             return super().at(site, func, args, kwargs)
         x = args[0] if args else kwargs["input"]
-        origin = self.origins[-1].of(x)
+        origin = self._origins(self.running[-1]).of(x)
         out = super().at(site, func, args, kwargs)
         self._bend()
         direct = site if origin.source is x else None
-        self.origins[-1].note(out, Origin(origin.source, site.function, (*origin.sites, site), out.numel(), direct))
+        self._origins(self.running[-1]).note(
+            out, Origin(origin.source, site.function, (*origin.sites, site), out.numel(), direct)
+        )
         return out
 
     def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
@@ -76,6 +94,14 @@ class ActivationInterception(Interception):
         if site is None:
             return self.rule.replace(func, args, kwargs)
         return self.rule.replace_call(func, args, kwargs, site)
+
+    def replace_planned(
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+    ) -> Any:
+        """Call an activation with the rule's backward, where surely or most likely the rule acts."""
+        if site is None:
+            return self.rule.replace(func, args, kwargs)
+        return self.rule.replace_planned(func, args, kwargs, site)
 
     def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an activation plainly in compiled code."""
@@ -89,7 +115,7 @@ class ActivationInterception(Interception):
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no activation by itself, but may compose one."""
-        if not self._looks():
+        if not self._looks(caller):
             return super().other(caller, func, args, kwargs)
         if func not in ELEMENTWISE and func not in VIEWS and not is_query(func):
             for watched in self.watched:
@@ -102,27 +128,34 @@ class ActivationInterception(Interception):
             out = func(*args, **kwargs)
             self._arranged(args, out)
             return out
-        if func not in ELEMENTWISE:
+        if func not in ELEMENTWISE and func not in MIXES:
             return super().other(caller, func, args, kwargs)
         if func in BENT:
             self._bend()
-        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        origins = [self.origins[-1].of(x) for x in operands]
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        origins = [self._origins(caller).of(x) for x in operands]
+        fixed = constants(operands, origins)
+        learns = any(x.requires_grad for x, constant in zip(operands, fixed, strict=True) if constant)
+        origins = [origin for origin, constant in zip(origins, fixed, strict=True) if not constant]
         source = origins[0].source if origins and all(one.source is origins[0].source for one in origins) else None
         if source is not None and composes(func, origins):
             return self._compose(caller, source, origins, func, args, kwargs)
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and operands:
-            self._follow(func, source, origins, out)
+        if isinstance(out, Tensor) and origins:
+            self._follow(func, source, origins, learns, out)
         return out
 
-    def _follow(self, func: TorchFunction, source: Tensor | None, origins: list[Origin], out: Tensor) -> None:
+    def _follow(
+        self, func: TorchFunction, source: Tensor | None, origins: list[Origin], learns: bool, out: Tensor
+    ) -> None:
         """Remember the origin of an elementwise function's value; or find that it multiplies by a gate."""
-        sites = tuple(site for origin in origins for site in origin.sites)
-        bent = func.__name__ if func in BENT else next((one.bent for one in origins if one.bent), "")
-        if source is not None or len(origins) == 1:
-            self.origins[-1].note(out, Origin(source, bent, sites, min(origins[0].numel, out.numel())))
-        elif func in PRODUCTS and not self.rule.gates:
+        if func in ELEMENTWISE and (source is not None or len(origins) == 1):
+            sites = tuple(site for origin in origins for site in origin.sites)
+            bent = func.__name__ if func in BENT else next((one.bent for one in origins if one.bent), "")
+            learns = learns or any(origin.learns for origin in origins)
+            origin = Origin(source, bent, sites, min(origins[0].numel, out.numel()), learns=learns)
+            self._origins(self.running[-1]).note(out, origin)
+        elif (func in PRODUCTS or func in MIXES) and not self.rule.gates:
             for origin in gates(origins, out):
                 _discount(origin.sites)
 
@@ -143,32 +176,36 @@ class ActivationInterception(Interception):
             site = self.meet(caller, f"x*{bent}", source)
         self._bend()
         self.run.composing.update((caller.path, *(one.module for origin in origins for one in origin.sites)))
+        learns = any(origin.learns for origin in origins)
         if not writes_in_place(func, args, kwargs):
-            out = self.at_value(site, source, func(*args, **kwargs))
+            out = self.at_value(site, source, func(*args, **kwargs), learns)
         else:
             before = source.clone() if source is args[0] else source
-            out = args[0].copy_(self.at_value(site, before, func(args[0].clone(), *args[1:], **kwargs)))
-        self.origins[-1].note(out, Origin(source, bent, (site,), out.numel(), site, product=True))
+            out = args[0].copy_(self.at_value(site, before, func(args[0].clone(), *args[1:], **kwargs), learns))
+        self._origins(caller).note(out, Origin(source, bent, (site,), out.numel(), site, True, learns))
         return out
 
-    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor) -> Tensor:
+    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor, learns: bool = False) -> Tensor:
         """Give a value that was computed plainly from ``source`` the rule's backward, as its site is decided."""
         if (site.selected is False and site.fixed) or not torch.is_grad_enabled():
             return plain
         if site.selected is None and torch_internals.forward_mode():
             self.run.decide_early(site)
-            return self.at_value(site, source, plain)
+            return self.at_value(site, source, plain, learns)
+        if learns:
+            learned: Tensor = self.rule.replace_learned(source, plain, site)
+            return learned
         kept = (plain.detach(), None) if site.fixed else (plain, site)
         value: Tensor = self.rule.replace_value(source, *kept)
         return value
 
     def _arranged(self, args: tuple[Any, ...], out: Any) -> None:
-        origin = self.origins[-1].of(args[0]) if args and isinstance(args[0], Tensor) else None
+        origin = self._origins(self.running[-1]).of(args[0]) if args and isinstance(args[0], Tensor) else None
         if origin is not None and origin.sites:
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):
                     numel = min(origin.numel, leaf.numel())
-                    self.origins[-1].note(leaf, Origin(None, origin.bent, origin.sites, numel))
+                    self._origins(self.running[-1]).note(leaf, Origin(None, origin.bent, origin.sites, numel))
 
     def _bend(self) -> None:
         for watched in self.watched:
@@ -184,15 +221,16 @@ class ActivationInterception(Interception):
             if activation and self.attached.is_composed(key):
                 call.plain, call.x = True, args[0]
             return None
-        self.origins.append(Origins())
+        known = self.run if self.replayed is not None else self.run.plan
+        call.looks = self.compositions and (known is None or path in known.composing)
         if not activation or call.plain or len(args) != 1 or not isinstance(args[0], Tensor):
             return None
         x = args[0]
         with torch._C.DisableTorchFunction():
             given = x.clone() if any(getattr(one, "inplace", False) for one in module.modules()) else x
-        if self.replayed is None and self.run.plan is None:
+        if known is None:
             self.watched.append(_Watched(call, x, given, len(self.run.sites)))
-        elif key in (self.run.plan or self.run).composed:
+        elif key in known.composed:
             call.plain, call.x = True, x
             self.watched.append(_Watched(call, x, given, 0))
         else:
@@ -207,28 +245,35 @@ class ActivationInterception(Interception):
             planned = self.attached.planned(f"{call.key}:{type(module).__name__}")
             self.traced += 1
             return self.rule.replace_value(call.x, output.detach(), None) if planned else output
-        inner = self.origins.pop()
+        if not (self.watched or call.hidden or call.origins):
+            return output
         watched = self.watched.pop() if self.watched and self.watched[-1].call is call else None
         if watched is not None and isinstance(output, Tensor):
             with torch._C.DisableTorchFunction():
-                output = self._whole(module, watched, inner.of(output), output)
+                output = self._whole(module, watched, self._origins(call).of(output), output)
         output = super().leave(module, call, output)
-        if self.origins:
-            inner.pass_on(tree_leaves(output), self.origins[-1])
+        if call.origins is not None and len(self.running) > 1:
+            call.origins.pass_on(tree_leaves(output), self._origins(self.running[-2]))
         return output
 
     def _whole(self, module: nn.Module, watched: _Watched, origin: Origin, output: Tensor) -> Tensor:
         """Give the value of a module that was one activation the rule's backward."""
         call, x = watched.call, watched.x
         wrote = output is watched.given and output is not x
-        if call.plain or self._is_activation(watched, origin, output):
+        if output is x and not call.plain:
+            if self._is_activation(watched, origin, output):
+                self.note_unreachable(call.path, "the module writes into its input")
+        elif call.plain or self._is_activation(watched, origin, output):
             if not call.plain:
                 _discount(self.run.sites[watched.begin :])
                 self.run.composed.add(call.key)
-                call.hidden.clear()
+                call.hidden = ()
             name = type(module).__name__
             site = self.meet(call, name, x, f"{call.key}:{name}")
             output = self.at_value(site, x.clone() if wrote else x, output)
+            output = x.copy_(output) if wrote else output
+            self._origins(call).note(output, Origin(x, name, (site,), output.numel(), site))
+            return output
         return x.copy_(output) if wrote else output
 
     def _is_activation(self, watched: _Watched, origin: Origin, output: Tensor) -> bool:

@@ -115,13 +115,13 @@ class ActivationRule(Rule):
         if parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
             y = self.replace_value(z, activation.compute(z.detach(), *parameters), None)
         else:
-            y = _kernel(self).apply(z, activation.compute, parameters, self)
+            y = _kernel(self).apply(z, (activation.compute, parameters, self, None))
         return x.copy_(y) if in_place else y
 
     def replace_call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
     ) -> Any:
-        """Return the activation's value with the plain graph and this rule's backward beside it; see `replace_value`."""
+        """Return the activation's value with the plain graph and this rule's backward; see `replace_value`."""
         if not args:
             args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
         x, rest = args[0], args[1:]
@@ -130,6 +130,19 @@ class ActivationRule(Rule):
         plain = func(before.clone() if writes else x, *rest, **kwargs)
         out = self.replace_value(before, plain, site, learned_value(func, before, args, kwargs))
         return x.copy_(out) if writes else out
+
+    def replace_planned(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall
+    ) -> Any:
+        """Return the activation's value with this rule's backward, or, should ``site`` say so, with the plain one."""
+        activation, x, parameters, in_place = read_call(func, args, kwargs)
+        learns = parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters)
+        if learns or torch_internals.transforms():
+            return self.replace_call(func, args, kwargs, site)
+        z = x.clone() if in_place else x
+        apply: Callable[..., Any] = _EagerKernel.apply
+        y = apply(z, (activation.compute, parameters, self, site))
+        return x.copy_(y) if in_place else y
 
     def replace_value(self, x: Tensor, value: Tensor, site: SiteCall | None, learned: Tensor | None = None) -> Any:
         """Return ``value``, computed from x, with this rule's backward.
@@ -143,6 +156,11 @@ class ActivationRule(Rule):
         apply: Callable[..., Any] = _Replaced.apply
         return apply(x, value, learned, self, site)
 
+    def replace_learned(self, x: Tensor, value: Tensor, site: SiteCall) -> Any:
+        """Return ``value``, computed from x and from parameters that keep their own gradients."""
+        apply: Callable[..., Any] = _Learned.apply
+        return apply(x, value, self, site)
+
     def on_node(self, grad_inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> Any:
         """Return the gradients that a plain activation's graph node passes on in the place of its own."""
         of_x, *others = grad_inputs
@@ -151,42 +169,47 @@ class ActivationRule(Rule):
         return self.backward(grads[0], grads[0]).to(of_x.dtype), *others
 
 
-class _Kernel(torch.autograd.Function):
-    """y = s(x) forward; dL/dx = rule.backward(dL/dy, x). Fast in eager calls, where the context can be set up at once."""
+class _EagerKernel(torch.autograd.Function):
+    """y = s(x) forward; dL/dx = rule.backward(dL/dy, x). In eager calls it is faster to set up the context at once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], rule: Any) -> Any:
-        ctx.rule, ctx.dtype = rule, x.dtype
-        if rule.needs_input:
+    def forward(ctx: Any, x: Tensor, call: tuple[Any, ...]) -> Any:
+        compute, parameters, rule, site = ctx.call = call
+        ctx.rule, ctx.dtype, ctx.site = rule, x.dtype, site
+        if site is not None or rule.needs_input:
             ctx.save_for_backward(x)
         return compute(x, *parameters)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        x = ctx.saved_tensors[0] if ctx.rule.needs_input else grad
-        of_x = ctx.rule.backward(grad, x)
-        return of_x if of_x.dtype == ctx.dtype else of_x.to(ctx.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plain = ctx.site is not None and not ctx.site.active()
+        return _plain_gradient(ctx, grad) if plain else _gradient(ctx, grad), None
 
 
-class _KernelUnderTransforms(_Kernel):
-    """The same for torch.func and torch.compile, which want the context set up apart."""
+class _Kernel(torch.autograd.Function):
+    """`_EagerKernel` for torch.func and torch.compile, which need the context set up separately."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, compute: Callable[..., Tensor], parameters: tuple[Any, ...], rule: Any) -> Any:
+    def forward(x: Tensor, call: tuple[Any, ...]) -> Any:
+        compute, parameters, _, _ = call
         return compute(x, *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, _, ctx.rule = inputs
+        x, (_, _, ctx.rule, _) = inputs
         ctx.dtype = x.dtype
         if ctx.rule.needs_input:
             ctx.save_for_backward(x)
 
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, grad), None
 
-class _KernelBothWays(_KernelUnderTransforms):
-    """The same with a forward-mode derivative, for rules without x; apart, because Dynamo refuses a Function with one."""
+
+class _ForwardModeKernel(_Kernel):
+    """`_Kernel` with a forward-mode derivative, for rules without x; Dynamo refuses a Function that has one."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:
@@ -195,14 +218,14 @@ class _KernelBothWays(_KernelUnderTransforms):
 
 def _kernel(rule: ActivationRule) -> Any:
     if is_dynamo_compiling():
-        return _KernelUnderTransforms
+        return _Kernel
     if torch_internals.forward_mode() and not rule.needs_input:
-        return _KernelBothWays
-    return _KernelUnderTransforms if torch_internals.transforms() else _Kernel
+        return _ForwardModeKernel
+    return _Kernel if torch_internals.transforms() else _EagerKernel
 
 
 class _Replaced(torch.autograd.Function):
-    """(x, value, learned) -> value; backward gives x the rule's gradient, or the value its own, as the site is decided."""
+    """(x, value, learned) -> value; backward gives x the rule's gradient, or the value its own, as decided."""
 
     generate_vmap_rule = True
 
@@ -222,6 +245,43 @@ class _Replaced(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.site is not None and not ctx.site.active():
             return None, grad, None, None, None
-        x = ctx.saved_tensors[0] if ctx.rule.needs_input else grad
-        of_x = ctx.rule.backward(grad, x).to(ctx.dtype)
-        return of_x, grad if ctx.site is None else None, grad if ctx.learns else None, None, None
+        return _gradient(ctx, grad), grad if ctx.site is None else None, grad if ctx.learns else None, None, None
+
+
+class _Learned(torch.autograd.Function):
+    """(x, value) -> value; backward adds to x what turns the value's gradient of x into the rule's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, rule: Any, site: SiteCall) -> Tensor:
+        ctx.rule, ctx.site, ctx.dtype = rule, site, x.dtype
+        edge = torch.autograd.graph.get_gradient_edge
+        ctx.way = ([edge(value)], [edge(x)]) if x.requires_grad else None
+        if rule.needs_input:
+            ctx.save_for_backward(x)
+        return value.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.way is None or not ctx.site.active():
+            return None, grad, None, None
+        again = torch.is_grad_enabled()
+        outputs, inputs = ctx.way
+        (plain,) = torch.autograd.grad(outputs, inputs, [grad], retain_graph=True, create_graph=again)
+        return _gradient(ctx, grad) - plain, grad, None, None
+
+
+def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+    x = ctx.saved_tensors[0] if ctx.rule.needs_input else grad
+    of_x: Tensor = ctx.rule.backward(grad, x)
+    return of_x if of_x.dtype == ctx.dtype else of_x.to(ctx.dtype)
+
+
+def _plain_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        z = x if again else x.detach().requires_grad_()
+        compute, parameters, *_ = ctx.call
+        y = compute(z, *parameters)
+    of_x: Tensor = torch.autograd.grad(y, z, grad, create_graph=again)[0]
+    return of_x

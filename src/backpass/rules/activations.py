@@ -54,6 +54,14 @@ def _relu6(x: Tensor) -> Any:
     return aten.hardtanh(x, 0.0, 6.0)
 
 
+def _softsign(x: Tensor) -> Any:
+    return aten.div(x, aten.add(aten.abs(x), 1))
+
+
+def _tanhshrink(x: Tensor) -> Any:
+    return aten.sub(x, aten.tanh(x))
+
+
 _NAMED: tuple[Activation, ...] = (
     Activation("relu", aten.relu),
     Activation("relu6", _relu6),
@@ -72,6 +80,12 @@ _NAMED: tuple[Activation, ...] = (
     Activation("threshold", aten.threshold, (("threshold", 0.0), ("value", 0.0))),
     Activation("tanh", aten.tanh),
     Activation("sigmoid", aten.sigmoid),
+    Activation("logsigmoid", aten.log_sigmoid),
+    Activation("softsign", _softsign),
+    Activation("tanhshrink", _tanhshrink),
+    Activation("hardshrink", aten.hardshrink, (("lambd", 0.5),)),
+    Activation("softshrink", aten.softshrink, (("lambd", 0.5),)),
+    Activation("rrelu", aten.rrelu, (("lower", 1 / 8), ("upper", 1 / 3), ("training", False))),
 )
 
 
@@ -131,7 +145,7 @@ _IN_PLACE = frozenset(function for function in _BY_FUNCTION if function.__name__
 def read_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Activation, Tensor, tuple[Any, ...], bool]:
-    """Return the activation that a call computes, its input, its parameters in order, and whether it writes in place."""
+    """Return the activation of a call, its input, its parameters in order, and whether it writes in place."""
     activation = _BY_FUNCTION[func]
     x, given = (args[0], args[1:]) if args else (kwargs["input"], ())
     n = len(activation.parameters)

@@ -57,7 +57,7 @@ class Block:
         """Return J^T grad, J the Jacobian of the branch as the graph's kernels stand."""
         again = torch.is_grad_enabled()
         (found,) = torch.autograd.grad(self._from, self._to, grad, retain_graph=True, create_graph=again)
-        return found  # type: ignore[no-any-return]
+        return found
 
     @contextmanager
     def plain(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """Activations composed of several calls, and gates, recognised from the calls themselves.
 
-``x * gate(x)`` (a hand-written SiLU, GELU, Mish or Hardswish) is one activation of x. An activation whose value multiplies
-*another* tensor, as in squeeze-and-excitation, is a gate and no activation. To tell them apart, each result of an
-elementwise function remembers the tensor that it is a function of, its `Origin`, for as long as the calling module runs.
+``x * gate(x)`` (a hand-written SiLU, GELU, Mish or Hardswish) is one activation of x. An activation whose value
+multiplies *another* tensor, as in squeeze-and-excitation, is a gate and no activation. To distinguish them, each result
+of an elementwise function remembers the tensor that it is a function of, its `Origin`, while the calling module runs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from backpass.rules.attaching.run import SiteCall
 
-__all__ = ["BENT", "ELEMENTWISE", "PRODUCTS", "VIEWS", "Origin", "Origins", "composes", "gates", "is_query"]
+__all__ = [
+    "BENT",
+    "ELEMENTWISE",
+    "MIXES",
+    "PRODUCTS",
+    "VIEWS",
+    "Origin",
+    "Origins",
+    "composes",
+    "constants",
+    "gates",
+    "is_query",
+]
 
 
 def _functions(names: str) -> frozenset[Callable[..., Any]]:
@@ -35,10 +47,11 @@ CHOICES = _functions("maximum minimum max min where")
 """Functions that choose between tensors; of functions of one tensor they make another, such as a leaky ReLU."""
 
 BENT = _functions(
-    "erf exp exp_ expm1 log1p log sin cos sinh cosh atan asinh logsigmoid softsign tanhshrink hardshrink softshrink "
-    "clamp clamp_ clip clip_ clamp_min clamp_max clamp_min_ clamp_max_ gt ge lt le __gt__ __ge__ __lt__ __le__ heaviside"
+    "erf exp exp_ expm1 log1p log sin cos sinh cosh atan asinh "
+    "clamp clamp_ clip clip_ clamp_min clamp_max clamp_min_ clamp_max_ gt ge lt le __gt__ __ge__ __lt__ __le__ "
+    "heaviside"
 )
-"""Elementwise functions that make a gate, or an activation, of what they are called on, but are no sites by themselves."""
+"""Elementwise functions that make a gate, or an activation, of their input, but are no sites by themselves."""
 
 _SMOOTH = _functions(
     "add add_ __add__ __radd__ __iadd__ sub sub_ subtract rsub __sub__ __rsub__ __isub__ pow pow_ __pow__ square neg "
@@ -48,13 +61,16 @@ _SMOOTH = _functions(
 ELEMENTWISE = PRODUCTS | CHOICES | BENT | _SMOOTH
 """Functions of which each output element depends on the input elements in its place."""
 
-VIEWS = _functions(
-    "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split unbind "
-    "movedim t repeat tile broadcast_to view_as reshape_as narrow select"
-)
-"""Functions that arrange the same elements anew."""
+MIXES = _functions("lerp lerp_ addcmul addcmul_ einsum")
+"""Further functions that multiply tensors, and so may multiply by a gate."""
 
-_SIGMOIDS = frozenset(("sigmoid", "hardsigmoid"))
+VIEWS = frozenset((F.interpolate, F.upsample)) | _functions(
+    "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split "
+    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select"
+)
+"""Functions that arrange the same elements anew, or resample them."""
+
+_SIGMOIDS = frozenset(("sigmoid", "hardsigmoid", "hsigmoid", "expit"))
 _QUERIES = frozenset(("__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "__len__"))
 
 
@@ -73,9 +89,10 @@ class Origin:
         numel: number of elements of the result, before it was expanded.
         direct: the activation of ``source`` whose value the result is, if it is one.
         product: whether that activation is composed.
+        learns: whether a parameter of the model is on the way.
     """
 
-    __slots__ = ("bent", "direct", "numel", "product", "sites", "source")
+    __slots__ = ("bent", "direct", "learns", "numel", "product", "sites", "source")
 
     def __init__(
         self,
@@ -85,6 +102,7 @@ class Origin:
         numel: int,
         direct: SiteCall | None = None,
         product: bool = False,
+        learns: bool = False,
     ) -> None:
         self.source = source
         self.bent = bent
@@ -92,6 +110,7 @@ class Origin:
         self.numel = numel
         self.direct = direct
         self.product = product
+        self.learns = learns
 
 
 class Origins:
@@ -134,10 +153,23 @@ def composes(func: Callable[..., Any], origins: list[Origin]) -> bool:
 
 
 def gates(factors: list[Origin], product: Tensor) -> list[Origin]:
-    """Return the factors of a product of different tensors that gate it: sigmoids, and activations that are expanded."""
+    """Return the factors that gate a product of different tensors: sigmoids, and activations that are expanded."""
     whole = [factor.numel >= product.numel() for factor in factors]
     return [
         factor
         for factor, full in zip(factors, whole, strict=True)
-        if factor.sites and ((not full and any(whole)) or any(site.function in _SIGMOIDS for site in factor.sites))
+        if factor.sites and ((not full and any(whole)) or any(_is_sigmoid(site) for site in factor.sites))
     ]
+
+
+def _is_sigmoid(site: SiteCall) -> bool:
+    return site.function.lower().replace("_", "") in _SIGMOIDS
+
+
+def constants(operands: list[Tensor], origins: list[Origin]) -> list[bool]:
+    """Return which operands only parametrise a function of another: single numbers, and the model's own parameters."""
+    found = [
+        origin.source is x and (x.numel() == 1 or isinstance(x, nn.Parameter))
+        for x, origin in zip(operands, origins, strict=True)
+    ]
+    return [False] * len(found) if all(found) else found

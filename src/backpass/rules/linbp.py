@@ -88,6 +88,14 @@ class LinBP(ActivationRule):
             return super().replace(func, args, kwargs)
         return self.replace_call(func, args, kwargs, None)
 
+    def replace_planned(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall
+    ) -> Any:
+        """Return the activation's value with a linear backward, or, should ``site`` say so, with the plain one."""
+        if self.residual == "per_activation":
+            return self.replace_call(func, args, kwargs, site)
+        return super().replace_planned(func, args, kwargs, site)
+
     def replace_value(self, x: Tensor, value: Tensor, site: SiteCall | None, learned: Tensor | None = None) -> Any:
         """Return ``value``, computed from x, with a linear backward; see `ActivationRule.replace_value`."""
         if self.residual != "per_activation":

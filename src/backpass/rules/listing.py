@@ -54,6 +54,9 @@ class _Listing(BackwardOverride):
     needs_site = False
     stop = 0
 
+    def __str__(self) -> str:
+        return "a rule"
+
 
 class _Activations(_Listing):
     functions = ACTIVATIONS
@@ -63,9 +66,10 @@ class _Activations(_Listing):
     def replace_value(self, x: Tensor, value: Tensor, site: object, learned: Tensor | None = None) -> Tensor:
         return value
 
-    def replace_call(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: object
-    ) -> Any:
+    def replace_learned(self, x: Tensor, value: Tensor, site: object) -> Tensor:
+        return value
+
+    def replace_call(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: object) -> Any:
         return func(*args, **kwargs)
 
 

@@ -24,7 +24,7 @@ PLACEHOLDERS = ("paper", "auto")
 
 
 def rule_type(name: str) -> type[Rule]:
-    """Return the class of a rule: one of `RULES`, or one that an installed package adds by an entry point of backpass.rules.
+    """Return the class of a rule: one of `RULES`, or of an installed package by an entry point of backpass.rules.
 
     Raises:
         UnknownNameError: there is no rule of this name.

@@ -31,6 +31,8 @@ __all__ = ["PerActivation", "ResidualInterception"]
 class ResidualInterception(ActivationInterception):
     """An interception that scales the gradients of residual branches."""
 
+    follows = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.blocks = Blocks()
@@ -59,8 +61,8 @@ class ResidualInterception(ActivationInterception):
             and not self.blocks.found
         ):
             raise BackpassError(
-                f"{self.rule} finds no residual block with an activation in its branch: a block adds a branch to its own "
-                'input, or to a projection of it. Use residual="plain" or "per_activation".'
+                f"{self.rule} finds no residual block with an activation in its branch: a block adds a branch to its "
+                'own input, or to a projection of it. Use residual="plain" or "per_activation".'
             )
         return output
 
@@ -72,10 +74,10 @@ class ResidualInterception(ActivationInterception):
         self.blocks.note(out)
         return out
 
-    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor) -> Tensor:
+    def at_value(self, site: SiteCall, source: Tensor, plain: Tensor, learns: bool = False) -> Tensor:
         """Give a value the rule's backward so that the backward pass decides."""
         self._hold(site, source)
-        return super().at_value(site, source, plain)
+        return super().at_value(site, source, plain, learns)
 
     def _hold(self, site: SiteCall, x: Tensor) -> None:
         """Keep the decision about a site for the backward pass, but leave an activation of a block's sum plain."""
@@ -119,20 +121,24 @@ class _Renormalized(torch.autograd.Function):
 
 
 class PerActivation(torch.autograd.Function):
-    """(x, value, learned) -> value; backward gives x the rule's gradient, scaled per sample to the norm of the plain one."""
+    """(x, value, learned) -> value; backward scales the rule's gradient of x to the norm of the plain one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, learned: Tensor | None, rule: Any, site: SiteCall | None) -> Tensor:
+    def forward(  # noqa: D102
+        ctx: Any, x: Tensor, value: Tensor, learned: Tensor | None, rule: Any, site: SiteCall | None
+    ) -> Tensor:
         ctx.rule, ctx.site, ctx.dtype, ctx.learns = rule, site, x.dtype, learned is not None
         edge = torch.autograd.graph.get_gradient_edge
-        ctx.way = (edge(value), edge(x)) if x.requires_grad and value.requires_grad else None
+        ctx.way = ([edge(value)], [edge(x)]) if x.requires_grad and value.requires_grad else None
         return value.data
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         if ctx.way is None or (ctx.site is not None and not ctx.site.active()):
             return None, grad, None, None, None
-        (plain,) = torch.autograd.grad(*ctx.way, grad, retain_graph=True, create_graph=torch.is_grad_enabled())
+        again = torch.is_grad_enabled()
+        outputs, inputs = ctx.way
+        (plain,) = torch.autograd.grad(outputs, inputs, [grad], retain_graph=True, create_graph=again)
         of_x = ctx.rule.backward(grad, grad).to(ctx.dtype)
         return of_x * _ratio(plain, of_x), None, grad if ctx.learns else None, None, None
 
@@ -144,4 +150,5 @@ def _ratio(goal: Tensor, x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
+    return norm

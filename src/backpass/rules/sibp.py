@@ -159,7 +159,7 @@ class SemiImplicitInterception(LayerInterception):
 
     def check_layer(self, layer: LinearCall) -> None:
         """Refuse float16 without a scaler that is known."""
-        if not self.attached.scaled:
+        if not isinstance(self.attached, SemiImplicitAttached) or not self.attached.scaled:
             _refuse_half(layer)
 
     def node(

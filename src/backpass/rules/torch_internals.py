@@ -43,7 +43,7 @@ _CHECKPOINT = "torch.utils.checkpoint"
 _GRAPH_LIMIT = 20_000
 
 
-# --- Torch function modes -----------------------------------------------------------------------------------------
+# --- Torch function modes ---
 
 
 def function_modes() -> list[Any]:
@@ -70,7 +70,7 @@ def restore_modes(modes: Iterable[Any]) -> None:
         push_mode(mode)
 
 
-# --- Autograd ---------------------------------------------------------------------------------------------------------
+# --- Autograd ---
 
 FUNCTION_NODE: type = torch.autograd.function.BackwardCFunction
 """Class of the graph nodes of custom autograd functions."""
@@ -132,7 +132,7 @@ def called_through(caller: Any, code: Any) -> int:
     return running
 
 
-# --- Dynamo, the tracer of torch.compile -------------------------------------------------------------------------------
+# --- Dynamo, the tracer of torch.compile ---
 
 
 def dynamo_has_run() -> bool:

@@ -139,6 +139,122 @@ class Snake(nn.Module):
         return x + torch.sin(x) ** 2
 
 
+class HardSigmoid(nn.Module):
+    """With a module of torch inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU6(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x + 3) / 6
+
+
+class HardSwish(nn.Module):
+    """With a module of its own inside, as MobileNetV3 is often written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigmoid = HardSigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.sigmoid(x)
+
+
+class ClampedRelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+
+class WhereLeaky(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, 0.1 * x)
+
+
+class MaximumLeaky(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(x, 0.1 * x)
+
+
+class InPlaceFunction(torch.autograd.Function):
+    """relu that overwrites its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        x.clamp_(min=0)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grad * (y > 0)
+
+
+class InPlaceModule(nn.Module):
+    inplace = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return InPlaceFunction.apply(x)
+
+
+class ConstantBeta(nn.Module):
+    """With a buffer, which is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("beta", torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+class LinearMish(nn.Module):
+    """Nothing but an affine function of each element: no activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5) * 2.0
+
+
+class Rescaled(nn.Module):
+    """Input scaling as a module without parameters stays as it is, whatever it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.first, self.last = LinearMish(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(self.scale(x))))
+
+
+class SharedModule(nn.Module):
+    """One elementwise module for all calls, on tensors of several shapes, with a keyword argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.first, self.last = QuickGELU(), nn.Linear(WIDTH, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(x=self.first(self.act(x)))) + self.act(x).sum(-1, keepdim=True)
+
+
+class LearnedSwish(nn.Module):
+    """x sigmoid(beta x) with a learned beta, which keeps its own gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.beta = nn.Parameter(torch.tensor(1.3))
+        self.compute = [lambda x: x * torch.sigmoid(self.beta * x)]
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self.compute[0](x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.activate(self.first(x)))
+
+
 def with_module(kind: type[nn.Module], calls: int = 2) -> Architecture:
     """A network that calls an elementwise module between affine layers: one site a call, named by its class."""
 
@@ -280,7 +396,104 @@ class Highway(nn.Module):
         return self.last(t * F.relu(self.transform(x)) + (1 - t) * x)
 
 
+class HardGate(nn.Module):
+    """Squeeze-and-excitation with a gate that is an elementwise module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.fc = nn.Sequential(nn.Linear(8, 4), nn.ReLU(inplace=True), nn.Linear(4, 8), HardSigmoid())
+        self.act, self.head = HardSwish(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))
+        return self.head((x * self.fc(x.mean((2, 3)))[:, :, None, None]).mean((2, 3)))
+
+
+class Gated(nn.Module):
+    """A convolution, relu, and a gate of one number per channel, in ways that differ by ``combine(x, gate)``."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor], gate: Compute = torch.sigmoid) -> None:
+        super().__init__()
+        self.conv, self.squeeze, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 3)
+        self.functions = [combine, gate]
+
+    def forward(self, x: Tensor) -> Tensor:
+        combine, gate = self.functions
+        x = F.relu(self.conv(x))
+        return self.head(combine(x, gate(self.squeeze(F.adaptive_avg_pool2d(x, 1)))).mean((2, 3)))
+
+
+def gated(combine: Callable[[Tensor, Tensor], Tensor], gate: Compute = torch.sigmoid) -> Architecture:
+    return Architecture(build=lambda: Gated(combine, gate), sites=1, shape=(2, 3, 6, 6), gate_functions=GATES)
+
+
+GATES = ("sigmoid", "hardsigmoid", "relu6")
+
+
+class Experts(nn.Module):
+    """Weighted by sigmoids of a router, one column for each expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 2)
+        self.experts = nn.ModuleList([nn.Linear(WIDTH, 3) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.router(x).sigmoid()
+        return sum(weights[:, n : n + 1] * F.silu(expert(x)) for n, expert in enumerate(self.experts))
+
+
+class GatedResidual(nn.Module):
+    """x + g(x) * f(x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.branch, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + torch.sigmoid(self.gate(x)) * F.gelu(self.branch(x)))
+
+
+class WaveNet(nn.Module):
+    """tanh(a) * sigmoid(b): the tanh is the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.gate, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x)))
+
+
+class LongShortTerm(nn.Module):
+    """An LSTM by hand, two steps of one input: the sigmoids gate, the tanhs are activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.state, self.last = nn.Linear(WIDTH, 16), nn.Linear(4, 16), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(len(x), 4)
+        for _ in range(2):
+            i, f, g, o = (self.input(x) + self.state(h)).chunk(4, dim=-1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        return self.last(h)
+
+
 # Parts that cannot be reached.
+
+
+@torch.library.custom_op("backpass_tests::relu", mutates_args=())
+def custom_operator(x: Tensor) -> Tensor:
+    return x.clamp(min=0)
+
+
+custom_operator.register_autograd(
+    lambda ctx, grad: grad * (ctx.saved_tensors[0] > 0),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 class Inside(nn.Module):
@@ -380,7 +593,8 @@ BY_HAND: dict[str, Architecture] = {
         kind.__name__: with_module(kind)
         for kind in (
             *(MemoryEfficientSwish, MemoryEfficientMish, CubedRelu, NewGELU, QuickGELU, HandHardswish, InPlaceSwish),
-            *(SquaredRelu, Snake),
+            *(SquaredRelu, Snake, HardSigmoid, HardSwish, ClampedRelu, WhereLeaky, MaximumLeaky, InPlaceModule),
+            *(ConstantBeta, nn.Softsign, nn.Tanhshrink, nn.LogSigmoid),
         )
     },
     "prelu": with_module(nn.PReLU),
@@ -395,6 +609,15 @@ BY_HAND: dict[str, Architecture] = {
     "x*hardsigmoid(x)": inline(lambda x: x * F.hardsigmoid(x)),
     "x*relu6(x+3)/6": inline(lambda x: x * F.relu6(x + 3) / 6),
     "x*tanh(softplus(x))": inline(lambda x: x * torch.tanh(F.softplus(x))),
+    "x/(1+exp(-x))": inline(lambda x: x / (1 + torch.exp(-x))),
+    "softsign": inline(F.softsign),
+    "rrelu": inline(F.rrelu),
+    "logsigmoid": inline(F.logsigmoid),
+    "expit": inline(torch.special.expit),
+    "aten": inline(torch._C._nn.gelu),
+    "learned_swish": Architecture(build=LearnedSwish, sites=1, shape=(4, WIDTH), reference=own_reference),
+    "rescaled": Architecture(build=Rescaled, sites=1, shape=(4, WIDTH)),
+    "shared_module": Architecture(build=SharedModule, sites=3, shape=(4, WIDTH), elementwise=(QuickGELU,)),
     "x*sigmoid_module(x)": Architecture(build=SigmoidModule, sites=1, shape=(4, WIDTH), reference=own_reference),
     "squeeze_excitation": Architecture(
         build=lambda: SqueezeExcitation(nn.Sigmoid), sites=1, shape=(2, 3, 6, 6), gates=("fc.3",)
@@ -406,6 +629,23 @@ BY_HAND: dict[str, Architecture] = {
         build=FunctionalSqueezeExcitation, sites=2, shape=(2, 3, 6, 6), gate_functions=("hardsigmoid",)
     ),
     "spatial_attention": Architecture(build=SpatialAttention, sites=1, shape=(2, 3, 6, 6), gate_functions=("sigmoid",)),
+    "hard_gate_module": Architecture(
+        build=HardGate, sites=2, shape=(2, 3, 6, 6), gates=("fc.3",), elementwise=(HardSwish,)
+    ),
+    "x*gate in place": gated(lambda x, gate: x.clone().mul_(gate)),
+    "x*=gate": gated(lambda x, gate: (x.clone()).__imul__(gate)),
+    "x+x*gate": gated(lambda x, gate: x + x * gate),
+    "x*(1+gate)": gated(lambda x, gate: x * (1 + gate)),
+    "gate expanded": gated(lambda x, gate: gate.expand_as(x) * x),
+    "gate interpolated": gated(lambda x, gate: x * F.interpolate(gate, size=x.shape[-2:], mode="nearest")),
+    "gate by einsum": gated(lambda x, gate: torch.einsum("nchw,nc->nchw", x, gate.flatten(1))),
+    "gate by relu6": gated(lambda x, gate: x * gate, lambda z: F.relu6(z + 3) / 6),
+    "gate by 2*sigmoid": gated(lambda x, gate: x * (2 * gate)),
+    "gate by lerp": gated(lambda x, gate: torch.lerp(x, x.square(), gate)),
+    "experts": Architecture(build=Experts, sites=2, shape=(4, WIDTH), gate_functions=GATES),
+    "gated_residual": Architecture(build=GatedResidual, sites=1, shape=(4, WIDTH), gate_functions=GATES),
+    "wavenet": Architecture(build=WaveNet, sites=1, shape=(4, WIDTH), gate_functions=GATES),
+    "lstm_by_hand": Architecture(build=LongShortTerm, sites=4, shape=(4, WIDTH), gate_functions=GATES),
     "glu": Architecture(
         build=lambda: GatedLinearUnit(torch.sigmoid), sites=1, shape=(4, WIDTH), gate_functions=("sigmoid",)
     ),
@@ -417,6 +657,7 @@ BY_HAND: dict[str, Architecture] = {
     "transformer_encoder": Architecture(build=encoder("gelu"), sites=2, shape=(2, 3, WIDTH), fused=True),
     "transformer_encoder_module": Architecture(build=encoder(nn.ReLU()), sites=2, shape=(2, 3, WIDTH), fused=True),
     "autograd_function": opaque(lambda: CubeFunction.apply, ""),
+    "custom_operator": opaque(lambda: custom_operator, ""),
     "scripted_function": opaque(lambda: scripted_function, ""),
     "autograd_function_of_two": opaque(ScaledRelu),
     "scripted": opaque(scripted),

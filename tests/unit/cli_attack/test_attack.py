@@ -50,7 +50,13 @@ def test_the_report_shows_curves_images_and_every_setting(tmp_path):
     assert ended.exit_code == 0, ended.output
     html = (tmp_path / "report.html").read_text()
     written = json.loads((tmp_path / "result.json").read_text())
-    eps, steps = written["series"]
+    eps, steps, difference = written["series"]
+    assert difference["curves"][0]["x"] == [0.1, round(32 / 255, 9)]
+    assert difference["curves"][0]["mean"] == [claim["estimate"] for claim in written["claims"]]
+    classes, clean = written["numbers"]["classes"], written["numbers"]["rules"]["bp"]["clean_accuracy"]
+    assert sum(one["Right, clean"]["hits"] for one in classes) == clean["hits"]
+    assert sum(one["Right, clean"]["trials"] for one in classes) == clean["trials"]
+    assert all(one["Right, eps 0.1"]["hits"] <= one["Right, clean"]["hits"] for one in classes)
     assert [curve["label"] for curve in eps["curves"]] == ["BP", "linbp"]
     assert {0.1, round(32 / 255, 9)} <= set(eps["curves"][0]["x"])
     assert len(eps["curves"][0]["x"]) >= 6

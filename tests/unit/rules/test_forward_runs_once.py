@@ -21,14 +21,13 @@ class WithSideEffects(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.SiLU()), nn.Linear(4, 2)
 
     def beside(self, x):
         return x
 
     def forward(self, x):
-        x = torch.tanh(self.first(self.beside(x)))
-        return self.last(F.silu(self.second(x)))
+        return self.last(self.second(torch.tanh(self.first(self.beside(x)))))
 
 
 class GrowingCache(WithSideEffects):
@@ -129,6 +128,26 @@ class AlteredInput(WithSideEffects):
         return x
 
 
+class BatchStatistics(WithSideEffects):
+    """Running statistics in train mode, moved by the functional call, which leaves no trace in the buffer's version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(4, dtype=torch.float64))
+
+    def beside(self, x):
+        return F.batch_norm(x, self.mean, self.var, training=True, momentum=0.5)
+
+
+class PowerIteration(WithSideEffects):
+    """Spectral normalisation in train mode: each call moves the estimate of the singular vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.nn.utils.parametrizations.spectral_norm(self.first)
+
+
 def copied_with_generator(model):
     twin = OwnGenerator().double()
     twin.load_state_dict(model.state_dict())
@@ -138,7 +157,7 @@ def copied_with_generator(model):
 
 KINDS = [
     *(GrowingCache, Counter, NumPyDraws, OwnNumPyGenerator, OwnGenerator, GlobalDraws, Iterator, ReplacedBuffer),
-    *(CachedGraph, AlteredInput),
+    *(CachedGraph, AlteredInput, BatchStatistics, PowerIteration),
 ]
 
 

@@ -252,7 +252,8 @@ def test_a_model_whose_number_of_sites_changes_is_exact_in_every_call(start):
             first = {-1: model.depth - 1, 0.5: model.depth // 2, 1: 1}[start]
             assert [site.index for site in attached.sites] == list(range(first, model.depth))
             with attached.suspended():
-                close(got, gradients(lambda z: model(z, linear=range(first, model.depth)), model, x))
+                linear = range(first, model.depth)
+                close(got, gradients(lambda z, linear=linear: model(z, linear=linear), model, x))
 
 
 def test_lazy_modules_take_a_rule_before_they_are_called():

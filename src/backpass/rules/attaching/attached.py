@@ -23,7 +23,7 @@ from backpass.rules.attaching import hooks
 from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.module_calls import FUSED, ModuleCalls, pop_interceptions
 from backpass.rules.attaching.override import BackwardOverride
-from backpass.rules.attaching.run import Plan, Run, SiteCall
+from backpass.rules.attaching.run import Plan, Run
 from backpass.rules.attaching.wrappers import named_modules, out_of_reach, unwrap
 from backpass.rules.sites import SiteTable
 from backpass.rules.torch_internals import constant_while_tracing
@@ -120,9 +120,9 @@ class Attached:
     def suspended(self) -> Iterator[Self]:
         """Out of force in a ``with`` block, and in force again after it, in its old place among other rules.
 
-        What the rule keeps is kept: its sites, contributions to the next step, compiled code. Blocks may be nested; after
-        `remove` they do nothing. A graph built outside the block keeps the rule's backward inside it, and a copy of the
-        model made inside is plain.
+        What the rule keeps is kept: its sites, contributions to the next step, compiled code. Blocks may be nested;
+        after `remove` they do nothing. A graph built outside the block keeps the rule's backward inside it, and a copy
+        of the model made inside is plain.
         """
         disabled = self._disable() if not self._suspensions else []
         self._suspensions += 1
@@ -171,13 +171,13 @@ class Attached:
         finally:
             torch_internals.restore_modes(modes)
 
-    # --- Calls of the model; the hooks report here ---------------------------------------------------------------------
+    # --- Calls of the model; the hooks report here ------------------------------------------------------------------
 
     def begin(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
         """Return the interception of a call of the model, or of a part of it that is called again by itself."""
         if torch.compiler.is_dynamo_compiling():
             self.prepare(module.training, *args, **kwargs)
-            return self.interception(self, None)
+            return self.interception(self, Run(self.rule, None))
         if path:
             return self._begin_again(path)
         # If this call turns out to run compiled code, its sites are looked for before that is made.
@@ -199,7 +199,7 @@ class Attached:
                 f"tracing meets {key!r}, which an eager call of the model did not: the model does something else when "
                 "it is compiled. Attach the rule to the model without torch.compile."
             )
-        return all(by_key[key])
+        return by_key[key].counted and by_key[key].selected
 
     @constant_while_tracing
     def is_composed(self, key: str) -> bool:
@@ -210,10 +210,10 @@ class Attached:
     def verify(self, traced: int) -> str:
         """Check that compiled code passes all sites; a name of the plan that it follows."""
         plan = self._plan()
-        if traced != len(plan.keys):
+        if traced != len(plan.order):
             raise BackpassError(
-                f"compiled code passes {traced} of the {len(plan.keys)} calls that {self.rule} saw in an eager call of "
-                "the model: attach the rule to the model without torch.compile."
+                f"compiled code passes {traced} of the {len(plan.order)} calls that {self.rule} saw in an eager call "
+                "of the model: attach the rule to the model without torch.compile."
             )
         return "train" if self._training else "eval"
 
@@ -306,7 +306,7 @@ class Attached:
         for path, reasons in unreachable.items():
             known = self.unreachable.setdefault(path, [])
             known += [reason for reason in reasons if reason not in known]
-        if not unreachable:
+        if not self.unreachable:
             return
         listing = "; ".join(f"{path or '(model)'}: {', '.join(reasons)}" for path, reasons in self.unreachable.items())
         message = f"{self.rule} cannot reach all of this model, which stays plain there: {listing}."
@@ -317,7 +317,7 @@ class Attached:
             self._reported = True
             warnings.warn(message + " See attached.unreachable.", stacklevel=5)
 
-    # --- Copies ---------------------------------------------------------------------------------------------------------
+    # --- Copies -----------------------------------------------------------------------------------------------------
 
     def _token(self) -> str:
         serial = _SERIAL.setdefault(self.model, next(_COUNTER))

@@ -46,7 +46,7 @@ class _Marked(dict[str, Any]):
 def _mark(module: nn.Module, kind: type[dict[str, Any]]) -> None:
     for name in ("_modules", "_parameters"):
         table = vars(module).get(name)
-        if type(table) in (dict, _Marked) and type(table) is not kind:
+        if table is not None and type(table) in (dict, _Marked) and type(table) is not kind:
             vars(module)[name] = kind(table)
 
 

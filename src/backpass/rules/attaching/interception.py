@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from backpass.errors import BackpassError
 from backpass.rules import torch_internals
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import Run, SiteCall
+from backpass.rules.attaching.run import Planned, Run, SiteCall
 
 if TYPE_CHECKING:
     from backpass.rules.attaching.attached import Attached
 
-__all__ = ["Interception", "ModuleCall", "checkpointed_function", "choose"]
+__all__ = ["Interception", "ModuleCall", "checkpointed_function", "choose", "outer_interceptions"]
 
 
 class ModuleCall:
@@ -34,17 +34,22 @@ class ModuleCall:
         key: the chain of calls that leads here.
         calls: how often each function and module below was called so far.
         plain: whether its calls are left alone.
+        looks: whether all its calls are looked at, not only those of the rule's functions.
         x: its input, where it is one activation as a whole.
         hidden: functions of the rule that were called without gradients, as a custom autograd function does.
+        origins: of the results of elementwise functions, where all calls are looked at; else None.
     """
+
+    plain = False
+    looks = False
+    x: Tensor | None = None
+    hidden: tuple[str, ...] = ()
+    origins: Any = None
 
     def __init__(self, path: str, key: str) -> None:
         self.path = path
         self.key = key
         self.calls: dict[str, int] = {}
-        self.plain = False
-        self.x: Tensor | None = None
-        self.hidden: list[str] = []
         if not is_dynamo_compiling():
             self.grad_enabled = torch.is_grad_enabled()
             self.checkpoint = torch_internals.checkpoint_hooks()
@@ -60,6 +65,7 @@ class Interception(TorchFunctionMode):
     """One call of an attached model: notes its sites and hands those that the rule selects to the rule.
 
     Attributes:
+        follows: whether calls may be made as the plan says, without a `SiteCall` for each.
         attached: the rule on the model.
         run: the sites of this call.
         running: the chain of running module calls, the outermost first.
@@ -67,10 +73,14 @@ class Interception(TorchFunctionMode):
         traced: number of sites that compiled code has passed.
     """
 
+    follows = False
+
     def __init__(self, attached: Attached, run: Run, replayed: dict[str, SiteCall] | None = None) -> None:
         super().__init__()
         self.attached = attached
         self.rule: Any = attached.rule
+        self.functions = self.rule.functions
+        self.fast = self.follows and (self.rule.acts_on_nodes or not run.relative)
         self.run = run
         self.running: list[ModuleCall] = []
         self.replayed = replayed
@@ -83,11 +93,11 @@ class Interception(TorchFunctionMode):
         caller = self.running[-1]
         if caller.plain:
             return func(*args, **kwargs)
-        name = self.rule.functions.get(func)
-        if name is None:
-            return self.other(caller, func, args, kwargs)
+        name = self.functions.get(func)
         if is_dynamo_compiling():
             return self._traced(caller, name, func, args, kwargs)
+        if name is None:
+            return self.other(caller, func, args, kwargs)
         if caller.grad_enabled != torch.is_grad_enabled():
             # No gradient reaches this call: it is made under no_grad, or in the forward of a custom autograd function.
             self.hide(caller, name)
@@ -96,11 +106,37 @@ class Interception(TorchFunctionMode):
         if hooks is not None and hooks is not caller.checkpoint:
             raise checkpointed_function(name, caller.path)
         x = args[0] if args else kwargs.get("input")
+        run = self.run
+        if self.fast and run.plan is not None and not caller.looks and self.replayed is None:
+            planned = run.follow(caller.key, name, x.shape if isinstance(x, Tensor) else ())
+            if planned is not None:
+                return self._planned(planned, func, args, kwargs)
+            self._recount()
         return self.at(self.meet(caller, name, x), func, args, kwargs)
+
+    def _planned(self, planned: Planned, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function as the plan says."""
+        run = self.run
+        if planned.selected:
+            if torch._C._len_torch_function_stack() or not torch.is_grad_enabled():
+                return self.at(run.last(), func, args, kwargs)
+            return self.replace_planned(func, args, kwargs, run.last() if run.relative else None)
+        out = func(*args, **kwargs)
+        if run.relative and planned.counted and isinstance(out, Tensor):
+            run.keep_node(out.grad_fn)
+        return out
+
+    def _recount(self) -> None:
+        """Count the calls of the running modules, which following a plan does not."""
+        for call in self.running:
+            for site in self.run.sites:
+                name, _, number = site.key.removeprefix(f"{call.key}:").partition("#")
+                if number.isdigit() and site.key == f"{call.key}:{name}#{number}":
+                    call.calls[name + "()"] = int(number) + 1
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site of the rule."""
-        if not is_dynamo_compiling():
+        if self.run.plan is None:
             if func in self.rule.opaque:
                 self.note_unreachable(caller.path, f"{self.rule.opaque[func]} computes out of reach")
             elif isinstance(func, torch._ops.OpOverload) and func._opname.rstrip("_") in self.attached.operators:
@@ -109,7 +145,7 @@ class Interception(TorchFunctionMode):
 
     def hide(self, caller: ModuleCall, name: str) -> None:
         """Note a function of the rule that is called without gradients."""
-        caller.hidden.append(name)
+        caller.hidden = (*caller.hidden, name)
 
     def meet(self, caller: ModuleCall, name: str, x: Any, key: str = "") -> SiteCall:
         """Note a call that may be a site; in a recomputation, find it again."""
@@ -134,9 +170,13 @@ class Interception(TorchFunctionMode):
             self.run.decide_early(site)
             return self.at(site, func, args, kwargs)
         site.kernel = True
-        outer = [mode for mode in torch_internals.function_modes() if isinstance(mode, Interception)]
+        outer = outer_interceptions()
         if not outer:
-            return self.replace(func, args, kwargs, None if site.fixed and site.selected else site)
+            if not site.selected:
+                return self.replace(func, args, kwargs, site)
+            return (
+                self.replace(func, args, kwargs, None) if site.fixed else self.replace_planned(func, args, kwargs, site)
+            )
         before = [len(mode.run.sites) for mode in outer]
         out = self.replace(func, args, kwargs, site)
         for mode, count in zip(outer, before, strict=True):
@@ -161,9 +201,17 @@ class Interception(TorchFunctionMode):
             replaced = self.rule.replace(func, args, kwargs)
         return choose(plain, replaced, site)
 
-    def _traced(
-        self, caller: ModuleCall, name: str, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def replace_planned(
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
     ) -> Any:
+        """Call a function with the rule's backward, where surely or most likely the rule acts; see `replace`."""
+        return self.replace(func, args, kwargs, site)
+
+    def _traced(
+        self, caller: ModuleCall, name: str | None, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if name is None:
+            return func(*args, **kwargs)
         self.traced += 1
         key = f"{caller.key}:{name}#{caller.count(name + '()')}"
         if not self.attached.token or not self.attached.planned(key):
@@ -171,13 +219,14 @@ class Interception(TorchFunctionMode):
         return self.replace(func, args, kwargs, None)
 
     def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function of the rule plainly in compiled code; as an operator, which no mode sees when the code runs."""
+        """Call a function of the rule plainly in compiled code, if possible as an operator that no mode sees."""
         return func(*args, **kwargs)
 
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
-        """Note that a call of a module begins, which may be one activation as a whole; other arguments for it, or None."""
+        """Note that a call of a module begins; return other arguments for it, or None."""
         call = ModuleCall(path, key)
-        call.plain = bool(self.running) and self.running[-1].plain
+        if len(self.running) > 0 and self.running[-1].plain:
+            call.plain = True
         self.running.append(call)
         if not is_dynamo_compiling() and self.replayed is None:
             self.run.entered.append((path, key))
@@ -220,6 +269,13 @@ class _Choice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         return (None, grad, None) if ctx.site.active() else (grad, None, None)
+
+
+def outer_interceptions() -> list[Interception]:
+    """Return the interceptions that lie further out on this thread's stack of modes than the one that asks."""
+    if not torch._C._len_torch_function_stack():
+        return []
+    return [mode for mode in torch_internals.function_modes() if isinstance(mode, Interception)]
 
 
 def checkpointed_function(name: str, path: str) -> BackpassError:

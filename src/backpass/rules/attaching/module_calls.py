@@ -84,7 +84,7 @@ class ModuleCalls:
 
     def _end(self, mode: Interception, output: Any) -> Any:
         mode.running.pop()
-        if not mode.running:
+        if len(mode.running) == 0:
             torch_internals.pop_mode()
             self.attached.end(mode, output)
         return output

@@ -1,22 +1,22 @@
 """One call of an attached model: its sites in order, and which of them the rule selects.
 
-A range that is counted from the end is known only when the call has ended. A site whose selection is not known when its
-function is called gets a kernel that asks `SiteCall.active` in the backward pass. What a call showed is kept as a `Plan`:
-the next call follows it, key by key, and checks at its end that the plan was right.
+A range that is counted from the end is known only when the call has ended. A site whose selection is not known when
+its function is called gets a kernel that asks `SiteCall.active` in the backward pass. What a call showed is kept as a
+`Plan`: the next call follows it, key by key, and checks at its end that the plan was right.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from backpass.errors import BackpassError
 from backpass.rules.attaching.override import BackwardOverride, no_site
 from backpass.rules.places import Place, counts_from_end
 from backpass.rules.sites import Site, SiteTable
 
-__all__ = ["Plan", "Run", "SiteCall"]
+__all__ = ["Plan", "Planned", "Run", "SiteCall"]
 
 
 class SiteCall:
@@ -38,21 +38,14 @@ class SiteCall:
         delegate: the site of a rule further in that may act in the place of this one.
     """
 
-    __slots__ = (
-        "counted",
-        "delegate",
-        "excluded",
-        "fixed",
-        "function",
-        "hooked",
-        "kernel",
-        "key",
-        "module",
-        "node",
-        "run",
-        "selected",
-        "shape",
-    )
+    counted = True
+    excluded = False
+    selected: bool | None = None
+    kernel = False
+    fixed = False
+    hooked = False
+    node: Any = None
+    delegate: SiteCall | None = None
 
     def __init__(self, run: Run, key: str, module: str, function: str, shape: tuple[int, ...]) -> None:
         self.run = run
@@ -60,14 +53,6 @@ class SiteCall:
         self.module = module
         self.function = function
         self.shape = shape
-        self.counted = True
-        self.excluded = False
-        self.selected: bool | None = None
-        self.kernel = False
-        self.fixed = False
-        self.hooked = False
-        self.node: Any = None
-        self.delegate: SiteCall | None = None
 
     def active(self) -> bool:
         """Return whether the rule acts here; the backward pass asks.
@@ -86,19 +71,44 @@ class SiteCall:
         return module in ("", self.module) or self.module.startswith(module + ".")
 
 
+class Planned(NamedTuple):
+    """A call of the last run, to be met again.
+
+    Attributes:
+        key: as in `SiteCall`.
+        caller: key of the module call that makes it.
+        module: as in `SiteCall`.
+        function: as in `SiteCall`.
+        counted: whether it is a site.
+        selected: whether the rule acted.
+    """
+
+    key: str
+    caller: str
+    module: str
+    function: str
+    counted: bool
+    selected: bool
+
+
 class Plan:
     """The sites of a finished call, to follow in the next one.
 
     Attributes:
-        keys: of all calls that were noted, in order.
-        by_key: what each call was.
+        order: all calls that were noted.
+        by_key: the same by key.
         composed: keys of module calls that were one activation as a whole.
         composing: paths of modules whose own forward composes an activation of several calls.
     """
 
     def __init__(self, run: Run) -> None:
-        self.keys = [site.key for site in run.sites]
-        self.by_key = {site.key: (site.counted, bool(site.selected)) for site in run.sites}
+        self.order = [
+            Planned(
+                site.key, site.key.rpartition(":")[0], site.module, site.function, site.counted, bool(site.selected)
+            )
+            for site in run.sites
+        ]
+        self.by_key = {planned.key: planned for planned in self.order}
         self.composed = run.composed
         self.composing = run.composing
         self._tables = run.table(), run.selected()
@@ -115,10 +125,12 @@ class Plan:
 class Run:
     """The sites of one call of an attached model, in the order of their calls.
 
+    As long as a call does the same as the last one, its sites are those of the plan. What a range counted from the
+    front selects is then certain; what a range counted from the end selects is so if the call also ends alike.
+
     Attributes:
         rule: the rule.
         plan: the sites of the last call, as long as this one is the same; else None.
-        sites: the sites, and calls that turned out to be none.
         entered: path and key of each module call.
         unreachable: what the rule cannot reach, by module.
         composed: as in `Plan`.
@@ -130,54 +142,62 @@ class Run:
     def __init__(self, rule: BackwardOverride, plan: Plan | None) -> None:
         self.rule = rule
         self.plan = plan
-        self.sites: list[SiteCall] = []
         self.entered: list[tuple[str, str]] = []
         self.unreachable: dict[str, list[str]] = {}
         self.composed: set[str] = set(plan.composed) if plan else set()
         self.composing: set[str] = set(plan.composing) if plan else set()
         self.relative = counts_from_end(rule.start) or counts_from_end(rule.stop)
         self.plain = False
-        self._count = 0
-        self._first_inside: dict[str, int] = {}
-        self._calls: Counter[tuple[str, str]] = Counter()
+        self._order = plan.order if plan else []
+        self._met: list[SiteCall | None] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._nodes: dict[int, Any] = {}
+
+    @property
+    def sites(self) -> list[SiteCall]:
+        """The calls so far, sites and others."""
+        for position, site in enumerate(self._met):
+            if site is None:
+                self._met[position] = self._planned(position)
+        return self._met  # type: ignore[return-value]
+
+    def _planned(self, position: int) -> SiteCall:
+        planned = self._order[position]
+        site = SiteCall(self, planned.key, planned.module, planned.function, self._shapes[position])
+        site.counted, site.selected = planned.counted, planned.selected
+        site.kernel, site.node = planned.selected, self._nodes.get(position)
+        site.fixed = not (self.relative and planned.counted)
+        return site
+
+    def follow(self, caller: str, function: str, shape: tuple[int, ...]) -> Planned | None:
+        """Return what the plan says of the next call, or None if another call was expected."""
+        position = len(self._met)
+        if position < len(self._order):
+            planned = self._order[position]
+            if planned.function == function and planned.caller == caller:
+                self._met.append(None)
+                self._shapes.append(shape)
+                return planned
+        self.plan = None
+        return None
+
+    def keep_node(self, node: Any) -> None:
+        """Remember the graph node of the call that was met last, which may yet turn out to be selected."""
+        self._nodes[len(self._met) - 1] = node
+
+    def last(self) -> SiteCall:
+        """Return the call that was met last."""
+        site = self._met[-1] = self._met[-1] or self._planned(len(self._met) - 1)
+        return site
 
     def meet(self, key: str, module: str, function: str, shape: tuple[int, ...]) -> SiteCall:
         """Note a call, and decide about it if that can be done now."""
+        if self.plan is not None and self.follow(key.rpartition(":")[0], function, shape) is not None:
+            return self.last()
         site = SiteCall(self, key, module, function, shape)
-        self.sites.append(site)
-        if self.plan is not None:
-            known = self.plan.by_key.get(key)
-            if known is None:
-                self.plan = None  # another number of sites than in the last call
-            else:
-                site.counted, planned = known
-                if not site.counted:
-                    site.selected, site.fixed = False, True
-                elif self.relative:
-                    site.selected = planned
-                else:
-                    site.selected, site.fixed = self._selects(site), True
+        self._met.append(site)
+        self._shapes.append(shape)
         return site
-
-    def _selects(self, site: SiteCall) -> bool:
-        """Select a site of a range that is counted from the front; called once for each site, in order."""
-        index, self._count = self._count, self._count + 1
-        start, stop = self._known(self.rule.start, site, index), self._known(self.rule.stop, site, index)
-        if index < (0 if self.rule.start is None else start) or (self.rule.stop is not None and index >= stop):
-            return False
-        where = self.rule.where
-        if where is None:
-            return True
-        call = self._calls[site.module, site.function]
-        self._calls[site.module, site.function] += 1
-        return bool(where(Site(index, site.module, site.function, call, site.shape, site.key)))
-
-    def _known(self, place: Place, site: SiteCall, index: int) -> int:
-        if isinstance(place, str):
-            if place not in self._first_inside and site.inside(place):
-                self._first_inside[place] = index
-            return self._first_inside.get(place, 2**62)
-        return place if isinstance(place, int) else 0
 
     def table(self) -> SiteTable:
         """Return all sites."""
@@ -205,35 +225,37 @@ class Run:
             NoSiteError: the rule selects no site.
             BackpassError: a decision that was already acted on turns out to be wrong.
         """
-        followed = self.plan is not None and [site.key for site in self.sites] == self.plan.keys
-        if not followed:
+        if self.plan is None or len(self._met) != len(self._order):
+            self.plan = None
             table = self.table()
             chosen = {row.key for row in table if self._in_range(row, table)}
             for site in self.sites:
                 self._settle(site, site.counted and not site.excluded and site.key in chosen)
-        for site in self.sites:
-            site.node = None  # a graph that refers to its nodes would never be freed
-        if self.rule.needs_site and not any(site.selected for site in self.sites):
+        self.abandon()
+        if self.rule.needs_site and self.plan is None and not any(site.selected for site in self.sites):
             raise no_site(self.rule, self.table(), {**unreachable, **self.unreachable})
 
     def settle(self, plan: Plan) -> None:
         """Decide about every site as in another call, where compiled code has passed a part of them."""
         for site in self.sites:
-            self._settle(site, all(plan.by_key.get(site.key, (False,))))
-            site.node = None
+            planned = plan.by_key.get(site.key)
+            self._settle(site, planned is not None and planned.counted and planned.selected)
+        self.abandon()
 
     def abandon(self) -> None:
-        """Let go of the graph after an exception."""
-        for site in self.sites:
-            site.node = None
+        """Let go of the graph: one that refers to its own nodes would never be freed."""
+        self._nodes.clear()
+        for site in self._met:
+            if site is not None:
+                site.node = None
 
     def _settle(self, site: SiteCall, chosen: bool) -> None:
         if site.selected is not None and site.selected != chosen:
             if site.fixed:
                 raise BackpassError(
                     f"a gradient inside the model's forward was computed with {self.rule} "
-                    f"{'acting' if site.selected else 'not acting'} on {site.function!r} in {site.module or '(model)'!r}, "
-                    "which the finished call shows to be wrong: select this site by `where`."
+                    f"{'acting' if site.selected else 'not acting'} on {site.function!r} in "
+                    f"{site.module or '(model)'!r}, which the finished call shows to be wrong: select it by `where`."
                 )
             if chosen and site.node is not None:
                 override: Any = self.rule

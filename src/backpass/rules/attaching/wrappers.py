@@ -44,8 +44,8 @@ def out_of_reach(model: nn.Module) -> dict[str, list[str]]:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise NoSiteError(
-            "the model is scripted (TorchScript), so its operations cannot be reached and it shows no sites: attach the "
-            "rule to the model before torch.jit.script or torch.jit.trace."
+            "the model is scripted (TorchScript), so its operations cannot be reached and it shows no sites: attach "
+            "the rule to the model before torch.jit.script or torch.jit.trace."
         )
     found: dict[str, list[str]] = {}
     inside: list[str] = []

@@ -115,8 +115,7 @@ def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         BackpassError: an embedding's gradient is sparse or scaled by frequency; the weight is complex or computed.
     """
     if func is F.linear:
-        given = _settings("linear", args, kwargs)
-        x, weight, bias = given["input"], given["weight"], given["bias"]
+        x, weight, bias = args if len(args) == 3 else _settings("linear", args, kwargs).values()
         parent = _transposed_parent(weight)
         if parent is None:
             return _checked(LinearCall(x, weight, bias, aten.linear, (), "Linear 0"))
@@ -173,6 +172,8 @@ def learns(
     product: LinearCall | BackpassError | None,
 ) -> bool:
     """Return whether weight or bias of a call requires a gradient; ``product`` is the call if it is a product."""
+    if func is F.linear and len(args) == 3:
+        return bool(args[1].requires_grad) or (args[2] is not None and bool(args[2].requires_grad))
     if func in PRODUCTS:
         return not isinstance(product, LinearCall) or product.learns
     name = LINEAR.get(func) or NORMALIZATIONS[func]

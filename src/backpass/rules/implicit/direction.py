@@ -50,20 +50,20 @@ class ProximalStep:
         """Whether Gram matrices of convolutions are exact at the border."""
         return self.solver != "toeplitz"
 
-    def added(self, count: float, samples: float, columns: int = 0) -> Callable[[Tensor], Tensor | float]:
+    def added(self, count: float, samples: float, columns: int = 0) -> Callable[[Tensor], float]:
         """What is added to the diagonal of a Gram matrix: A^T A, or A A^T if ``columns`` of A are given."""
         if self.damping != "relative":
             number = {"sum": 1, "mean": count, "sample_mean": samples}[self.damping] / self.tau
             return lambda gram: number
 
-        def relative(gram: Tensor) -> Tensor:
-            eigenvalues = len(gram) * (columns or gram.shape[-1])
-            trace = gram.diagonal(dim1=-2, dim2=-1).sum()
-            return torch.where(trace == 0, 1.0, trace / (eigenvalues * self.tau))
+        def relative(gram: Tensor) -> float:
+            eigenvalues = gram.shape[0] * (columns or gram.shape[-1])
+            trace = float(gram.diagonal(dim1=-2, dim2=-1).sum())
+            return trace / (eigenvalues * self.tau) or 1.0  # a layer whose inputs are zero
 
         return relative
 
-    def scale(self, count: float, samples: float, added: Tensor | float) -> Tensor | float:
+    def scale(self, count: float, samples: float, added: float) -> float:
         """The number c with D = c (A^T A + added I)^{-1} A^T g."""
         return {"sum": 1.0, "mean": float(count), "sample_mean": float(samples), "relative": added}[self.damping]
 
@@ -240,5 +240,5 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
     return torch.mm(left[0], right[0], out=out[0] if out is not None and fits else None).unsqueeze(0)
 
 
-def _scaled(tensor: Tensor, scale: Tensor | float) -> Tensor:
-    return tensor if isinstance(scale, float) and scale == 1.0 else tensor * scale
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1.0 else tensor * scale

@@ -123,9 +123,7 @@ class LayerInterception(Interception):
             self.run.decide_early(site)
         return super().at(site, func, args, kwargs)
 
-    def replace(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
-    ) -> Any:
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
         """Call a layer with the rule's backward."""
         try:
             layer = self._layer(func, args, kwargs)
@@ -135,8 +133,9 @@ class LayerInterception(Interception):
             return self._refuse_if_active(func(*args, **kwargs), site, error)
         if layer is None:
             return func(*args, **kwargs)
-        outer = [mode for mode in torch_internals.function_modes() if isinstance(mode, Interception)]
-        if site is not None and any(func in mode.rule.functions for mode in outer):
+        if site is not None and any(
+            isinstance(mode, Interception) and func in mode.rule.functions for mode in torch_internals.function_modes()
+        ):
             plain = func(*args, **kwargs)
             with torch._C.DisableTorchFunction():
                 replaced = self.node(layer, func, args, kwargs, None)

@@ -46,7 +46,7 @@ class _Layer:
     due: int
     age: int = 0
     inverse: Tensor | None = None
-    of_bias: Tensor | float = 1.0
+    of_bias: float = 1.0
 
 
 class Memory:

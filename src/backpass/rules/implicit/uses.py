@@ -186,20 +186,27 @@ class Contributions(ABC):
         leaf = named.parameter if named else learning
         if named is None and not (leaf.is_leaf and leaf.requires_grad):
             raise BackpassError(f"{self.describe(learning)} is computed from other parameters. {COMPUTED}")
-        now, begin = torch._C._current_graph_task_id(), int(learning.storage_offset())
-        length = 1 + sum(
-            int((size - 1) * stride) for size, stride in zip(learning.shape, learning.stride(), strict=True)
-        )
+        now = torch._C._current_graph_task_id()
         task, before = self._last.get(id(leaf), (-1, []))
         before = before if task == now and now >= 0 else []
-        twice = any(begin < stop and start < begin + length for start, stop in before)
+        begin, end = _extent(learning)
+        twice = any(begin < stop and start < end for start, stop in before)
         if twice or holds_something(leaf):
             how = "is used twice in one backward pass" if twice else "has a gradient from a backward pass before"
             raise BackpassError(
                 f"{named.name if named else 'a weight'!r} {how}, and the sum of two {step} steps is not the step of "
                 f"both: call optimizer.zero_grad() after each step, or {self.way_out}."
             )
-        self._last[id(leaf)] = (now, [*before, (begin, begin + length)])
+        self._last[id(leaf)] = (now, [*before, (begin, end)])
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First and one past the last entry of a tensor in its storage."""
+    begin = int(tensor.storage_offset())
+    if tensor.is_contiguous():
+        return begin, begin + tensor.numel()
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + int(reach) + 1
 
 
 COMPUTED = (
@@ -253,19 +260,24 @@ def _take(key: str, use: Use) -> Found:
             "the rule is attached."
         )
     weight, bias = use.weight, use.bias
-    with torch.autocast(weight.device.type, enabled=False):
-        if use.grad.numel() and use.x.numel():
-            of_x, of_weight, of_bias = contributions.gradients(use)
-        else:  # an empty batch
-            of_x, (of_weight, of_bias) = torch.zeros_like(use.x), (torch.zeros_like(weight), bias)
-            of_bias = None if bias is None else torch.zeros_like(bias)
-    return (
-        of_x.to(use.x.dtype) if of_x is not None and use.wants[0] else None,
-        of_weight.to(weight.dtype).reshape(weight.shape) if of_weight is not None and use.wants[1] else None,
-        of_bias.to(bias.dtype).reshape(bias.shape)
-        if of_bias is not None and bias is not None and use.wants[2]
-        else None,
-    )
+    found: Found
+    if not use.grad.numel() or not use.x.numel():  # an empty batch
+        found = (torch.zeros_like(use.x), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias))
+    elif torch.is_autocast_enabled(weight.device.type):
+        with torch.autocast(weight.device.type, enabled=False):
+            found = contributions.gradients(use)
+    else:
+        found = contributions.gradients(use)
+    of_x, of_weight, of_bias = (_like(one, tensor) for one, tensor in zip(found, (use.x, weight, bias), strict=True))
+    return of_x if use.wants[0] else None, of_weight if use.wants[1] else None, of_bias if use.wants[2] else None
+
+
+def _like(found: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype and shape of its tensor."""
+    if found is None or tensor is None:
+        return None
+    found = found if found.dtype == tensor.dtype else found.to(tensor.dtype)
+    return found if found.shape == tensor.shape else found.reshape(tensor.shape)
 
 
 # One operator for compiled code and transforms: what depends on data happens at run time there too.
@@ -320,13 +332,12 @@ def _(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[in
     return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0)
 
 
-class _ImplicitLayer(torch.autograd.Function):
+class _Eager(torch.autograd.Function):
     """f(x, w, b) or s(z) forward; backward what the contributions say."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -334,14 +345,11 @@ class _ImplicitLayer(torch.autograd.Function):
         compute: Callable[..., Tensor],
         rest: tuple[Any, ...],
         call: Call,
-    ) -> Tensor:
-        return compute(x, weight, bias, *rest) if z is None else compute(z)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, z, _, _, ctx.call = inputs
+    ) -> Any:
+        ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, z)
+        return compute(x, weight, bias, *rest) if z is None else compute(z)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -366,6 +374,30 @@ class _ImplicitLayer(torch.autograd.Function):
         asked = any(wants[k] and _is_asked_for(ctx, k) for k in (1, 2))
         use = Use(text, x, grad, weight, bias, z, activation, wants, asked, False, not needs[0])
         return *_take(ctx.call.key, use), *[None] * 4
+
+
+class _UnderTransforms(_Eager):
+    """The same for torch.func and torch.compile, which want the context set up apart; in eager calls it is slower."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        z: Tensor | None,
+        compute: Callable[..., Tensor],
+        rest: tuple[Any, ...],
+        call: Call,
+    ) -> Any:
+        return compute(x, weight, bias, *rest) if z is None else compute(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, z, _, _, ctx.call = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, z)
 
 
 @once_differentiable
@@ -411,5 +443,6 @@ def implicit_layer(
         rest: other arguments of ``compute``.
         call: what the backward pass needs.
     """
-    apply: Callable[..., Tensor] = _ImplicitLayer.apply
+    function = _UnderTransforms if call.functional or torch.compiler.is_dynamo_compiling() else _Eager
+    apply: Callable[..., Tensor] = function.apply
     return apply(x, weight, bias, z, compute, rest, call)
