@@ -76,8 +76,7 @@ class Started:
         found = [one.recv() for one in self.connections]
         for process in self.processes:
             process.join()
-        assert all(one == found[0] for one in found)
-        return found[0]
+        return found[0]  # of process 0, whose running statistics are those of checkpoints
 
     def kill(self) -> bool:
         """Kill all of them; whether one was still running."""

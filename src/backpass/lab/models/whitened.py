@@ -21,6 +21,10 @@ _SCALE = 1 / 9  # of the logits
 class WhitenedCNN(nn.Sequential):
     """Images (N, C, H, W) in [0, 1] to logits (N, classes); made by `whitened`."""
 
+    normalize: Normalize
+    whiten: nn.Conv2d
+    linear: nn.Linear
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
         logits: Tensor = super().forward(x)

@@ -13,6 +13,7 @@ from backpass.attacks import Attack
 from backpass.errors import BackpassError
 from backpass.lab.data.augmentation import Augmentation
 from backpass.lab.models import Normalize
+from backpass.lab.models.whitened import WhitenedCNN
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Normalisation
 from backpass.lab.subjects import load_subject
@@ -125,7 +126,7 @@ def assemble(
         for module in network.modules():
             if isinstance(module, Normalize):
                 module.use(Normalisation((0.0,), (1.0,)))
-    if weights is None and hasattr(network, "initialise_from"):
+    if weights is None and isinstance(network, WhitenedCNN):
         network.initialise_from((images.pixels[:_FIRST].float() / images.white).to(device))
     few = images.x[:2].to(device)
     subject.try_on(few, recipe.data, parts.train.classes)
