@@ -27,7 +27,7 @@ class WhitenedCNN(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
-        logits: Tensor = super().forward(x)
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return logits * _SCALE
 
     @torch.no_grad()
