@@ -38,7 +38,7 @@ class _Watched:
     Attributes:
         call: the call of the module.
         x: its input.
-        given: the tensor that the module computes with: x, or a copy where the module may write into it.
+        given: the tensor that the module computes with: x, or a copy where the module writes into it, or may do so.
         begin: number of calls that the run had noted before.
         elementwise: whether it has called elementwise functions alone.
         bent: whether one of them bends, as an activation does.
@@ -84,8 +84,9 @@ class ActivationInterception(Interception):
         out = super().at(site, func, args, kwargs)
         self._bend()
         direct = site if origin.source is x else None
+        bent, sites = site.function, (*origin.sites, site)
         self._origins(self.running[-1]).note(
-            out, Origin(origin.source, site.function, (*origin.sites, site), out.numel(), direct)
+            out, Origin(origin.source, bent, sites, out.numel(), direct, learns=origin.learns)
         )
         return out
 
@@ -226,16 +227,17 @@ class ActivationInterception(Interception):
         if not activation or call.plain or len(args) != 1 or not isinstance(args[0], Tensor):
             return None
         x = args[0]
-        with torch._C.DisableTorchFunction():
-            given = x.clone() if any(getattr(one, "inplace", False) for one in module.modules()) else x
         if known is None:
-            self.watched.append(_Watched(call, x, given, len(self.run.sites)))
+            writes, begin = True, len(self.run.sites)  # for all that is known
         elif key in known.composed:
             call.plain, call.x = True, x
-            self.watched.append(_Watched(call, x, given, 0))
+            writes, begin = key in known.writing, 0
         else:
             return None
-        return None if given is x else (given,)
+        with torch._C.DisableTorchFunction():
+            given = x.clone() if writes else x
+        self.watched.append(_Watched(call, x, given, begin))
+        return (given,) if writes else None
 
     def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:
         """Note that a module's call ends; a module that was one activation gets the rule's backward."""
@@ -258,23 +260,25 @@ class ActivationInterception(Interception):
 
     def _whole(self, module: nn.Module, watched: _Watched, origin: Origin, output: Tensor) -> Tensor:
         """Give the value of a module that was one activation the rule's backward."""
-        call, x = watched.call, watched.x
-        wrote = output is watched.given and output is not x
-        if output is x and not call.plain:
-            if self._is_activation(watched, origin, output):
-                self.note_unreachable(call.path, "the module writes into its input")
-        elif call.plain or self._is_activation(watched, origin, output):
-            if not call.plain:
-                _discount(self.run.sites[watched.begin :])
-                self.run.composed.add(call.key)
-                call.hidden = ()
-            name = type(module).__name__
-            site = self.meet(call, name, x, f"{call.key}:{name}")
-            output = self.at_value(site, x.clone() if wrote else x, output)
-            output = x.copy_(output) if wrote else output
-            self._origins(call).note(output, Origin(x, name, (site,), output.numel(), site))
-            return output
-        return x.copy_(output) if wrote else output
+        call, x, given = watched.call, watched.x, watched.given
+        wrote = output is given and given is not x and _was_written(given, x)
+        if output is given and not wrote:
+            return x
+        if not call.plain and not self._is_activation(watched, origin, output):
+            return x.copy_(output) if wrote else output
+        if not call.plain:
+            _discount(self.run.sites[watched.begin :])
+            self.run.composed.add(call.key)
+            if wrote:
+                self.run.writing.add(call.key)
+            call.hidden = ()
+        call.plain = False
+        name = type(module).__name__
+        site = self.meet(call, name, x, f"{call.key}:{name}")
+        output = self.at_value(site, x.clone() if wrote else x, output)
+        output = x.copy_(output) if wrote else output
+        self._origins(call).note(output, Origin(x, name, (site,), output.numel(), site))
+        return output
 
     def _is_activation(self, watched: _Watched, origin: Origin, output: Tensor) -> bool:
         """Return whether a module that ends was one elementwise activation, and not just the call of one."""
@@ -284,6 +288,10 @@ class ActivationInterception(Interception):
         if len(self.running) == 1 and sites:
             return False  # the model itself
         return not (len(sites) == 1 and origin.source is watched.given and origin.direct is sites[0])
+
+
+def _was_written(given: Tensor, x: Tensor) -> bool:
+    return not torch.equal(given, x) if given.is_inference() else given._version > 0
 
 
 def _discount(sites: Iterable[SiteCall]) -> None:

@@ -71,7 +71,9 @@ VIEWS = frozenset((F.interpolate, F.upsample)) | _functions(
 """Functions that arrange the same elements anew, or resample them."""
 
 _SIGMOIDS = frozenset(("sigmoid", "hardsigmoid", "hsigmoid", "expit"))
-_QUERIES = frozenset(("__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "__len__"))
+_QUERIES = frozenset(
+    ("__get__", "__set__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "__len__")
+)
 
 
 def is_query(func: Callable[..., Any]) -> bool:

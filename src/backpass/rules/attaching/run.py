@@ -99,6 +99,7 @@ class Plan:
         by_key: the same by key.
         composed: keys of module calls that were one activation as a whole.
         composing: paths of modules whose own forward composes an activation of several calls.
+        writing: those of ``composed`` that write into their input.
     """
 
     def __init__(self, run: Run) -> None:
@@ -111,6 +112,7 @@ class Plan:
         self.by_key = {planned.key: planned for planned in self.order}
         self.composed = run.composed
         self.composing = run.composing
+        self.writing = run.writing
         self._tables = run.table(), run.selected()
 
     def table(self) -> SiteTable:
@@ -135,6 +137,7 @@ class Run:
         unreachable: what the rule cannot reach, by module.
         composed: as in `Plan`.
         composing: as in `Plan`.
+        writing: as in `Plan`.
         relative: whether the range is counted from the end.
         plain: whether the backward pass leaves all sites plain, for the time being.
     """
@@ -146,6 +149,7 @@ class Run:
         self.unreachable: dict[str, list[str]] = {}
         self.composed: set[str] = set(plan.composed) if plan else set()
         self.composing: set[str] = set(plan.composing) if plan else set()
+        self.writing: set[str] = set(plan.writing) if plan else set()
         self.relative = counts_from_end(rule.start) or counts_from_end(rule.stop)
         self.plain = False
         self._order = plan.order if plan else []

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from backpass.errors import BackpassError
 from backpass.rules import torch_internals
@@ -96,6 +97,13 @@ class LayerInterception(Interception):
             self._product = product_call(func, args, kwargs, self._is_parameter)
         except BackpassError as error:
             self._product = error  # raised where the rule acts on the call
+        if self._product is None and any(
+            isinstance(x, Tensor) and x.requires_grad and self._is_parameter(x) for x in tree_leaves((args, kwargs))
+        ):
+            name = PRODUCTS[func]
+            self.note_unreachable(
+                self.running[-1].path, f"{name} of several parameters is linear in none of them alone"
+            )
         return self._product is not None
 
     def _is_parameter(self, tensor: Tensor) -> bool:
