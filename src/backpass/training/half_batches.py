@@ -37,7 +37,7 @@ class Products(NamedTuple):
 
     Attributes:
         first: g1, the gradient of the first half.
-        second: g2, that of the second.
+        second: g2, the gradient of the second half.
         gradient: g = (g1 + g2) / 2.
         curved: (Dg2) (w g1), the second half's curvature along the first half's step.
     """
@@ -120,15 +120,15 @@ def _on_halves(
 def products(
     parameters: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]], weights: Sequence[Tensor]
 ) -> Products:
-    """Two gradients and one curvature product, by differentiating the second half twice.
+    """Return two gradients and one curvature product, by differentiating the second half twice.
 
     The halves are independent, so g1 . g2 is an unbiased |grad|^2, and g1 . H2 g1 an unbiased grad . H grad +
     tr(H Cov g1). The curvature of a batch along its own gradient is not: each sample's gradient points where that
     sample's own curvature is large; in a perceptron on MNIST that makes it 14 times too large.
 
     Args:
-        parameters: all of them, on one device; those that are frozen count as zeros.
-        losses: each the scalar mean over one half, with graph.
+        parameters: all parameters, on one device; frozen ones count as zeros.
+        losses: functions that return the scalar mean over one half, with graph.
         weights: w, one tensor per parameter, of its shape or a number.
 
     Raises:
@@ -166,7 +166,7 @@ def _gradients(loss: Tensor, wanted: Sequence[Tensor], *, twice: bool) -> tuple[
 
 @torch.no_grad()
 def _vector(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """One vector over all parameters, zero for the frozen ones, the mean over the processes."""
+    """Return one vector over all parameters, zero for frozen ones, the mean over the processes."""
     left = iter(gradients)
     placed = [next(left) if p.requires_grad else torch.zeros_like(p) for p in parameters]
     vector = torch.cat([g.reshape(-1).to(torch.promote_types(g.dtype, torch.float32)) for g in placed])
