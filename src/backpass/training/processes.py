@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger(__name__)
-_ERROR = "backpass/error"  # key in the store of the processes, for the first error
+_RUNS = count()  # all processes start the same runs in the same order
 
 Value = TypeVar("Value")
 
@@ -82,20 +83,20 @@ def _telling_others() -> Iterator[None]:
     if world() == 1:
         yield
         return
-    store = dist.distributed_c10d._get_default_store()
+    store, key = dist.distributed_c10d._get_default_store(), f"backpass/error/{next(_RUNS)}"
     try:
         yield
     except RuntimeError as error:
         problem = None
         with suppress(Exception):  # the process that kept the store may be the one that died
-            problem = store.get(_ERROR).decode() if store.check([_ERROR]) else None
+            problem = store.get(key).decode() if store.check([key]) else None
         if problem is None and not _is_lost(error):
-            _publish(store, error)
+            _publish(store, key, error)
             raise
         reason = f"another process failed: {problem}" if problem else f"another process died ({error})"
         raise BackpassError(f"{reason}. Start all processes again, with resume=True to continue.") from error
     except BaseException as error:
-        _publish(store, error)
+        _publish(store, key, error)
         raise
 
 
@@ -106,9 +107,9 @@ def _is_lost(error: RuntimeError) -> bool:
     )
 
 
-def _publish(store: Any, error: BaseException) -> None:
+def _publish(store: Any, key: str, error: BaseException) -> None:
     with suppress(Exception):
-        store.compare_set(_ERROR, "", f"process {rank()}: {type(error).__name__}: {error}")
+        store.compare_set(key, "", f"process {rank()}: {type(error).__name__}: {error}")
 
 
 def is_sharded(model: nn.Module) -> bool:

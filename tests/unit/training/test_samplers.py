@@ -22,6 +22,9 @@ from torch.utils.data import (
 
 from backpass import BackpassError
 from backpass.training import CrossEntropy, Interrupted, Trainer
+from backpass.training.batches import Batches, to_unit_interval
+from backpass.training.orders import Order
+from backpass.training.sources import Source
 
 X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(100) % 3
@@ -266,3 +269,14 @@ def test_samples_that_cannot_be_counted_are_refused(loader, message):
 def test_a_batch_size_is_needed_for_tensors():
     with pytest.raises(BackpassError, match="batch_size is missing"):
         make((X, Y))
+
+
+def test_processes_share_the_batches_of_a_sampler():
+    def seen(rank: int, processes: int) -> list[list[int]]:
+        source = Source(DataLoader(DATA, batch_size=11, sampler=WeightedRandomSampler(WEIGHTS, 60)))
+        names = {"parts": 1, "device": torch.device("cpu"), "prepare": to_unit_interval, "seed": 5}
+        made = Batches(source=source, order=Order(source, 11, 5, False), rank=rank, processes=processes, **names)
+        return [batch.index.tolist() for (batch,), _, _ in made.epoch(1)]
+
+    parts = [seen(rank, 3) for rank in range(3)]
+    assert [list(chain(*step)) for step in zip(*parts, strict=True)] == seen(0, 1)
