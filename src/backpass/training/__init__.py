@@ -2,6 +2,7 @@
 
 from backpass.allocator import keep_freed_memory
 from backpass.training.adversary import AdversarialTraining
+from backpass.training.amplified import Amplified
 from backpass.training.batches import Batch
 from backpass.training.half_batches import half_losses
 from backpass.training.interruption import Interrupted
@@ -15,6 +16,7 @@ from backpass.training.trainer import Trainer
 
 __all__ = [
     "AdversarialTraining",
+    "Amplified",
     "Batch",
     "BinaryCrossEntropy",
     "ControlledLR",

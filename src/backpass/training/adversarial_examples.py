@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields, replace
+from typing import Any
 from weakref import finalize, ref
 
 from torch import Tensor, nn
@@ -110,8 +111,8 @@ class _Resting:
 
 def scaled(attack: Attack, factor: float) -> Attack:
     """Return the attack with its eps, step, start and noise multiplied by a factor in (0, 1]."""
-    lengths = {
-        field.name: value * factor
+    lengths: dict[str, Any] = {
+        field.name: tuple(one * factor for one in value) if isinstance(value, tuple) else value * factor
         for field in fields(attack)
         if field.name in _LENGTHS and (value := getattr(attack, field.name)) is not None
     }

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpass.attacks import FAB, Attack
+from backpass.attacks import FAB, Attack, AutoAttack
 from backpass.attacks.search import SearchAttack
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
@@ -158,6 +158,8 @@ class AdversarialTraining:
             correct=clean.detach().argmax(1) == batch.y,
             metrics={"adversarial_accuracy": right.float().mean()},
             again=lambda model, rows: evaluate(model, rows)[0].mean(),
+            # Examples of sign steps and of Square do not depend smoothly on the parameters.
+            moves=self.attack.norm != "linf" or isinstance(self.attack, FAB | AutoAttack),
         )
 
 

@@ -46,6 +46,8 @@ class Evaluated:
         metrics: further scalars to log, each a mean over the batch, detached.
         again: ``again(model, rows)`` evaluates the loss once more on some rows of the batch, with graph. Adversarial
             examples and other draws stay fixed. None if the objective does not support this.
+        moves: whether adversarial examples in it depend smoothly on the parameters, so that the second derivative of
+            ``again`` is not the derivative of the training gradient. False for sign steps.
     """
 
     loss: Tensor
@@ -53,6 +55,7 @@ class Evaluated:
     correct: Tensor | None = None
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     again: Callable[[nn.Module, slice], Tensor] | None = None
+    moves: bool = False
 
 
 class Objective(Protocol):

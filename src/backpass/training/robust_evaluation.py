@@ -113,7 +113,7 @@ class RobustEvaluation:
 def _standing(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> int:
     """Count the images at some rows that are right, and under the attack too."""
     with preserved(model), torch.no_grad():
-        right = rows[attack.ask(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
+        right = rows[attack.make_oracle(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
     return int((~attack(model, x[right], y[right], indices=right).success).sum()) if len(right) else 0
 
 

@@ -1,4 +1,4 @@
-"""Diagonal metric in which the path of an optimizer is a gradient descent."""
+"""Diagonal metric in which an optimizer's path is a gradient descent."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["largest_rate", "step_weights"]
 
 
 def largest_rate(optimizer: Optimizer, rates: list[float]) -> float:
-    """Return the largest effective rate of the groups, lr / (1 - momentum).
+    """The largest effective rate of the groups, lr / (1 - momentum): a heavy ball takes that many gradients each.
 
     Args:
-        optimizer: optimizer with the groups.
-        rates: learning rate of each group.
+        optimizer: whose groups.
+        rates: a learning rate for each.
     """
     return max(rate * _momentum(group) for rate, group in zip(rates, optimizer.param_groups, strict=True))
 
 
 @torch.no_grad()
 def step_weights(optimizer: Optimizer, rates: list[float]) -> list[Tensor] | None:
-    """Return w >= 0 with mean step -s w g, s the `largest_rate`: one tensor per parameter, of its shape or a number.
+    """The w >= 0 with mean step -s w g, s the `largest_rate`: one tensor per parameter, of its shape or a number.
 
     w is the group's rate relative to s, and for Adam and its kin (a state ``exp_avg_sq``) and RMSprop
     (``square_avg``) also divided by their root mean square gradient. Other optimizers count as descent along g.

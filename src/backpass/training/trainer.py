@@ -20,9 +20,9 @@ from backpass.rules import Attached, ProxProp, Rule, unwrap
 from backpass.training.batches import Prepare, to_unit_interval
 from backpass.training.evaluation import Metric, check_targets
 from backpass.training.fingerprint import describe, describe_model, describe_optimizer
-from backpass.training.half_batches import Measuring
 from backpass.training.interruption import Interruption
 from backpass.training.loop import Loop, Resume
+from backpass.training.measuring import Measuring
 from backpass.training.objective import CrossEntropy, Objective
 from backpass.training.orders import Order, mixed, seeded
 from backpass.training.processes import from_first, joined, rank

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from backpass.errors import BackpassError
 from backpass.rules import Attached
 from backpass.training.batches import Batch
-from backpass.training.half_batches import Measuring, halves
+from backpass.training.measuring import Measuring, halves
 from backpass.training.meter import Meter
 from backpass.training.objective import Evaluated
 from backpass.training.processes import unsynchronized, whole, world
@@ -83,7 +83,8 @@ class Update:
                 correct.append(evaluated.correct)
         self._shape_gradient()
         if self._measuring is not None and self._measuring.due:
-            self._measuring.measure(halves(evaluated, len(parts[-1]), self._model, self.autocast))
+            frozen = self._measuring.frozen_curvature
+            self._measuring.measure(halves(evaluated, parts[-1], self._model, self.autocast, frozen_curvature=frozen))
         if self.scaler is None:
             self._optimizer.step()
         else:

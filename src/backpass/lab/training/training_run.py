@@ -162,7 +162,7 @@ def _save(model: nn.Module, result: TrainingResult, folder: Path) -> Path:
 
 
 def _attack_command(recipe: Recipe, folder: Path, judge: Attack | None, split: str) -> str:
-    eps = judge.eps if judge is not None else _EPS
+    eps = judge.largest_eps if judge is not None else _EPS
     words = ["backpass", "attack", "--model", recipe.model, "--weights", str(folder / "weights.safetensors")]
     # APGD chooses its steps itself, whatever the ball.
     words += ["--data", recipe.data, "--attack", "apgd", "--eps", fraction_text(eps), "--limit", "1000"]

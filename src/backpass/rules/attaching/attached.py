@@ -149,6 +149,13 @@ class Attached:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+        called = self._last is not None or self._served
+        if error is None and self.rule.functions and self.rule.needs_site and not called:
+            warnings.warn(
+                f"the model was not called while {self.rule} was attached: gradients of an earlier call, or of code "
+                "that was compiled around the model before, are plain.",
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         return f"Attached({self.rule!r}, {type(self._model()).__name__}, {len(self.sites)} sites)"

@@ -19,7 +19,7 @@ __all__ = ["Run", "Task", "network", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is trained, and against what.
+    """A training task.
 
     Attributes:
         model: ``mlp`` or ``cnn``.
@@ -40,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Run:
-    """What a network has on the test images: the effective loss E[L + K eta_I / 2 |L_x|^2], E L(x + delta_K), accuracy.
+    """Numbers on the test images: the effective loss E[L + K eta_I / 2 |L_x|^2], E L(x + delta_K), accuracy.
 
     ``accuracy`` is in per cent and under the adversary of training.
     """
