@@ -23,12 +23,12 @@ class Measuring(Protocol):
 
     Attributes:
         due: measure before the next step.
-        frozen_curvature: whether it accepts the curvature at fixed adversarial examples where they move with the
-            parameters.
+
+    An attribute ``frozen_curvature``, if it is there and true, accepts the curvature at fixed adversarial examples
+    where they move with the parameters.
     """
 
     due: bool
-    frozen_curvature: bool
 
     def measure(self, losses: Sequence[Callable[[], Tensor]]) -> None:
         """Measure the objective on halves of the batch."""

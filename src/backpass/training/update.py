@@ -83,7 +83,7 @@ class Update:
                 correct.append(evaluated.correct)
         self._shape_gradient()
         if self._measuring is not None and self._measuring.due:
-            frozen = self._measuring.frozen_curvature
+            frozen = getattr(self._measuring, "frozen_curvature", False)
             self._measuring.measure(halves(evaluated, parts[-1], self._model, self.autocast, frozen_curvature=frozen))
         if self.scaler is None:
             self._optimizer.step()
