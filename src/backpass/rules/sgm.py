@@ -68,9 +68,8 @@ class _BranchInterception(OperandInterception):
         if torch.is_grad_enabled() and not self.traced and not any(site.counted for site in self.run.sites):
             raise NoSiteError(
                 f"{self.rule} finds no skip connection: a sum of a branch and of its own input or a projection of it, "
-                "or a concatenation of a tensor and of features computed from it."
-                + " Nothing here requires gradients, which the search needs: let the input."
-                * frozen
+                "or a concatenation of a tensor and of features computed from it. The input of a block "
+                "must require gradients: it is searched for in the graph."
             )
         return output
 
