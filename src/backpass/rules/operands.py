@@ -184,7 +184,7 @@ class _Scaled(torch.autograd.Function):
 def positions(
     names: Sequence[str], wanted: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[int | str, Any]:
-    """Return the given tensors of the wanted parameters, by position or name."""
+    """Return the given floating-point tensors of the wanted parameters, by position or name."""
     given: dict[int | str, Any] = {i: x for i, (name, x) in enumerate(zip(names, args, strict=False)) if name in wanted}
     given |= {name: x for name, x in kwargs.items() if name in wanted}
-    return {place: x for place, x in given.items() if isinstance(x, Tensor) and x.requires_grad}
+    return {place: x for place, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}

@@ -17,6 +17,7 @@ from backpass.rules.attaching.run import SiteCall
 from backpass.rules.blocks import SUMS, writes_sum
 from backpass.rules.branches import branch_of_sum, new_features
 from backpass.rules.operands import OperandAttached, OperandInterception, OperandRule, Operands
+from backpass.rules.torch_internals import custom_functions
 
 __all__ = ["SGM"]
 
@@ -26,9 +27,16 @@ _CATS = frozenset((torch.cat, torch.concat, torch.concatenate))
 class _BranchInterception(OperandInterception):
     """An interception that finds the branches of residual sums and the new features of concatenations."""
 
+    blind: str | None = None
+    """Path of a module whose sums were called without gradients, while the model's call asks for them."""
+
     def find(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
         """Return the branch of a sum, or the new features of a concatenation."""
-        if not torch.is_grad_enabled() or "out" in kwargs:
+        if not torch.is_grad_enabled():
+            if self.running[0].grad_enabled:
+                self.blind = self.running[-1].path
+            return ()
+        if "out" in kwargs:
             return ()
         if func in _CATS:
             place: Any = 0 if args else next((name for name in ("tensors", "tensor") if name in kwargs), 0)
@@ -65,6 +73,11 @@ class _BranchInterception(OperandInterception):
         output = super().leave(module, call, output)
         if is_dynamo_compiling() or len(self.running) > 1 or self.replayed is not None or output is None:
             return output
+        if self.blind is not None and torch.utils.checkpoint.CheckpointFunction in custom_functions(output):
+            raise BackpassError(
+                f"{self.rule} cannot see the skip connections of module {self.blind or '(model)'!r} in a reentrant "
+                "checkpoint: call checkpoint(..., use_reentrant=False)."
+            )
         if torch.is_grad_enabled() and not self.traced and not any(site.counted for site in self.run.sites):
             raise NoSiteError(
                 f"{self.rule} finds no skip connection: a sum of a branch and of its own input or a projection of it, "

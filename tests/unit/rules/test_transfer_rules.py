@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from backpass import BPA, PNA, SGM, BackpassError, Deconvnet, GuidedBackprop, LinBP, NoSiteError, parse_rule
 from support.names import name_of
@@ -147,6 +148,55 @@ def test_of_two_rules_at_one_site_the_one_attached_last_acts(rules, ways, name):
     with rules[0].attach(model), rules[1].attach(model):
         for _ in range(2):
             assert_close(gradients(model, x, model)[1], expected)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, part, reentrant):
+        super().__init__()
+        self.part, self.reentrant = part, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.part, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        ("sgm", "resnet"),
+        ("sgm", "swin"),
+        ("bpa", "resnet"),
+        ("pna", "swin"),
+        ("pna", "vit, matmul"),
+        ("pna", "vit, module"),
+    ],
+)
+def test_checkpointing_keeps_the_gradients(rule, name, reentrant):
+    override, ways, _ = RULES[rule]
+    part, x = made(name)
+    _, expected = gradients(part, x, lambda x: part.by_hand(x, ways))
+    model = Checkpointed(part, reentrant)
+    with override.attach(model):
+        if reentrant and rule == "sgm":
+            with pytest.raises(BackpassError, match="use_reentrant=False"):
+                model(x)
+            return
+        for _ in range(2):
+            x.grad = None
+            out = model(x)
+            out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype))
+            torch.testing.assert_close(x.grad, expected[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["forwards", "backwards"])
+def test_sgm_and_renormalized_linbp_multiply_in_either_order(order):
+    model, x = made("resnet")
+    with LinBP(residual="renormalized", decay=0.3).attach(model):
+        expected = input_gradient(model, x, model)
+    first, second = (SGM(decay=0.3), LinBP(residual="renormalized"))[::order]
+    with first.attach(model), second.attach(model):
+        for _ in range(2):
+            torch.testing.assert_close(input_gradient(model, x, model), expected, rtol=1e-10, atol=1e-10)
 
 
 POOLS = {
