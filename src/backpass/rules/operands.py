@@ -84,6 +84,11 @@ class OperandInterception(Interception):
         # The backward pass asks the site in any case: a rule further in may act in its place.
         return self.scaled(self.found, func, args, kwargs, self.site)
 
+    def scale(self, x: Tensor, site: SiteCall | None) -> Tensor:
+        """Return x with its gradient multiplied, if the site so decides."""
+        apply: Callable[..., Tensor] = _Scaled.apply
+        return apply(x, self.rule.factor, site)
+
     def scaled(
         self,
         operands: Operands,
@@ -93,16 +98,13 @@ class OperandInterception(Interception):
         site: SiteCall | None,
     ) -> Any:
         """Call a function with the gradients of these operands multiplied."""
-        scale: Callable[..., Tensor] = _Scaled.apply
         given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         for place, *inside in operands:
             if not inside:
-                given[place] = scale(given[place], self.rule.factor, site)
+                given[place] = self.scale(given[place], site)
             else:
                 index = inside[0]
-                given[place] = [
-                    scale(x, self.rule.factor, site) if i == index else x for i, x in enumerate(given[place])
-                ]
+                given[place] = [self.scale(x, site) if i == index else x for i, x in enumerate(given[place])]
         return func(*(given[i] for i in range(len(args))), **{name: given[name] for name in kwargs})
 
     def _traced(

@@ -63,9 +63,10 @@ class _BranchInterception(OperandInterception):
         kwargs: dict[str, Any],
         site: SiteCall | None,
     ) -> Any:
-        """Call a sum that overwrites its branch as one that does not, and copy the value."""
+        """Call a function with the gradients of the branches multiplied; a sum may overwrite its branch."""
         if writes_sum(func) and operands == ((0,),):
-            return args[0].copy_(super().scaled(operands, torch.add, args, kwargs, site))
+            args[0].copy_(self.scale(args[0], site))
+            return func(*args, **kwargs)
         return super().scaled(operands, func, args, kwargs, site)
 
     def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:

@@ -168,7 +168,6 @@ class Checkpointed(nn.Module):
         ("bpa", "resnet"),
         ("pna", "swin"),
         ("pna", "vit, matmul"),
-        ("pna", "vit, module"),
     ],
 )
 def test_checkpointing_keeps_the_gradients(rule, name, reentrant):

@@ -174,7 +174,9 @@ class Interception(TorchFunctionMode):
         site.kernel = True
         outer = outer_interceptions()
         if not outer:
-            if not site.selected:
+            if self.replayed is None:
+                site.undecided = site.selected is None
+            if not site.selected or site.undecided:  # a recomputation saves what the first pass saved
                 return self.replace(func, args, kwargs, site)
             return (
                 self.replace(func, args, kwargs, None) if site.fixed else self.replace_planned(func, args, kwargs, site)

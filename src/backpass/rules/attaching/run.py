@@ -31,6 +31,7 @@ class SiteCall:
         counted: whether it is a site; False for a gate, or for a part of a composed activation.
         excluded: whether the rule leaves the site plain although it is in its range.
         selected: whether the rule acts here; None while that is not known.
+        undecided: whether it was called before the rule's selection was known.
         kernel: whether the call went through the rule's kernel.
         fixed: whether the decision was taken when the function was called, and cannot be revised.
         hooked: whether the rule acts by a hook on the graph node of the plain call.
@@ -42,6 +43,7 @@ class SiteCall:
     counted = True
     excluded = False
     selected: bool | None = None
+    undecided = False
     kernel = False
     fixed = False
     hooked = False
