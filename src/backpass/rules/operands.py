@@ -174,11 +174,11 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.factor, ctx.site = inputs
+        _, ctx.factor, ctx.asked = inputs  # not "site", as of the activations that `blocks` looks for
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.site is not None and not ctx.site.active():
+        if ctx.asked is not None and not ctx.asked.active():
             return grad, None, None
         return grad * ctx.factor if ctx.factor else torch.zeros_like(grad), None, None
 
