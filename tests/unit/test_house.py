@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "backpass"
 FILES = sorted(SOURCE.rglob("*.py"))
-GROUND = {"errors", "numbers", "version", "plugins", "preserved", "allocator"}
+GROUND = {"errors", "numbers", "version", "plugins", "preserved", "allocator", "files"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     **{floor: GROUND | {floor} for floor in ("rules", "attacks", "sde")},

@@ -19,10 +19,13 @@ from backpass.rules.compositions import (
     BENT,
     ELEMENTWISE,
     MIXES,
+    POWERS,
     PRODUCTS,
+    REDUCTIONS,
     VIEWS,
     Origin,
     Origins,
+    common_path,
     composes,
     constants,
     gates,
@@ -65,7 +68,9 @@ class ActivationInterception(Interception):
         self.compositions = self.rule.compositions
 
     def _looks(self, caller: ModuleCall) -> bool:
-        return caller.looks or (self.run.plan is None and self.replayed is None and self.compositions)
+        if caller.looks or self.run.plan is not None or self.replayed is not None:
+            return caller.looks
+        return bool(self.compositions) and not is_dynamo_compiling()
 
     def _origins(self, call: ModuleCall) -> Origins:
         if call.origins is None:
@@ -83,10 +88,10 @@ class ActivationInterception(Interception):
         origin = self._origins(self.running[-1]).of(x)
         out = super().at(site, func, args, kwargs)
         self._bend()
-        direct = site if origin.source is x else None
+        direct = site if origin.base is x else None
         bent, sites = site.function, (*origin.sites, site)
         self._origins(self.running[-1]).note(
-            out, Origin(origin.source, bent, sites, out.numel(), direct, learns=origin.learns)
+            out, Origin(origin.source, bent, sites, out.numel(), direct, learns=origin.learns, path=origin.path)
         )
         return out
 
@@ -130,6 +135,8 @@ class ActivationInterception(Interception):
             self._arranged(args, out)
             return out
         if func not in ELEMENTWISE and func not in MIXES:
+            if func in REDUCTIONS and args and isinstance(args[0], Tensor):
+                _recount_power(self._origins(caller).of(args[0]))
             return super().other(caller, func, args, kwargs)
         if func in BENT:
             self._bend()
@@ -154,7 +161,8 @@ class ActivationInterception(Interception):
             sites = tuple(site for origin in origins for site in origin.sites)
             bent = func.__name__ if func in BENT else next((one.bent for one in origins if one.bent), "")
             learns = learns or any(origin.learns for origin in origins)
-            origin = Origin(source, bent, sites, min(origins[0].numel, out.numel()), learns=learns)
+            path = common_path(origins) if bent else (*common_path(origins), out)
+            origin = Origin(source, bent, sites, min(origins[0].numel, out.numel()), learns=learns, path=path)
             self._origins(self.running[-1]).note(out, origin)
         elif (func in PRODUCTS or func in MIXES) and not self.rule.gates:
             for origin in gates(origins, out):
@@ -171,19 +179,24 @@ class ActivationInterception(Interception):
     ) -> Any:
         """Call the product that makes an activation of ``source``, or scales one."""
         bent = next((origin.bent for origin in origins if origin.bent), func.__name__)
-        site = origins[0].direct if len(origins) == 1 else None
+        path = common_path(origins)
+        begin = path[-1] if path else source
+        site = origins[0].direct if len(origins) == 1 and func not in POWERS else None
         if site is None:
-            _discount(site for origin in origins for site in origin.sites)
-            site = self.meet(caller, f"x*{bent}", source)
+            parts = [site for origin in origins for site in origin.sites]
+            _discount(parts)
+            site = self.meet(caller, f"{bent}**n" if func in POWERS else f"x*{bent}", begin)
+            if func in POWERS:
+                site.power_of = parts
         self._bend()
         self.run.composing.update((caller.path, *(one.module for origin in origins for one in origin.sites)))
         learns = any(origin.learns for origin in origins)
         if not writes_in_place(func, args, kwargs):
-            out = self.at_value(site, source, func(*args, **kwargs), learns)
+            out = self.at_value(site, begin, func(*args, **kwargs), learns)
         else:
-            before = source.clone() if source is args[0] else source
+            before = begin.clone() if begin is args[0] else begin
             out = args[0].copy_(self.at_value(site, before, func(args[0].clone(), *args[1:], **kwargs), learns))
-        self._origins(caller).note(out, Origin(source, bent, (site,), out.numel(), site, True, learns))
+        self._origins(caller).note(out, Origin(source, bent, (site,), out.numel(), site, True, learns, path))
         return out
 
     def at_value(self, site: SiteCall, source: Tensor, plain: Tensor, learns: bool = False) -> Tensor:
@@ -277,7 +290,7 @@ class ActivationInterception(Interception):
         site = self.meet(call, name, x, f"{call.key}:{name}")
         output = self.at_value(site, x.clone() if wrote else x, output)
         output = x.copy_(output) if wrote else output
-        self._origins(call).note(output, Origin(x, name, (site,), output.numel(), site))
+        self._origins(call).note(output, Origin(x, name, (site,), output.numel(), site, path=(x,)))
         return output
 
     def _is_activation(self, watched: _Watched, origin: Origin, output: Tensor) -> bool:
@@ -287,7 +300,7 @@ class ActivationInterception(Interception):
         sites = [site for site in self.run.sites[watched.begin :] if site.counted]
         if len(self.running) == 1 and sites:
             return False  # the model itself
-        return not (len(sites) == 1 and origin.source is watched.given and origin.direct is sites[0])
+        return not (len(sites) == 1 and origin.base is watched.given and origin.direct is sites[0])
 
 
 def _was_written(given: Tensor, x: Tensor) -> bool:
@@ -297,3 +310,12 @@ def _was_written(given: Tensor, x: Tensor) -> bool:
 def _discount(sites: Iterable[SiteCall]) -> None:
     for site in sites:
         site.counted = False
+
+
+def _recount_power(origin: Origin) -> None:
+    """Take back that a power of an activation is an activation: it is a part of a norm."""
+    power = origin.direct
+    if power is not None and power.power_of:
+        power.counted = False
+        for site in power.power_of:
+            site.counted = True

@@ -21,10 +21,13 @@ __all__ = [
     "BENT",
     "ELEMENTWISE",
     "MIXES",
+    "POWERS",
     "PRODUCTS",
+    "REDUCTIONS",
     "VIEWS",
     "Origin",
     "Origins",
+    "common_path",
     "composes",
     "constants",
     "gates",
@@ -53,8 +56,14 @@ BENT = _functions(
 )
 """Elementwise functions that make a gate, or an activation, of their input, but are no sites by themselves."""
 
-_SMOOTH = _functions(
-    "add add_ __add__ __radd__ __iadd__ sub sub_ subtract rsub __sub__ __rsub__ __isub__ pow pow_ __pow__ square neg "
+POWERS = _functions("pow pow_ __pow__ square square_")
+"""Functions that make another activation of one, such as the squared ReLU."""
+
+REDUCTIONS = _functions("mean sum norm")
+"""Functions by which the square of an activation turns out to be a part of its norm."""
+
+_SMOOTH = POWERS | _functions(
+    "add add_ __add__ __radd__ __iadd__ sub sub_ subtract rsub __sub__ __rsub__ __isub__ neg "
     "negative __neg__ abs __abs__ sqrt rsqrt reciprocal clone contiguous to float half bfloat16 double type type_as"
 )
 
@@ -89,12 +98,15 @@ class Origin:
         bent: name of the last function on the way that is not linear, or an empty string.
         sites: activations on the way.
         numel: number of elements of the result, before it was expanded.
-        direct: the activation of ``source`` whose value the result is, if it is one.
+        direct: the activation of ``base`` whose value the result is, if it is one.
         product: whether that activation is composed.
         learns: whether a parameter of the model is on the way.
+        path: the last tensors on the way before it bends; an activation begins at one of them.
     """
 
-    __slots__ = ("bent", "direct", "learns", "numel", "product", "sites", "source")
+    __slots__ = ("bent", "direct", "learns", "numel", "path", "product", "sites", "source")
+
+    _LIMIT = 8
 
     def __init__(
         self,
@@ -105,6 +117,7 @@ class Origin:
         direct: SiteCall | None = None,
         product: bool = False,
         learns: bool = False,
+        path: tuple[Tensor, ...] = (),
     ) -> None:
         self.source = source
         self.bent = bent
@@ -113,6 +126,12 @@ class Origin:
         self.direct = direct
         self.product = product
         self.learns = learns
+        self.path = path[-self._LIMIT :]
+
+    @property
+    def base(self) -> Tensor | None:
+        """The last tensor on the way before it bends: the input of an activation of this value."""
+        return self.path[-1] if self.path else self.source
 
 
 class Origins:
@@ -128,7 +147,7 @@ class Origins:
         for tensor, origin in reversed(self._known):
             if tensor is x:
                 return origin
-        return Origin(x, "", (), x.numel())
+        return Origin(x, "", (), x.numel(), path=(x,))
 
     def note(self, x: Tensor, origin: Origin) -> None:
         """Remember the origin of a result."""
@@ -145,10 +164,21 @@ class Origins:
                     to.note(x, origin)
 
 
+def common_path(origins: list[Origin]) -> tuple[Tensor, ...]:
+    """Return the way, before it bends, that several functions of one tensor have in common."""
+    first, *others = [origin.path for origin in origins]
+    for end in range(len(first), 0, -1):
+        if all(any(x is first[end - 1] for x in path) for path in others):
+            return first[:end]
+    return ()
+
+
 def composes(func: Callable[..., Any], origins: list[Origin]) -> bool:
     """Return whether a call on functions of one tensor makes an activation of it, or scales one that was made so."""
     if func in CHOICES:
         return len(origins) > 1
+    if func in POWERS:
+        return len(origins) == 1 and origins[0].direct is not None
     if func not in PRODUCTS or not any(origin.bent for origin in origins):
         return False
     return len(origins) > 1 or origins[0].product
@@ -169,9 +199,15 @@ def _is_sigmoid(site: SiteCall) -> bool:
 
 
 def constants(operands: list[Tensor], origins: list[Origin]) -> list[bool]:
-    """Return which operands only parametrise a function of another: single numbers, and the model's own parameters."""
+    """Return which operands only parametrise a function of another: single numbers, and the model's own parameters.
+
+    A tensor that another operand is a function of is no constant, whatever its size.
+    """
+    sources = [origin.source for x, origin in zip(operands, origins, strict=True) if origin.source is not x]
     found = [
-        origin.source is x and (x.numel() == 1 or isinstance(x, nn.Parameter))
+        origin.source is x
+        and (isinstance(x, nn.Parameter) or (x.numel() == 1 and x.grad_fn is None))
+        and not any(x is source for source in sources)
         for x, origin in zip(operands, origins, strict=True)
     ]
     return [False] * len(found) if all(found) else found

@@ -32,6 +32,7 @@ _LEVEL = 1.96
 _STABLE = 0.5
 _HEAVY = 0.5
 _LONGEST = 20.0
+_TAIL = 2.2
 _NOISE_SHARE = 0.8
 
 Verdict = Literal["passed", "failed", "undecided"]
@@ -177,6 +178,7 @@ def certify(
       where they differ by more than the tolerance.
     - **Stability**: eta times the largest curvature, through the attack. Failed above 1/2; 2 is the limit of stability.
     - **Normality**: excess kurtosis of the noise accumulated over the memory of the process. Failed above 1/2.
+    - **Tails**: Hill's tail index of single samples' noise, from the top 2 %. Failed below 2.2.
     - **Sampling**: spread of the replicas, permuted against independent batches, at the nearest end of an epoch if the
       run reaches one. Failed below .8.
 
@@ -229,7 +231,7 @@ def certify(
     checks = [
         _agreement(name, one, values[1][name], values[one][name], tolerance) for one in ls[1:] for name in OBSERVABLES
     ]
-    checks += [_stability(eta, local), _normality(eta, batch_size, steps, local)]
+    checks += [_stability(eta, local), _normality(eta, batch_size, steps, local), _tails(local)]
     if sampling == "permuted":
         progress("replicas with permuted batches", done / work)
         # At the end of an epoch, where permuting matters most, if the run has one.
@@ -289,6 +291,19 @@ def _normality(eta: float, batch_size: int, steps: int, local: Local) -> Check:
         estimate=Estimate(value, low, high),
         limit=f"at most {_HEAVY:g}, over {memory:.0f} steps",
         verdict="failed" if low > _HEAVY else "passed" if high <= _HEAVY else "undecided",
+    )
+
+
+def _tails(local: Local) -> Check:
+    """Compare Hill's tail index of the gradient noise with the limit of finite variance, with a margin."""
+    value, error = local.tail
+    low, high = value - _LEVEL * error, value + _LEVEL * error
+    estimate = Estimate(*(1 / one if one > 0 else math.inf for one in (value, high, low)))
+    return Check(
+        name="tail index of the noise",
+        estimate=estimate,
+        limit=f"at least {_TAIL:g}; the variance is infinite below 2",
+        verdict="failed" if estimate.high < _TAIL else "passed" if estimate.low >= _TAIL else "undecided",
     )
 
 

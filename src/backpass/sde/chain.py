@@ -45,7 +45,7 @@ def run_chain(
     *,
     paths: int | None = None,
     generator: torch.Generator | None = None,
-    record: int | Sequence[float] | None = None,
+    record: int | Sequence[float] | Tensor | None = None,
     observe: Observe | None = None,
     sampling: Sampling = "iid",
 ) -> Paths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from backpass.sde.derivative import along
 from backpass.sde.dynamics import AdversarialSDE
 
-__all__ = ["Local", "excess_kurtosis", "largest_curvature", "local_numbers"]
+__all__ = ["Local", "excess_kurtosis", "largest_curvature", "local_numbers", "projected_noise", "tail_exponent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Local:
         noise_curvature: tr(Dh S), by Hutchinson's estimator.
         largest: the largest |eigenvalue| of Dh, by power iteration.
         kurtosis: excess kurtosis of single samples' gradient noise along random directions, with its standard error.
+        tail: Hill's estimate of 1 / alpha for the tails of that noise, with its standard error.
     """
 
     drift: float
@@ -33,6 +35,7 @@ class Local:
     noise_curvature: float
     largest: float
     kurtosis: tuple[float, float]
+    tail: tuple[float, float]
 
     @property
     def noise_to_drift(self) -> float:
@@ -66,13 +69,15 @@ def local_numbers(
     xi = torch.randn(draws, sde.noise_dim, generator=generator, dtype=theta.dtype, device=theta.device)
     noises = torch.stack([sde.noise(theta, one) for one in xi]) / sde.eta_outer**0.5
     curved = torch.stack([curve(one) for one in noises])
+    projections = projected_noise(sde, theta, draws=draws, generator=generator)
     return Local(
         drift=square,
         noise=float(noises.square().sum(-1).mean()),
         curvature=float(h @ curve(h)) / square if square > 0 else 0.0,
         noise_curvature=float((noises * curved).sum(-1).mean()),
         largest=largest_curvature(curve, noises.sum(0) if square == 0 else h, iterations),
-        kurtosis=excess_kurtosis(sde, theta, draws=draws, generator=generator),
+        kurtosis=excess_kurtosis(projections),
+        tail=tail_exponent(projections, len(theta)),
     )
 
 
@@ -88,22 +93,36 @@ def largest_curvature(product: Callable[[Tensor], Tensor], start: Tensor, iterat
     return value
 
 
-def excess_kurtosis(
+def projected_noise(
     sde: AdversarialSDE, theta: Tensor, *, draws: int = 16, generator: torch.Generator | None = None
-) -> tuple[float, float]:
-    """Return the mean excess kurtosis of the samples' gradient noise over random directions, and its standard error.
+) -> Tensor:
+    """Return the samples' gradient noise along random directions, (draws, N).
 
     The projections of all samples' gradients on a direction are one forward-mode derivative of the losses.
     """
     directions = torch.randn(draws, len(theta), generator=generator, dtype=theta.dtype, device=theta.device)
     x, y = sde.data
     at = x + sde.perturbation(theta)
+    found = torch.stack([along(lambda p: sde.loss(p, at, y), theta, v) for v in directions])
+    return found - found.mean(1, keepdim=True)
 
-    def projected(v: Tensor) -> Tensor:
-        return along(lambda p: sde.loss(p, at, y), theta, v)
 
-    found = torch.stack([projected(v) for v in directions])
-    centred = found - found.mean(1, keepdim=True)
-    squares = centred.square()
-    ratios = squares.square().mean(1) / squares.mean(1).square().clamp(min=torch.finfo(theta.dtype).tiny) - 3
-    return float(ratios.mean()), float(ratios.std()) / draws**0.5
+def excess_kurtosis(noise: Tensor) -> tuple[float, float]:
+    """Return the mean excess kurtosis over the directions of noise (draws, N), and its standard error."""
+    squares = noise.square()
+    ratios = squares.square().mean(1) / squares.mean(1).square().clamp(min=torch.finfo(noise.dtype).tiny) - 3
+    return float(ratios.mean()), float(ratios.std()) / math.sqrt(len(noise))
+
+
+def tail_exponent(noise: Tensor, independent: int) -> tuple[float, float]:
+    """Return Hill's estimate of 1 / alpha for tails |noise|^-alpha, from the top 2 %, and its standard error.
+
+    Args:
+        noise: (draws, N).
+        independent: number of directions that count as independent, at most the number of parameters.
+    """
+    ordered = noise.abs().sort(1, descending=True).values
+    top = min(max(10, noise.shape[1] // 50), noise.shape[1] - 1)
+    tiny = torch.finfo(noise.dtype).tiny
+    value = float((ordered[:, :top].clamp(min=tiny) / ordered[:, top : top + 1].clamp(min=tiny)).log().mean())
+    return value, value / math.sqrt(top * min(independent, len(noise)))

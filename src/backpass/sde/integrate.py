@@ -43,7 +43,7 @@ def integrate(
     paths: int | None = None,
     generator: torch.Generator | None = None,
     brownian: BrownianPath | None = None,
-    record: int | Sequence[float] | None = None,
+    record: int | Sequence[float] | Tensor | None = None,
     observe: Observe | None = None,
     coarse: bool = False,
 ) -> Paths:

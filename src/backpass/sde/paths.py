@@ -51,10 +51,12 @@ def start_paths(theta0: Tensor, paths: int | None) -> Tensor:
     return theta0.expand(paths, -1)
 
 
-def record_times(record: int | Sequence[float] | None, t: float) -> list[float]:
+def record_times(record: int | Sequence[float] | Tensor | None, t: float) -> list[float]:
     """Return the times to record at, the last of which is t."""
     if record is None:
         return [t]
+    if isinstance(record, Tensor) and record.ndim == 1:
+        record = record.tolist()
     if is_whole(record, 1):
         return [t * k / record for k in range(record + 1)]
     if isinstance(record, Sequence) and not isinstance(record, str) and record and all(map(is_number, record)):

@@ -1,4 +1,4 @@
-"""Training: any model, optimizer, rule and objective, resumable to the bit, in one or several processes."""
+"""Training of any model with any optimizer, rule and objective, resumable bit for bit, in one or several processes."""
 
 from backpass.allocator import keep_freed_memory
 from backpass.training.adversary import AdversarialTraining
@@ -7,7 +7,8 @@ from backpass.training.batches import Batch
 from backpass.training.half_batches import half_losses
 from backpass.training.interruption import Interrupted
 from backpass.training.learning_rate import ControlledLR
-from backpass.training.objective import CrossEntropy, Evaluated, Objective, PerSample
+from backpass.training.logs import Logger
+from backpass.training.objective import BinaryCrossEntropy, CrossEntropy, Evaluated, Objective, PerSample
 from backpass.training.processes import local_device
 from backpass.training.progress import Progress, TrainingResult
 from backpass.training.robust_evaluation import RobustEvaluation
@@ -17,10 +18,12 @@ __all__ = [
     "AdversarialTraining",
     "Amplified",
     "Batch",
+    "BinaryCrossEntropy",
     "ControlledLR",
     "CrossEntropy",
     "Evaluated",
     "Interrupted",
+    "Logger",
     "Objective",
     "PerSample",
     "Progress",

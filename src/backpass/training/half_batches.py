@@ -54,7 +54,8 @@ def half_losses(
     With an adversary the gradient is d/dtheta loss(model(x + delta), y) at fixed delta = delta_K(theta, x), and its
     derivative includes that of delta: D g = d^2 L / dtheta^2 + d^2 L / (dtheta dx) d delta / dtheta, by forward-mode
     differentiation through the K steps. Give the clean x then. A measurement computes the perturbations of both halves
-    and costs about 2 K + 3 gradients of a whole batch. The derivative of sign steps is 0 almost everywhere.
+    and costs as much as 3 to 6 training steps of K + 1 gradients, less on large batches. The derivative of sign steps
+    is 0 almost everywhere.
 
     Args:
         model: in its training mode; wrappers for compilation or several processes are removed.

@@ -61,8 +61,8 @@ class ControlledLR(LRScheduler):
         optimizer: SGD with or without momentum; Adam, AdamW and RMSprop are followed in the metric of their present
             scales; others count as descent along the gradient. Groups keep the ratio of their rates.
         lr_max: the rate to start at, of all groups; None for the groups' own.
-        every: measure before each ``every``-th step only. A measurement costs 2.3 to 3.4 plain steps,
-            and about 2 K + 3 with an adversary of K steps.
+        every: measure before each ``every``-th step only. A measurement costs 2.3 to 3.4 plain steps, and
+            with an adversary of K steps 3 to 6 training steps of K + 1 gradients.
         window: the part of all measurements so far that averages reach back, in (0, 1].
         threshold: of N / (rate D), above 0.
         slope: the growth of 1/l in a step, in units of the curvature; above 0.

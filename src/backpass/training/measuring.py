@@ -19,19 +19,19 @@ __all__ = ["Measuring", "halves"]
 
 @runtime_checkable
 class Measuring(Protocol):
-    """A scheduler that looks at the objective before a step.
+    """Scheduler that measures the objective before a step.
 
     Attributes:
-        due: whether it wants to before the next step.
-        frozen_curvature: whether it accepts the curvature at fixed adversarial examples where they move with the
-            parameters.
+        due: measure before the next step.
+
+    An attribute ``frozen_curvature``, if it is there and true, accepts the curvature at fixed adversarial examples
+    where they move with the parameters.
     """
 
     due: bool
-    frozen_curvature: bool
 
     def measure(self, losses: Sequence[Callable[[], Tensor]]) -> None:
-        """Take in the objective on halves of the batch."""
+        """Measure the objective on halves of the batch."""
 
 
 def halves(

@@ -11,7 +11,7 @@ from torch import nn
 from backpass import BackpassError
 from backpass.sde import SVAG, AdversarialSDE, InnerLoop, certify, explore, run_chain, svag_weights
 from backpass.sde.certify import OBSERVABLES, ensemble, process
-from backpass.sde.diagnostics import excess_kurtosis, local_numbers
+from backpass.sde.diagnostics import excess_kurtosis, local_numbers, projected_noise, tail_exponent
 from support.sde import D, smooth_data, smooth_loss, smooth_theta
 
 SCALES = torch.tensor([1.0, 0.7, 0.5, 0.3], dtype=D)
@@ -98,8 +98,29 @@ def test_kurtosis_of_normal_and_of_two_valued_gradients():
     ):
         x = data if expected == 0 else data * torch.tensor([[1.0], [1], [-1], [-1]], dtype=D)
         sde = AdversarialSDE(lambda p, x, y: (p - x)[:, 0].square() / 2, (x, torch.zeros(len(x))), eta_outer=0.1)
-        found, _ = excess_kurtosis(sde, torch.zeros(1, dtype=D), generator=generator)
+        found, _ = excess_kurtosis(projected_noise(sde, torch.zeros(1, dtype=D), generator=generator))
         assert found == pytest.approx(expected, abs=0.15)
+
+
+def test_the_tail_index_of_powers_of_uniform_numbers():
+    """P(U^-1/alpha > x) = x^-alpha, within four standard errors."""
+    uniform = torch.rand(4, 5000, generator=torch.Generator().manual_seed(0), dtype=D)
+    for alpha in (1.5, 3.0):
+        found, error = tail_exponent(uniform.pow(-1 / alpha), 4)
+        assert found == pytest.approx(1 / alpha, abs=4 * error)
+
+
+def test_many_samples_in_a_batch_do_not_hide_heavy_tails():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = torch.distributions.StudentT(1.5).sample((1000, 4)).double()
+    data = x, torch.zeros(1000)
+    adversary = InnerLoop(steps=0, eta=0.0)
+    settings = {"criterion": quadratic, "steps": 10, "sampling": "iid", "amplifications": (1, 4), "probe": 1000}
+    found = certify(Mean(), data, 0.05, 64, adversary, replicas=4, **settings)
+    verdicts = {check.name: check.verdict for check in found.checks}
+    assert verdicts["tail index of the noise"] == "failed"
+    assert not found.valid
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def test_records_at_given_times():
     found = integrate(sde, theta, 0.9, generator=seeded(), record=[0.0, 0.1, 0.35])
     assert found.times.tolist() == [0.0, 0.1, 0.35]
     assert torch.equal(found.values[0], theta)
-    again = integrate(sde, theta, 0.35, generator=seeded(), record=(0.1, 0.35))
+    again = integrate(sde, theta, 0.35, generator=seeded(), record=torch.tensor([0.1, 0.35], dtype=D))
     assert torch.equal(found.values[1:], again.values)
     assert not torch.equal(found.theta, found.values[-1])  # the end is later
     chain = run_chain(sde, theta, 5, generator=seeded(), record=[0.4, 1.0])

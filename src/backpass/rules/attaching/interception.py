@@ -138,7 +138,7 @@ class Interception(TorchFunctionMode):
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site of the rule."""
-        if self.run.plan is None:
+        if self.run.plan is None and not is_dynamo_compiling():
             if func in self.rule.opaque:
                 self.note_unreachable(caller.path, f"{self.rule.opaque[func]} computes out of reach")
             elif isinstance(func, torch._ops.OpOverload) and func._opname.rstrip("_") in self.attached.operators:
@@ -213,7 +213,7 @@ class Interception(TorchFunctionMode):
         self, caller: ModuleCall, name: str | None, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if name is None:
-            return func(*args, **kwargs)
+            return self.other(caller, func, args, kwargs)
         self.traced += 1
         key = f"{caller.key}:{name}#{caller.count(name + '()')}"
         if not self.attached.token or not self.attached.planned(key):

@@ -36,6 +36,7 @@ class SiteCall:
         hooked: whether the rule acts by a hook on the graph node of the plain call.
         node: graph node of a plain call that may yet turn out to be selected.
         delegate: the site of a rule further in that may act in the place of this one.
+        power_of: activations of which it is a power.
     """
 
     counted = True
@@ -46,6 +47,7 @@ class SiteCall:
     hooked = False
     node: Any = None
     delegate: SiteCall | None = None
+    power_of: list[SiteCall] | tuple[()] = ()
 
     def __init__(self, run: Run, key: str, module: str, function: str, shape: tuple[int, ...]) -> None:
         self.run = run
