@@ -21,11 +21,12 @@ from backpass.lab.result import Result
 from backpass.lab.subjects import load_subject
 from backpass.lab.threads import one_thread
 from backpass.lab.training.assembly import complete
-from backpass.lab.training.optimizers import OPTIMIZERS, read_named
+from backpass.lab.training.optimizers import OPTIMIZERS
 from backpass.lab.training.parts import load_parts
 from backpass.lab.training.recipe import Recipe, read_recipe
 from backpass.sde import Certificate, InnerLoop, Predictor, certify, explore
 from backpass.sde.certify import process
+from backpass.training.schedules import read_named
 
 __all__ = ["Measured", "Study", "describe", "inner_loop", "measure"]
 
@@ -145,7 +146,7 @@ def measure(study: Study, progress: Progress = lambda what, part: None) -> Measu
     adversary = inner_loop(named.adversary)
     if getattr(named.adversary, "random_start", False):
         notes.append("The adversary starts at the image itself, without its random start.")
-    left_out = {"Augmentation": recipe.augment, "Averaging": recipe.average, "Clipping": recipe.clip}
+    left_out = {"Augmentation": recipe.augment, "Averaging": recipe.average, "Clipping": recipe.clip_norm}
     notes += [f"{what} is left out." for what, given in left_out.items() if given]
     data = load_parts(recipe.data, test_split=recipe.test_split, limit=study.limit).train
     weights = study.run / "weights.safetensors" if study.run.is_dir() else None
