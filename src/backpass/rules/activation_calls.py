@@ -298,7 +298,8 @@ class ActivationInterception(Interception):
         sites = [site for site in self.run.sites[watched.begin :] if site.counted]
         if len(self.running) == 1 and sites:
             return False  # the model itself
-        return not (len(sites) == 1 and origin.base is watched.given and origin.direct is sites[0])
+        alone = len(sites) == 1 and origin.base is watched.given and origin.direct is sites[0]
+        return origin.product or not alone  # compiled code sees a composed activation only as a module
 
 
 def _was_written(given: Tensor, x: Tensor) -> bool:

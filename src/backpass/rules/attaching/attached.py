@@ -238,7 +238,7 @@ class Attached:
         if mode.traced:
             plan = self._plan()
             self._last, self._served = plan, ""
-            self.verify(mode.traced + len(mode.run.sites))
+            self.verify(mode.traced + len(mode.run.seen_from_outside()))
             mode.run.settle(plan)
             return
         run, self._arguments = mode.run, ((), {})
