@@ -7,6 +7,7 @@ exception. Module calls, functional calls, methods, in-place calls and re-used a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ class Interception(TorchFunctionMode):
         running: the chain of running module calls, the outermost first.
         replayed: the calls of the last whole run by key, where a part of the model is called again by itself.
         traced: number of sites that compiled code has passed.
+        handled: the exception that was being handled when the call began.
     """
 
     follows = False
@@ -85,6 +87,7 @@ class Interception(TorchFunctionMode):
         self.running: list[ModuleCall] = []
         self.replayed = replayed
         self.traced = 0
+        self.handled = None if is_dynamo_compiling() else sys.exception()
 
     def __torch_function__(
         self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
