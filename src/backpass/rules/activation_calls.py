@@ -207,7 +207,7 @@ class ActivationInterception(Interception):
         if learns:
             learned: Tensor = self.rule.replace_learned(source, plain, site)
             return learned
-        kept = (plain.detach(), None) if site.fixed else (plain, site)
+        kept = (plain.detach(), None) if site.fixed and not self.rule.needs_plain else (plain, site)
         value: Tensor = self.rule.replace_value(source, *kept)
         return value
 

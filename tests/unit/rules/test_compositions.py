@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.straight_through import straight_through
+from tests.support.straight_through import renormalized, straight_through
 from torch import Tensor, nn
 
 from backpass import LinBP
@@ -125,3 +125,28 @@ def test_a_model_may_return_nothing(start):
             (got,) = torch.autograd.grad(network.kept.sum(), x)
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
             assert len(attached.seen) == 2
+
+
+@pytest.mark.parametrize("activation", [F.relu, silu, squared_relu, product_of_relus])
+def test_composed_activations_are_renormalized_in_every_call(activation):
+    class Renormalized(Network):
+        def _of(self, function, x, number):
+            return renormalized(x, function) if number in self.straight else function(x)
+
+    torch.manual_seed(0)
+    network, x = Renormalized(activation, BEFORE["doubled"]), torch.randn(4, 5).double().requires_grad_()
+    network.straight = frozenset(range(2))
+    (expected,) = torch.autograd.grad(network(x).sum(), x)
+    network.straight = frozenset()
+    with LinBP(residual="per_activation").attach(network):
+        for _ in range(3):
+            (got,) = torch.autograd.grad(network(x).sum(), x)
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("operator", [torch.ops.aten.relu, torch.ops.aten.relu.default])
+def test_operators_called_past_torch_s_functions_are_named(operator):
+    network = Network(operator, BEFORE["as it is"])
+    with LinBP().attach(network) as attached, pytest.warns(UserWarning, match="aten.relu"):
+        network(torch.randn(4, 5).double())
+    assert list(attached.unreachable) == [""]

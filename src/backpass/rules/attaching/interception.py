@@ -142,7 +142,7 @@ class Interception(TorchFunctionMode):
         if self.run.plan is None:
             if func in self.rule.opaque:
                 self.note_unreachable(caller.path, f"{self.rule.opaque[func]} computes out of reach")
-            elif isinstance(func, torch._ops.OpOverload) and func._opname.rstrip("_") in self.attached.operators:
+            elif _operator(func) in self.attached.operators:
                 self.note_unreachable(caller.path, f"it calls {func}, as exported code does")
         return func(*args, **kwargs)
 
@@ -252,6 +252,13 @@ class Interception(TorchFunctionMode):
             if kind is torch.utils.checkpoint.CheckpointFunction:
                 raise checkpointed_function(call.hidden[0], call.path)
             self.note_unreachable(call.path, f"the autograd function {kind.__name__} has its own backward")
+
+
+def _operator(func: TorchFunction) -> str:
+    """Return the name of an operator that is called past torch's functions, as ``torch.ops.aten.relu``; or ""."""
+    if not isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return ""
+    return func.__name__.partition(".")[0].rstrip("_")
 
 
 def choose(plain: Tensor, replaced: Tensor, site: SiteCall) -> Any:

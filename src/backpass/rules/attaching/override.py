@@ -24,6 +24,7 @@ class BackwardOverride:
         functions: the torch functions that are sites of this rule, with the name each has in a site table.
         opaque: functions that compute, out of reach, what the rule acts on, with the name of each.
         skipped: module classes whose own forward calls none of the functions.
+        needs_plain: whether its backward goes through the plain graph of an activation too.
         acts_on_nodes: whether `on_node` gives a plain call this rule's backward afterwards.
         compositions: whether activations that are composed of several calls are sites too.
         gates: whether activations whose value only multiplies another tensor are sites too.
@@ -36,6 +37,7 @@ class BackwardOverride:
     name: ClassVar[str]
     opaque: ClassVar[Mapping[TorchFunction, str]] = {}
     skipped: ClassVar[frozenset[type[nn.Module]]] = frozenset()
+    needs_plain: ClassVar[bool] = False
     acts_on_nodes: ClassVar[bool] = False
     compositions: ClassVar[bool] = False
     needs_site: ClassVar[bool] = True
