@@ -62,6 +62,8 @@ def soap(model: nn.Module, rate: float) -> list[Optimizer]:
 
 @dataclass(frozen=True)
 class Method:
+    """How to train: optimizers as a function of the rate, the middle of its grid, and a rule."""
+
     optimizers: Callable[[nn.Module, float], list[Optimizer]]
     first: float
     rule: ProxProp | SIBP | None = None
@@ -104,7 +106,10 @@ def train(setting: Setting, method: Method, rate: float, seed: int, steps: int) 
         if step * EVALUATIONS % steps == 0:
             model.eval()
             with torch.no_grad():
-                losses = [F.cross_entropy(model(a), b).item() for a, b in zip(held_x.split(500), held_y.split(500))]
+                losses = [
+                    F.cross_entropy(model(a), b).item()
+                    for a, b in zip(held_x.split(500), held_y.split(500), strict=True)
+                ]
             model.train()
             loss = statistics.fmean(losses)
             found.append((seconds, loss if math.isfinite(loss) else math.inf))
@@ -161,33 +166,40 @@ def main() -> None:
     for name, setting in SETTINGS.items():
         if arguments.only not in name:
             continue
-        runs, rates = {}, {}
+        known = results.setdefault(name, {"steps": arguments.steps, "rates": {}, "runs": {}})
+        if known["steps"] != arguments.steps:
+            parser.error(f"{arguments.out} holds runs of {known['steps']} steps")
         for one in arguments.methods:
+            if one in known["runs"]:
+                continue
             try:
-                rates[one] = tuned(setting, METHODS[one], arguments.steps)
+                rate = tuned(setting, METHODS[one], arguments.steps)
             except ImportError as error:
                 print(f"{one} left out: {error}")
                 continue
-            runs[one] = [
-                train(setting, METHODS[one], rates[one][0], seed, arguments.steps) for seed in range(arguments.seeds)
-            ]
-            own = [statistics.median(run[-1][0] for run in runs[one])]
-            print(f"  {one}: rate {rates[one][0]:.2g}, {own[0]:.1f} s", flush=True)
-        base = runs["AdamW"]
-        print(f"{name}, {arguments.steps} steps, {arguments.seeds} seeds: held-out loss")
-        for one, found in runs.items():
-            steps = [run[-1][1] for run in found]
-            times = [at(run, other[-1][0]) for run, other in zip(found, base, strict=True)]
-            print(
-                f"  {one:22} {statistics.fmean(steps):.3f} after equal steps, to AdamW "
-                f"{interval([a - b[-1][1] for a, b in zip(steps, base, strict=True)])}; equal time "
-                f"{statistics.fmean(times):.3f}, {interval([a - b[-1][1] for a, b in zip(times, base, strict=True)])}"
-                f"{'' if rates[one][1] else '; rate at the end of its grid'}",
-                flush=True,
-            )
-        results[name] = {"steps": arguments.steps, "rates": rates, "runs": runs}
-        if arguments.out:
-            arguments.out.write_text(json.dumps(results) + "\n")
+            seeds = range(arguments.seeds)
+            known["rates"][one] = rate
+            known["runs"][one] = [train(setting, METHODS[one], rate[0], seed, arguments.steps) for seed in seeds]
+            if arguments.out:
+                arguments.out.write_text(json.dumps(results) + "\n")
+        report(name, known)
+
+
+def report(name: str, known: dict) -> None:
+    base = known["runs"].get("AdamW")
+    print(f"{name}, {known['steps']} steps: held-out loss, and its difference to AdamW's")
+    for one, found in known["runs"].items():
+        rate, inside = known["rates"][one]
+        steps, cost = [run[-1][1] for run in found], statistics.median(run[-1][0] for run in found)
+        line = f"  {one:21} rate {rate:.2g}{'' if inside else ' (end of the grid)'}, {cost:.1f} s, {len(found)} seeds: "
+        line += f"equal steps {statistics.fmean(steps):.3f}"
+        if base and len(base) == len(found):
+            ends = [run[-1] for run in base]
+            times = [at(run, end[0]) for run, end in zip(found, ends, strict=True)]
+            line += f", {interval([a - end[1] for a, end in zip(steps, ends, strict=True)])}"
+            line += f"; equal time {statistics.fmean(times):.3f}, "
+            line += interval([a - end[1] for a, end in zip(times, ends, strict=True)])
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

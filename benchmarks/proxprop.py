@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpass.rules.implicit.patches import correlated_gram, patch_gram, unfolded_gram
+from backpass.rules.implicit.convolution import correlated_gram, patch_gram, unfolded_gram
 from backpass.rules.proxprop import ProxProp
 from side_by_side import Options, Row, Section, milliseconds, peak_mib, ratio, side_by_side
 

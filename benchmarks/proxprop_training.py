@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from backpass.rules.implicit.systems import NotFiniteError
 from backpass.rules.proxprop import ProxProp
+from backpass.training import Progress, Trainer
 
 BATCH = 500
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -78,6 +79,19 @@ def adamw(model: nn.Module, rate: float) -> list[Optimizer]:
     return [AdamW(model.parameters(), rate)]
 
 
+class Together(Optimizer):
+    """Several optimizers that step together."""
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        super().__init__([p for one in optimizers for group in one.param_groups for p in group["params"]], {"lr": 0.0})
+        self.optimizers = optimizers
+
+    def step(self, closure: None = None) -> None:
+        """Take a step of each."""
+        for one in self.optimizers:
+            one.step()
+
+
 def muon(model: nn.Module, rate: float) -> list[Optimizer]:
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
@@ -125,28 +139,33 @@ def train(network: str, method: Method, rate: float, seed: int, data: tuple[Tens
     x, y = data
     torch.manual_seed(seed)
     model = NETWORKS[network][0]()
-    optimizers = method.optimizer(model, rate)
-    if method.rule is not None:
-        method.rule.attach(model)
     losses, seconds = [mean_loss(model, x, y)], [0.0]
-    order = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        start = time.process_time()
-        try:
-            for rows in torch.randperm(len(x), generator=order).split(BATCH):
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                F.cross_entropy(model(x[rows]), y[rows]).backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-        except NotFiniteError:
-            break
+    start = time.process_time()
+
+    def told(progress: Progress) -> str | None:
+        nonlocal start
+        if progress.record["kind"] != "epoch":
+            return None
         spent = time.process_time() - start
         loss = mean_loss(model, x, y)
         if not math.isfinite(loss):
-            break
+            return "the training loss is not finite"
         losses.append(loss)
         seconds.append(seconds[-1] + spent)
+        start = time.process_time()
+        return None
+
+    sampler = SubsetRandomSampler(range(len(x)), generator=torch.Generator().manual_seed(seed))
+    Trainer(
+        model,
+        Together(method.optimizer(model, rate)),
+        DataLoader(TensorDataset(x, y), batch_size=BATCH, sampler=sampler),
+        epochs=epochs,
+        rules=() if method.rule is None else (method.rule,),
+        diverged_above=None,
+        log_every=len(x),
+        on_progress=told,
+    ).fit()
     rounded = {"loss": [round(loss, 4) for loss in losses], "seconds": [round(second, 2) for second in seconds]}
     return {"rate": rate, "seed": seed, **rounded}
 

@@ -17,7 +17,7 @@ RULES: dict[str, Rule | None] = {
     "plain": None,
     "SIBP": SIBP(),
     "two Newton steps": SIBP(newton_steps=2),
-    "ProxProp": ProxProp(),
+    "ProxProp": ProxProp(tau=1.0),
 }
 BAR = "784-500-10, batch 100"
 

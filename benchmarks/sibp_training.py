@@ -19,7 +19,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +26,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from backpass import BackpassError
 from backpass.rules.proxprop import ProxProp
 from backpass.rules.sibp import SIBP
+from backpass.training import Batch, Trainer
 from sibp_training_report import interval, report
 
 BATCH = 100
@@ -165,22 +165,38 @@ def train(setup: Setup, family: str, rate: float, seed: int, data: Splits) -> di
     rule = {"SIBP": lambda: SIBP(eta=rate), "ProxProp": lambda: ProxProp(tau=1.0)}.get(family)
     order = torch.randperm(len(data.train.x), generator=torch.Generator().manual_seed(seed))
     points: list[dict[str, Any]] = []
-    seconds, diverged = 0.0, ""
-    with rule().attach(model) if rule else nullcontext():
-        for batch in range(1, setup.marks[-1] + 1):
-            rows = order[(batch - 1) * BATCH % len(order) :][:BATCH]
-            x, y = data.train.x[rows], data.train.y[rows]
-            begin = time.process_time()
-            if not diverged:
-                try:
-                    optimizer.zero_grad()
-                    F.cross_entropy(model(x), y).backward()
-                    optimizer.step()
-                except BackpassError as error:
-                    diverged = str(error)
-            seconds += time.process_time() - begin
-            if batch in setup.marks:
-                points.append({"batches": batch, **measure(model, data.test), "seconds": round(seconds, 3)})
+    begin, seconds = 0.0, 0.0
+
+    def prepare(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        nonlocal begin
+        begin = time.process_time()
+        return x
+
+    def measured(batch: int) -> None:
+        nonlocal seconds
+        seconds += time.process_time() - begin
+        if batch in setup.marks:
+            points.append({"batches": batch, **measure(model, data.test), "seconds": round(seconds, 3)})
+
+    images = TensorDataset(data.train.x, data.train.y)
+    diverged = (
+        Trainer(
+            model,
+            optimizer,
+            DataLoader(images, batch_size=BATCH, sampler=order.tolist()),
+            epochs=-(-setup.marks[-1] * BATCH // len(order)),
+            max_steps=setup.marks[-1],
+            rules=(rule(),) if rule else (),
+            prepare=prepare,
+            diverged_above=None,
+            log_every=setup.marks[-1],
+            on_step=measured,
+        )
+        .fit()
+        .diverged
+    )
+    for batch in setup.marks[len(points) :]:
+        points.append({"batches": batch, **measure(model, data.test), "seconds": round(seconds, 3)})
     held_out = measure(model, data.held_out)["accuracy"]
     loss = points[-1]["loss"]
     return {"points": points, "held_out": held_out, "diverged": bool(diverged) or loss is None or loss > 100}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -68,6 +69,9 @@ def preserved(
         yield
 
 
+_NONE: frozenset[Any] = frozenset()
+
+
 def _restore(saved: list[Any]) -> None:
     for one in saved:
         one.restore()
@@ -79,7 +83,8 @@ class _Module:
     def __init__(self, module: nn.Module, *, sharded: bool) -> None:
         self.module, self.training = module, module.training
         own = vars(module)
-        self.hooks = [(one, list(one)) for name, one in own.items() if "_hooks" in name and isinstance(one, dict)]
+        hooks = [one for name, one in own.items() if "_hooks" in name and isinstance(one, dict)]
+        self.hooks = [(one, frozenset(one) if one else _NONE) for one in hooks]
         # A scripted module keeps its members in C++, where none can be added. Under FSDP2, parameters come and go.
         tables = [own.get(name) for name in ("_buffers", "_modules", *(() if sharded else ("_parameters",)))]
         self.tables = [(table, dict(table)) for table in tables if isinstance(table, dict)]
@@ -89,11 +94,11 @@ class _Module:
             self.module.training = self.training
         for hooks, before in self.hooks:
             # A hook that was removed meanwhile, for instance by a finaliser, stays removed.
-            if len(hooks) > len(before) or list(hooks) != before:
-                for key in set(hooks) - set(before):
+            if hooks and hooks.keys() != before:
+                for key in set(hooks) - before:
                     del hooks[key]
         for table, members in self.tables:
-            if table.keys() != members.keys() or any(table[name] is not one for name, one in members.items()):
+            if len(table) != len(members) or any(table.get(name) is not one for name, one in members.items()):
                 table.clear()
                 table.update(members)
 
@@ -113,17 +118,22 @@ class _Parameter:
             self.parameter.requires_grad_(self.requires_grad)
 
 
+_NO_TENSORS = (bool, int, str, tuple, dict, OrderedDict, set, type(None))  # most attributes, told apart quickly
+
+
 @contextmanager
 def _tensors(modules: list[nn.Module], *, copies: bool) -> Iterator[None]:
     """Restore buffers and plain tensor attributes by value; inside, they are copies if so wanted."""
     places: list[tuple[Any, str, Tensor]] = []
     for module in modules:
         for table in (module._buffers, vars(module)):
-            places += [(table, name, one) for name, one in table.items() if isinstance(one, Tensor) and one.is_leaf]
+            for name, one in table.items():
+                if type(one) not in _NO_TENSORS and isinstance(one, Tensor) and one.is_leaf:
+                    places.append((table, name, one))
     # A tensor that several modules share is one tensor inside too. Batch norm does not count its writes in `_version`,
     # so that values are compared.
     with torch.inference_mode(False):
-        saved = {id(one): (one, one.detach().clone()) for _, _, one in places if not one.requires_grad}
+        saved = {id(one): (one, one.clone()) for _, _, one in places if not one.requires_grad}
     if copies:
         for table, name, one in places:
             if id(one) in saved:
@@ -162,7 +172,7 @@ def _generators(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
     for device in devices:
         if device.type in ("cuda", "xpu"):
             indices.setdefault(device.type, []).append(device.index)
-    own = {id(one): one for module in modules for one in vars(module).values() if isinstance(one, torch.Generator)}
+    own = {id(one): one for module in modules for one in vars(module).values() if type(one) is torch.Generator}
     undo: list[tuple[Callable[[Any], object], Any]] = [(one.set_state, one.get_state()) for one in own.values()]
     undo.append((random.setstate, random.getstate()))
     if "numpy" in sys.modules:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backpass.rules.implicit.patches import (
+from backpass.rules.implicit.convolution import (
     correlated_gram,
     patch_count,
     patch_gram,

@@ -19,8 +19,8 @@ from backpass.lab.subjects import parse_device
 from backpass.lab.training.adversaries import adversary_text, make_adversary
 from backpass.lab.training.optimizers import make_optimizer
 from backpass.lab.training.recipe import Recipe, read_recipe, write_recipe
-from backpass.lab.training.schedules import make_schedule
 from backpass.training.averaging import Average
+from backpass.training.schedules import make_schedule
 
 
 def optimizer():

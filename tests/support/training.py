@@ -49,7 +49,7 @@ def jitter(x: Tensor, batch: Any) -> Tensor:
 
 
 def trainer(kind: str, folder: Path | None, optimizer: str = "momentum", **changed: Any) -> Trainer:
-    """A run of 3 epochs of 5 steps."""
+    """Return a run of 3 epochs of 5 steps; ``data`` may replace the images."""
     model = network()
     if optimizer == "momentum":
         made: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True)
@@ -73,7 +73,7 @@ def trainer(kind: str, folder: Path | None, optimizer: str = "momentum", **chang
         **KINDS[kind],
         **changed,
     }
-    return Trainer(model, made, images(), folder=folder, **settings)
+    return Trainer(model, made, settings.pop("data", images()), folder=folder, **settings)
 
 
 def outcome(trainer: Trainer, result: TrainingResult) -> dict[str, bytes]:

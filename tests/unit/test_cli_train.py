@@ -86,11 +86,25 @@ def test_a_users_own_network_is_trained_and_then_attacked_as_the_last_line_says(
 
 
 def test_the_recipe_in_the_folder_repeats_the_run_to_the_bit(here):
-    train("one", *ADAM, "--epochs", 2, "--augment", "crop=1,flip", "--scheduler", "cosine", "--clip", 1, "--seed", 3)
+    train(
+        "one", *ADAM, "--epochs", 2, "--augment", "crop=1,flip", "--scheduler", "cosine", "--clip-norm", 1, "--seed", 3
+    )
     again = run("train", "--recipe", "one/recipe.toml", "--out", "two")
     assert again.exit_code == 0, again.output
     for name in ("log.jsonl", "weights.safetensors", "recipe.toml"):
         assert (here / "one" / name).read_bytes() == (here / "two" / name).read_bytes()
+
+
+def test_the_settings_of_the_trainer_are_options(here):
+    options = ["--checkpoint-every", 20, "--keep", 9, "--log-every", 10, "--scheduler", "one-cycle", "--mixup", 0.2]
+    train("out", *ADAM, *options, "--max-steps", 50, "--epochs", 3, "--no-drop-last", "--loggers", "tensorboard")
+    kept = [path.stem for path in sorted((here / "out/checkpoints").glob("*.pt"))]
+    assert kept == [f"step-{step:08d}" for step in (0, 20, 22, 40, 44, 50)]
+    recipe = tomllib.loads((here / "out/recipe.toml").read_text())
+    assert (recipe["checkpoint_every"], recipe["loggers"], recipe["drop_last"]) == (20, ["tensorboard"], False)
+    assert list((here / "out/tensorboard").iterdir())
+    train("timed", *ADAM, "--checkpoint-every", "10min")
+    assert tomllib.loads((here / "timed/recipe.toml").read_text())["checkpoint_every"] == "10min"
 
 
 def test_options_override_the_recipe(here):
@@ -195,7 +209,7 @@ def test_ctrl_c_saves_and_resume_goes_on(here):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Go on: backpass train --resume --out out" in told
+    assert "Continue: backpass train --resume --out out" in told
     listed = json.loads(run("runs", "out", "--json").output)
     assert listed[0]["status"] == "interrupted"
     done = listed[0]["epoch"]
@@ -203,7 +217,7 @@ def test_ctrl_c_saves_and_resume_goes_on(here):
     assert refused.exit_code != 0
     assert "lr: was 0.01, is 0.5" in str(refused.exception)
     again = run("train", "--data", "digits", "--model", "trained_nets:Net", "--out", "out")
-    assert "--resume goes on with it" in str(again.exception)
+    assert "continue it with --resume" in str(again.exception)
     assert done < 400
 
 
@@ -239,8 +253,8 @@ def test_runs_lists_and_sorts(here):
 
 
 MISTAKES = {
-    "no data": (["--model", "mlp"], "does not say which data"),
-    "nothing": ([], "which data and which model"),
+    "no data": (["--model", "mlp"], "does not name data:"),
+    "nothing": ([], "does not name data and model"),
     "unknown data": (["--data", "digit", "--model", "mlp"], "Did you mean 'digits'"),
     "unknown model": (["--data", "digits", "--model", "lenet"], "Did you mean 'lenet5'"),
     "model too small": (["--data", "digits", "--model", "lenet5"], "at least 12x12"),
@@ -284,15 +298,15 @@ MISTAKES = {
     "average": (["--data", "digits", "--model", "mlp", "--average", "ema:2"], "ema:d"),
     "large batch": (["--data", "digits", "--model", "mlp", "--batch-size", "5000"], "lower it"),
     "accumulate": (["--data", "digits", "--model", "mlp", "--accumulate", "100"], "accumulate=100"),
-    "clip": (["--data", "digits", "--model", "mlp", "--clip", "0"], "clip_norm is a finite number above 0"),
-    "smoothing": (["--data", "digits", "--model", "mlp", "--label-smoothing", "2"], "label_smoothing is in"),
+    "clip": (["--data", "digits", "--model", "mlp", "--clip-norm", "0"], "clip_norm must be a finite number above 0"),
+    "smoothing": (["--data", "digits", "--model", "mlp", "--label-smoothing", "2"], "label_smoothing must be in"),
     "no weights": (["--data", "digits", "--model", "mlp", "--weights", "none.pt"], "no file of weights"),
     "nothing to resume": (["--data", "digits", "--model", "mlp", "--resume"], "no run in"),
     "no recipe": (["--recipe", "none.toml"], "there is no recipe"),
     "recipe no TOML": (["--recipe", "trained_nets.py"], "is no TOML file"),
     "recipe's key": (["--recipe", "key.toml"], "Did you mean 'epochs'"),
     "recipe's type": (["--recipe", "type.toml"], "a whole number, got 2.5"),
-    "recipe's rule": (["--recipe", "rule.toml"], "must be a rule"),
+    "recipe's rule": (["--recipe", "rule.toml"], "rule of rule.toml must be text in quotes, or a list"),
     "unknown split": (["--data", "digits", "--model", "mlp", "--test-split", "val"], "unknown split"),
 }
 

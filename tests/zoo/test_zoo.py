@@ -117,8 +117,7 @@ def test_the_same_in_single_precision(architecture):
     assert_close(found, gradients(architecture, model, rewritten)[1], 1e-5)
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(("start", "mode"), [(-1, torch.no_grad), (0, torch.inference_mode)])
 def test_without_gradients_the_forward_is_plain(architecture, start, mode):
     model, given = made(architecture, torch.float32)
     with mode():

@@ -3,11 +3,14 @@
 from backpass.attacks.apgd import APGD
 from backpass.attacks.attack import Attack
 from backpass.attacks.autoattack import AutoAttack
+from backpass.attacks.ensemble import Ensemble
 from backpass.attacks.evaluation import evaluate
 from backpass.attacks.fab import FAB
 from backpass.attacks.fgsm import FGSM, IFGSM, MIFGSM
 from backpass.attacks.iterative import Iterative
+from backpass.attacks.minimum import FMN
 from backpass.attacks.names import make_attack
+from backpass.attacks.paired import Paired
 from backpass.attacks.pgd import PGD
 from backpass.attacks.report import Rate, Report
 from backpass.attacks.result import Result
@@ -19,12 +22,15 @@ __all__ = [
     "APGD",
     "FAB",
     "FGSM",
+    "FMN",
     "IFGSM",
     "MIFGSM",
     "PGD",
     "Attack",
     "AutoAttack",
+    "Ensemble",
     "Iterative",
+    "Paired",
     "Rate",
     "Report",
     "Result",

@@ -1,4 +1,4 @@
-"""What every attack shares: its settings, the checks, the guard, restarts and the verdict."""
+"""Base class of all attacks."""
 
 from __future__ import annotations
 
@@ -9,53 +9,88 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from backpass.attacks.checks import check_images, check_labels, check_model, check_radius
+from backpass.attacks.checks import (
+    check_counts,
+    check_flags,
+    check_images,
+    check_labels,
+    check_mask,
+    check_model,
+    check_radius,
+    normalised_bounds,
+    normalised_eps,
+)
+from backpass.attacks.jobs import Jobs
 from backpass.attacks.losses import Loss, make_objective
 from backpass.attacks.oracle import LogitsSelector, Oracle
 from backpass.attacks.restarts import Best
 from backpass.attacks.result import Result
-from backpass.attacks.threat import make_threat
+from backpass.attacks.threat import Bounds, Threat, make_threat
 from backpass.errors import BackpassError
 from backpass.preserved import preserved
 
-__all__ = ["Attack"]
+__all__ = ["Attack", "Batch"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples that are searched together: x, start and mask (B, ...) or None, y and index (B,)."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    threat: Threat
+    start: Tensor | None = None
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        if len(rows) == len(self.y) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
+            return self
+        start = None if self.start is None else self.start[rows]
+        return Batch(self.x[rows], self.y[rows], self.index[rows], self.threat[rows], start)
+
+    def jobs(self, row: Tensor, restart: Tensor) -> Jobs:
+        """Return the jobs of these rows and restarts."""
+        some = self[row]
+        return Jobs(some.x, some.y, some.index, row, restart, some.threat, start=some.start)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
-    """An attack is its settings; calling it searches for x_adv, ||x_adv - x|| <= eps, that the model mistakes.
+    """Settings of an attack; a call searches for x_adv, ||x_adv - x|| <= eps, that the model misclassifies.
 
-    The model is evaluated in eval mode and left as it was found. It is called as it stands, so that a rule attached
-    to it acts on the gradients. The random draws of a sample come from (seed, its index, restart) alone.
+    The model is evaluated in eval mode and restored. It is called as it stands, so that a rule attached to it acts on
+    the gradients. The random draws of a sample come from (seed, its index, restart) alone.
 
     Args:
-        eps: radius of the ball, in the units of x, at least 0.
-        norm: ``"linf"`` or ``"l2"``.
-        loss: what to raise: ``"ce"``, ``"dlr"``, ``"margin"``, or a callable (logits (N, C), y (N,)) -> (N,).
+        eps: radius of the ball, in the units of x, at least 0; a sequence or a tensor (N,) has a radius for each
+            index of a sample.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        loss: loss to raise: ``"ce"``, ``"dlr"``, ``"margin"``, or a callable (logits (N, C), y (N,)) -> (N,).
         targeted: y is the class to lead each sample to; the loss is then lowered.
-        bounds: (lo, hi), the valid pixel range.
-        seed: of all random draws.
-        early_stop: a fooled sample leaves the batch, and restarts run on the others only. If False, every sample
+        bounds: (lo, hi), the valid pixel range; each a number, or one number per channel.
+        seed: seed of all random draws.
+        early_stop: remove a fooled sample from the batch, and run restarts on the others only. If False, every sample
             has every step of every restart, and the success of the largest loss is returned.
         dtype: search under autocast to this type; the verdict stays in full precision.
         eot: forward passes over which gradients are averaged; a success must then hold in each of `eot` more.
-        logits: where the logits are in the model's output: a key, an index, or a function of it.
+        logits: place of the logits in the model's output: a key, an index, or a function of it.
 
     Attributes:
         uses_gradients: whether a rule attached to the model can make a difference.
 
     Raises:
-        BackpassError: a setting is out of range.
+        BackpassError: a setting is out of range or of a wrong type.
         UnknownNameError: no norm or loss has this name.
     """
 
     uses_gradients: ClassVar[bool] = True
+    minimum_norm: ClassVar[bool] = False  # searches for the nearest image, of which eps is no part
 
-    eps: float = 8 / 255
+    eps: float | tuple[float, ...] = 8 / 255
     norm: str = "linf"
     loss: str | Loss = "ce"
     targeted: bool = False
-    bounds: tuple[float, float] = (0.0, 1.0)
+    bounds: Bounds = (0.0, 1.0)
     seed: int = 0
     early_stop: bool = True
     dtype: torch.dtype | None = None
@@ -63,70 +98,117 @@ class Attack(ABC):
     logits: LogitsSelector = None
 
     def __post_init__(self) -> None:
-        """Refuses settings that cannot be meant."""
-        make_threat(self.norm, self.eps, self.bounds)
+        """Validate the settings."""
+        # A tensor can be neither compared nor hashed; settings are both.
+        object.__setattr__(self, "bounds", normalised_bounds(self.bounds))
+        object.__setattr__(self, "eps", normalised_eps(self.eps))
+        make_threat(self.norm, 0.0, self.bounds)
+        check_flags(targeted=self.targeted, early_stop=self.early_stop)
         make_objective(self.loss, self.targeted)
-        check_radius("eps", self.eps, self.norm, self.bounds)
-        if self.eot < 1:
-            raise BackpassError(f"eot must be at least 1, the number of draws to average over; got {self.eot}.")
+        for radius in self.eps if isinstance(self.eps, tuple) else (self.eps,):
+            check_radius("eps", radius, self.norm, self.bounds, infinite=self.minimum_norm)
+        check_counts(eot=self.eot)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise BackpassError(f"seed must be a whole number; got {self.seed!r}.")
         if self.dtype not in (None, torch.bfloat16, torch.float16):
             raise BackpassError(f"dtype must be torch.bfloat16, torch.float16 or None; got {self.dtype}.")
 
+    @property
+    def largest_eps(self) -> float:
+        """The radius, or the largest of them."""
+        return max(self.eps) if isinstance(self.eps, tuple) else self.eps
+
+    def threat(self, index: Tensor, mask: Tensor | None = None) -> Threat:
+        """Return the threat model of samples with these indices (N,); mask: (N, ...) bool or None.
+
+        Raises:
+            BackpassError: an index has no radius.
+        """
+        if not isinstance(self.eps, tuple):
+            return make_threat(self.norm, self.eps, self.bounds, mask)
+        if int(index.max()) >= len(self.eps):
+            raise BackpassError(
+                f"eps has {len(self.eps)} radii, one for each index of a sample; got index {int(index.max())}. "
+                "Give as many radii as there are samples."
+            )
+        radii = torch.tensor(self.eps, dtype=torch.float64, device=index.device)[index]
+        return make_threat(self.norm, radii, self.bounds, mask)
+
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, indices: Tensor | None = None, batch_size: int | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        indices: Tensor | None = None,
+        batch_size: int | None = None,
+        mask: Tensor | None = None,
+        start: Tensor | None = None,
     ) -> Result:
-        """Attacks a batch.
+        """Attack a batch.
 
         Args:
             model: maps (N, ...) to logits (N, C).
             x: (N, ...) float32 or float64 in [lo, hi].
             y: (N,) integer labels; where `targeted`, the classes to reach.
-            indices: (N,) integers that name the samples' random draws, for instance their places in the data set;
-                0, 1, ... by default.
+            indices: (N,) integers that name the samples' random draws and radii, for instance their places in the
+                data set; 0, 1, ... by default.
             batch_size: the most samples to search at a time; all by default. The answer does not depend on it.
+            mask: bool, of a shape that broadcasts to x: the entries that may change, as for a patch.
+            start: (N, ...) images at which the first restart begins, in place of the attack's own start.
 
         Returns:
             The images and the plain model's verdict on them.
 
         Raises:
-            BackpassError: x, y, indices or model cannot be meant; the message says what to do.
+            BackpassError: x, y, indices, mask, start or model is invalid; the message says what to do.
         """
+        check_model(model)
         check_images(x, self.bounds)
         check_labels(x, y)
         check_model(model, x)
         if indices is not None:
             check_labels(x, indices, "indices")
-        if batch_size is not None and batch_size < 1:
-            raise BackpassError(f"batch_size must be at least 1; got {batch_size}.")
-        capacity = batch_size or len(x)
+        elif isinstance(self.eps, tuple) and len(self.eps) != len(x):
+            raise BackpassError(f"eps has {len(self.eps)} radii for {len(x)} samples: give one for each, or indices=.")
+        if batch_size is not None:
+            check_counts(batch_size=batch_size)
+        if start is not None and (not isinstance(start, Tensor) or start.shape != x.shape or start.dtype != x.dtype):
+            raise BackpassError("start must be images of x's shape and dtype.")
+        mask = check_mask(mask, x)
+        capacity = min(batch_size or len(x), len(x))
         with preserved(model):
             # A clone made here is an ordinary tensor, even if the caller is under inference_mode.
             x = (x.clone() if x.is_inference() else x).detach()
             y = y.clone().long()
             index = torch.arange(len(x), device=x.device) if indices is None else indices.clone().long()
-            oracle = self.ask(model)
-            parts = []
-            for rows in torch.split(torch.arange(len(x), device=x.device), capacity):
-                whole = len(rows) == len(x)
-                batch = (x, y, index) if whole else (x[rows], y[rows], index[rows])
-                parts.append(self._attack(oracle, *batch, capacity))
-        best = parts[0] if len(parts) == 1 else Best.concatenate(parts)
+            start = None if start is None else start.detach().clone()
+            whole = Batch(x, y, index, self.threat(index, mask), start)
+            oracle = self.make_oracle(model)
+            rows = torch.split(torch.arange(len(x), device=x.device), capacity)
+            parts = [self._attack(oracle, whole[some], capacity) for some in rows]
+            best = parts[0] if len(parts) == 1 else Best.concatenate(parts)
+            fooled = (best.verdict.prediction == y) == self.targeted
+            distance = torch.where(fooled, whole.threat.size(best.z.double() - x.double()), torch.inf)
+            if self.minimum_norm:
+                distance = -best.score
         return Result(
             x_adv=best.z,
             success=best.verdict.success,
             loss=-best.verdict.value if self.targeted else best.verdict.value,
             prediction=best.verdict.prediction,
+            distance=distance,
             gradients=oracle.gradients,
             forwards=oracle.forwards,
-            halvings=best.halvings,
+            halvings=best.record,
         )
 
-    def ask(self, model: nn.Module) -> Oracle:
-        """The model as this attack sees it."""
+    def make_oracle(self, model: nn.Module) -> Oracle:
+        """Return the model with the queries that this attack makes."""
         return Oracle(
             model,
             make_objective(self.loss, self.targeted),
-            make_threat(self.norm, self.eps, self.bounds),
+            make_threat(self.norm, 0.0, self.bounds),
             targeted=self.targeted,
             logits=self.logits,
             eot=self.eot,
@@ -134,5 +216,5 @@ class Attack(ABC):
         )
 
     @abstractmethod
-    def _attack(self, oracle: Oracle, x: Tensor, y: Tensor, index: Tensor, capacity: int) -> Best:
-        """The best images for one batch x (N, ...), y (N,), N <= capacity; index: (N,) names the random draws."""
+    def _attack(self, oracle: Oracle, batch: Batch, capacity: int) -> Best:
+        """Return the best images for one batch of at most `capacity` samples."""

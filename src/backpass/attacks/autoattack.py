@@ -1,4 +1,4 @@
-"""AutoAttack: four attacks that need no tuning, one after the other on what still stands."""
+"""AutoAttack: an ensemble of attacks that need no tuning, each on what the others left standing."""
 
 from __future__ import annotations
 
@@ -6,78 +6,89 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from backpass.attacks.apgd import APGD
-from backpass.attacks.attack import Attack
+from backpass.attacks.attack import Attack, Batch
+from backpass.attacks.checks import check_counts
 from backpass.attacks.fab import FAB
-from backpass.attacks.jobs import Jobs, batch_sizes, pad
+from backpass.attacks.jobs import batch_sizes, pad
 from backpass.attacks.losses import make_objective
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.restarts import Best
 from backpass.attacks.square import Square
-from backpass.errors import BackpassError
+from backpass.errors import BackpassError, UnknownNameError
 
 __all__ = ["AutoAttack"]
+
+_VERSIONS = ("standard", "plus", "rand", "paper")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAttack(Attack):
-    """APGD on cross-entropy, targeted APGD on DLR, targeted FAB and Square, each on what the others left standing.
+    """The published evaluation by APGD, FAB and Square, each on what the others left standing.
 
-    With fewer than four classes, where targeted DLR is not defined, the margin takes its place. Setting
-    ``early_stop=False`` keeps fooled samples in the batch of each attack, but never carries them on to the next.
-    Source: Croce and Hein (2020), section 6: the version "standard".
+    With fewer than four classes, where targeted DLR is not defined, the margin takes its place, and with two, where DLR
+    is not, too. In every version a sample is removed as soon as it is fooled, which changes no outcome and saves
+    gradients. Setting ``early_stop=False`` keeps fooled samples in the batch of each attack, but never carries them on
+    to the next. For l_1, APGD and FAB are run, without Square.
+    Source: Croce and Hein (2020), section 6.
 
     Args:
+        version: ``"standard"``: APGD-CE, APGD-T, FAB-T and Square as the authors' code runs them; ``"plus"``: APGD-CE
+            and APGD-DLR with 5 restarts each, FAB with 5, Square, APGD-T and FAB-T; ``"rand"``: APGD-CE and APGD-DLR
+            over 20 draws, for randomised models; ``"paper"``: the parts of "standard" by the algorithms as the papers
+            state them, Square's schedule rescaled to its number of queries.
         steps: gradient steps of APGD and FAB.
-        queries: of Square.
-        targets: the most likely wrong classes for the targeted attacks.
+        queries: forward passes of Square.
+        targets: number of the most likely wrong classes for the targeted attacks.
     """
 
+    version: str = "standard"
     steps: int = 100
     queries: int = 5000
     targets: int = 9
 
     def __post_init__(self) -> None:
-        """Refuses settings that cannot be meant."""
+        """Validate the settings."""
+        if self.version == "rand" and self.eot == 1:
+            object.__setattr__(self, "eot", 20)
         super().__post_init__()
+        if self.version not in _VERSIONS:
+            raise UnknownNameError("version", str(self.version), _VERSIONS)
         if self.targeted:
             raise BackpassError("AutoAttack leads away from y: leave targeted=False, or use APGD(targeted=True).")
         if self.loss != "ce":
             raise BackpassError(f"AutoAttack chooses its losses itself; got loss={self.loss!r}. Use APGD(loss=...).")
-        if min(self.steps, self.queries, self.targets) < 1:
-            raise BackpassError(
-                "steps, queries and targets must be at least 1; "
-                f"got steps={self.steps}, queries={self.queries}, targets={self.targets}."
-            )
+        check_counts(steps=self.steps, queries=self.queries, targets=self.targets)
 
     def parts(self, classes: int) -> tuple[Attack, ...]:
-        """The four attacks for a model of so many classes."""
-        targeted = "dlr-targeted" if classes > 3 else "margin"
+        """Return the attacks for a model of so many classes, in their order."""
+        plain, targeted = "dlr" if classes > 2 else "margin", "dlr-targeted" if classes > 3 else "margin"
         targets = min(self.targets, classes - 1)
         shared: dict[str, Any] = {
-            "eps": self.eps,
-            "norm": self.norm,
-            "bounds": self.bounds,
-            "seed": self.seed,
-            "early_stop": self.early_stop,
-            "dtype": self.dtype,
-            "eot": self.eot,
-            "logits": self.logits,
+            name: getattr(self, name)
+            for name in ("eps", "norm", "bounds", "seed", "early_stop", "dtype", "eot", "logits")
         }
-        return (
-            APGD(**shared, steps=self.steps),
-            APGD(**shared, steps=self.steps, loss=targeted, targets=targets),
-            FAB(**shared, steps=self.steps, targets=targets),
-            Square(**shared, queries=self.queries),
-        )
+        shared["published"] = self.version != "paper"
+        gradient: dict[str, Any] = {**shared, "steps": self.steps}
+        square = () if self.norm == "l1" else (Square(**shared, queries=self.queries),)
+        if self.version == "rand":
+            return APGD(**gradient), APGD(**gradient, loss=plain)
+        restarts = 5 if self.norm == "l1" or self.version == "plus" else 1
+        first = APGD(**gradient, restarts=restarts)
+        aimed = min(targets, 5) if self.norm == "l1" else targets
+        towards = APGD(**gradient, loss=targeted, targets=aimed)
+        fab = FAB(**gradient, targets=targets)
+        if self.version != "plus":
+            return first, towards, fab, *square
+        dlr, untargeted = APGD(**gradient, loss=plain, restarts=5), FAB(**gradient, targets=None, restarts=5)
+        return first, dlr, untargeted, *square, towards, fab
 
-    def _attack(self, oracle: Oracle, x: Tensor, y: Tensor, index: Tensor, capacity: int) -> Best:
-        rows = torch.arange(len(x), device=x.device)
-        jobs = Jobs(x, y, index, rows, torch.zeros_like(rows))[
-            pad(rows, batch_sizes(capacity, compiled=oracle.compiled))
-        ]
+    def _attack(self, oracle: Oracle, batch: Batch, capacity: int) -> Best:
+        rows = torch.arange(len(batch.y), device=batch.y.device)
+        sizes = batch_sizes(capacity, compiled=True) if oracle.fixed_sizes else None
+        filled = pad(rows, sizes)
+        jobs = batch.jobs(filled, torch.zeros_like(filled))
         classes = oracle.forward(jobs.x, jobs).shape[1]
         best: Best | None = None
         for part in self.parts(classes):
@@ -85,7 +96,8 @@ class AutoAttack(Attack):
             if len(standing) == 0:
                 break
             oracle.objective = make_objective(part.loss, targeted=False)
-            found = part._attack(oracle, x[standing], y[standing], index[standing], capacity)
+            found = part._attack(oracle, batch[standing], capacity)
+            found.record = None  # of one part only
             if best is None:
                 best = found
             else:
@@ -95,4 +107,5 @@ class AutoAttack(Attack):
         # One loss for all images, whichever attack has found them.
         oracle.objective = make_objective(self.loss, targeted=False)
         z = best.z[jobs.row]
-        return Best(z, oracle.judge(z, jobs))[: len(rows)]
+        verdict = oracle.judge(z, jobs)
+        return Best(z, verdict, verdict.value)[: len(rows)]

@@ -1,15 +1,18 @@
-"""Checks of what the user hands in; every message says what was expected, what came and what to do."""
+"""Checks of the user's input; every message says what was expected, what was received and what to do."""
 
 from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
+from backpass.attacks.threat import Bounds, limits
 from backpass.errors import BackpassError
+from backpass.numbers import is_number, is_whole
 
 __all__ = [
     "NotFiniteLogitsError",
@@ -25,35 +28,110 @@ logger = logging.getLogger(__name__)
 
 
 class NotFiniteLogitsError(BackpassError):
-    """The model's outputs are not finite, so nothing can be said of it."""
+    """The model's outputs are not finite, so that it has no prediction."""
 
 
-def check_radius(name: str, value: float, norm: str, bounds: tuple[float, float]) -> None:
-    """A radius or a step is a non-negative number that fits the pixel range."""
-    lo, hi = bounds
-    if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
-        raise BackpassError(f"bounds must be two finite numbers (lo, hi) with lo < hi; got {bounds}.")
-    if not (math.isfinite(value) and value >= 0):
-        raise BackpassError(f"{name} must be a finite number, at least 0; got {value}.")
-    if norm == "linf" and value > hi - lo:
+def normalised_bounds(bounds: Any) -> Bounds:
+    """Return the bounds as numbers, or tuples of numbers per channel.
+
+    Raises:
+        BackpassError: they are no pair (lo, hi) with lo < hi.
+    """
+    advice = "bounds must be two finite numbers (lo, hi) with lo < hi, or two sequences of them, one number per channel"
+    try:
+        lo, hi = (_plain(limit) for limit in bounds)
+        channels = {len(limit) for limit in (lo, hi) if isinstance(limit, tuple)}
+        pairs = [(a, b) for a, b in zip(_listed(lo, channels), _listed(hi, channels), strict=True)]
+        valid = bool(pairs) and len(channels) <= 1 and all(is_number(a) and is_number(b) and a < b for a, b in pairs)
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise BackpassError(f"{advice}; got {bounds!r}.")
+    return lo, hi
+
+
+def normalised_eps(eps: Any) -> float | tuple[float, ...]:
+    """Return the radius, or a tuple of one radius per sample."""
+    found: float | tuple[float, ...] = _plain(eps)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and sequences as tuples, one-element ones of no dimension as numbers."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def _listed(limit: Any, channels: set[int]) -> tuple[Any, ...]:
+    return limit if isinstance(limit, tuple) else (limit,) * max(channels, default=1)
+
+
+def check_radius(name: str, value: object, norm: str, bounds: Bounds, *, infinite: bool = False) -> None:
+    """Check that a radius or a step is a non-negative number that fits the pixel range."""
+    if infinite and value == math.inf:
+        return
+    if not (is_number(value) and value >= 0):
+        raise BackpassError(f"{name} must be a finite number, at least 0; got {value!r}.")
+    largest = max(hi - lo for lo, hi in zip(*(_listed(one, _channels(bounds)) for one in bounds), strict=True))
+    if norm == "linf" and value > largest:
         raise BackpassError(
             f"{name}={value:g} exceeds the pixel range {bounds}, so every image would be allowed. "
             f"Did you mean {value:g}/255? Images in [0, 255] need bounds=(0, 255)."
         )
 
 
-def check_model(model: nn.Module, x: Tensor) -> None:
-    """The model is a module whose parameters sit where x does, in x's precision."""
+def _channels(bounds: Bounds) -> set[int]:
+    return {len(one) for one in bounds if isinstance(one, tuple)}
+
+
+def check_counts(**values: object) -> None:
+    """Check that every value is a whole number of at least 1."""
+    if not all(is_whole(value, 1) for value in values.values()):
+        *rest, last = values
+        names = f"{', '.join(rest)} and {last}" if rest else last
+        got = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        whole = all(type(value) is int for value in values.values())
+        raise BackpassError(f"{names} must be {'' if whole else 'whole numbers of '}at least 1; got {got}.")
+
+
+def check_flags(**values: object) -> None:
+    """Check that every value is True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise BackpassError(f"{name} must be True or False; got {value!r}.")
+
+
+def check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return the mask in the shape of x.
+
+    Raises:
+        BackpassError: it is not bool, or its shape does not broadcast to x.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise BackpassError(f"mask must be a bool tensor, True where pixels may change; got {got}. Use mask.bool().")
+    if mask.device != x.device:
+        raise BackpassError(f"x is on {x.device}, mask on {mask.device}: move one of them with .to(device).")
+    try:
+        return mask.broadcast_to(x.shape)
+    except RuntimeError:
+        raise BackpassError(
+            f"mask must have a shape that broadcasts to x, {tuple(x.shape)}; got {tuple(mask.shape)}."
+        ) from None
+
+
+def check_model(model: nn.Module, x: Tensor | None = None) -> None:
+    """Check that the model is a module that one process can call, with parameters where x is, in x's precision."""
     if not isinstance(model, nn.Module):
         raise BackpassError(
             f"model must be a torch.nn.Module, so that its state can be kept; got {type(model).__name__}. "
             "Wrap a function in a Module."
         )
-    if isinstance(model, DistributedDataParallel):
-        raise BackpassError(
-            "model is a DistributedDataParallel wrapper, whose forward waits for the other processes, which may "
-            "search for longer or shorter: pass model.module, and attach rules to it."
-        )
+    if x is None:
+        _check_structure(model)
+        return
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
     if devices and x.device not in devices:
         raise BackpassError(
@@ -76,8 +154,27 @@ def check_model(model: nn.Module, x: Tensor) -> None:
         )
 
 
-def check_images(x: Tensor, bounds: tuple[float, float]) -> None:
-    """The images are a non-empty float batch inside the bounds."""
+_WRAPPERS = {
+    "DistributedDataParallel": "a DistributedDataParallel wrapper: pass model.module, and attach rules to it",
+    "FullyShardedDataParallel": "sharded by FSDP: load its full state dict into a plain copy of the model",
+    "FSDPModule": "sharded by fully_shard: load its full state dict into a plain copy of the model",
+}
+
+
+def _check_structure(model: nn.Module) -> None:
+    for kind in {type(module) for module in model.modules()}:
+        for base in kind.__mro__:
+            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
+                raise BackpassError(
+                    f"the model is {_WRAPPERS[base.__name__]}. Its forward waits for the other processes, which may "
+                    "search for longer or shorter."
+                )
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise BackpassError("the model has lazy modules without a shape: call it once on a batch of data first.")
+
+
+def check_images(x: Tensor, bounds: Bounds) -> None:
+    """Check that the images are a non-empty float batch inside the bounds."""
     if not isinstance(x, Tensor):
         raise BackpassError(f"x must be a tensor (N, ...); got {type(x).__name__}. Use torch.as_tensor(x).")
     if x.dtype not in (torch.float32, torch.float64):
@@ -89,13 +186,17 @@ def check_images(x: Tensor, bounds: tuple[float, float]) -> None:
         raise BackpassError(f"x must be float32 or float64; got {x.dtype}: {advice}.")
     if x.dim() < 2 or x.numel() == 0:
         raise BackpassError(f"x must be a non-empty batch (N, ...); got shape {tuple(x.shape)}, an empty batch.")
-    least, most = (float(v) for v in torch.aminmax(x.detach()))
-    lo, hi = bounds
-    if math.isnan(least) or math.isnan(most):
+    if any(isinstance(one, tuple) for one in bounds) and x.shape[1] not in _channels(bounds):
+        raise BackpassError(
+            f"bounds has {max(_channels(bounds))} channels, x has shape {tuple(x.shape)}: give one number per channel."
+        )
+    lo, hi = limits(bounds, x)
+    low, high = (x.detach() - lo).amin(), (x.detach() - hi).amax()
+    if bool((low + high).isnan()):
         raise BackpassError("x contains NaN: look at how the images were loaded.")
-    fuzz = 1e-6 * (hi - lo)
-    if least < lo - fuzz or most > hi + fuzz:
-        edge = f"max is {most:.4g}" if most > hi + fuzz else f"min is {least:.4g}"
+    fuzz = 1e-6 * max(b - a for a, b in zip(*(_listed(one, _channels(bounds)) for one in bounds), strict=True))
+    if float(low) < -fuzz or float(high) > fuzz:
+        edge = f"max is {float(x.max()):.4g}" if float(high) > fuzz else f"min is {float(x.min()):.4g}"
         raise BackpassError(
             f"x must lie in bounds={bounds}; its {edge}: did you normalise before the model? "
             "Put the normalisation inside the model, or pass the bounds= that the images really have."
@@ -103,7 +204,7 @@ def check_images(x: Tensor, bounds: tuple[float, float]) -> None:
 
 
 def check_labels(x: Tensor, y: Tensor, name: str = "y") -> None:
-    """The labels are integers, one per image, on the images' device."""
+    """Check that labels are integers, one per image, on the images' device."""
     if not isinstance(y, Tensor) or y.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         got = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise BackpassError(f"{name} must be an integer tensor of class labels; got {got}. Use {name}.long().")
@@ -119,9 +220,13 @@ def check_labels(x: Tensor, y: Tensor, name: str = "y") -> None:
 
 
 def check_logits(output: object, batch: int) -> Tensor:
-    """The model's answer is a tensor (N, C) of floats."""
+    """Check that the model's output is a tensor of logits (N, C); a field ``logits`` of it is used by itself."""
     if not isinstance(output, Tensor):
-        keys = f" with keys {sorted(map(str, output))}" if isinstance(output, dict) else ""
+        fields = dict(output) if isinstance(output, dict) else getattr(output, "__dict__", {})
+        output = fields.get("logits", output)
+    if not isinstance(output, Tensor):
+        names = sorted(map(str, fields))
+        keys = f" with keys {names}" if names else ""
         raise BackpassError(
             f"the model must return a tensor of logits (N, C); got {type(output).__name__}{keys}. "
             "Select it with logits=: a key, an index or a function of the output."
@@ -135,8 +240,11 @@ def check_logits(output: object, batch: int) -> Tensor:
 
 
 def check_first_logits(logits: Tensor, y: Tensor) -> None:
-    """What is worth looking at only once, as it waits for the device: finite values, and enough classes."""
-    if not bool(logits.isfinite().all()):
+    """Check once, as it waits for the device: a prediction for every sample, and enough classes.
+
+    Classes may be excluded by logits of -inf.
+    """
+    if not bool(logits.amax(1).isfinite().all()):
         raise NotFiniteLogitsError(
             "the model's logits are not finite: its weights hold NaN or inf, or its forward overflows."
         )
@@ -149,7 +257,7 @@ def check_first_logits(logits: Tensor, y: Tensor) -> None:
 
 
 def warn_probabilities(logits: Tensor) -> None:
-    """Warns where the outputs look like the result of a softmax, which hides gradients."""
+    """Warn where the outputs look like the result of a softmax, which hides gradients."""
     if bool(((logits >= 0).all(1) & ((logits.sum(1) - 1).abs() < 1e-4)).all()):
         logger.warning(
             "the model's outputs look like probabilities (non-negative, summing to 1): attacks expect logits, and a "

@@ -1,88 +1,278 @@
-"""Data sets in the forms that users have them, read in batches that keep their places."""
+"""Data sets in any form, read in batches that keep their places; samples are counted as they arrive."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
+from backpass.attacks.checks import check_counts
 from backpass.errors import BackpassError
 
 __all__ = ["Data", "Source"]
 
-Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
+_LOG = logging.getLogger(__name__)
+
+Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any] | Iterable[Any]
+
+_IMAGES = ("image", "images", "img", "pixel_values", "x", "input", "inputs")
+_LABELS = ("label", "labels", "target", "targets", "y", "fine_label", "class")
+_FORMS = "(x, y) tensors, a Dataset of pairs, a DataLoader or another iterable of batches"
+_RANDOM = ("RandomSampler", "SubsetRandomSampler", "WeightedRandomSampler")
 
 
 class Source:
-    """Reads (x, y) tensors, a map-style data set of pairs, or a loader of batches that does not shuffle.
+    """Reads any form of data in batches of one size, and numbers the samples in the order in which they arrive.
+
+    A data set or a loader may give pairs (image, label), longer tuples, of which the first two are used, or mappings
+    with names such as image and label. Images may be tensors, arrays, or PIL images, which become floats in [0, 1].
 
     Args:
-        data: what to read.
+        data: (x, y) tensors; a map-style data set; an iterable of samples or of batches, for instance a DataLoader
+            with any sampler, batch sampler and collate function.
         batch_size: samples per batch; only the last one is smaller.
+        several: whether every process, or every later run, has to read the same order again.
 
     Raises:
-        BackpassError: the data is empty, has no length, or comes in another order each time.
+        BackpassError: the data is empty, of no known form, or comes in a random order where it must not.
     """
 
-    def __init__(self, data: Data, batch_size: int) -> None:
-        if batch_size < 1:
-            raise BackpassError(f"batch_size must be at least 1; got {batch_size}.")
-        self.data, self.batch_size = data, batch_size
+    def __init__(self, data: Any, batch_size: int, *, several: bool = False) -> None:
+        check_counts(batch_size=batch_size)
+        self.data: Any = data
+        self.batch_size = batch_size
+        self.read = 0
+        self.head = (torch.empty(0), torch.empty(0))  # the first batch, once it was read
+        if self._is_pair():
+            if not isinstance(data[1], Tensor) or len(data[0]) != len(data[1]):
+                raise BackpassError(f"data must be a pair (x, y) of tensors of equal length, or {_FORMS}.")
+        elif isinstance(data, tuple) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+            raise BackpassError(f"data must be {_FORMS}; got {_name(data)}.")
         if isinstance(data, DataLoader):
-            if isinstance(data.sampler, RandomSampler):
-                raise BackpassError("the DataLoader shuffles, so samples have no fixed place: pass shuffle=False.")
-            self.count = _length(data.sampler) if not data.drop_last else len(data) * int(data.batch_size or 1)
-        elif isinstance(data, tuple):
-            if len(data) != 2 or len(data[0]) != len(data[1]):
-                raise BackpassError("data must be a pair (x, y) of tensors of equal length, a Dataset or a DataLoader.")
-            self.count = len(data[0])
-        else:
-            self.count = _length(data)
-        if self.count == 0:
+            _check_order(data, several)
+        self.expected = self._expected()
+        if self.expected == 0:
             raise BackpassError("the data is empty: there is nothing to evaluate.")
 
-    def __len__(self) -> int:
-        """The number of batches."""
-        return -(-self.count // self.batch_size)
+    def _expected(self) -> int | None:
+        """The number of samples as far as it is known beforehand, for progress alone."""
+        data = self.data
+        if isinstance(data, DataLoader):
+            if isinstance(data.dataset, IterableDataset) or data.batch_size is None or data.drop_last:
+                return None
+            data = data.sampler
+        if self._is_pair():
+            return len(data[0])
+        try:
+            return len(data) if self._is_samples() or isinstance(data, Sampler) else None
+        except (TypeError, NotImplementedError):
+            return None
 
-    def batches(self, wanted: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields (x, y, index) of the batches with these numbers, in order; index: (B,) places in the data."""
-        reader = self._stream(wanted) if isinstance(self.data, DataLoader) else self._pick(wanted)
-        for number, (x, y) in zip(wanted, reader, strict=True):
-            first = number * self.batch_size
-            yield x, y, torch.arange(first, first + len(x))
+    def _is_samples(self) -> bool:
+        """Whether the data gives single samples; else it gives batches."""
+        if isinstance(self.data, DataLoader):
+            return self.data.batch_size is None and self.data.batch_sampler is None
+        # Data sets of the Hugging Face library are none of torch's.
+        return isinstance(self.data, Dataset) or (hasattr(self.data, "__getitem__") and hasattr(self.data, "features"))
 
-    def _pick(self, wanted: range) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in wanted:
-            rows = range(number * self.batch_size, min((number + 1) * self.batch_size, self.count))
-            if isinstance(self.data, tuple):
-                yield self.data[0][rows.start : rows.stop], self.data[1][rows.start : rows.stop]
-            else:
-                pairs = [self.data[row] for row in rows]  # type: ignore[index]
-                yield torch.stack([x for x, _ in pairs]), torch.as_tensor([int(y) for _, y in pairs])
+    def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (x, y, index) of every world-th batch from number `rank` on; index: (B,) places in the data.
 
-    def _stream(self, wanted: range) -> Iterator[tuple[Tensor, Tensor]]:
-        """Cuts the loader's batches anew, so that only `batch_size` says which samples go together."""
-        x, y = torch.empty(0), torch.empty(0, dtype=torch.int64)
-        number = 0
-        for more_x, more_y in self.data:  # type: ignore[union-attr]
-            x, y = (torch.cat([x, more_x]), torch.cat([y, more_y])) if len(x) else (more_x, more_y)
-            while len(x) >= self.batch_size:
-                if number in wanted:
-                    yield x[: self.batch_size], y[: self.batch_size]
-                x, y, number = x[self.batch_size :], y[self.batch_size :], number + 1
-        if len(x) and number in wanted:
-            yield x, y
+        Afterwards `read` is the number of samples in the whole data.
+
+        Raises:
+            BackpassError: a batch is of no known form, or nothing arrives.
+        """
+        self.read = 0
+        for number, (x, y) in enumerate(self._all(rank, world)):
+            index = torch.arange(self.read, self.read + len(y))
+            self.read += len(y)
+            if number == 0:
+                self.head = (x, y)
+            if number % world == rank:
+                yield x, y, index
+        if self.read == 0:
+            raise BackpassError("the data is empty: no sample arrived, so there is nothing to evaluate.")
+
+    def own(self, rank: int, world: int) -> int | None:
+        """Return the number of samples in the batches of a process, where it is known beforehand."""
+        if self.expected is None:
+            return None
+        firsts = range(rank * self.batch_size, self.expected, world * self.batch_size)
+        return sum(min(self.batch_size, self.expected - first) for first in firsts)
+
+    def _all(self, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All batches; those of other processes only with the right length where nothing has to be read for it."""
+        data, size = self.data, self.batch_size
+        if self._is_pair():
+            for first in range(0, len(data[0]), size):
+                yield data[0][first : first + size], data[1][first : first + size]
+        elif not isinstance(data, DataLoader | IterableDataset) and self._is_samples():
+            count = _length(data)
+            for number, first in enumerate(range(0, count, size)):
+                last = min(first + size, count)
+                if number and number % world != rank:
+                    yield torch.empty(0), torch.empty(last - first)
+                    continue
+                pairs = [_pair(data[row]) for row in range(first, last)]
+                yield _stack([x for x, _ in pairs]), _labels([y for _, y in pairs])
+        else:
+            yield from self._cut(self._chunks())
+
+    def _is_pair(self) -> bool:
+        return isinstance(self.data, tuple | list) and len(self.data) == 2 and isinstance(self.data[0], Tensor)
+
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches as the data gives them."""
+        data = self.data
+        if self._is_samples() or (isinstance(data, DataLoader) and data.batch_size is None):
+            yield from self._collected(iter(data))
+            return
+        for batch in data:
+            if batch is None:
+                continue  # a collate function found nothing to keep
+            x, y = _pair(batch)
+            if isinstance(x, Tensor) and x.dim() < 2 and not isinstance(y, Tensor):
+                raise BackpassError(f"data must be {_FORMS}; this iterable gives {_name(x)} of shape {_shape(x)}.")
+            x = x if isinstance(x, Tensor) else _stack(list(x))
+            yield x, y if isinstance(y, Tensor) else _labels(list(y))
+
+    def _collected(self, samples: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        rows: list[tuple[Any, Any]] = []
+        for sample in samples:
+            x, y = _pair(sample)
+            if isinstance(y, Tensor) and y.dim():
+                yield x, y  # a loader without batch_size passes on the batches of its data set
+                continue
+            rows.append((x, y))
+            if len(rows) == self.batch_size:
+                yield _stack([x for x, _ in rows]), _labels([y for _, y in rows])
+                rows = []
+        if rows:
+            yield _stack([x for x, _ in rows]), _labels([y for _, y in rows])
+
+    def _cut(self, chunks: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Cut the batches anew, so that only `batch_size` decides which samples go together."""
+        xs: list[Tensor] = []
+        ys: list[Tensor] = []
+        for x, y in chunks:
+            if not isinstance(y, Tensor) or y.dim() == 0 or len(x) != len(y):
+                raise BackpassError(
+                    f"a batch must hold one label per image; got images of shape {_shape(x)} and labels of shape "
+                    f"{_shape(y)}."
+                )
+            if len(x) == 0:
+                continue
+            if xs and xs[0].shape[1:] != x.shape[1:]:
+                raise BackpassError(
+                    f"images must all have one shape; got {tuple(xs[0].shape[1:])} and {tuple(x.shape[1:])}: "
+                    "resize them."
+                )
+            xs, ys = [*xs, x], [*ys, y]
+            if sum(map(len, xs)) >= self.batch_size:
+                x, y = (one[0] if len(one) == 1 else torch.cat(one) for one in (xs, ys))
+                whole = len(x) // self.batch_size * self.batch_size
+                for first in range(0, whole, self.batch_size):
+                    yield x[first : first + self.batch_size], y[first : first + self.batch_size]
+                xs, ys = ([x[whole:]], [y[whole:]]) if whole < len(x) else ([], [])
+        if xs:
+            yield torch.cat(xs), torch.cat(ys)
 
 
-def _length(data: object) -> int:
-    try:
-        return len(data)  # type: ignore[arg-type]
-    except TypeError:
+def _check_order(loader: DataLoader[Any], several: bool) -> None:
+    """Refuse what cannot be numbered; warn where the order is random."""
+    inner = loader.batch_sampler if getattr(loader, "batch_sampler", None) is not None else loader.sampler
+    samplers = [loader.sampler, getattr(inner, "sampler", inner)]
+    names = {type(one).__name__ for one in samplers}
+    if "RandomSampler" in names:
+        raise BackpassError("the DataLoader shuffles, so samples have no fixed place: pass shuffle=False.")
+    distributed = any(isinstance(one, DistributedSampler) for one in samplers)
+    if several and distributed and torch.distributed.is_initialized():
         raise BackpassError(
-            f"data of type {type(data).__name__} has no length: "
-            "give (x, y), a map-style Dataset or a DataLoader of one."
-        ) from None
+            "every process must be given the whole data, which is shared out here: leave out the DistributedSampler."
+        )
+    random = names & set(_RANDOM) or any(isinstance(one, DistributedSampler) and one.shuffle for one in samplers)
+    if random and several:
+        raise BackpassError(
+            "the DataLoader's sampler draws a random order, so that another process or a resumed run would see other "
+            "samples: use torch.utils.data.Subset(data, indices) and no sampler."
+        )
+    if random:
+        _LOG.warning(
+            "the DataLoader's sampler draws a random order: samples are numbered as they arrive, and another run will "
+            "number them differently."
+        )
+    known = (SequentialSampler, DistributedSampler)
+    if several and not all(isinstance(one, known) or one is None for one in samplers[:1]):
+        _LOG.warning("a sampler of type %s must give the same order each time.", type(loader.sampler).__name__)
+
+
+def _length(data: Any) -> int:
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        raise BackpassError(f"data of type {_name(data)} has no length: give {_FORMS}.") from None
+
+
+def _pair(one: Any) -> tuple[Any, Any]:
+    """Image and label of a sample or of a batch."""
+    if isinstance(one, Mapping):
+        lower = {str(key).lower(): key for key in one}
+        image, label = (next((lower[k] for k in known if k in lower), None) for known in (_IMAGES, _LABELS))
+        if image is None or label is None:
+            raise BackpassError(
+                f"the data gives mappings with keys {sorted(map(str, one))}: expected one of {', '.join(_IMAGES)} and "
+                f"one of {', '.join(_LABELS)}. Rename them, or give pairs (image, label)."
+            )
+        return one[image], one[label]
+    if isinstance(one, tuple | list) and len(one) >= 2:
+        return one[0], one[1]
+    if hasattr(one, "_fields") or hasattr(one, "__dict__"):
+        found = vars(one) if hasattr(one, "__dict__") else one._asdict()
+        if found:
+            return _pair(dict(found))
+    raise BackpassError(
+        f"the data must give pairs (image, label); got {_name(one)}. Use a DataLoader with collate_fn=."
+    )
+
+
+def _stack(images: list[Any]) -> Tensor:
+    tensors = [_image(one) for one in images]
+    shapes = sorted({tuple(one.shape) for one in tensors})
+    if len(shapes) > 1:
+        raise BackpassError(f"images must all have one shape; got {shapes[0]} and {shapes[-1]}: resize them.")
+    return torch.stack(tensors)
+
+
+def _image(one: Any) -> Tensor:
+    """A tensor (C, H, W) of one image."""
+    if isinstance(one, Tensor):
+        return one
+    if hasattr(one, "convert") and hasattr(one, "getbands"):  # a PIL image
+        one = one if one.mode in ("L", "RGB") else one.convert("RGB")
+        flat = torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8)
+        return flat.view(one.height, one.width, -1).permute(2, 0, 1).float() / 255
+    try:
+        return torch.as_tensor(one)
+    except (TypeError, ValueError, RuntimeError):
+        raise BackpassError(f"an image must be a tensor, an array or a PIL image; got {_name(one)}.") from None
+
+
+def _labels(labels: list[Any]) -> Tensor:
+    try:
+        return torch.as_tensor([int(label) for label in labels])
+    except (TypeError, ValueError, RuntimeError):
+        raise BackpassError(f"a label must be a whole number; got {labels[0]!r}.") from None
+
+
+def _name(one: object) -> str:
+    return type(one).__name__
+
+
+def _shape(one: object) -> tuple[int, ...] | str:
+    return tuple(one.shape) if isinstance(one, Tensor) else _name(one)

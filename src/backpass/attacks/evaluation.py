@@ -1,28 +1,37 @@
-"""Evaluates a model over a data set: streamed, resumable, and split over processes with the same answer."""
+"""Evaluation of a model over a data set: streamed, resumable, and split over processes with the same answer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
-from backpass.attacks.checks import check_images, check_labels, check_model
+from backpass.attacks.autoattack import AutoAttack
+from backpass.attacks.checks import check_images, check_labels, check_mask, check_model
+from backpass.attacks.columns import Columns, processes
 from backpass.attacks.data import Data, Source
 from backpass.attacks.report import AttackRecord, Report
+from backpass.attacks.search import SearchAttack
 from backpass.attacks.shards import Shards, describe, fingerprint
+from backpass.attacks.targets import Targets, choose_targets
 from backpass.errors import BackpassError
+from backpass.numbers import is_number
 from backpass.preserved import preserved
 from backpass.version import __version__
 
-__all__ = ["evaluate", "name_attacks"]
+__all__ = ["Mask", "evaluate", "name_attacks", "run_radii"]
 
 Attacks = Attack | Sequence[Attack] | Mapping[str, Attack]
+Mask = Tensor | Callable[[Tensor], Tensor] | None
+
+_CONTINUED = 5  # a radius that starts from a smaller one's images has so many times fewer steps
 
 
 def evaluate(
@@ -33,79 +42,101 @@ def evaluate(
     batch_size: int = 256,
     resume: str | PathLike[str] | None = None,
     tag: str = "",
-    targets: Callable[[Tensor], Tensor] | None = None,
+    targets: Targets | None = None,
+    mask: Mask = None,
+    radii: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Clean and robust accuracy of a model, per attack and in the worst case.
+    """Measure clean and robust accuracy of a model, per attack and in the worst case.
 
-    The samples that the model has right are attacked; a sample's random draws come from its place in the data, so
-    that the answer depends neither on `batch_size` nor on the number of processes. Where `torch.distributed` is
-    initialised, as under torchrun, every process takes its share and all return the same report.
+    The samples that the model classifies correctly are attacked. A sample's random draws come from its place in the
+    data, so that the answer depends neither on `batch_size` nor on the number of processes. Where `torch.distributed`
+    is initialised, as under torchrun, every process takes its share and all return the same report. Samples are
+    counted as they arrive.
 
     Args:
         model: maps (N, ...) to logits (N, C); its device is used.
-        data: (x, y) tensors, a map-style data set of such pairs, or a DataLoader that does not shuffle;
+        data: (x, y) tensors, a data set, or an iterable of batches such as a DataLoader; see `Source`.
             x: (N, ...) in the attacks' bounds.
         attacks: one, several, or several by name.
         batch_size: samples searched at a time; also the size of a shard.
-        resume: a folder for finished shards. A run that was killed goes on from them; a shard is taken only if model,
+        resume: a folder for finished shards. A run that was killed goes on from them; a shard is reused only if model,
             data, settings, `tag` and versions are the same.
         tag: distinguishes shards by what cannot be seen in model, data or settings.
-        targets: y (N,) -> the classes that targeted attacks lead to.
+        targets: classes that targeted attacks lead to: ``"next"``, ``"random"``, ``"least-likely"``, ``"second"``, a
+            class, or a function of y (N,). Samples whose target is their label are not attacked.
+        mask: entries that may change: a bool tensor that broadcasts to one sample, or has one mask for each sample of
+            the data, or a function of the images x (B, ...).
+        radii: evaluate every attack at each of these radii, from small to large, each from the images that the smaller
+            one found, with a fifth of the steps; lengths are scaled with the radius. See `Report.curve`.
+        class_names: names of the model's classes, for the report.
         progress: called with (samples done by this process, samples of this process).
 
     Returns:
         The report.
 
     Raises:
-        BackpassError: data, model or attacks cannot be meant.
+        BackpassError: data, model or attacks are invalid.
     """
     named = name_attacks(attacks)
     if targets is None and any(attack.targeted for attack in named.values()):
-        raise BackpassError("a targeted attack needs targets=, for instance targets=lambda y: (y + 1) % 10.")
-    source = Source(data, batch_size)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
-    mine = range(rank, len(source), world)
+        raise BackpassError("a targeted attack needs targets=, for instance targets='next'.")
+    if not isinstance(model, nn.Module):
+        check_model(model)
+    levels = _check_radii(radii, named)
+    rank, world = processes()
+    source = Source(data, batch_size, several=world > 1 or resume is not None)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     first = next(iter(named.values()))
-    shards = Shards(None, {})
-    if resume is not None:
-        # The same image for every process and every shard: the first of the data.
-        x, y, _ = next(source.batches(range(1)))
-        behaviour = fingerprint(model, first.ask(model), x.to(device), y.to(device))
-        shards = Shards(Path(resume), {"tag": tag, "batch_size": batch_size, "model": behaviour})
-    selector = describe(first, strict=resume is not None)["logits"]
-    columns = _Columns(source.count, list(named), device)
-    done, total = 0, sum(min(batch_size, source.count - number * batch_size) for number in mine)
-    for x, y, index in source.batches(mine):
-        x, y, index = x.to(device), y.to(device).long(), index.to(device)
-        key = shards.key(x, y, index, {"attack": "clean", "logits": selector})
+    shards = None if resume is not None else Shards(None, {})
+    strict = resume is not None
+    selector = describe(first, strict=strict)["logits"]
+    columns, classes, done = Columns(device), 0, 0
+    for x, y, index in source.batches(rank, world):
+        x, y, index = x.to(device), y.to(device), index.to(device)
+        if shards is None:
+            shards = _open(model, first, source, Path(resume or ""), {"tag": tag, "batch_size": batch_size}, device)
+        fixed = targets if isinstance(targets, str | int) else None
+        key = shards.key(x, y, index, {"attack": "clean", "logits": selector, "targets": fixed})
         clean = shards.get(key)
         if clean is None:
-            clean = _clean(model, first, x, y)
+            clean = _clean(model, first, x, y, index, fixed)
             shards.put(key, clean)
-        columns.enter("", index, clean)
-        right = (clean["prediction"].to(device) == y).nonzero().squeeze(1)
+        columns.enter("", index, clean, ("prediction", "label"))
+        y, classes = y.long(), int(clean["classes"])
+        right = clean["prediction"].to(device) == y
+        own = _mask_of(mask, x, index)
         for name, attack in named.items():
-            aim = targets(y) if targets is not None and attack.targeted else y
-            own = describe(attack, strict=resume is not None)
-            key = shards.key(x, torch.stack([y, aim]), index, own)
+            aim = _aims(attack, targets, y, index, clean, classes)
+            rows = (right & (aim != y) if attack.targeted else right).nonzero().squeeze(1)
+            settings = {**describe(attack, strict=strict), "radii": levels}
+            key = shards.key(x, torch.stack([y, aim]), index, settings, own)
             part = shards.get(key)
+            columns.count("reused" if part is not None else "computed", 1)
             if part is None:
-                part = _attacked(model, attack, x[right], aim[right], index[right], batch_size)
+                part = run_radii(
+                    attack,
+                    model,
+                    x[rows],
+                    aim[rows],
+                    index[rows],
+                    batch_size,
+                    levels,
+                    None if own is None else own[rows],
+                )
                 shards.put(key, part)
-                columns.computed += 1
-            else:
-                columns.reused += 1
-            columns.enter(name, index[right], part)
+            columns.enter(name, index[rows], part, ("success", "loss", "prediction", "distance"))
+            columns.count(name, int(part["gradients"]))
         done += len(x)
         if progress is not None:
-            progress(done, total)
-    return columns.report({name: describe(attack, strict=False) for name, attack in named.items()})
+            progress(done, source.own(rank, world) or done)
+    columns.count("classes", classes, largest=True)
+    return _report(columns, source.read, named, levels, class_names)
 
 
 def name_attacks(attacks: Attacks) -> dict[str, Attack]:
-    """Names attacks by their class, with a number where a class comes twice.
+    """Name attacks by their class, with a number where a class comes twice.
 
     Raises:
         BackpassError: there is none, or one of them is no attack.
@@ -127,91 +158,189 @@ def name_attacks(attacks: Attacks) -> dict[str, Attack]:
     return dict(attacks)
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def run_radii(
+    attack: Attack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    index: Tensor,
+    batch_size: int,
+    radii: Sequence[float] | None = None,
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Attack samples (B, ...) at every radius, from small to large; None for the attack's own.
+
+    Returns:
+        success, loss, prediction and distance, (B, R) each, and the number of gradients.
+    """
+    levels = [None] if radii is None else list(radii)
+    columns: dict[str, list[Tensor]] = {"success": [], "loss": [], "prediction": [], "distance": []}
+    gradients = 0
+    if len(x) == 0:
+        return {name: torch.zeros(0, len(levels)) for name in columns} | {"gradients": torch.tensor(0)}
+    if radii is not None and attack.minimum_norm:
+        once = replace(attack, eps=math.inf)
+        result = once(model, x, y, indices=index, batch_size=batch_size, mask=mask)
+        distance = result.distance[:, None]
+        within = distance <= torch.tensor(levels, device=distance.device) * (1 + 1e-6)
+        wide = {"loss": result.loss, "prediction": result.prediction, "distance": result.distance}
+        found = {name: value[:, None].expand(-1, len(levels)) for name, value in wide.items()}
+        return {"success": within, **found, "gradients": torch.tensor(result.gradients)}
+    standing = torch.arange(len(x), device=x.device)
+    start: Tensor | None = None
+    last: dict[str, Tensor] = {}
+    for number, radius in enumerate(levels):
+        now = attack if radius is None else _at_radius(attack, radius, continued=start is not None)
+        if len(standing):
+            begin = None
+            if start is not None and radius is not None and (before := levels[number - 1]):
+                begin = x[standing] + (start[standing] - x[standing]) * (radius / before)
+            result = now(
+                model,
+                x[standing],
+                y[standing],
+                indices=index[standing],
+                batch_size=batch_size,
+                mask=None if mask is None else mask[standing],
+                start=begin if isinstance(now, SearchAttack) else None,
+            )
+            gradients += result.gradients
+            found = {name: getattr(result, name) for name in columns}
+            if not last:
+                last = found
+            else:
+                last = {name: value.index_copy(0, standing, found[name]) for name, value in last.items()}
+            start = result.x_adv if start is None else start.index_copy(0, standing, result.x_adv)
+            standing = standing[~result.success]
+        for name, value in last.items():
+            columns[name].append(value)
+    return {name: torch.stack(parts, 1) for name, parts in columns.items()} | {"gradients": torch.tensor(gradients)}
 
 
-def _clean(model: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def _at_radius(attack: Attack, radius: float, *, continued: bool) -> Attack:
+    """Scale every length of the attack with the radius, and shorten a search that is continued."""
+    known = {field.name for field in fields(attack)}
+    factor = radius / attack.largest_eps if attack.largest_eps else 1.0
+    changed: dict[str, Any] = {"eps": radius}
+    for length in ("step", "start_eps"):
+        if length in known and getattr(attack, length) is not None:
+            changed[length] = getattr(attack, length) * factor
+    if continued and "steps" in known and not isinstance(attack, AutoAttack):
+        changed["steps"] = -(-getattr(attack, "steps") // _CONTINUED)  # noqa: B009 -- not every attack has steps
+        if "restarts" in known:
+            changed["restarts"] = 1
+    return replace(attack, **changed)
+
+
+def _check_radii(radii: Sequence[float] | None, named: dict[str, Attack]) -> list[float] | None:
+    if radii is None:
+        return None
+    levels = list(radii)
+    if not levels or not all(is_number(radius) and radius >= 0 for radius in levels) or len(set(levels)) < len(levels):
+        raise BackpassError(f"radii must be different numbers, at least 0; got {levels!r}.")
+    for attack in named.values():
+        if isinstance(attack.eps, tuple):
+            raise BackpassError("radii are for attacks with one eps; this one has a radius for each sample.")
+        if not attack.minimum_norm:
+            for radius in levels:
+                replace(attack, eps=radius)
+    return sorted(float(radius) for radius in levels)
+
+
+def _open(
+    model: nn.Module, first: Attack, source: Source, folder: Path, common: dict[str, Any], device: torch.device
+) -> Shards:
+    """Open the folder; the first image of the data shows the model's behaviour in every process."""
+    x, y = (one.to(device) for one in source.head)
+    check_images(x, first.bounds)
+    check_labels(x, y)
+    check_model(model)
+    check_model(model, x)
+    return Shards(folder, {**common, "model": fingerprint(model, first.make_oracle(model), x, y)})
+
+
+def _clean(
+    model: nn.Module, attack: Attack, x: Tensor, y: Tensor, index: Tensor, targets: str | int | None
+) -> dict[str, Tensor]:
     """The plain model on the clean images of one batch."""
     check_images(x, attack.bounds)
     check_labels(x, y)
+    check_model(model)
     check_model(model, x)
     with preserved(model):
-        logits = attack.ask(model).plain(x, y)
-    return {"prediction": logits.argmax(1), "label": y, "classes": torch.tensor(logits.shape[1])}
+        logits = attack.make_oracle(model).plain(x, y)
+    found = {"prediction": logits.argmax(1), "label": y, "classes": torch.tensor(logits.shape[1])}
+    if targets is None:
+        return found
+    return {**found, "target": choose_targets(targets, y.long(), logits, index, attack.seed)}
 
 
-def _attacked(
-    model: nn.Module, attack: Attack, x: Tensor, y: Tensor, index: Tensor, batch_size: int
-) -> dict[str, Tensor]:
-    """One attack on those samples of a batch that the model has right."""
-    if len(x) == 0:
-        empty = torch.empty(0)
-        return {"success": empty, "loss": empty, "prediction": empty, "gradients": torch.tensor(0)}
-    result = attack(model, x, y, indices=index, batch_size=batch_size)
-    return {
-        "success": result.success,
-        "loss": result.loss,
-        "prediction": result.prediction,
-        "gradients": torch.tensor(result.gradients),
-    }
+def _aims(
+    attack: Attack, targets: Targets | None, y: Tensor, index: Tensor, clean: dict[str, Tensor], classes: int
+) -> Tensor:
+    if targets is None or not attack.targeted:
+        return y
+    if "target" in clean:
+        return clean["target"].to(y.device)
+    return choose_targets(targets, y, torch.zeros(len(y), classes, device=y.device), index)
 
 
-class _Columns:
-    """The table of all samples, of which every process fills the rows of its batches; their sum is the whole."""
-
-    def __init__(self, count: int, names: list[str], device: torch.device) -> None:
-        self.names, self.device = names, device
-        self.rows = {f"{name}/{part}": _zeros(count) for name in names for part in ("success", "loss", "prediction")}
-        self.rows |= {"/prediction": _zeros(count), "/label": _zeros(count)}
-        self.gradients = dict.fromkeys(names, 0)
-        self.classes = self.computed = self.reused = 0
-
-    def enter(self, name: str, index: Tensor, part: dict[str, Tensor]) -> None:
-        """Takes in a shard; index: (B,) the places of its samples."""
-        for key, value in part.items():
-            if key == "classes":
-                self.classes = int(value)
-            elif key == "gradients":
-                self.gradients[name] += int(value)
-            else:
-                self.rows[f"{name}/{key}"][index.cpu()] = value.double().cpu()
-
-    def report(self, settings: dict[str, dict[str, Any]]) -> Report:
-        """The report on all samples, the same in every process."""
-        numbers = torch.tensor([float(self.computed), self.reused, *self.gradients.values()], dtype=torch.float64)
-        classes = torch.tensor([float(self.classes)])
-        columns = torch.stack(list(self.rows.values()))
-        if _distributed():
-            # NCCL sums on the device, gloo on the CPU; float64 holds every count exactly.
-            where = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
-            numbers, classes, columns = (t.to(where) for t in (numbers, classes, columns))
-            dist.all_reduce(numbers)
-            dist.all_reduce(columns)
-            dist.all_reduce(classes, dist.ReduceOp.MAX)
-        rows = dict(zip(self.rows, columns.cpu(), strict=True))
-        computed, reused, *gradients = (int(number) for number in numbers)
-        y, prediction = rows["/label"].long(), rows["/prediction"].long()
-        right = prediction == y
-        return Report(
-            y=y,
-            prediction=prediction,
-            classes=int(classes),
-            attacks={
-                name: AttackRecord(
-                    settings=settings[name],
-                    success=rows[f"{name}/success"].bool(),
-                    loss=torch.where(right, rows[f"{name}/loss"], torch.nan),
-                    prediction=torch.where(right, rows[f"{name}/prediction"].long(), prediction),
-                    gradients=spent,
-                )
-                for name, spent in zip(self.names, gradients, strict=True)
-            },
-            shards_computed=computed,
-            shards_reused=reused,
-            versions={"backpass": __version__, "torch": torch.__version__},
-        )
+def _mask_of(mask: Mask, x: Tensor, index: Tensor) -> Tensor | None:
+    """The mask of these samples, (B, ...)."""
+    if mask is None:
+        return None
+    if callable(mask):
+        return check_mask(mask(x), x)
+    if isinstance(mask, Tensor) and mask.dim() == x.dim() and len(mask) > 1:
+        if len(mask) <= int(index.max()):
+            raise BackpassError(f"mask has {len(mask)} rows, fewer than there are samples: give one for each, or one.")
+        mask = mask[index.to(mask.device)]
+    return check_mask(mask.to(x.device) if isinstance(mask, Tensor) else mask, x)
 
 
-def _zeros(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.float64)
+def _report(
+    columns: Columns,
+    count: int,
+    named: dict[str, Attack],
+    levels: list[float] | None,
+    class_names: Sequence[str] | None,
+) -> Report:
+    table, numbers = columns.collect(count)
+    classes = numbers.pop("classes")
+    if class_names is not None and len(class_names) != classes:
+        raise BackpassError(f"class_names must name all {classes} outputs of the model; got {len(class_names)} names.")
+    y, prediction = (table[name].squeeze(1).long() for name in ("/label", "/prediction"))
+    records: dict[str, AttackRecord] = {}
+    radii: dict[str, dict[float, str]] = {}
+    for name, attack in named.items():
+        attacked = table[f"{name}/entered"].squeeze(1).bool()
+        if attack.targeted and not attacked.any() and (prediction == y).any():
+            raise BackpassError("every target is the sample's own label, so there is nothing to lead to: give others.")
+        for number, radius in enumerate(levels or [None]):
+            part = {key: table[f"{name}/{key}"][:, number] for key in ("success", "loss", "prediction", "distance")}
+            own = name if radius is None else f"{name} eps={radius:.6g}"
+            if radius is not None:
+                radii.setdefault(name, {})[radius] = own
+            settings = describe(attack if radius is None else replace(attack, eps=radius), strict=False)
+            records[own] = AttackRecord(
+                settings=settings,
+                attacked=attacked,
+                success=part["success"].bool() & attacked,
+                loss=torch.where(attacked, part["loss"], torch.nan),
+                prediction=torch.where(attacked, part["prediction"].long(), prediction),
+                distance=torch.where(attacked, part["distance"], torch.inf),
+                # All radii share the gradients of the searches, which build on each other.
+                gradients=numbers.get(name, 0) if number == 0 else 0,
+                minimum_norm=attack.minimum_norm,
+            )
+    return Report(
+        y=y,
+        prediction=prediction,
+        classes=classes,
+        attacks=records,
+        shards_computed=numbers.get("computed", 0),
+        shards_reused=numbers.get("reused", 0),
+        versions={"backpass": __version__, "torch": torch.__version__},
+        radii=radii,
+        class_names=None if class_names is None else tuple(class_names),
+    )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from backpass.attacks.active_set import ActiveSet
 from backpass.attacks.diversity import Diversity
 from backpass.attacks.iterative import Iterative
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.oracle import Oracle
-from backpass.attacks.search import Found, SearchAttack
+from backpass.attacks.search import SearchAttack
+from backpass.attacks.state import State
 from backpass.attacks.threat import per_sample
 from backpass.errors import BackpassError
+from backpass.numbers import is_number
 
 __all__ = ["FGSM", "IFGSM", "MIFGSM"]
 
@@ -24,19 +25,21 @@ __all__ = ["FGSM", "IFGSM", "MIFGSM"]
 class FGSM(SearchAttack):
     """One step to the edge of the ball, x + eps * sign(grad loss(x)); for l_2, x + eps * g / |g|_2.
 
-    A sample that the model mistakes as it is stays as it is, unless `early_stop` is off.
+    A sample that is misclassified already stays as it is, unless `early_stop` is off.
     Source: Goodfellow, Shlens, Szegedy, Explaining and harnessing adversarial examples (2015), section 4.
     """
 
-    def _search(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> Found:
-        logits, _, gradient = oracle.gradient(jobs.x, jobs)
-        keep = active.retire(jobs.x, active.fooled(oracle, jobs.x, jobs, logits))
-        if active.done:
-            return Found(active.finish(jobs.x))
-        if keep is not None:
-            gradient, jobs = gradient[keep], jobs[keep]
-        step = oracle.threat.direction(gradient).mul_(self.eps).add_(jobs.x)
-        return Found(active.finish(oracle.threat.project(jobs.x, step)))
+    def begin(self, oracle: Oracle, jobs: Jobs) -> State:
+        """Start at x, or where the caller says."""
+        z = self.first_images(jobs, jobs.x)
+        return State(jobs=jobs, z=z, seen=z)
+
+    def advance(self, oracle: Oracle, state: State, iteration: int) -> State:
+        """One step to the edge of the ball."""
+        jobs = state.jobs
+        logits, _, gradient = oracle.gradient(state.z, jobs)
+        step = oracle.threat.direction(gradient).mul_(jobs.threat.radius(jobs.x)).add_(state.z)
+        return replace(state, z=jobs.threat.project(jobs.x, step), logits=logits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +72,10 @@ class MIFGSM(Iterative):
     resize: float = 0.9
 
     def __post_init__(self) -> None:
-        """Refuses settings that cannot be meant."""
+        """Validate the settings."""
         super().__post_init__()
-        if self.decay < 0 or not 0 <= self.diversity <= 1 or not 0 < self.resize <= 1:
+        numbers = all(map(is_number, (self.decay, self.diversity, self.resize)))
+        if not numbers or self.decay < 0 or not 0 <= self.diversity <= 1 or not 0 < self.resize <= 1:
             raise BackpassError(
                 "decay must be at least 0, diversity in [0, 1] and resize in (0, 1]; "
                 f"got decay={self.decay}, diversity={self.diversity}, resize={self.resize}."
@@ -82,7 +86,7 @@ class MIFGSM(Iterative):
         return super()._random or self.diversity > 0
 
     def view(self, jobs: Jobs, iteration: int) -> Callable[[Tensor], Tensor] | None:
-        """With noise, shrunk and padded."""
+        """Add noise, shrink and pad."""
         noisy = super().view(jobs, iteration)
         if not self.diversity:
             return noisy

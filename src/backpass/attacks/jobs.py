@@ -1,20 +1,20 @@
-"""Jobs, one per (sample, restart), searched in lockstep, in batches of a few sizes.
-
-A few sizes, because kernels are chosen, and a compiled model compiled, anew for each.
-"""
+"""Jobs, one per (sample, restart), searched in lockstep."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor
+
+from backpass.attacks.threat import Threat
 
 __all__ = ["Jobs", "batch_sizes", "fitting", "pad"]
 
 
 @dataclass(frozen=True, eq=False)
 class Jobs:
-    """Rows of a batch: which sample, which restart.
+    """Rows of a batch: sample and restart of each.
 
     Attributes:
         x: (B, ...) the original images.
@@ -22,7 +22,9 @@ class Jobs:
         index: (B,) int64, the samples' global indices, which name their random draws.
         row: (B,) int64, the samples' places in the call's batch.
         restart: (B,) int64.
+        threat: the allowed images of each row.
         target: (B,) int64, the class to lead to, for losses that need one.
+        start: (B, ...) images that the first restart begins at; None for the attack's own start.
     """
 
     x: Tensor
@@ -30,22 +32,28 @@ class Jobs:
     index: Tensor
     row: Tensor
     restart: Tensor
+    threat: Threat
     target: Tensor | None = None
+    start: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def __getitem__(self, keep: Tensor) -> Jobs:
-        target = None if self.target is None else self.target[keep]
-        return Jobs(self.x[keep], self.y[keep], self.index[keep], self.row[keep], self.restart[keep], target)
+        parts: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        return Jobs(**{name: _rows(part, keep) for name, part in parts.items()})
 
-    def aimed(self, target: Tensor | None) -> Jobs:
-        """The same jobs, each with the class to lead to."""
+    def with_targets(self, target: Tensor | None) -> Jobs:
+        """Return the jobs with the class that each is led to."""
         return replace(self, target=target)
 
 
+def _rows(part: Any, keep: Tensor) -> Any:
+    return None if part is None else part[keep]
+
+
 def batch_sizes(capacity: int, *, compiled: bool = False) -> list[int]:
-    """The sizes that a batch may have, from small to large: sixteenths of the capacity.
+    """Return the allowed batch sizes, from small to large: sixteenths of the capacity.
 
     A compiled model is compiled anew for every size, and Dynamo gives up after eight, so it has seven of them.
     """
@@ -54,11 +62,11 @@ def batch_sizes(capacity: int, *, compiled: bool = False) -> list[int]:
 
 
 def fitting(count: int, sizes: list[int]) -> int:
-    """The least of the sizes that holds `count` rows."""
+    """Return the least of the sizes that holds `count` rows."""
     return next(size for size in sizes if size >= count)
 
 
-def pad(rows: Tensor, sizes: list[int]) -> Tensor:
-    """Repeats rows (B,) until there are as many as the next of the sizes."""
-    size = fitting(len(rows), sizes)
+def pad(rows: Tensor, sizes: list[int] | None) -> Tensor:
+    """Repeat rows (B,) until there are as many as the next of the sizes; None allows every size."""
+    size = len(rows) if sizes is None else fitting(len(rows), sizes)
     return rows if size == len(rows) else rows.repeat(-(-size // len(rows)))[:size]

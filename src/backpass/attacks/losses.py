@@ -1,4 +1,4 @@
-"""What an attack raises (or lowers, where it is targeted): losses of the logits, one value per sample."""
+"""Losses of the logits, one value per sample, which an attack raises (or lowers, where it is targeted)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ def _largest_other(logits: Tensor, label: Tensor) -> Tensor:
     return logits.scatter(1, label[:, None], -torch.inf).amax(1)
 
 
+def _present(logits: Tensor) -> Tensor:
+    """Excluded classes, whose logits are -inf, get the least of the other logits."""
+    excluded = logits.isneginf()
+    if not bool(excluded.any()):
+        return logits
+    least = logits.masked_fill(excluded, torch.inf).amin(1, keepdim=True)
+    return torch.where(excluded, least, logits)
+
+
 def ce(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy, log sum_j exp z_j - z_y; logits: (N, C), y: (N,) -> (N,)."""
     return F.cross_entropy(logits, y, reduction="none")
@@ -48,7 +57,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
         BackpassError: fewer than three classes.
     """
     _need_classes(logits, 3, "dlr")
-    top = logits.topk(3, dim=1).values
+    top = _present(logits).topk(3, dim=1).values
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
@@ -61,7 +70,7 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         BackpassError: fewer than four classes.
     """
     _need_classes(logits, 4, "dlr-targeted")
-    top = logits.topk(4, dim=1).values
+    top = _present(logits).topk(4, dim=1).values
     return (_at(logits, target) - _at(logits, y)) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
 
 
@@ -76,11 +85,11 @@ def _need_classes(logits: Tensor, least: int, name: str) -> None:
 
 
 def make_objective(loss: str | Loss, targeted: bool) -> Objective:
-    """The function (logits, y, target) -> (N,) that an attack raises.
+    """Return the function (logits, y, target) -> (N,) that an attack raises.
 
     Args:
         loss: a name in `LOSSES`, ``"dlr-targeted"``, or a callable (logits (N, C), y (N,)) -> (N,).
-        targeted: y is where to lead the sample, so that the loss is lowered.
+        targeted: y is the class to lead the sample to, so that the loss is lowered.
 
     Raises:
         UnknownNameError: no loss has this name.
@@ -88,6 +97,8 @@ def make_objective(loss: str | Loss, targeted: bool) -> Objective:
     """
     if loss == "dlr-targeted":
         return _dlr_towards
+    if not isinstance(loss, str) and not callable(loss):
+        raise BackpassError(f"loss must be a name or a function (logits, y) -> (N,); got {loss!r}.")
     if isinstance(loss, str) and loss not in LOSSES:
         raise UnknownNameError("loss", loss, [*LOSSES, "dlr-targeted"])
     function = LOSSES[loss] if isinstance(loss, str) else loss

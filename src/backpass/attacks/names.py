@@ -1,4 +1,4 @@
-"""Attacks by the names that a command line or a configuration gives them."""
+"""Attacks by name, for command lines and configurations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from backpass.attacks.attack import Attack
 from backpass.attacks.autoattack import AutoAttack
 from backpass.attacks.fab import FAB
 from backpass.attacks.fgsm import FGSM, IFGSM, MIFGSM
+from backpass.attacks.minimum import FMN
 from backpass.attacks.pgd import PGD
 from backpass.attacks.square import Square
 from backpass.errors import BackpassError, UnknownNameError
@@ -22,7 +23,7 @@ def _name(kind: type[Attack]) -> str:
 
 
 ATTACKS: dict[str, type[Attack]] = {
-    _name(attack): attack for attack in (FGSM, IFGSM, MIFGSM, PGD, APGD, FAB, Square, AutoAttack)
+    _name(attack): attack for attack in (FGSM, IFGSM, MIFGSM, PGD, APGD, FAB, FMN, Square, AutoAttack)
 }
 """backpass' own attacks by name."""
 
@@ -30,7 +31,7 @@ _GROUP = "backpass.attacks"
 
 
 def attack_type(name: str) -> type[Attack]:
-    """The class of an attack, by its name in any case: one of `ATTACKS`, or one that an installed package adds.
+    """Return the class of an attack, by its name in any case: one of `ATTACKS`, or one that an installed package adds.
 
     Raises:
         UnknownNameError: there is no attack of this name.
@@ -43,7 +44,7 @@ def attack_type(name: str) -> type[Attack]:
 
 
 def make_attack(name: str, **settings: Any) -> Attack:
-    """The attack of this name, in any case, with these settings, for instance ``make_attack("pgd", eps=8 / 255)``.
+    """Return the attack of this name, in any case, with these settings, as in ``make_attack("pgd", eps=0.03)``.
 
     Raises:
         UnknownNameError: no attack has this name, or the attack no such setting.

@@ -1,4 +1,4 @@
-"""Restarts: which run together, and which of a sample's images is kept."""
+"""Restarts side by side, and the best image of each sample."""
 
 from __future__ import annotations
 
@@ -15,45 +15,48 @@ __all__ = ["Best", "further_restarts"]
 
 @dataclass(eq=False)
 class Best:
-    """The best image of each sample so far: z (N, ...), its verdict, and the halvings (N, K) of its search."""
+    """The best image of each sample so far: z (N, ...), its verdict, and its search's record (N, K)."""
 
     z: Tensor
     verdict: Verdict
-    halvings: Tensor | None = None
+    score: Tensor
+    record: Tensor | None = None
 
     def __getitem__(self, keep: Tensor | slice) -> Best:
-        halvings = None if self.halvings is None else self.halvings[keep]
-        return Best(self.z[keep], Verdict(*(t[keep] for t in self.verdict)), halvings)
+        record = None if self.record is None else self.record[keep]
+        return Best(self.z[keep], Verdict(*(t[keep] for t in self.verdict)), self.score[keep], record)
 
     def improve(self, row: Tensor, other: Best, keep_first: bool) -> None:
-        """Takes other (B) at row (B,), all different, wherever it is better.
+        """Take other (B) at row (B,), all different, wherever it is better.
 
-        A success beats a failure, and a larger objective a smaller one; among successes only if not `keep_first`.
+        A success beats a failure, and a larger score a smaller one; among successes only if not `keep_first`.
         """
         mine, theirs = self.verdict, other.verdict
         was, now = mine.success[row], theirs.success
-        better = (now & ~was) | ((now == was) & (theirs.value > mine.value[row]))
+        better = (now & ~was) | ((now == was) & (other.score > self.score[row]))
         if keep_first:
             better &= ~was
         at = row[better]
         self.z = self.z.index_copy(0, at, other.z[better])
+        self.score = self.score.index_copy(0, at, other.score[better].to(self.score.dtype))
         self.verdict = Verdict(*(a.index_copy(0, at, b[better]) for a, b in zip(mine, theirs, strict=True)))
-        if self.halvings is not None and other.halvings is not None:
-            self.halvings = self.halvings.index_copy(0, at, other.halvings[better])
+        if self.record is not None and other.record is not None:
+            self.record = self.record.index_copy(0, at, other.record[better])
 
     @classmethod
     def concatenate(cls, parts: Sequence[Best]) -> Best:
-        """One batch after the other."""
-        halvings = [part.halvings for part in parts if part.halvings is not None]
+        """Join consecutive batches."""
+        record = [part.record for part in parts if part.record is not None]
         return cls(
             torch.cat([part.z for part in parts]),
             Verdict(*(torch.cat(columns) for columns in zip(*(part.verdict for part in parts), strict=True))),
-            torch.cat(halvings) if halvings else None,
+            torch.cat([part.score for part in parts]),
+            torch.cat(record) if record else None,
         )
 
 
 def further_restarts(best: Best, restarts: int, capacity: int, early_stop: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (row, restart), (B,) each with B <= capacity: restarts 1, 2, ... side by side in few batches.
+    """Yield (row, restart), (B,) each with B <= capacity: restarts 1, 2, ... side by side in few batches.
 
     Where `early_stop`, only of samples that `best`, which the caller improves meanwhile, has no success for.
     """

@@ -1,4 +1,4 @@
-"""What an attack hands back."""
+"""The result of an attack."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class Result:
             ball and the bounds. With ``eot > 1``, in every one of that many forward passes.
         loss: (N,) the attack's loss at `x_adv` and y, by the same forward pass.
         prediction: (N,) int64, the class that the model sees in `x_adv`.
+        distance: (N,) float64, ||x_adv - x|| in the attack's norm where the prediction is another class than y
+            (targeted: is y), also beyond eps; inf elsewhere.
         gradients: sample gradients computed, of all restarts together: one pass over a batch of B counts B.
         forwards: sample forward passes without a gradient, the final verdict included.
         halvings: APGD only, (N, K) int64: for each of its K checkpoints, the iteration at which the sample's step
@@ -30,6 +32,7 @@ class Result:
     success: Tensor
     loss: Tensor
     prediction: Tensor
+    distance: Tensor
     gradients: int
     forwards: int
     halvings: Tensor | None = None

@@ -1,8 +1,10 @@
-"""Adversarial images on disk: in floats and as the 8-bit image that a file can hold, both verified."""
+"""Adversarial images on disk: in floats and rounded to 8 bits, both judged; and as PNG files."""
 
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
+from backpass.attacks.checks import normalised_bounds
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.result import Result
 from backpass.attacks.shards import describe, read_tensors, write_tensors
-from backpass.attacks.threat import Threat, make_threat
+from backpass.attacks.threat import Bounds, Threat, limits
 from backpass.errors import BackpassError
 from backpass.preserved import preserved
 from backpass.version import __version__
@@ -62,13 +65,43 @@ class Saved:
     @property
     def images_uint8(self) -> Tensor:
         """(N, ...) the 8-bit images in the bounds' floats, as a model takes them."""
-        return from_uint8(self.x_uint8, tuple(self.settings["bounds"]), self.x_adv.dtype)
+        return from_uint8(self.x_uint8, normalised_bounds(self.settings["bounds"]), self.x_adv.dtype)
+
+    def write_png(self, folder: str | PathLike[str]) -> list[Path]:
+        """Write the 8-bit images as ``00000.png`` and so on; grey or RGB.
+
+        Raises:
+            BackpassError: the images are not of shape (N, 1 or 3, H, W).
+        """
+        if self.x_uint8.dim() != 4 or self.x_uint8.shape[1] not in (1, 3):
+            raise BackpassError(f"PNG files hold images (N, 1 or 3, H, W); got {tuple(self.x_uint8.shape)}.")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{number:05d}.png" for number in range(len(self.x_uint8))]
+        for path, image in zip(paths, self.x_uint8, strict=True):
+            write_png(path, image)
+        return paths
 
 
-def from_uint8(image: Tensor, bounds: tuple[float, float], dtype: torch.dtype) -> Tensor:
+def write_png(path: Path, image: Tensor) -> None:
+    """Write a uint8 image (1 or 3, H, W) as a PNG file, without any library."""
+    channels, height, width = image.shape
+    rows = image.permute(1, 2, 0).reshape(height, -1).cpu()
+    scanlines = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), rows], 1)  # no filter
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(scanlines.flatten().tolist()), 6)),
+        (b"IEND", b""),
+    )
+    chunks = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def from_uint8(image: Tensor, bounds: Bounds, dtype: torch.dtype) -> Tensor:
     """Lo + (hi - lo) q / 255, q: uint8."""
-    lo, hi = bounds
-    return (image.to(dtype) / 255 * (hi - lo) + lo).clamp_(lo, hi)
+    floats = image.to(dtype) / 255
+    lo, hi = limits(bounds, floats)
+    return torch.clamp(floats * (hi - lo) + lo, lo, hi)  # type: ignore[arg-type]
 
 
 def to_uint8(x: Tensor, z: Tensor, threat: Threat) -> Tensor:
@@ -77,7 +110,7 @@ def to_uint8(x: Tensor, z: Tensor, threat: Threat) -> Tensor:
     If x is itself an 8-bit image, rounding towards it shortens every coordinate of z - x, so that the result is
     in the ball whatever the norm.
     """
-    lo, hi = threat.bounds
+    lo, hi = limits(threat.bounds, x.double())
     grid_x, grid_z = ((t.double() - lo) / (hi - lo) * 255 for t in (x, z))
     # Floats put 8-bit values a little off the grid; that little must not count as a step towards x.
     inward = torch.where(grid_z > grid_x, (grid_z + 1e-4).floor(), (grid_z - 1e-4).ceil())
@@ -100,13 +133,13 @@ def save(path: str | PathLike[str], model: nn.Module, x: Tensor, y: Tensor, resu
     Returns:
         What `load` will return.
     """
-    threat = make_threat(attack.norm, attack.eps, attack.bounds)
-    rounded = to_uint8(x, result.x_adv, threat)
     rows = torch.arange(len(x), device=x.device)
+    threat = attack.threat(rows)
+    rounded = to_uint8(x, result.x_adv, threat)
     with preserved(model):
-        jobs = Jobs(x, y.long(), rows, rows, torch.zeros_like(rows))
+        jobs = Jobs(x, y.long(), rows, rows, torch.zeros_like(rows), threat)
         z = from_uint8(rounded, attack.bounds, x.dtype)
-        oracle = attack.ask(model)
+        oracle = attack.make_oracle(model)
         judged = threat.contains(x, z)
         for _ in range(attack.eot):
             judged = judged & oracle.fooled(oracle.plain(z, jobs.y), jobs.y)

@@ -1,4 +1,4 @@
-"""Attacks that search in lockstep: restarts side by side, fooled samples leaving, and the verdict at the end."""
+"""The driver of all searches: restarts side by side, finished rows removed, and the verdict at the end."""
 
 from __future__ import annotations
 
@@ -10,60 +10,70 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks.active_set import ActiveSet
-from backpass.attacks.attack import Attack
+from backpass.attacks.attack import Attack, Batch
 from backpass.attacks.checks import check_images, check_labels, check_model
 from backpass.attacks.jobs import Jobs, batch_sizes, pad
 from backpass.attacks.losses import Loss
-from backpass.attacks.oracle import Oracle
+from backpass.attacks.oracle import Oracle, Verdict
 from backpass.attacks.restarts import Best, further_restarts
-from backpass.attacks.threat import per_sample
+from backpass.attacks.state import State, choose
 from backpass.preserved import preserved
 
-__all__ = ["Found", "SearchAttack"]
+__all__ = ["SearchAttack"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What one search ends with.
-
-    Attributes:
-        z: (B, ...) images.
-        target: (B,) the classes that the search led to, where its loss needs them.
-        halvings: (B, K), see `Result`.
-    """
-
-    z: Tensor
-    target: Tensor | None = None
-    halvings: Tensor | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class SearchAttack(Attack):
-    """An attack is one search, `_search`, repeated for every restart on the samples not fooled so far."""
+    """An attack by one search, repeated for every restart on the samples that are not fooled yet.
+
+    A subclass defines `begin` and `advance`; rows of the batch never depend on each other. The driver calls `advance`
+    `iterations` times, removes the rows that are done, and judges the images.
+    """
 
     @property
-    def _rounds(self) -> int:
-        """How many restarts, the first included."""
+    def iterations(self) -> int:
+        """Number of steps of a search."""
         return 1
 
+    @property
+    def searches(self) -> int:
+        """Number of searches of each sample, the first included."""
+        return 1
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a success ends the search of its sample."""
+        return self.early_stop
+
+    def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict, found: dict[str, Tensor]) -> Tensor:
+        """Return (B,) what the restarts are compared by among successes and among failures: the objective."""
+        return verdict.value
+
     @abstractmethod
-    def _search(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> Found:
-        """Searches for all jobs (B) in lockstep; returns a feasible image for each."""
+    def begin(self, oracle: Oracle, jobs: Jobs) -> State:
+        """Return the state before the first step."""
 
-    def search(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        indices: Tensor,
-        value: Loss | None = None,
-    ) -> Tensor:
-        """Where one search of every sample ends, (N, ...): the inner maximum of adversarial training.
+    @abstractmethod
+    def advance(self, oracle: Oracle, state: State, iteration: int) -> State:
+        """Return the state after one more step; `state` stays as it is."""
 
-        Neither a verdict nor restarts, and nobody leaves early, so that it costs the search's own gradients.
+    def end(self, oracle: Oracle, state: State) -> State:
+        """Return the state after the last step, for rows that are not done."""
+        return state
+
+    def first_images(self, jobs: Jobs, drawn: Tensor) -> Tensor:
+        """Return where a search begins: at the start that was handed in, else at the images (B, ...) drawn."""
+        if jobs.start is None:
+            return drawn
+        return choose(jobs.restart == 0, jobs.threat.project(jobs.x, jobs.start.clone()), drawn)
+
+    def search(self, model: nn.Module, x: Tensor, y: Tensor, *, indices: Tensor, value: Loss | None = None) -> Tensor:
+        """Return the end point of one search of every sample, (N, ...): the inner maximum of adversarial training.
+
+        There is neither a verdict nor a restart, and no sample is removed early, so that it costs the search's own
+        gradients.
 
         Args:
             model: as for a call of the attack, as are `x`, `y` and `indices`.
@@ -80,43 +90,55 @@ class SearchAttack(Attack):
         check_model(model, x)
         check_labels(x, indices, "indices")
         with preserved(model):
-            oracle = self.ask(model)
+            oracle = self.make_oracle(model)
+            oracle.looks_at_batches = False
             row = torch.arange(len(x), device=x.device)
             if value is not None:
                 raised = value
                 # A job's target reaches the objective whatever order the search puts the jobs in.
                 oracle.objective = lambda logits, _, target: raised(logits, row if target is None else target)
-            jobs = Jobs(x.detach(), y.long(), indices.long(), row, torch.zeros_like(row), row)
-            z = self._search(oracle, jobs, ActiveSet(jobs, len(x), [len(x)], early_stop=False)).z
+            threat = self.threat(indices)
+            jobs = Jobs(x.detach(), y.long(), indices.long(), row, torch.zeros_like(row), threat, row)
+            z = self._drive(oracle, jobs, ActiveSet(jobs, len(x), [len(x)], fixed=False, early_stop=False))["z"]
             return _keep_finite(z.detach(), jobs)
 
-    def _attack(self, oracle: Oracle, x: Tensor, y: Tensor, index: Tensor, capacity: int) -> Best:
-        """All restarts of one batch (N, ...), N <= capacity."""
-        sizes = batch_sizes(capacity, compiled=oracle.compiled)
-        rows = torch.arange(len(x), device=x.device)
-        best = self._run(oracle, Jobs(x, y, index, rows, torch.zeros_like(rows)), sizes)
-        for row, restart in further_restarts(best, self._rounds, capacity, self.early_stop):
-            found = self._run(oracle, Jobs(x[row], y[row], index[row], row, restart), sizes)
+    def _attack(self, oracle: Oracle, batch: Batch, capacity: int) -> Best:
+        sizes = batch_sizes(capacity, compiled=oracle.fixed_sizes)
+        rows = torch.arange(len(batch.y), device=batch.y.device)
+        best = self._run(oracle, batch.jobs(rows, torch.zeros_like(rows)), sizes)
+        for row, restart in further_restarts(best, self.searches, capacity, self.stops_early):
+            found = self._run(oracle, batch.jobs(row, restart), sizes)
             for r in torch.unique(restart):
                 same = restart == r
-                best.improve(row[same], found[same], keep_first=self.early_stop)
+                best.improve(row[same], found[same], keep_first=self.stops_early)
         return best
 
     def _run(self, oracle: Oracle, jobs: Jobs, sizes: list[int]) -> Best:
-        """One search in lockstep, in a batch of one of the sizes, and the verdict on what it found."""
-        real = len(jobs)
-        filled = pad(torch.arange(real, device=jobs.y.device), sizes)
-        if len(filled) > real:
-            jobs = jobs[filled]
-        found = self._search(oracle, jobs, ActiveSet(jobs, real, sizes, self.early_stop))
-        z = _keep_finite(found.z.detach(), jobs)
-        return Best(z, oracle.judge(z, jobs.aimed(found.target)), found.halvings)[:real]
+        """One search in lockstep, and the verdict on the images it found."""
+        real, fixed = len(jobs), oracle.fixed_sizes
+        if fixed:
+            jobs = jobs[pad(torch.arange(real, device=jobs.y.device), sizes)]
+        found = self._drive(oracle, jobs, ActiveSet(jobs, real, sizes, fixed=fixed, early_stop=self.stops_early))
+        z = _keep_finite(found["z"].detach(), jobs)
+        verdict = oracle.judge(z, jobs.with_targets(found.get("target")))
+        return Best(z, verdict, self.score(oracle, z, jobs, verdict, found), found.get("record"))[:real]
+
+    def _drive(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> dict[str, Tensor]:
+        state = self.begin(oracle, jobs)
+        for iteration in range(self.iterations):
+            state = self.advance(oracle, state, iteration)
+            keep = active.retire(oracle, state)
+            if active.done:
+                break
+            if keep is not None:
+                state = state[keep]
+        return active.finish(state if active.done else self.end(oracle, state))
 
 
 def _keep_finite(z: Tensor, jobs: Jobs) -> Tensor:
-    """The images z (B, ...), those that are not finite replaced by the originals."""
+    """Replace images (B, ...) that are not finite by the originals."""
     finite = z.flatten(1).isfinite().all(1)
     if bool(finite.all()):
         return z
     logger.warning("%d of %d searches met a gradient that is not finite", int((~finite).sum()), len(jobs))
-    return torch.where(per_sample(finite, z), z, jobs.x)
+    return choose(finite, z, jobs.x)

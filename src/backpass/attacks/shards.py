@@ -1,4 +1,4 @@
-"""Finished parts of an evaluation on disk: written whole or not at all, found again by what they depend on."""
+"""Finished parts of an evaluation on disk: written whole or not at all, found by a hash of all that they depend on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import tempfile
 import types
 import zipfile
 from pathlib import Path
@@ -28,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def describe(attack: Attack, *, strict: bool) -> dict[str, Any]:
-    """An attack's name and settings in JSON's types; functions by name and code.
+    """Return an attack's name and settings in JSON's types; functions by name and code.
 
     Raises:
         BackpassError: `strict`, and a setting cannot be told from another by its description.
@@ -64,7 +65,7 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def fingerprint(model: nn.Module, oracle: Oracle, x: Tensor, y: Tensor) -> str:
-    """A hash of the weights, the structure, and the behaviour on one image, forward and backward.
+    """Return a hash of the weights, the structure, and the behaviour on one image, forward and backward.
 
     The behaviour tells apart what weights do not: other code, hooks, a rule attached to the model. Its numbers are
     rounded to four digits, far above the noise of kernels.
@@ -95,7 +96,7 @@ class Shards:
 
     Args:
         folder: where the shards are, or None.
-        common: all that the answer depends on, beside a shard's own samples and attack; JSON's types.
+        common: dependencies of the answer beside a shard's own samples and attack; JSON's types.
     """
 
     def __init__(self, folder: Path | None, common: dict[str, Any]) -> None:
@@ -104,16 +105,18 @@ class Shards:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def key(self, x: Tensor, y: Tensor, index: Tensor, own: dict[str, Any]) -> str:
-        """The name of a shard: a hash of everything that matters."""
+    def key(self, x: Tensor, y: Tensor, index: Tensor, own: dict[str, Any], mask: Tensor | None = None) -> str:
+        """Return the name of a shard: a hash of everything that matters; nothing is hashed without a folder."""
+        if self.folder is None:
+            return ""
         text = json.dumps([self.common, own, str(x.dtype), list(x.shape)], sort_keys=True)
         words = hashlib.sha256(text.encode())
-        for tensor in (x, y, index):
+        for tensor in (x, y, index, *(() if mask is None else (mask,))):
             words.update(_bytes(tensor))
         return words.hexdigest()[:40]
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The shard of this name, if it was finished; a damaged one is named in a warning, and computed again."""
+        """Return the shard of this name, if it was finished; a damaged one is computed again, with a warning."""
         path = None if self.folder is None else self.folder / f"{key}.pt"
         if path is None or not path.exists():
             return None
@@ -124,23 +127,30 @@ class Shards:
             return None
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keeps a finished shard."""
+        """Keep a finished shard."""
         if self.folder is not None:
             write_tensors(self.folder / f"{key}.pt", tensors)
 
 
 def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    """Writes tensors and strings so that `path` is whole at any moment, also if the process is killed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        torch.save(tensors, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Write tensors and strings so that `path` is whole at any moment, also if the process is killed."""
+    # Threads and processes may write the same shard: each has a file of its own, and the last one stays.
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Reads what `write_tensors` wrote; never runs code from the file.
+    """Read what `write_tensors` wrote; never runs code from the file.
 
     Raises:
         BackpassError: the file is damaged, or was not written by `write_tensors`.

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from backpass.attacks.active_set import ActiveSet
+from backpass.attacks.checks import check_counts, check_flags
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, signs, uniform
 from backpass.attacks.oracle import Oracle
-from backpass.attacks.search import Found, SearchAttack
+from backpass.attacks.search import SearchAttack
+from backpass.attacks.state import State, choose
 from backpass.attacks.threat import per_sample
 from backpass.errors import BackpassError
+from backpass.numbers import is_number
 
 __all__ = ["Square", "window_share"]
 
@@ -23,10 +25,17 @@ _START, _PLACE, _SIGN = 1, 4, 5  # what a draw is for
 
 
 def window_share(query: int, queries: int, share: float) -> float:
-    """The share of the image that the window covers: halved at .1, .5, 2, 5, 10, 20, 40, 60 and 80 % of the queries."""
+    """Share of the image that the window covers: halved at .1, .5, 2, 5, 10, 20, 40, 60 and 80 % of the queries."""
     done = 10_000 * query / queries
     halvings = sum(done > mark for mark in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
     return math.ldexp(share, -halvings)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Tried(State):
+    """State of the random search; value: (B,) the loss at z."""
+
+    value: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +47,10 @@ class Square(SearchAttack):
 
     Args:
         queries: forward passes per sample and restart.
-        restarts: searches of each sample.
+        restarts: random restarts of each sample.
         share: p, the share of the image that the first window covers, in (0, 1].
+        published: as in the authors' evaluation (auto-attack): the share falls at 10, 50, 200, ... queries whatever
+            their number, and the start is not counted as a query.
     """
 
     uses_gradients: ClassVar[bool] = False
@@ -48,49 +59,62 @@ class Square(SearchAttack):
     restarts: int = 1
     share: float = 0.8
     loss: str = "margin"
+    published: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses settings that cannot be meant."""
+        """Validate the settings."""
         super().__post_init__()
-        if min(self.queries, self.restarts) < 1 or not 0 < self.share <= 1:
-            raise BackpassError(
-                "queries and restarts must be at least 1 and share in (0, 1]; "
-                f"got queries={self.queries}, restarts={self.restarts}, share={self.share}."
-            )
+        check_counts(queries=self.queries, restarts=self.restarts)
+        check_flags(published=self.published)
+        if not (is_number(self.share) and 0 < self.share <= 1):
+            raise BackpassError(f"share must be in (0, 1]; got share={self.share!r}.")
+        if self.norm == "l1":
+            raise BackpassError("Square moves windows in l_inf and l_2 only: use APGD or FMN for norm='l1'.")
 
     @property
-    def _rounds(self) -> int:
+    def iterations(self) -> int:
+        """Forward passes."""
+        return self.queries + self.published
+
+    @property
+    def searches(self) -> int:
+        """Restarts."""
         return self.restarts
 
-    def _search(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> Found:
+    def begin(self, oracle: Oracle, jobs: Jobs) -> State:
+        """Start at stripes or pyramids."""
         if jobs.x.dim() != 4:
             raise BackpassError(f"Square moves windows of images (N, C, H, W); got {tuple(jobs.x.shape)}.")
+        z = self.first_images(jobs, self._start(jobs))
+        return _Tried(jobs=jobs, z=z, seen=z, value=z.new_full((len(z),), -torch.inf))
+
+    def advance(self, oracle: Oracle, state: State, iteration: int) -> State:
+        """One proposal."""
+        assert isinstance(state, _Tried)  # noqa: S101 -- `begin` made it
         propose = self._propose_linf if self.norm == "linf" else self._propose_l2
-        z = self._start(oracle, jobs)
-        value: Tensor | None = None
-        for query in range(self.queries):
-            proposal = z if value is None else propose(oracle, z, jobs, query)
-            logits = oracle.forward(proposal, jobs)
-            new = oracle.objective(logits, jobs.y, jobs.target)
-            better = torch.ones_like(active.live) if value is None else new > value
-            z = torch.where(per_sample(better, z), proposal, z)
-            value = new if value is None else torch.where(better, new, value)
-            keep = active.retire(proposal, active.fooled(oracle, proposal, jobs, logits))
-            if active.done:
-                break
-            if keep is not None:
-                z, value, jobs = z[keep], value[keep], jobs[keep]
-        return Found(active.finish(z))
+        proposal = propose(state.z, state.jobs, iteration) if iteration else state.z
+        logits = oracle.forward(proposal, state.jobs)
+        value = oracle.objective(logits, state.jobs.y, state.jobs.target)
+        better = value > state.value
+        if not iteration:
+            better = torch.ones_like(better)
+        return replace(
+            state,
+            z=choose(better, proposal, state.z),
+            value=torch.where(better, value, state.value),
+            seen=proposal,
+            logits=logits,
+        )
 
     def _key(self, jobs: Jobs, purpose: int, query: int) -> Tensor:
         return make_key(self.seed, jobs.index, jobs.restart, purpose, query, like=jobs.index)
 
-    def _start(self, oracle: Oracle, jobs: Jobs) -> Tensor:
+    def _start(self, jobs: Jobs) -> Tensor:
         """Vertical stripes of width one in l_inf; a grid of 5 x 5 pyramids in l_2; at the ball's edge."""
-        x, key = jobs.x, self._key(jobs, _START, 0)
+        x, key, threat = jobs.x, self._key(jobs, _START, 0), jobs.threat
         if self.norm == "linf":
             stripes = signs(key, x[:, :, :1, :])
-            return oracle.threat.project(x, x + self.eps * stripes)
+            return threat.project(x, x + threat.radius(x) * stripes)
         height, width = x.shape[2:]
         side = max(1, min(height, width) // 5)
         tile = _pyramid(side, side, x)
@@ -98,21 +122,29 @@ class Square(SearchAttack):
         sign = signs(key, x.new_empty(len(x), x.shape[1], tall, wide))
         sign = sign.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :height, :width]
         grid = sign * tile.repeat(tall, wide)[:height, :width]
-        return oracle.threat.project(x, x + self.eps * oracle.threat.direction(grid))
+        return self._to_sphere(jobs, grid)
+
+    def _to_sphere(self, jobs: Jobs, delta: Tensor) -> Tensor:
+        """X + eps * delta / |delta|_2, cut by bounds and mask."""
+        delta = delta if jobs.threat.mask is None else delta * jobs.threat.mask
+        return jobs.threat.project(jobs.x, jobs.x + jobs.threat.radius(delta) * jobs.threat.direction(delta))
 
     def _side(self, x: Tensor, query: int) -> int:
-        area = window_share(query, self.queries, self.share) * x.shape[2] * x.shape[3]
+        # In the authors' evaluation queries count from 0 after the start, and the schedule is that of 10,000.
+        place = (query - 1, 10_000) if self.published else (query, self.queries)
+        area = window_share(*place, self.share) * x.shape[2] * x.shape[3]
         return max(1, min(round(math.sqrt(area)), int(x.shape[2]), int(x.shape[3])))
 
-    def _propose_linf(self, oracle: Oracle, z: Tensor, jobs: Jobs, query: int) -> Tensor:
+    def _propose_linf(self, z: Tensor, jobs: Jobs, query: int) -> Tensor:
         """Every channel of the window goes to x + eps or to x - eps (algorithm 2)."""
         x, side = jobs.x, self._side(jobs.x, query)
         place = uniform(self._key(jobs, _PLACE, query), x.new_empty(len(x), 2))
         window = _Window.at(x, place, side)
         sign = signs(self._key(jobs, _SIGN, query), x[:, :, :1, :1])
-        return torch.where(window.mask, oracle.threat.project(x, x + self.eps * sign), z)
+        edge = jobs.threat.project(x, x + jobs.threat.radius(x) * sign)
+        return torch.where(window.mask, edge, z)
 
-    def _propose_l2(self, oracle: Oracle, z: Tensor, jobs: Jobs, query: int) -> Tensor:
+    def _propose_l2(self, z: Tensor, jobs: Jobs, query: int) -> Tensor:
         """The window takes a pyramid of random sign, with the norm that a second window gives up (algorithm 3)."""
         x = jobs.x
         side = max(3, self._side(x, query) // 2 * 2 + 1)
@@ -120,7 +152,8 @@ class Square(SearchAttack):
         place = uniform(self._key(jobs, _PLACE, query), x.new_empty(len(x), 5))
         here, there = _Window.at(x, place[:, :2], side), _Window.at(x, place[:, 2:4], side)
         delta = z - x
-        spare = (self.eps**2 - oracle.threat.size(delta).square()).clamp_min(0.0).to(x.dtype)
+        eps = torch.as_tensor(jobs.threat.eps, dtype=torch.float64, device=x.device)
+        spare = (eps**2 - jobs.threat.size(delta).square()).clamp_min(0.0).to(x.dtype)
         patch = _two_pyramids(side, x)
         patch = torch.where(per_sample(place[:, 4] < 0.5, x), here.place(patch), here.place(patch.T))
         sign = signs(self._key(jobs, _SIGN, query), x[:, :, :1, :1])
@@ -130,7 +163,7 @@ class Square(SearchAttack):
         budget = (freed + per_sample(spare, x) / x.shape[1]).sqrt()
         moved = torch.where(there.mask, 0.0, delta)
         moved = torch.where(here.mask, wanted * here.mask / _length(wanted * here.mask) * budget, moved)
-        return oracle.threat.project(x, x + moved)
+        return self._to_sphere(jobs, moved)
 
 
 def _length(patch: Tensor) -> Tensor:

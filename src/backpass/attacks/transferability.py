@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
 from backpass.attacks.checks import check_model
+from backpass.attacks.columns import Columns, processes
 from backpass.attacks.data import Data, Source
+from backpass.attacks.ensemble import Ensemble
+from backpass.attacks.evaluation import Mask, _mask_of
+from backpass.attacks.paired import Paired, paired
 from backpass.attacks.report import Rate
-from backpass.attacks.shards import describe
+from backpass.attacks.shards import Shards, describe, fingerprint
+from backpass.attacks.targets import Targets, choose_targets
 from backpass.errors import BackpassError
 from backpass.preserved import preserved
 from backpass.version import __version__
 
-__all__ = ["TransferReport", "transfer"]
+__all__ = ["Attachable", "TransferReport", "transfer"]
+
+
+class Attachable(Protocol):
+    """A backward rule, or anything else that acts on a model for a while."""
+
+    def attach(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Act on the model inside the context."""
 
 
 @dataclass(frozen=True, eq=False)
 class TransferReport:
-    """How often images made against a source fool a target.
+    """Outcomes of images that were made against sources, on targets.
+
+    With `rules`, a source's name is ``"source rule"``.
 
     Attributes:
-        correct: by target, (N,) bool: the samples that it has right when they are clean.
+        correct: by target, (N,) bool: the clean samples that it classifies correctly.
+        attacked: by target, (N,) bool: of those, the ones with another class to lead to.
         fooled: ``fooled[source][target]``, (N,) bool: of those, the ones that the source's image fools.
         settings: the attack's name and settings.
         versions: of torch and backpass.
     """
 
     correct: dict[str, Tensor]
+    attacked: dict[str, Tensor]
     fooled: dict[str, dict[str, Tensor]]
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -44,8 +64,8 @@ class TransferReport:
 
     @property
     def rates(self) -> dict[str, dict[str, Rate]]:
-        """``rates[source][target]``: fooled, of the samples that the target has right when they are clean."""
-        trials = {target: int(right.sum()) for target, right in self.correct.items()}
+        """``rates[source][target]``: fooled, of the samples that were attacked."""
+        trials = {target: int(some.sum()) for target, some in self.attacked.items()}
         return {s: {t: Rate(int(some.sum()), trials[t]) for t, some in row.items()} for s, row in self.fooled.items()}
 
     @property
@@ -53,35 +73,51 @@ class TransferReport:
         """(S, T) float64 success rates, sources in rows."""
         return torch.tensor([[rate.value for rate in row.values()] for row in self.rates.values()], dtype=torch.float64)
 
+    def compare(self, first: str, second: str, target: str) -> Paired:
+        """Compare the images of two sources on one target, sample by sample, with McNemar's exact test."""
+        some = self.attacked[target]
+        return paired(self.fooled[first][target][some], self.fooled[second][target][some])
+
     def to_dict(self) -> dict[str, Any]:
-        """Every number with its interval and settings, in JSON's types."""
+        """Return every number with its interval and settings, in JSON's types."""
         rates = {s: {t: rate.to_dict() for t, rate in row.items()} for s, row in self.rates.items()}
         return {"success_rate": rates, "settings": self.settings, "versions": self.versions}
 
 
 def transfer(
-    sources: Mapping[str, nn.Module],
+    sources: Mapping[str, nn.Module | Sequence[nn.Module]],
     targets: Mapping[str, nn.Module],
     data: Data,
     attack: Attack,
     *,
+    rules: Mapping[str, Attachable | None] | None = None,
     batch_size: int = 256,
-    classes: Callable[[Tensor], Tensor] | None = None,
+    classes: Targets | None = None,
+    mask: Mask = None,
+    resume: str | PathLike[str] | None = None,
+    tag: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> TransferReport:
-    """Attacks every source and judges every target on the images: the matrix of black-box success.
+    """Attack every source and judge every target on the images: the matrix of black-box success.
 
-    Every sample is attacked; with `early_stop` it keeps the first image that fools the source, which transfers worse
-    than the last one, so transfer is usually measured with ``early_stop=False``.
+    Every search runs to the end, whatever `early_stop` says: the first image that fools the source fools other models
+    less often than the last one. Processes under torchrun share the work and return the same report.
 
     Args:
-        sources: models to attack, by name; a rule attached to one acts on its gradients.
+        sources: models to attack, by name; a rule attached to one acts on its gradients. Several models in a sequence,
+            or an `Ensemble`, are attacked as one.
         targets: models to judge, by name; may be the same objects.
-        data: (x, y) tensors, a map-style data set of pairs, or a DataLoader that does not shuffle.
+        data: (x, y) tensors, a data set, or an iterable of batches; see `Source`.
         attack: the attack.
+        rules: attached to each source in turn, by name; None is plain backpropagation. The rows of all rules stand
+            side by side.
         batch_size: samples searched at a time.
-        classes: y (N,) -> the classes to lead to, for a targeted attack.
-        progress: called with (samples done, samples), a sample once per source.
+        classes: classes that a targeted attack leads to, as the targets of `evaluate`; those of a name are chosen by
+            the first source.
+        mask: entries that may change, as in `evaluate`.
+        resume: a folder for finished parts, from which a run that was killed goes on.
+        tag: distinguishes parts by what cannot be seen in models, data or settings.
+        progress: called with (samples done by this process, samples of this process), a sample once per row.
 
     Returns:
         Every sample's outcome, and the matrix with Wilson intervals.
@@ -91,34 +127,165 @@ def transfer(
     """
     if not sources or not targets:
         raise BackpassError("transfer needs at least one source and one target, by name.")
+    if not isinstance(attack, Attack):
+        raise BackpassError(f"attack must be an attack, for instance PGD(eps=8/255); got {type(attack).__name__}.")
     if attack.targeted and classes is None:
-        raise BackpassError("a targeted attack needs classes=, for instance classes=lambda y: (y + 1) % 10.")
-    source_data = Source(data, batch_size)
-    correct: dict[str, list[Tensor]] = {t: [] for t in targets}
-    fooled: dict[str, dict[str, list[Tensor]]] = {s: {t: [] for t in targets} for s in sources}
-    done = 0
-    for x, y, index in source_data.batches(range(len(source_data))):
-        aim = classes(y) if classes is not None and attack.targeted else y
+        raise BackpassError("a targeted attack needs classes=, for instance classes='next'.")
+    attack = replace(attack, early_stop=False)
+    rows = [
+        _Row(name if rules is None else f"{name} {rule}", model, attached)
+        for name, model in ((name, _as_one(model)) for name, model in sources.items())
+        for rule, attached in (rules or {"": None}).items()
+    ]
+    rank, world = processes()
+    source = Source(data, batch_size, several=world > 1 or resume is not None)
+    columns, done = Columns(_device(rows[0].model)), 0
+    shards = _Folders(resume, tag, attack, source)
+    for x, y, index in source.batches(rank, world):
+        y = y.long()
+        aim = _aim(rows[0].model, attack, classes, x, y, index)
+        own = _mask_of(mask, x, index)
+        correct = {}
         for name, model in targets.items():
-            correct[name].append((_predict(model, attack, x, y) == y).cpu())
-        for source, model in sources.items():
-            device = _device(model)
-            x_adv = attack(
-                model, x.to(device), aim.to(device), indices=index.to(device), batch_size=batch_size
-            ).x_adv.to(x.device)
-            for name, target in targets.items():
-                seen = _predict(target, attack, x_adv, y)
+            seen = shards.get(f"correct {name}", model, None, (x, y, index), partial(_predict, model, attack, x, y))
+            correct[name] = seen == y
+            outcome = {"correct": correct[name], "attacked": correct[name] & ((aim != y) | (not attack.targeted))}
+            columns.enter(f"target {name}", index, outcome, outcome)
+        for row in rows:
+            images = _Images(row, attack, x, aim, index, batch_size, own)
+            for name, model in targets.items():
+                seen = shards.get(
+                    f"row {row.name} on {name}",
+                    model,
+                    row,
+                    (x, torch.stack([y, aim]), index),
+                    partial(images.seen_by, model, y),
+                    own,
+                )
                 hit = seen == aim if attack.targeted else seen != y
-                fooled[source][name].append(hit.cpu() & correct[name][-1])
+                columns.enter(f"row {row.name}/{name}", index, {"hit": hit & correct[name]}, ("hit",))
             done += len(x)
             if progress is not None:
-                progress(done, source_data.count * len(sources))
+                total = source.own(rank, world)
+                progress(done, done if total is None else total * len(rows))
+    table, _ = columns.collect(source.read)
+    whole = {name: value.squeeze(1).bool() for name, value in table.items()}
+    attacked = {t: whole[f"target {t}/attacked"] for t in targets}
     return TransferReport(
-        correct={t: torch.cat(parts) for t, parts in correct.items()},
-        fooled={s: {t: torch.cat(parts) for t, parts in row.items()} for s, row in fooled.items()},
+        correct={t: whole[f"target {t}/correct"] for t in targets},
+        attacked=attacked,
+        fooled={row.name: {t: whole[f"row {row.name}/{t}/hit"] & attacked[t] for t in targets} for row in rows},
         settings=describe(attack, strict=False),
         versions={"backpass": __version__, "torch": torch.__version__},
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """A source under a rule."""
+
+    name: str
+    model: nn.Module
+    rule: Attachable | None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach the rule to every member of the source."""
+        if self.rule is None:
+            yield
+            return
+        members = list(self.model.members) if isinstance(self.model, Ensemble) else [self.model]
+        with self.rule.attach(members[0]):
+            if len(members) == 1:
+                yield
+            else:
+                with _Row("", Ensemble(members[1:]), self.rule).attached():
+                    yield
+
+
+class _Images:
+    """The adversarial images of one batch, made when they are first needed."""
+
+    def __init__(
+        self, row: _Row, attack: Attack, x: Tensor, aim: Tensor, index: Tensor, size: int, mask: Tensor | None
+    ) -> None:
+        self._make = (row, attack, x, aim, index, size, mask)
+        self._images: Tensor | None = None
+
+    def made(self) -> Tensor:
+        """Return the images (B, ...), where x is."""
+        if self._images is None:
+            row, attack, x, aim, index, size, mask = self._make
+            device = _device(row.model)
+            mask = None if mask is None else mask.to(device)
+            with row.attached():
+                result = attack(
+                    row.model, x.to(device), aim.to(device), indices=index.to(device), batch_size=size, mask=mask
+                )
+            self._images = result.x_adv.to(x.device)
+        return self._images
+
+    def seen_by(self, target: nn.Module, y: Tensor) -> Tensor:
+        """Return the target's predictions (B,)."""
+        return _predict(target, self._make[1], self.made(), y)
+
+
+class _Folders:
+    """Predictions on disk, found by source, rule, target, data and settings."""
+
+    def __init__(self, folder: str | PathLike[str] | None, tag: str, attack: Attack, source: Source) -> None:
+        self._shards = Shards(None if folder is None else Path(folder), {"tag": tag})
+        self._attack, self._source, self._known = attack, source, dict[int, str]()
+        self._settings = {} if folder is None else describe(attack, strict=True)
+
+    def get(
+        self,
+        name: str,
+        target: nn.Module,
+        row: _Row | None,
+        data: tuple[Tensor, Tensor, Tensor],
+        compute: Callable[[], Tensor],
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the finished predictions (B,), or compute and keep them."""
+        if self._shards.folder is None:
+            return compute()
+        own: dict[str, Any] = {"name": name, "target": self._print(target, None)}
+        if row is not None:
+            own |= {"source": self._print(row.model, row), "settings": self._settings}
+        key = self._shards.key(*data, own, mask)
+        found = self._shards.get(key)
+        if found is None:
+            found = {"prediction": compute()}
+            self._shards.put(key, found)
+        return found["prediction"]
+
+    def _print(self, model: nn.Module, row: _Row | None) -> str:
+        place = id(model) if row is None else id(row)
+        if place not in self._known:
+            x, y = (one.to(_device(model)) for one in self._source.head)
+            members = list(model.members) if isinstance(model, Ensemble) else [model]
+            how = f"{model.mean} " if isinstance(model, Ensemble) else ""
+            with _Row("", model, None if row is None else row.rule).attached():
+                prints = [fingerprint(one, self._attack.make_oracle(one), x, y) for one in members]
+            self._known[place] = how + " ".join(prints)
+        return self._known[place]
+
+
+def _as_one(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
+    return model if isinstance(model, nn.Module) else Ensemble(model)
+
+
+def _aim(model: nn.Module, attack: Attack, classes: Targets | None, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    if classes is None or not attack.targeted:
+        return y
+    device = _device(model)
+    with preserved(model):
+        logits = attack.make_oracle(model).plain(x.to(device), y.to(device)).to(x.device)
+    aim = choose_targets(classes, y, logits, index, attack.seed)
+    if bool((aim == y).all()):
+        raise BackpassError("every target is the sample's own label, so there is nothing to lead to: give others.")
+    return aim
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -129,6 +296,7 @@ def _predict(model: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
     """(B,) the plain model's classes, where x is."""
     device = _device(model)
     there = x.to(device)
+    check_model(model)
     check_model(model, there)
     with preserved(model):
-        return attack.ask(model).plain(there, y.to(device)).argmax(1).to(x.device)
+        return attack.make_oracle(model).plain(there, y.to(device)).argmax(1).to(x.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from backpass.cli.printing import (
     told_when_interrupted,
     working,
 )
+from backpass.cli.processes import processes
 
 __all__ = ["attack"]
 
@@ -52,8 +54,8 @@ def attack(
     model: Annotated[
         str,
         typer.Option(
-            help="A lab network, as in mlp or resnet18:activation=silu, or your own as module:callable, which is "
-            "imported and called.",
+            help="A lab network, as in mlp or resnet18:activation=silu; your own as module:callable, which is imported "
+            "and called; or timm:NAME, torchvision:NAME or robustbench:NAME with its weights.",
             metavar="SPEC",
         ),
     ],
@@ -87,7 +89,9 @@ def attack(
     device: o.Device = "cpu",
     batch_size: o.BatchSize = 256,
     dtype: o.Dtype = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the finished parts in the folder.")] = False,
+    target: o.Target = None,
+    classes: o.Classes = None,
+    resume: o.Resume = False,
     out: Annotated[Path, typer.Option(help="Folder for report.html and result.json.")] = Path("runs/attack"),
 ) -> None:
     """Attack a network: clean and robust accuracy, success with intervals, a report with images.
@@ -96,11 +100,22 @@ def attack(
     Rules are compared image by image; success is judged on the plain network in float32.
     """
     given = o.Settings(
-        step=step, steps=steps, restarts=restarts, norm=norm, loss=loss, dtype=dtype, logits=logits, seed=seed
+        step=step,
+        steps=steps,
+        restarts=restarts,
+        norm=norm,
+        loss=loss,
+        dtype=dtype,
+        logits=logits,
+        seed=seed,
+        target=target,
     )
     kept = "Finished parts are kept: --resume goes on with them."
-    with told_when_interrupted(kept), working("loading torch") as report:
+    with ExitStack() as stack:
+        stack.enter_context(told_when_interrupted(kept))
+        report = stack.enter_context(working("loading torch"))
         from backpass.lab.data import load_data
+        from backpass.lab.data.class_map import match_classes
         from backpass.lab.numbers import read_number
         from backpass.lab.protocols import make_protocol
         from backpass.lab.report import write_report
@@ -112,7 +127,7 @@ def attack(
         from backpass.lab.subjects import load_subject, parse_device
 
         radii = [read_number(text, "--eps") for text in eps]
-        ordered, where = order_rules(rules, model), parse_device(device)
+        ordered, (where, first) = order_rules(rules, model), stack.enter_context(processes(parse_device(device)))
         space = make_protocol(protocol, data, o.read_normalisation(mean, std))
         settings = given.as_options()
         make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
@@ -122,9 +137,10 @@ def attack(
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])
         few = images.images.x[:2].to(where)
-        subject.try_on(few, data, images.classes)
+        outputs = subject.try_on(few, data, None if classes else images.classes)
+        images = match_classes(images, classes, outputs or images.classes, model)
+        aside = aside and match_classes(aside, classes, outputs or images.classes, model)
         check_rules(subject, ordered, few, data)
-        out.mkdir(parents=True, exist_ok=True)
         study = Study(
             subject=subject,
             data=images,
@@ -137,14 +153,17 @@ def attack(
             device=where,
             swept=curves,
             shown=_SHOWN,
-            shards=o.open_shards(out, resume),
+            shards=o.open_shards(out, resume, first),
+            target=o.read_target(target, images.class_names),
         )
         if aside is not None:
             report("choose where LinBP starts", 0.0)
             study = place(study, aside)
         measured = measure(study, report)
         result = describe(measured)
-        written = write_report(result, out)
+        written = write_report(result, out) if first else []
+    if not first:
+        return
     for shown in result.tables[:1]:
         print_table(shown, columns=6)
     if result.claims:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,7 @@ Attacks = Annotated[
     list[str],
     typer.Option(
         "--attack",
-        help="fgsm, ifgsm, mifgsm, pgd, apgd, fab, square or autoattack; settings after a colon. Repeatable.",
+        help="fgsm, ifgsm, mifgsm, pgd, apgd, fab, fmn, square or autoattack; settings after a colon. Repeatable.",
         metavar="NAME[:SETTINGS]",
     ),
 ]
@@ -41,7 +42,27 @@ Eps = Annotated[
 Step = Annotated[str | None, typer.Option(help="Length of a step.", show_default="2/255", metavar="NUMBER")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Gradient steps.", show_default="pgd 10, apgd 100")]
 Restarts = Annotated[int | None, typer.Option(min=1, help="Searches of each image.", show_default="1; paper 5")]
-Norm = Annotated[str | None, typer.Option(help="linf or l2.", show_default="linf")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target-class",
+        help="Targeted attacks, to this class of each image: next, random, second (the likeliest wrong one), "
+        "least-likely, or one class by its name or number.",
+        show_default="away from the label",
+        metavar="TARGET",
+    ),
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        help="Which output of the network is which class of the data: names of all outputs, one a line in their order; "
+        "or numbers, the output of each class of the data; or JSON.",
+        show_default="classes are outputs, in the order of their names",
+        metavar="FILE",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the finished parts in the folder.")]
+Norm = Annotated[str | None, typer.Option(help="linf, l2 or l1.", show_default="linf")]
 Loss = Annotated[
     str | None, typer.Option(help="ce, dlr or margin; for apgd also dlr-targeted.", show_default="the attack's own")
 ]
@@ -95,6 +116,7 @@ class Settings:
     dtype: str | None
     logits: str | None
     seed: int
+    target: str | None = None
 
     def as_options(self) -> dict[str, Any]:
         """In the attacks' own types.
@@ -114,6 +136,7 @@ class Settings:
             "dtype": _dtype(self.dtype),
             "logits": int(self.logits) if self.logits and self.logits.isdigit() else self.logits,
             "seed": self.seed,
+            "targeted": None if self.target is None else True,
         }
 
 
@@ -124,6 +147,17 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in known:
         raise UnknownNameError("dtype", name, known)
     return known[name] if name is not None else None
+
+
+def read_target(text: str | None, names: Sequence[str] | None) -> str | int | None:
+    """Read ``--target-class``: a class by its number or its name, or a name of `choose_targets`."""
+    if text is None or text in ("next", "random", "second", "least-likely"):
+        return text
+    if names is not None and text in names:
+        return list(names).index(text)
+    if text.isdigit():
+        return int(text)
+    raise UnknownNameError("target class", text, ["next", "random", "second", "least-likely", *(names or ())])
 
 
 def read_normalisation(mean: str | None, std: str | None) -> Normalisation | None:
@@ -167,13 +201,19 @@ def normalisation_in_front(
     return found
 
 
-def open_shards(out: Path, resume: bool) -> Path:
-    """The folder for finished parts, emptied where a new run begins.
+def open_shards(out: Path, resume: bool, first: bool = True) -> Path:
+    """Return the folder for finished parts, emptied by the first process where a new run begins.
 
     Raises:
         BackpassError: a run that did not finish left parts there, and nobody said to go on from them.
     """
+    from backpass.cli.processes import barrier
+
+    out.mkdir(parents=True, exist_ok=True)
     folder, result = out / "shards", out / "result.json"
+    if not first:
+        barrier()
+        return folder
     parts = list(folder.glob("*.pt"))
     if parts and not resume:
         if not result.exists() or max(part.stat().st_mtime for part in parts) > result.stat().st_mtime:
@@ -183,4 +223,5 @@ def open_shards(out: Path, resume: bool) -> Path:
             )
         for part in parts:
             part.unlink()
+    barrier()
     return folder

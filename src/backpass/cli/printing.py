@@ -6,6 +6,9 @@ or a control sequence.
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,27 +43,64 @@ _COLOURS = {
     "holds": "green", "does not hold": "red", "undecided": "yellow",
     "finished": "green", "running": "cyan", "interrupted": "yellow", "diverged": "red",
 }  # fmt: skip
+_TERMINATED = 143  # exit code after SIGTERM
+_EVERY = 5.0  # seconds between lines of progress
 _NARROWEST = 8  # characters of a column of words; below that a table is printed as a list
 
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str, float], None]]:
-    """A progress bar while something goes on; yields what sets it: (what is going on, the part done)."""
+    """Show progress; yields a function that sets it: (description, share that is done).
+
+    A terminal has a bar, any other stderr a line every few seconds.
+    """
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=1.0)
         yield lambda now, part: bar.update(task, description=visible(now), completed=part)
 
 
+class _Lines:
+    """Progress as lines on stderr."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._text = ""
+
+    def __call__(self, now: str, part: float) -> None:
+        text = f"{now}: {part:.0%}"
+        if text != self._text and time.monotonic() - self._last >= _EVERY:
+            self._last, self._text = time.monotonic(), text
+            say(text, err=True)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
 @contextmanager
 def told_when_interrupted(text: str) -> Iterator[None]:
-    """Ctrl-C inside says so on stderr, and how to go on."""
+    """Say how to go on, on stderr, after Ctrl-C or SIGTERM inside."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if main else None
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         Console(stderr=True).print(f"Interrupted. {text}", markup=False, highlight=False, soft_wrap=True)
+        if isinstance(error, Terminated):
+            raise SystemExit(_TERMINATED) from None
         raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def say(text: object, *, err: bool = False) -> None:

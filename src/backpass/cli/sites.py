@@ -39,7 +39,7 @@ def sites(
 
     from backpass.lab.models.lookup import find, parse_shape
     from backpass.lab.placements import parse_rule_for
-    from backpass.rules import Site, list_sites
+    from backpass.rules import Site, SiteTable, list_sites
 
     given = parse_shape(input_shape) if input_shape is not None else None
     network, known = find(model, shape=given)
@@ -53,15 +53,18 @@ def sites(
     except RuntimeError as error:
         raise BackpassError(f"{model!r} does not take an input of shape {tuple(x.shape)}: {error}") from error
     acts: set[Site] = set()
+    unreachable = table.unreachable
     if rule is not None:
         with parse_rule_for(model, rule, use="listing").attach(network) as attached:
             network(x)
-            acts = set(attached.sites)
+            acts, unreachable = set(attached.sites), attached.unreachable
         # A rule that acts elsewhere has numbers of its own.
-        tables = (table, list_sites(network, x, kind="linear"), attached.sites)
+        tables = (table, list_sites(network, x, kind="linear"), attached.seen)
         table = next(one for one in tables if acts <= set(one))
-    header, *lines = str(table).splitlines()
+    header, *lines = str(SiteTable(table)).splitlines()
     width = max(map(len, [header, *lines]))
     say(header)
     for site, line in zip(table, lines, strict=True):
         say(f"{line:<{width}}  <- {rule}" if site in acts else line)
+    for path, reasons in unreachable.items():
+        say(f"out of reach in {path or '(model)'}: {', '.join(reasons)}")

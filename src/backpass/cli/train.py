@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from backpass.cli import options as o
-from backpass.cli import training_options as t
 from backpass.cli.entry import app
 from backpass.cli.printing import say, working
 
@@ -18,16 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 _DIVERGED = 1  # the exit code of a run whose loss went out of bounds
-
-
-@app.command(
-    epilog="""[bold]Examples[/bold]
+_SUMMARY = "Train a network, also against an adversary, with any rule."
+_EXAMPLES = """[bold]Examples[/bold]
 
 [green]backpass train --data mnist --model lenet5 --rule linbp:start=-2 --out runs/lenet5[/green]
   one epoch with linear backpropagation from the last two activations on
 
 [green]backpass train --data my_images --model my_nets:Net --epochs 20 --augment crop,flip
---optimizer sgd:momentum=0.9,weight_decay=5e-4 --lr 0.1 --scheduler cosine --out runs/net[/green]
+--optimizer sgd:momentum=0.9,weight_decay=5e-4 --lr 0.1 --scheduler one-cycle --out runs/net[/green]
   your own network and images; Net stands in my_nets.py of this folder, and takes pixels in 0 to 1
 
 [green]backpass train --data mnist --model lenet5 --adversary pgd:eps=0.2,steps=7 --out runs/robust[/green]
@@ -35,81 +33,96 @@ _DIVERGED = 1  # the exit code of a run whose loss went out of bounds
   examples with linear backpropagation
 
 [green]backpass train --recipe recipes/mnist-lenet5.toml --epochs 5 --out runs/longer[/green]
-  a recipe, and what is different
+  a recipe, with another setting
 
-[green]backpass train --resume --out runs/net[/green]  goes on where a run was stopped
+[green]backpass train --resume --out runs/net[/green]  continue a run that was stopped
 
 [green]torchrun --nproc-per-node 2 -m backpass train --recipe runs/net/recipe.toml --out runs/two[/green]
   the same run in two processes, or on two GPUs with --device cuda"""
-)
-def train(
-    data: t.Data = None,
-    model: t.Model = None,
-    recipe: t.Recipe = None,
-    weights: t.Weights = None,
-    normalize: t.Normalize = None,
-    augment: t.Augment = None,
-    limit: t.Limit = None,
-    test_split: t.TestSplit = None,
-    rules: t.Rules = None,
-    optimizer: t.Optimizer = None,
-    lr: t.Lr = None,
-    scheduler: t.Scheduler = None,
-    epochs: t.Epochs = None,
-    batch_size: t.BatchSize = None,
-    label_smoothing: t.LabelSmoothing = None,
-    clip: t.Clip = None,
-    average: t.Average = None,
-    seed: t.Seed = None,
-    adversary: t.Adversary = None,
-    adversary_rule: t.AdversaryRule = None,
-    trades: t.Trades = None,
-    warmup: t.Warmup = None,
-    robust: t.Robust = None,
-    robust_images: t.RobustImages = None,
-    robust_every: t.RobustEvery = None,
-    stop_overfitting: t.StopOverfitting = None,
-    dtype: t.Dtype = None,
-    compiled: t.Compile = None,
-    accumulate: t.Accumulate = None,
-    device: o.Device = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for weights, recipe, checkpoints and logs.")] = Path("runs/train"),
-) -> None:
-    """Train a network, also against an adversary, with any rule.
 
-    The folder then holds the weights, which [green]backpass attack[/green] takes, and a recipe that repeats the run.
-    """
-    given: dict[str, Any] = {
-        "data": data,
-        "model": model,
-        "rule": rules or None,
-        "adversary": adversary,
-        "adversary_rule": adversary_rule,
-        "trades": trades,
-        "warmup": warmup,
-        "optimizer": optimizer,
-        "lr": lr,
-        "scheduler": scheduler,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "accumulate": accumulate,
-        "augment": augment,
-        "limit": limit,
-        "label_smoothing": label_smoothing,
-        "clip": clip,
-        "average": average,
-        "dtype": dtype,
-        "compile": compiled,
-        "normalize": normalize,
-        "robust": robust,
-        "robust_images": robust_images,
-        "robust_every": robust_every,
-        "stop_overfitting": stop_overfitting,
-        "weights": None if weights is None else str(weights),
-        "test_split": test_split,
-        "seed": seed,
-    }
+
+# The options are the settings of a recipe. Their definition needs torch, which other commands load later or never.
+@app.command(
+    help=_SUMMARY,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def train(context: typer.Context) -> None:
+    """Read the options of a training run, and carry it out."""
+    import torch  # noqa: F401  so that the import is over before the bar of the run
+
+    command = typer.main.get_command(_with_options())
+    code = command.main(context.args, prog_name=context.command_path, standalone_mode=False)
+    if code:
+        raise typer.Exit(code)
+
+
+def _with_options() -> typer.Typer:
+    """Return an application with one command, whose options are the settings of a recipe."""
+    settings = typer.Typer(
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    description = f"{_SUMMARY}\n\nThe folder then holds the weights, which [green]backpass attack[/green] takes, and a "
+    description += "recipe that repeats the run."
+    settings.command(help=description, epilog=_EXAMPLES)(_signed(_run))
+    return settings
+
+
+def _signed(function: Any) -> Any:
+    """Give a function the settings of a recipe as keyword arguments, each None where it is not given."""
+    from dataclasses import MISSING, fields
+
+    from backpass.lab.training.recipe import Recipe, described, kinds
+
+    types, words = kinds(), described()
+    own = [one for one in inspect.signature(function, eval_str=True).parameters.values() if one.name != "given"]
+    derived = []
+    for one in sorted(fields(Recipe), key=lambda one: one.metadata.get("panel", "Training") == "Training"):
+        if one.metadata.get("panel", "Training") is None:
+            continue
+        members, several = types[one.name]
+        flag = one.name.replace("_", "-")
+        names = [f"--{flag}/--no-{flag}"] if members == (bool,) else [f"--{flag}"]
+        kind: Any = str if str in members else members[0]
+        default = one.default if one.default is not MISSING else None
+        option = typer.Option(
+            *names,
+            help=_summary(words[one.name]),
+            show_default=False if default in (None, (), "", False) else str(default).strip("(),'"),
+            rich_help_panel=one.metadata.get("panel", "Training"),
+            metavar="TEXT" if kind is str else None,
+        )
+        annotation: Any = Annotated[list[kind] | None if several else kind | None, option]
+        derived.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+
+    def called(**values: Any) -> Any:
+        chosen = {one.name: values.pop(one.name) for one in own}
+        return function(**chosen, given={name: value for name, value in values.items() if value not in (None, [])})
+
+    called.__signature__ = inspect.Signature([*derived, *own])  # type: ignore[attr-defined]
+    return called
+
+
+def _summary(text: str) -> str:
+    """Return the first sentence of a description, as far as it is about the command line."""
+    sentence = text.replace("``", "").replace("`", "").partition("; in Python")[0].partition(". ")[0].rstrip(".")
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _run(
+    *,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML file with any of these settings; options override it.")
+    ] = None,
+    device: o.Device = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the folder.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for weights, recipe, checkpoints and logs.")] = Path("runs/train"),
+    given: dict[str, Any],
+) -> None:
+    """Carry out a run with the settings that were given."""
     with working("loading torch") as report:
         from backpass.lab.subjects import parse_device
         from backpass.lab.training.recipe import Recipe, read_recipe
@@ -120,16 +133,17 @@ def train(
         check_folder(out, resume)
         file = recipe or (out / "recipe.toml" if resume else None)
         values = read_recipe(file) if file else {}
-        wanted = Recipe.of(
-            {**values, **{name: value for name, value in given.items() if value is not None}},
-            str(file) if file else "the command line",
-        )
+        every = given.get("checkpoint_every", "")
+        if every.isdigit():
+            given["checkpoint_every"] = int(every)
+        wanted = Recipe.of({**values, **given}, str(file) if file else "the command line")
         where = device_of_this_process(parse_device(device))
         try:
             trained = carry_out(wanted, out, device=where, resume=resume, report=report, tell=say)
         except Interrupted as stopped:
             if is_first_process():
-                say(f"backpass: {str(stopped).partition(':')[0]}. Go on: backpass train --resume --out {out}", err=True)
+                what = str(stopped).partition(":")[0]
+                say(f"backpass: {what}. Continue: backpass train --resume --out {out}", err=True)
             raise typer.Exit(130) from None
     if is_first_process():
         _print(trained, out)

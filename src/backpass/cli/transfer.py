@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,16 @@ import typer
 
 from backpass.cli import options as o
 from backpass.cli.entry import app
-from backpass.cli.printing import print_claims, print_findings, print_table, print_written, working
+from backpass.cli.printing import (
+    print_claims,
+    print_findings,
+    print_table,
+    print_written,
+    told_when_interrupted,
+    working,
+)
+from backpass.cli.processes import processes
+from backpass.errors import BackpassError
 
 __all__ = ["transfer"]
 
@@ -59,6 +69,9 @@ def transfer(
     device: o.Device = "cpu",
     batch_size: o.BatchSize = 256,
     dtype: o.Dtype = None,
+    target: o.Target = None,
+    classes: o.Classes = None,
+    resume: o.Resume = False,
     out: Annotated[Path, typer.Option(help="Folder for report.html and result.json.")] = Path("runs/transfer"),
 ) -> None:
     """Attack some networks and show the images to others: the matrix of black-box success.
@@ -67,10 +80,22 @@ def transfer(
     Rules are attached to the sources; the targets judge as they are.
     """
     given = o.Settings(
-        step=step, steps=steps, restarts=restarts, norm=norm, loss=loss, dtype=dtype, logits=logits, seed=seed
+        step=step,
+        steps=steps,
+        restarts=restarts,
+        norm=norm,
+        loss=loss,
+        dtype=dtype,
+        logits=logits,
+        seed=seed,
+        target=target,
     )
-    with working("loading torch") as report:
+    kept = "Finished parts are kept: --resume goes on with them."
+    with ExitStack() as stack:
+        stack.enter_context(told_when_interrupted(kept))
+        report = stack.enter_context(working("loading torch"))
         from backpass.lab.data import load_data
+        from backpass.lab.data.class_map import match_classes
         from backpass.lab.numbers import read_number
         from backpass.lab.protocols import make_protocol
         from backpass.lab.report import write_report
@@ -81,7 +106,7 @@ def transfer(
         from backpass.lab.subjects import load_named, parse_device, short_names
 
         radii = [read_number(text, "--eps") for text in eps]
-        ordered, where = order_rules(rules), parse_device(device)
+        ordered, (where, first) = order_rules(rules), stack.enter_context(processes(parse_device(device)))
         space = make_protocol(protocol, data, o.read_normalisation(mean, std))
         settings = {**given.as_options(), "early_stop": False}
         make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
@@ -91,12 +116,14 @@ def transfer(
             normalisation.check(images.images.pixels.shape[1])
         networks = load_named([*sources, *targets], device=where, seed=seed, normalisation=in_front, data=images)
         few = images.images.x[:2].to(where)
-        for subject in networks.values():
-            subject.try_on(few, data, images.classes)
+        outputs = {s.name: s.try_on(few, data, None if classes else images.classes) for s in networks.values()}
+        if len(set(outputs.values())) > 1:
+            raise BackpassError(f"the networks have different numbers of outputs: {outputs}. Their classes must agree.")
+        some = next(iter(outputs.values()))
+        images = match_classes(images, classes, some or images.classes, sources[0])
         for spec in sources:
             check_rules(networks[spec], ordered, few, data)
         names = short_names(networks)
-        out.mkdir(parents=True, exist_ok=True)
         study = Study(
             sources={names[spec]: networks[spec] for spec in sources},
             targets={names[spec]: networks[spec] for spec in targets},
@@ -108,10 +135,14 @@ def transfer(
             rules=ordered,
             batch_size=batch_size,
             device=where,
+            shards=o.open_shards(out, resume, first),
+            target=o.read_target(target, images.class_names),
         )
         measured = measure(study, report)
         result = describe(measured)
-        written = write_report(result, out)
+        written = write_report(result, out) if first else []
+    if not first:
+        return
     for shown in result.tables:
         print_table(shown, columns=len(shown.columns))
     if result.claims:

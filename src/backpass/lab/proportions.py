@@ -8,14 +8,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from backpass.attacks import Rate
+from backpass.attacks.paired import paired
 from backpass.errors import BackpassError
 from backpass.lab.claims import Claim, verdict
-from backpass.lab.statistics import Interval, sign_test
+from backpass.lab.statistics import Interval
 from backpass.lab.wording import interval_text
 
 __all__ = ["PairedDifference", "judge_images", "paired_difference", "percent", "percent_text"]
-
-_Z = 1.959963984540054  # the normal quantile of a two-sided 95 %
 
 
 def percent(rate: Rate) -> Interval:
@@ -48,23 +47,17 @@ class PairedDifference(NamedTuple):
 
 
 def paired_difference(ours: Tensor, theirs: Tensor) -> PairedDifference:
-    r"""Compares two outcomes on the same images, (N,) bool each.
-
-    The estimate is :math:`(b - c)/N` with b and c the images that only one of the two fools; the interval is that of
-    Agresti and Min (2005), :math:`\frac{b-c}{N+2} \pm z\,\frac{\sqrt{b+c+1-(b-c)^2/(N+2)}}{N+2}`, which, unlike the
-    plain one, does not shrink to a point where the two agree on every image.
+    """Compare two outcomes on the same images, (N,) bool each; see `backpass.attacks.Paired`.
 
     Raises:
         BackpassError: the two differ in length, or are empty.
     """
     if ours.shape != theirs.shape or ours.numel() == 0:
         raise BackpassError(f"paired outcomes must be as many, at least one; got {len(ours)} and {len(theirs)}.")
-    n = len(ours)
-    b, c = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-    centre = (b - c) / (n + 2)
-    half = _Z * math.sqrt(max(b + c + 1 - (b - c) ** 2 / (n + 2), 0.0)) / (n + 2)
-    ends = max(centre - half, -1.0), min(centre + half, 1.0)
-    return PairedDifference(b, c, Interval(100 * (b - c) / n, 100 * ends[0], 100 * ends[1], n), sign_test(b, c))
+    found = paired(ours, theirs)
+    low, high = found.interval
+    interval = Interval(100 * found.difference, 100 * low, 100 * high, found.samples)
+    return PairedDifference(found.only_first, found.only_second, interval, found.p_value)
 
 
 def judge_images(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from backpass.errors import BackpassError
 from backpass.lab.data import Labelled
 from backpass.lab.models import Normalize
+from backpass.lab.models.libraries import is_of_a_library, library_network
 from backpass.lab.models.lookup import find
 from backpass.lab.normalisation import Normalisation, known_normalisation, measured_normalisation
 from backpass.lab.protocols import Rescaled
@@ -48,8 +49,10 @@ class Subject:
         """The number of parameters."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def try_on(self, x: Tensor, data: str, classes: int | None = None) -> None:
-        """One call on a few images (N, C, H, W); more outputs than the data has classes are told in a warning.
+    def try_on(self, x: Tensor, data: str, classes: int | None = None) -> int | None:
+        """Call the network on a few images (N, C, H, W) and return its number of outputs, None where it has no logits.
+
+        More outputs than the data has classes are warned of.
 
         Raises:
             BackpassError: the network does not take them.
@@ -58,9 +61,10 @@ class Subject:
         self.model.eval()
         try:
             with torch.no_grad():
-                output = self.model(x)
+                output = self.model(x.clone())
             if classes and isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > classes:
                 _LOG.warning("%s has %d outputs, and %s %d classes.", self.name, output.shape[1], data, classes)
+            return output.shape[1] if isinstance(output, Tensor) and output.dim() == 2 else None
         except BackpassError:
             raise
         except Exception as error:  # a user's own forward may raise anything
@@ -84,7 +88,8 @@ def load_subject(
     """The network of a name with the weights of a file.
 
     Args:
-        name: a lab network, or a user's own as ``module:callable``, which is imported and called.
+        name: a lab network, a user's own as ``module:callable``, which is imported and called, or one of another
+            library as ``timm:NAME``, ``torchvision:NAME`` or ``robustbench:NAME``, normalised as it states.
         weights: a file of weights, or ``None`` for those that the network has when it is made.
         device: where it goes.
         seed: of the initial weights; the global random state is not touched.
@@ -99,12 +104,19 @@ def load_subject(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            network = _make(name, data, seed)
+            if is_of_a_library(name):
+                kept = None if data is None else data.name
+                network, own_normalisation = library_network(name, pretrained=weights is None, data=kept)
+                normalisation = normalisation or own_normalisation
+            else:
+                network = _make(name, data, seed)
         except BackpassError:
             raise
         except Exception as error:  # a user's own module may raise anything when it is imported or called
             raise BackpassError(f"{name!r} failed when it was imported or called: {_first_line(error)}") from error
     origin = "its own initial ones: no file of weights was given"
+    if is_of_a_library(name):
+        origin = f"those of {name.partition(':')[0]}"
     if weights is not None:
         load_weights(network, weights)
         origin = weights.name
@@ -122,7 +134,7 @@ def load_subject(
         model=model,
         weights=origin,
         digest=weights_hash(network),
-        trained=weights is not None,
+        trained=weights is not None or is_of_a_library(name),
     )
 
 

@@ -68,7 +68,9 @@ class ActivationInterception(Interception):
         self.compositions = self.rule.compositions
 
     def _looks(self, caller: ModuleCall) -> bool:
-        return caller.looks or (self.run.plan is None and self.replayed is None and self.compositions)
+        if caller.looks or self.run.plan is not None or self.replayed is not None:
+            return caller.looks
+        return bool(self.compositions) and not is_dynamo_compiling()
 
     def _origins(self, call: ModuleCall) -> Origins:
         if call.origins is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 from weakref import ref
@@ -71,6 +71,7 @@ class SIBP(Rule):
 
     name: ClassVar[str] = "sibp"
     functions: ClassVar[Mapping[TorchFunction, str]] = {**_LAYERS, **PRODUCTS}
+    observed: ClassVar[Collection[TorchFunction]] = tuple(ACTIVATIONS)
     opaque: ClassVar[Mapping[TorchFunction, str]] = OPAQUE
 
     eta: float | None = 0.1

@@ -31,6 +31,7 @@ __all__ = [
     "pop_mode",
     "push_mode",
     "restore_modes",
+    "saved_tensor_hooks",
     "sequence_number",
     "show_to_modes",
     "transforms",
@@ -107,9 +108,13 @@ def sequence_number(node: Any) -> int:
     return int(node._sequence_nr())
 
 
+saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+"""Return the innermost pair of saved-tensor hooks, or None; called with True."""
+
+
 def checkpoint_hooks() -> Any:
     """Return the innermost saved-tensor hook if it is a checkpoint's, each of which has its own; else None."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    top = saved_tensor_hooks(True)
     return top[0] if top is not None and top[0].__module__ == _CHECKPOINT else None
 
 

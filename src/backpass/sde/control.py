@@ -28,7 +28,7 @@ class LinearQuadratic:
         noise: s^2, the variance of one minibatch gradient, at least 0.
         eta: the largest learning rate, reached at u = 1; above 0.
         start: m(0), the excess risk at the start, above 0.
-        adversarial: K eta_I V''(theta_bar), what the adversary adds to the curvature; a + it is above 0.
+        adversarial: K eta_I V''(theta_bar), the adversary's addition to the curvature; the sum is above 0.
 
     Raises:
         BackpassError: a number is out of its range.
@@ -81,14 +81,14 @@ class LinearQuadratic:
         return best, self.fixed(best, horizon)
 
     def switch(self) -> float:
-        """Up to here, t*, u = 1 is optimal: m(t*) = eta s^2 / 2. Infinite without noise, 0 where m starts lower."""
+        """Return t*, up to which u = 1 is optimal: m(t*) = eta s^2 / 2. Infinite without noise, 0 if m starts lower."""
         level = self.eta * self.noise / 4
         if level == 0:
             return math.inf
         return math.log((self.start - level) / level) / (2 * self.effective) if self.start > 2 * level else 0.0
 
     def optimal(self, t: float) -> tuple[float, float]:
-        """The optimal u(t), 1 up to t* and then u_0 / (1 + a u_0 (t - t*)), with its m(t), then u eta s^2 / 2."""
+        """Return u(t), 1 up to t* and then u_0 / (1 + a u_0 (t - t*)), and m(t), u eta s^2 / 2 after t*."""
         switch = self.switch()
         if t < switch:
             return 1.0, self.fixed(1.0, t)
@@ -97,20 +97,20 @@ class LinearQuadratic:
         return u, u * self.eta * self.noise / 2
 
     def linear(self, m: float) -> float:
-        """What the derivative of m has to the first power of u, -2 a m."""
+        """Coefficient of u in the derivative of m, -2 a m."""
         return -2 * self.effective * m
 
     def quadratic(self, m: float) -> float:
-        """What the derivative of m has to the second power of u, a eta s^2 / 2, whatever m is."""
+        """Coefficient of u^2 in the derivative of m, a eta s^2 / 2 for every m."""
         return self.effective * self.eta * self.noise / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A control of the learning rate over time; ``factor`` is what `torch.optim.lr_scheduler.LambdaLR` takes.
+    """A control of the learning rate over time; pass ``factor`` to `torch.optim.lr_scheduler.LambdaLR`.
 
     Attributes:
-        problem: what it is optimal for.
+        problem: the linear-quadratic problem.
         times: in SDE time t = steps * eta, increasing, from 0 to the horizon.
         control: u at these times, in [0, 1].
         risk: m at these times.
@@ -155,8 +155,8 @@ def optimal_lr(
     horizon: float,
     adversarial: float = 0.0,
     method: Literal["closed", "hjb"] = "closed",
-    points: int = 800,
-    steps: int = 1000,
+    points: int = 400,
+    steps: int = 400,
 ) -> Schedule:
     r"""The schedule u(t) in [0, 1] with the smallest excess risk m(T) of a linear-quadratic problem.
 
@@ -172,19 +172,19 @@ def optimal_lr(
         horizon: T, in SDE time: steps * eta; above 0.
         adversarial: K eta_I V''(theta_bar), added to the curvature.
         method: ``"closed"``, or ``"hjb"``: the Hamilton-Jacobi-Bellman equation in m, by finite differences.
-        points: of the schedule, and of the grid in m; at least 10.
+        points: of the schedule, and at least as many of the grid in ln m; at least 10.
         steps: implicit Euler steps of the finite differences; at least 10.
 
     Raises:
-        BackpassError: a number is out of its range.
+        BackpassError: a number is out of its range, or m falls too deep for finite differences.
 
     Example:
         >>> schedule = optimal_lr(curvature=1.0, noise=1.0, eta=0.1, start=0.5, horizon=10.0)
         >>> round(schedule.value, 6), round(schedule.fixed[1], 6)
         (0.005248, 0.00872)
 
-    Source: derived from the setting of Gu and Guo, arXiv 2105.08037, in the manner of Li, Tai and E, arXiv
-    1511.06251, section 4, who control plain stochastic gradient descent.
+    Source: derived for this project in the setting of Gu and Guo, arXiv 2105.08037v1 (learning-rate control is a claim
+    of version 1 alone), in the manner of Li, Tai and E, arXiv 1511.06251, section 4, for plain SGD.
     """
     problem = LinearQuadratic(curvature=curvature, noise=noise, eta=eta, start=start, adversarial=adversarial)
     if not (is_number(horizon) and horizon > 0):

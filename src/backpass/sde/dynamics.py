@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, jvp, vjp, vmap
+from torch.func import grad, jacrev, vjp, vmap
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.numbers import is_number, is_whole
+from backpass.numbers import is_whole
+from backpass.sde.derivative import along
 from backpass.sde.inner import Direction, InnerLoop, Regulariser
-from backpass.sde.problem import Data, Loss, check_data, check_losses, check_theta
+from backpass.sde.ito import TorchSDE
+from backpass.sde.problem import Data, Loss, check_data, check_losses, check_rate, check_theta
 
 __all__ = ["AdversarialSDE"]
 
@@ -25,7 +26,8 @@ class AdversarialSDE:
 
     The chain is theta' = theta - eta_outer (1/B) sum_j g(theta, x_j) with x_j drawn uniformly and independently,
     g = d/dtheta L(theta, x + delta_K(theta, x)) at fixed delta_K, and delta_K from K = `steps` steps of the inner
-    loop. h = E g is its mean field and S = Cov(g) / B; time is t = k eta_outer after k steps.
+    loop. h = E g is its mean field and S = Cov(g) / B; time is t = k eta_outer after k steps. A trainer that permutes
+    the samples in each epoch has the same drift but far less noise in the long run: see `permuted_law`.
 
     - ``mode="exact"`` keeps the attack as it is: order 2 in eta_outer whatever eta_inner. Use it to predict.
     - ``mode="expanded"`` is for eta_inner = O(eta_outer): drift -[grad G + eta/2 (Hess G) grad G + grad_theta
@@ -34,15 +36,15 @@ class AdversarialSDE:
     - ``order=1`` leaves out the terms of order eta: drift -h, or -grad G where expanded.
 
     All methods take theta as one path (P,) or several (M, P), give results with the same leading shape, work inside
-    `torch.func` transforms, and are differentiable in theta.
+    `torch.func` transforms, and are differentiable in theta, eta_outer, eta_inner and the data.
 
     Args:
         loss: loss(theta, x, y) -> (N,), see `from_module` for a network.
         data: (x, y), each with N rows; the adversary moves x alone.
-        eta_outer: the learning rate, > 0.
+        eta_outer: the learning rate, > 0; a number, or a tensor () to differentiate with respect to it.
         batch_size: B >= 1, drawn with replacement.
         steps: K >= 0 of the inner loop; 0 is plain SGD.
-        eta_inner: the adversary's step size, >= 0.
+        eta_inner: the adversary's step size, >= 0; a number or a tensor ().
         lam: weight of the penalty R on the perturbation.
         regulariser: R, (N, ...) -> (N,); None for |delta|^2 / 2.
         inner: the adversary follows the ``"gradient"``, its ``"sign"``, or a function of the gradient.
@@ -62,16 +64,16 @@ class AdversarialSDE:
         >>> sde.drift(torch.zeros(100, 3)).shape
         torch.Size([100, 3])
 
-    Source: setting of Gu, Guo, arXiv 2105.08037 (abstract); drift and noise derived for this project.
+    Source: setting of Gu and Guo, arXiv 2105.08037v1 (abstract); drift and noise derived for this project.
     """
 
     loss: Loss
     data: Data
     _: KW_ONLY
-    eta_outer: float
+    eta_outer: float | Tensor
     batch_size: int = 1
     steps: int = 0
-    eta_inner: float = 0.0
+    eta_inner: float | Tensor = 0.0
     lam: float = 0.0
     regulariser: Regulariser | None = None
     inner: Direction = "gradient"
@@ -84,10 +86,7 @@ class AdversarialSDE:
         if not callable(self.loss):
             raise BackpassError(f"loss is a function loss(theta, x, y) -> (N,); got {type(self.loss).__name__}.")
         check_data(self.data)
-        if not (is_number(self.eta_outer) and self.eta_outer > 0):
-            raise BackpassError(
-                f"eta_outer is the learning rate, which is also the unit of the noise: > 0; got {self.eta_outer!r}."
-            )
+        check_rate("eta_outer, the learning rate", self.eta_outer, positive=True)
         if not is_whole(self.batch_size, 1):
             raise BackpassError(f"batch_size is an integer >= 1; got {self.batch_size!r}.")
         if self.mode not in ("exact", "expanded"):
@@ -96,7 +95,7 @@ class AdversarialSDE:
             raise BackpassError(f"unrolled is True or False; got {self.unrolled!r}.")
         if isinstance(self.order, bool) or self.order not in (1, 2):
             raise BackpassError(f"order is 1 or 2; got {self.order!r}.")
-        _ = self.inner_loop  # refuses settings out of their range
+        _ = self.inner_loop  # validates the adversary's settings
 
     @property
     def inner_loop(self) -> InnerLoop:
@@ -112,8 +111,13 @@ class AdversarialSDE:
 
     @property
     def noise_dim(self) -> int:
-        """How many normal numbers a path's noise takes: N, one per sample."""
+        """Number of normal variates that the noise of a path takes: N, one per sample."""
         return len(self.data[0])
+
+    @property
+    def time_step(self) -> float:
+        """SDE time of one step of the chain, eta_outer."""
+        return float(self.eta_outer.detach()) if isinstance(self.eta_outer, Tensor) else self.eta_outer
 
     def mean_field(self, theta: Tensor) -> Tensor:
         """h(theta) = E g(theta, x), the mean gradient at the perturbed samples; (..., P)."""
@@ -130,14 +134,28 @@ class AdversarialSDE:
             theta: (..., P).
             xi: standard normal, (..., N); times sqrt(dt) for an increment of length dt.
         """
-        check_theta(theta, self.data[0])
-        if not isinstance(xi, Tensor) or xi.dtype != theta.dtype or xi.shape != (*theta.shape[:-1], self.noise_dim):
-            got = f"{tuple(xi.shape)} {xi.dtype}" if isinstance(xi, Tensor) else type(xi).__name__
-            raise BackpassError(
-                f"xi needs a number per path and sample, {(*theta.shape[:-1], self.noise_dim)} {theta.dtype}; "
-                f"got {got}."
-            )
+        self._check_xi(theta, xi)
         return self._over_paths(self._noise, theta, xi)
+
+    def coefficients(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Drift, noise and leading drift at once; they share the attack, so this is cheaper than all in turn."""
+        self._check_xi(theta, xi)
+        if self.mode == "expanded" or self.unrolled:
+            return self.drift(theta), self.noise(theta, xi), self.leading_drift(theta)
+        if theta.ndim == 1:
+            return self._exact_coefficients(theta, xi)
+        found: tuple[Tensor, Tensor, Tensor] = vmap(self._exact_coefficients)(theta.contiguous(), xi)
+        return found
+
+    def leading_and_noise(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
+        """Leading drift and noise at once; (..., P) each."""
+        _, noise, leading = replace(self, order=1).coefficients(theta, xi)
+        return leading, noise
+
+    def leading_drift(self, theta: Tensor) -> Tensor:
+        """The drift without its terms of order eta: -h, or -grad G where expanded; (..., P)."""
+        plain = self._mean_field if self.mode == "exact" else self._clean_slope
+        return -self._over_paths(plain, theta)
 
     def covariance(self, theta: Tensor) -> Tensor:
         """S = Cov(g) / B as a matrix, without eta; for few parameters; (..., P, P)."""
@@ -183,6 +201,19 @@ class AdversarialSDE:
             raise BackpassError(f"index is in 0..{self.noise_dim - 1}: {error}.") from error
         return self._over_paths(self._chain_step, theta, *batch)
 
+    def as_torchsde(self) -> TorchSDE:
+        """Return the SDE as a module for `torchsde.sdeint` and `torchsde.sdeint_adjoint`."""
+        return TorchSDE(self)
+
+    def _check_xi(self, theta: Tensor, xi: Tensor) -> None:
+        check_theta(theta, self.data[0])
+        if not isinstance(xi, Tensor) or xi.dtype != theta.dtype or xi.shape != (*theta.shape[:-1], self.noise_dim):
+            got = f"{tuple(xi.shape)} {xi.dtype}" if isinstance(xi, Tensor) else type(xi).__name__
+            raise BackpassError(
+                f"xi needs a number per path and sample, {(*theta.shape[:-1], self.noise_dim)} {theta.dtype}; "
+                f"got {got}."
+            )
+
     def _check_index(self, index: Tensor, theta: Tensor) -> None:
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
             got = index.dtype if isinstance(index, Tensor) else type(index).__name__
@@ -192,7 +223,10 @@ class AdversarialSDE:
 
     def _over_paths(self, function: Callable[..., Tensor], theta: Tensor, *rest: Tensor) -> Tensor:
         check_theta(theta, self.data[0])
-        return function(theta, *rest) if theta.ndim == 1 else vmap(function)(theta, *rest)
+        if theta.ndim == 1:
+            return function(theta, *rest)
+        # One place in memory per number: forward-mode differentiation refuses expanded tensors.
+        return vmap(function)(theta.contiguous(), *rest)
 
     def _losses(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return check_losses(self.loss(theta, x, y), len(x))
@@ -205,8 +239,8 @@ class AdversarialSDE:
         """L(theta, x + delta_K(attacked, x)): the same parameters, of which theta alone is differentiated."""
         return self._losses(theta, x + self._perturbation(attacked, x, y), y)
 
-    def _gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """The mean of g over the samples."""
+    def gradient_at(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The mean of g over given samples, for one theta (P,); (P,)."""
         if self.unrolled:
             through: Tensor = grad(lambda p: self._attacked(p, p, x, y).mean())(theta)
             return through
@@ -216,22 +250,25 @@ class AdversarialSDE:
         return frozen
 
     def _mean_field(self, theta: Tensor) -> Tensor:
-        return self._gradient(theta, *self.data)
+        return self.gradient_at(theta, *self.data)
 
     def _chain_step(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return theta - self.eta_outer * self._gradient(theta, x, y)
+        return theta - self.eta_outer * self.gradient_at(theta, x, y)
 
     def _exact_drift(self, theta: Tensor) -> Tensor:
         h = self._mean_field(theta)
-        return -h if self.order == 1 else -h - self.eta_outer / 2 * _along(self._mean_field, theta, h)
+        return -h if self.order == 1 else -h - self.eta_outer / 2 * along(self._mean_field, theta, h)
 
     def _expanded_drift(self, theta: Tensor) -> Tensor:
-        clean = grad(lambda p: self._losses(p, *self.data).mean())
-        slope: Tensor = clean(theta)
+        slope = self._clean_slope(theta)
         if self.order == 1:
             return -slope
-        plain = -slope - self.eta_outer / 2 * _along(clean, theta, slope)
+        plain = -slope - self.eta_outer / 2 * along(self._clean_slope, theta, slope)
         return plain - self._linear_term(theta) if self.steps else plain
+
+    def _clean_slope(self, theta: Tensor) -> Tensor:
+        slope: Tensor = grad(lambda p: self._losses(p, *self.data).mean())(theta)
+        return slope
 
     def _linear_term(self, theta: Tensor) -> Tensor:
         """grad_theta E <L_x, delta> with delta from the loss linearised in delta, itself fixed unless unrolled."""
@@ -265,16 +302,20 @@ class AdversarialSDE:
 
     def _noise(self, theta: Tensor, xi: Tensor) -> Tensor:
         pull: Callable[[Tensor], tuple[Tensor]] = vjp(self._noisy_losses(theta), theta)[1]
-        scale = math.sqrt(self.eta_outer / (self.batch_size * self.noise_dim))
-        return pull((xi - xi.mean()) * scale)[0]
+        return pull(self._cotangents(xi))[0]
+
+    def _cotangents(self, xi: Tensor) -> Tensor:
+        return (xi - xi.mean()) * (self.eta_outer / (self.batch_size * self.noise_dim)) ** 0.5
+
+    def _exact_coefficients(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = self.data
+        at = x + self._perturbation(theta, x, y)
+        losses, pull = vjp(lambda p: self._losses(p, at, y), theta)[:2]
+        h, noise = pull(torch.full_like(losses, 1 / len(losses)))[0], pull(self._cotangents(xi))[0]
+        drift = -h if self.order == 1 else -h - self.eta_outer / 2 * along(self._mean_field, theta, h)
+        return drift, noise, -h
 
     def _covariance(self, theta: Tensor) -> Tensor:
         gradients: Tensor = jacrev(self._noisy_losses(theta))(theta)
         centred = gradients - gradients.mean(0)
         return centred.mT @ centred / (self.batch_size * self.noise_dim)
-
-
-def _along(field: Callable[[Tensor], Tensor], theta: Tensor, direction: Tensor) -> Tensor:
-    """The derivative of a vector field along a direction, by forward-mode differentiation."""
-    derivative: Tensor = jvp(field, (theta,), (direction,))[1]
-    return derivative

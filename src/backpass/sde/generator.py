@@ -1,4 +1,4 @@
-"""How fast an expectation changes along the SDE."""
+"""Generator of the SDE: the derivative of expectations in time."""
 
 from __future__ import annotations
 

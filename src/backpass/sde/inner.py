@@ -12,11 +12,12 @@ from torch.func import grad
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.numbers import is_number, is_whole
+from backpass.sde.problem import check_rate
 
 __all__ = ["Direction", "InnerLoop", "Regulariser"]
 
 Direction = Literal["gradient", "sign"] | Callable[[Tensor], Tensor]
-"""What is followed: the gradient, its sign, or a function of the gradient, (N, ...) -> (N, ...), sample by sample."""
+"""Direction of a step: the gradient, its sign, or a function of the gradient, (N, ...) -> (N, ...), per sample."""
 
 Regulariser = Callable[[Tensor], Tensor]
 """R(delta): perturbations (N, ...) -> penalties (N,)."""
@@ -28,7 +29,7 @@ class InnerLoop:
 
     Args:
         steps: K >= 0; with 0 there is no adversary.
-        eta: the step size, >= 0.
+        eta: the step size, >= 0; a number or a tensor ().
         direction: ``"gradient"``, ``"sign"``, or a function of the gradient.
         lam: weight of the penalty R, >= 0.
         regulariser: R, a value per sample; None for |delta|^2 / 2.
@@ -39,7 +40,7 @@ class InnerLoop:
     """
 
     steps: int
-    eta: float
+    eta: float | Tensor
     direction: Direction = "gradient"
     lam: float = 0.0
     regulariser: Regulariser | None = None
@@ -48,9 +49,9 @@ class InnerLoop:
     def __post_init__(self) -> None:
         if not is_whole(self.steps, 0):
             raise BackpassError(f"steps, the adversary's, is an integer >= 0 (0: plain SGD); got {self.steps!r}.")
-        for name, value in (("eta_inner", self.eta), ("lam", self.lam)):
-            if not (is_number(value) and value >= 0):
-                raise BackpassError(f"{name} is a finite number >= 0; got {value!r}.")
+        check_rate("eta_inner", self.eta)
+        if not (is_number(self.lam) and self.lam >= 0):
+            raise BackpassError(f"lam must be a finite number >= 0, got {self.lam!r}.")
         if self.eps is not None and not (is_number(self.eps) and self.eps > 0):
             raise BackpassError(f"eps, the radius of the ball, is a finite number > 0, or None; got {self.eps!r}.")
         if self.regulariser is not None and not callable(self.regulariser):
@@ -61,7 +62,7 @@ class InnerLoop:
             raise UnknownNameError("inner", str(self.direction), ("gradient", "sign"))
 
     def run(self, gradient: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-        """delta_K for the gradient of L given as a function of delta, (N, ...) -> (N, ...)."""
+        """Return delta_K, from the gradient of L as a function of delta, (N, ...) -> (N, ...)."""
         delta = torch.zeros_like(like)
         for _ in range(self.steps):
             ascent = gradient(delta)

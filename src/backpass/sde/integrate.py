@@ -1,230 +1,248 @@
-"""Ensembles of paths of a stochastic differential equation, and of the chain beside it."""
+"""Integrate ensembles of paths of an SDE, and run the chain that it models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
-from typing import Literal, NamedTuple, Protocol
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.numbers import is_number, is_whole
-from backpass.sde.dynamics import AdversarialSDE
+from backpass.numbers import is_number
+from backpass.sde.brownian import BrownianPath
+from backpass.sde.chain import Chain
+from backpass.sde.ito import SDE, TimeDependentSDE, at_time
+from backpass.sde.paths import ROUNDING, Observe, Paths, record_paths, record_times, start_paths
 
-__all__ = ["SDE", "ItoSDE", "Paths", "integrate", "run_chain"]
+__all__ = ["METHODS", "integrate"]
 
-Method = Literal["heun", "euler"]
-Observe = Callable[[Tensor], Tensor]
-"""What is recorded of the paths: (..., P) -> (...), for instance `AdversarialSDE.gradient_penalty`."""
-
-
-class SDE(Protocol):
-    """dTheta = drift(Theta) dt + noise(Theta, dW), in Ito's sense."""
-
-    @property
-    def noise_dim(self) -> int:
-        """The dimension of W."""
-
-    def drift(self, theta: Tensor) -> Tensor:
-        """(..., P) -> (..., P)."""
-
-    def noise(self, theta: Tensor, xi: Tensor) -> Tensor:
-        """Linear in xi: (..., P), (..., noise_dim) -> (..., P)."""
+Method = Literal["predictor_corrector", "derivative_free", "euler_maruyama"]
+METHODS = ("predictor_corrector", "derivative_free", "euler_maruyama")
+"""All are for Ito noise. Weak orders: see `integrate`."""
 
 
-@dataclass(frozen=True)
-class ItoSDE:
-    """Any SDE, from its two functions.
+@runtime_checkable
+class _Expanded(Protocol):
+    """An SDE whose drift is a leading term and terms of order eta."""
 
-    Args:
-        drift: (..., P) -> (..., P).
-        noise: (theta, xi) -> (..., P), linear in xi, (..., noise_dim).
-        noise_dim: the dimension of xi.
-    """
+    def coefficients(self, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    drift: Callable[[Tensor], Tensor]
-    noise: Callable[[Tensor, Tensor], Tensor]
-    _: KW_ONLY
-    noise_dim: int
-
-
-class Paths(NamedTuple):
-    """Recorded paths.
-
-    Attributes:
-        times: (R,) float64; with one record, the final time alone.
-        values: what was observed at those times, (R, ...); the parameters, (R, ..., P), without ``observe``.
-        theta: the parameters at the end, (..., P).
-    """
-
-    times: Tensor
-    values: Tensor
-    theta: Tensor
+    def leading_drift(self, theta: Tensor) -> Tensor: ...
 
 
 def integrate(
-    sde: SDE,
+    sde: SDE | TimeDependentSDE,
     theta0: Tensor,
     t: float,
     dt: float | None = None,
-    method: Method = "heun",
+    method: Method | None = None,
     *,
     paths: int | None = None,
     generator: torch.Generator | None = None,
-    record: int | None = None,
+    brownian: BrownianPath | None = None,
+    record: int | Sequence[float] | Tensor | None = None,
     observe: Observe | None = None,
     coarse: bool = False,
 ) -> Paths:
-    """Follow an ensemble of paths from theta0 to time t.
+    """Integrate an ensemble of paths from theta0 to time t.
 
-    ``"heun"`` takes the mean of the drift at both ends of the step and the noise at its beginning (Ito); its weak
-    error is O(dt^2 + eta dt) where the noise is of size sqrt(eta). ``"euler"`` is Euler-Maruyama, O(dt).
+    | method | calculus | weak order | its error |
+    | --- | --- | --- | --- |
+    | ``"predictor_corrector"`` | Ito | 2 if the noise does not depend on theta | O(dt^2) |
+    | | | 2 if the noise has size sqrt(eta), dt <= eta | O(dt^2 + eta dt) |
+    | | | 1 otherwise | O(dt) |
+    | ``"derivative_free"`` | Ito | 2 in eta, against the chain, dt <= eta | O(eta^2) |
+    | ``"euler_maruyama"`` | Ito | 1 | O(dt) |
 
-    The trap: an `AdversarialSDE` of order 2 differs from that of order 1 by terms of order eta, as large as what
-    Euler-Maruyama gets wrong at dt = eta. So for order 2 only Heun with dt <= eta/4 is allowed, and for order 1 Euler
-    with dt <= eta. Euler with dt = eta on mode exact, order 1, is the chain itself with Gaussian noise.
+    The predictor-corrector method takes the mean of the drift at both ends of a step and the noise at its beginning.
+    The derivative-free method is for a process of order 2 in mode exact. With the leading drift f = -h it steps to
+    theta + dt f(theta + (dt - eta)/2 f(theta) + noise/2) + noise, which holds eta/2 (Dh) h without a derivative. It
+    costs less, but for dt -> 0 it converges to an SDE that differs from the given one by O(eta^2).
+    (Stochastic Heun would take the noise at both ends, which is Stratonovich's calculus: not offered.)
+
+    An `AdversarialSDE` of order 2 differs from that of order 1 by terms of order eta, as large as the error of
+    Euler-Maruyama at dt = eta. So for order 2 only the predictor-corrector method with dt <= eta/4 is allowed, and for
+    order 1 Euler-Maruyama with dt <= eta. Euler-Maruyama with dt = eta on mode exact, order 1, is the chain itself with
+    Gaussian noise.
 
     Args:
-        sde: what is integrated.
+        sde: an `AdversarialSDE`, `ControlledSDE`, `MomentumSDE`, `ItoSDE`, or any object with their methods.
         theta0: one start (P,), or one per path (M, P).
         t: the final time, > 0; that of k steps of the chain is k eta_outer.
         dt: no step is longer than this; steps are shortened to hit every record. None for eta_outer/4; for an SDE
-            that is no `AdversarialSDE` it must be given.
-        method: ``"heun"`` or ``"euler"``.
+            that models no chain it must be given.
+        method: see the table; None for ``"predictor_corrector"``.
         paths: start M paths at the one theta0.
         generator: of the noise, on theta0's device; None for the global one.
-        record: record at time 0 and at this many equal intervals; None to record the end alone.
-        observe: what to record; None for the parameters.
+        brownian: the path to follow in place of drawing one: a halved dt refines it, several SDEs can share it.
+        record: an int to record at time 0 and at this many equal intervals; or the increasing times to record at;
+            None to record the end alone.
+        observe: function to record; None for the parameters.
         coarse: allow longer steps and lower orders than those above.
 
     Returns:
-        The records. Differentiable in theta0 and in what drift and noise depend on.
+        The records. Differentiable in theta0 and in what drift and noise depend on, such as eta_outer and the data.
 
     Raises:
         BackpassError: a setting is out of its range, or would lose the SDE's order.
+
+    Warns:
+        UserWarning: no method was named, and noise that depends on theta and is not small lowers the order of the
+            default to 1.
     """
-    if method not in ("heun", "euler"):
-        raise UnknownNameError("method", str(method), ("heun", "euler"))
-    theta = _start(theta0, paths)
-    if not (is_number(t) and t > 0):
-        raise BackpassError(f"t is the final time, > 0; got {t!r}.")
-    dt = _step_length(sde, dt, method, coarse)
-    records = _check_record(record)
-    per_record = math.ceil(t / records / dt * (1 - 1e-12))
-    h = t / records / per_record
-    root, euler, shape = math.sqrt(h), method == "euler", (*theta.shape[:-1], sde.noise_dim)
-
-    def advance(theta: Tensor) -> Tensor:
-        for _ in range(per_record):
-            xi = torch.randn(shape, generator=generator, dtype=theta.dtype, device=theta.device)
-            drift, noise = sde.drift(theta), sde.noise(theta, xi)
-            end = torch.add(theta, drift, alpha=h).add_(noise, alpha=root)
-            # Heun's step moves Euler's end by half of what the drift changes along it.
-            theta = end if euler else torch.add(end, sde.drift(end) - drift, alpha=h / 2)
-        return theta
-
-    return _record(advance, theta, records, record is not None, t / records, observe)
-
-
-def run_chain(
-    sde: AdversarialSDE,
-    theta0: Tensor,
-    steps: int,
-    *,
-    paths: int | None = None,
-    generator: torch.Generator | None = None,
-    record: int | None = None,
-    observe: Observe | None = None,
-) -> Paths:
-    """The same for the chain: ``steps`` steps of `AdversarialSDE.chain_step`, each of time eta_outer.
-
-    Args:
-        sde: whose chain.
-        theta0: one start (P,), or one per path (M, P).
-        steps: how many, >= 1.
-        paths: start M paths at the one theta0.
-        generator: draws the batches.
-        record: record at step 0 and at this many equal intervals, a divisor of ``steps``.
-        observe: what to record; None for the parameters.
-
-    Raises:
-        BackpassError: a setting is out of its range.
-    """
-    theta, records = _start(theta0, paths), _check_record(record)
-    if not is_whole(steps, 1) or steps % records:
-        raise BackpassError(f"steps is a positive multiple of record={records}; got {steps!r}.")
-
-    def advance(theta: Tensor) -> Tensor:
-        for _ in range(steps // records):
-            theta = sde.chain_step(theta, generator=generator)
-        return theta
-
-    return _record(advance, theta, records, record is not None, steps // records * sde.eta_outer, observe)
-
-
-def _record(
-    advance: Callable[[Tensor], Tensor],
-    theta: Tensor,
-    records: int,
-    with_start: bool,
-    interval: float,
-    observe: Observe | None,
-) -> Paths:
-    if observe is not None and not callable(observe):
-        raise BackpassError(f"observe is a function (..., P) -> (...), or None; got {observe!r}.")
-    observe = observe or (lambda theta: theta)
-    values = [observe(theta)] if with_start else []
-    for _ in range(records):
-        theta = advance(theta)
-        values.append(observe(theta))
-    times = torch.arange(records + 1, dtype=torch.float64) * interval
-    return Paths(times[-len(values) :], torch.stack(values), theta)
-
-
-def _start(theta0: Tensor, paths: int | None) -> Tensor:
-    if not isinstance(theta0, Tensor) or not theta0.is_floating_point() or theta0.ndim not in (1, 2):
-        got = tuple(theta0.shape) if isinstance(theta0, Tensor) else type(theta0).__name__
-        raise BackpassError(f"theta0 is a floating-point vector (P,), or one per path (M, P); got {got}.")
-    if not torch.isfinite(theta0).all():
-        raise BackpassError("theta0 has values that are NaN or infinite.")
-    if paths is None:
-        return theta0
-    if theta0.ndim != 1 or not is_whole(paths, 1):
-        raise BackpassError(
-            f"paths >= 1 starts that many at one theta0 of shape (P,); got {paths!r} and shape {tuple(theta0.shape)}."
+    named, method = method is not None, method or "predictor_corrector"
+    if method not in METHODS:
+        hint = " Stochastic Heun is for Stratonovich noise." if "heun" in str(method) else ""
+        raise (
+            UnknownNameError("method", f"{method}", METHODS)
+            if not hint
+            else BackpassError(
+                f"unknown method {method!r}.{hint} For Ito noise use 'predictor_corrector' or 'euler_maruyama'."
+            )
         )
-    return theta0.expand(paths, -1)
+    theta = start_paths(theta0, paths)
+    if not (is_number(t) and t > 0):
+        raise BackpassError(f"t must be the final time, a finite number > 0; got {t!r}.")
+    dt = _step_length(sde, dt, method, coarse)
+    times = record_times(record, t)
+    noises = _noises(sde, theta, generator, brownian, t, dt, times)
+    euler, now = method == "euler_maruyama", 0.0
+    check_order = not named and not isinstance(sde, Chain)
+
+    def advance(theta: Tensor, until: float) -> Tensor:
+        nonlocal now, check_order
+        begin = now
+        count = max(1, math.ceil((until - begin) / dt * (1 - ROUNDING)))
+        h = (until - begin) / count
+        root = math.sqrt(h)
+        for k in range(count):
+            here = at_time(sde, now)
+            xi = next(noises)
+            scale = root if brownian is None else 1.0
+            if method == "derivative_free":
+                theta = _shifted_step(sde, theta, xi, now, h, scale)
+                now = begin + (k + 1) * h
+                continue
+            drift, noise, leading = _coefficients(here, theta, xi)
+            now = begin + (k + 1) * h
+            end = torch.add(theta, drift, alpha=h).add_(noise, alpha=scale)
+            if check_order:
+                _warn_of_lost_order(here, theta, scale * noise, h)
+                check_order = False
+            if euler:
+                theta = end
+                continue
+            # The corrector moves Euler's end by half of the drift's change along the step. The change of terms of order
+            # eta is of order eta dt, like the error, and is left out.
+            there = at_time(sde, now)
+            change = (there.leading_drift(end) if isinstance(there, _Expanded) else there.drift(end)) - leading
+            theta = torch.add(end, change, alpha=h / 2)
+        return theta
+
+    return record_paths(advance, theta, times, t, observe)
 
 
-def _check_record(record: int | None) -> int:
-    if record is not None and not is_whole(record, 1):
-        raise BackpassError(f"record is how many equal intervals, >= 1, or None; got {record!r}.")
-    return record or 1
+def _shifted_step(sde: SDE | TimeDependentSDE, theta: Tensor, xi: Tensor, t: float, h: float, scale: float) -> Tensor:
+    """Take a step of the derivative-free method, with the coefficients in its middle."""
+    at = at_time(sde, t + h / 2)
+    leading, noise = at.leading_and_noise(theta, xi)  # type: ignore[attr-defined]
+    noise = scale * noise
+    shifted = torch.add(theta, leading, alpha=(h - sde.time_step) / 2).add_(noise, alpha=0.5)  # type: ignore[union-attr]
+    return torch.add(theta, at.leading_drift(shifted), alpha=h).add_(noise)  # type: ignore[attr-defined]
 
 
-def _step_length(sde: SDE, dt: float | None, method: Method, coarse: bool) -> float:
-    """The given dt or its default, unless it would lose the order of the SDE."""
+def _coefficients(sde: SDE, theta: Tensor, xi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return drift, noise and leading drift, at once where the SDE shares work between them."""
+    if isinstance(sde, _Expanded):
+        return sde.coefficients(theta, xi)
+    drift = sde.drift(theta)
+    return drift, sde.noise(theta, xi), drift
+
+
+def _noises(
+    sde: SDE | TimeDependentSDE,
+    theta: Tensor,
+    generator: torch.Generator | None,
+    brownian: BrownianPath | None,
+    t: float,
+    dt: float,
+    times: Sequence[float],
+) -> Iterator[Tensor]:
+    """Yield standard normal numbers of one step after another, or the increments of the given path."""
+    shape = (*theta.shape[:-1], sde.noise_dim)
+    if brownian is None:
+        while True:
+            yield torch.randn(shape, generator=generator, dtype=theta.dtype, device=theta.device)
+    if not isinstance(brownian, BrownianPath) or brownian.shape != shape or brownian.dtype != theta.dtype:
+        got = f"{brownian.shape} {brownian.dtype}" if isinstance(brownian, BrownianPath) else type(brownian).__name__
+        raise BackpassError(f"brownian must be a BrownianPath of shape {shape} and {theta.dtype}; got {got}.")
+    if abs(brownian.t - t) > ROUNDING * t:
+        raise BackpassError(f"the Brownian path ends at {brownian.t:g}, the integration at t={t:g}: they must agree.")
+    steps = math.ceil(t / dt * (1 - ROUNDING))
+    steps = brownian.steps * 2 ** max(0, math.ceil(math.log2(steps / brownian.steps) - ROUNDING))
+    h = t / steps
+    for time in times:
+        if abs(time / h - round(time / h)) > 1e-6:
+            raise BackpassError(f"with a Brownian path the times to record are multiples of dt={h:g}; got {time:g}.")
+    yield from brownian.increments(steps)
+
+
+def _warn_of_lost_order(sde: SDE, theta: Tensor, noise: Tensor, h: float) -> None:
+    """Warn where the noise changes along itself: by sqrt(h) times its derivative, of order 1."""
+    size = float(noise.detach().norm())
+    if not size > 0:
+        return
+    generator = torch.Generator(theta.device).manual_seed(0)
+    shape = (*theta.shape[:-1], sde.noise_dim)
+    with torch.no_grad():
+        xi = torch.randn(shape, generator=generator, dtype=theta.dtype, device=theta.device)
+        here = sde.noise(theta, xi)
+        change = float((sde.noise(theta + noise, xi) - here).norm() / here.norm())
+    if change > 0.2 * h**0.5:
+        warnings.warn(
+            "the noise depends on theta and is not small, so the default method has weak order 1 for this SDE. Name "
+            "method='euler_maruyama' or method='predictor_corrector' to accept that, and choose dt by halving it.",
+            stacklevel=4,
+        )
+
+
+def _step_length(sde: SDE | TimeDependentSDE, dt: float | None, method: Method, coarse: bool) -> float:
+    """Return the given dt or its default, unless it would lose the order of the SDE."""
     if dt is not None and not (is_number(dt) and dt > 0):
-        raise BackpassError(f"dt is the length of a step, > 0; got {dt!r}.")
-    if not isinstance(sde, AdversarialSDE):
+        raise BackpassError(f"dt must be the length of a step, a finite number > 0; got {dt!r}.")
+    if not isinstance(sde, Chain):
+        if method == "derivative_free":
+            raise BackpassError(
+                "method='derivative_free' is for an SDE that models a chain. Use 'predictor_corrector'."
+            )
         if dt is None:
-            raise BackpassError("dt has no default for this SDE: give the length of a step.")
+            raise BackpassError("dt has no default for this SDE: pass the length of a step.")
         return dt
-    eta = sde.eta_outer
-    if not coarse and method == "euler" and sde.order == 2:
+    step, euler = sde.time_step, method == "euler_maruyama"
+    if method == "derivative_free":
+        expanded = getattr(getattr(sde, "sde", sde), "mode", "exact") == "expanded"
+        if expanded or sde.order != 2 or not hasattr(at_time(sde, 0.0), "leading_and_noise"):
+            raise BackpassError(
+                "method='derivative_free' is for an AdversarialSDE or ControlledSDE of order 2 in mode 'exact'. Use "
+                "'predictor_corrector'."
+            )
+        if dt is not None and dt > step * (1 + 1e-12) and not coarse:
+            raise BackpassError(f"dt must be at most eta_outer = {step:g}; got {dt:g}. Pass coarse=True to allow it.")
+        return step if dt is None else dt
+    if not coarse and euler and sde.order == 2:
         raise BackpassError(
-            "Euler-Maruyama errs by as much as an SDE of order 2 adds. Use method='heun', or order=1 (in mode exact "
-            "with dt=eta_outer: the chain with Gaussian noise), or pass coarse=True to do it all the same."
+            "Euler-Maruyama errs by as much as an SDE of order 2 adds. Use method='predictor_corrector', or order=1 "
+            "(in mode exact with dt=eta_outer: the chain with Gaussian noise), or pass coarse=True to allow it."
         )
     if dt is None:
-        return eta if method == "euler" else eta / 4
-    longest = eta / 4 if sde.order == 2 else eta
+        return step if euler else step / 4
+    longest = step / 4 if sde.order == 2 else step
     if not coarse and dt > longest * (1 + 1e-12):
         raise BackpassError(
             f"dt must be at most eta_outer{'/4' if sde.order == 2 else ''} = {longest:g} for an SDE of order "
-            f"{sde.order}; got {dt:g}. Pass coarse=True to do it all the same."
+            f"{sde.order}; got {dt:g}. Pass coarse=True to allow it."
         )
     return dt

@@ -13,7 +13,7 @@ from backpass.sde.dynamics import AdversarialSDE
 from backpass.sde.lyapunov import relaxation_rate, solve_discrete_lyapunov, solve_lyapunov
 from backpass.sde.problem import check_theta
 
-__all__ = ["Stationary", "stationary"]
+__all__ = ["Stationary", "find_zero", "stationary"]
 
 _NEWTON_STEPS = 100
 _HALVINGS = 30
@@ -76,7 +76,7 @@ def stationary(sde: AdversarialSDE, theta0: Tensor, *, degenerate: bool = False)
     check_theta(theta0, sde.data[0])
     if theta0.ndim != 1:
         raise BackpassError(f"theta0 is one start (P,) for Newton's method, got shape {tuple(theta0.shape)}.")
-    theta = _zero(sde, theta0)
+    theta = find_zero(sde, theta0)
     H = -_jacobian(sde, theta)
     S, eta = sde.covariance(theta), sde.eta_outer
     rank = int(torch.linalg.matrix_rank(S, hermitian=True))
@@ -104,8 +104,8 @@ def stationary(sde: AdversarialSDE, theta0: Tensor, *, degenerate: bool = False)
     )
 
 
-def _zero(sde: AdversarialSDE, theta: Tensor) -> Tensor:
-    """A zero of the drift by Newton's method, steps halved until the drift's norm falls."""
+def find_zero(sde: AdversarialSDE, theta: Tensor) -> Tensor:
+    """Find a zero of the drift by Newton's method, with steps halved until the drift's norm falls."""
     drift = sde.drift(theta)
     scale = float(drift.norm()) + float(sde.covariance(theta).diagonal().sum().sqrt())
     goal = torch.finfo(theta.dtype).eps ** 0.75 * max(scale, torch.finfo(theta.dtype).tiny)
@@ -154,7 +154,7 @@ def _clean(sde: AdversarialSDE, theta: Tensor) -> tuple[Tensor | None, Tensor | 
     """The clean minimum next to theta, and the first-order shift from there; Nones where there is none."""
     plain = replace(sde, steps=0, mode="exact", order=1)
     try:
-        minimum = _zero(plain, theta)
+        minimum = find_zero(plain, theta)
     except BackpassError:
         return None, None
     hessian = -_jacobian(plain, minimum)

@@ -16,7 +16,7 @@ __all__ = ["GaussianRegression", "Moments"]
 
 
 class Moments(NamedTuple):
-    """Of the error v = theta - theta*: E v, (d,), and E v v^T, (d, d)."""
+    """Moments of the error v = theta - theta*: E v, (d,), and E v v^T, (d, d)."""
 
     mean: Tensor
     second: Tensor
@@ -133,7 +133,7 @@ class GaussianRegression:
             t: the time, k eta_outer after k steps.
             mode: ``"exact"`` or ``"expanded"``.
             order: 2, or 1.
-            noise: whether there is any.
+            noise: include the noise.
         """
         if mode not in ("exact", "expanded"):
             raise UnknownNameError("mode", str(mode), ("exact", "expanded"))

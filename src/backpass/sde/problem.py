@@ -1,4 +1,4 @@
-"""What is learned: a loss per sample of a flat parameter vector, and the data it is averaged over."""
+"""The training problem: a loss per sample of a flat parameter vector, and data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from backpass.errors import BackpassError
+from backpass.numbers import is_number
 
-__all__ = ["Data", "Loss", "check_data", "check_losses", "check_theta", "from_module"]
+__all__ = ["Data", "Loss", "check_data", "check_losses", "check_rate", "check_theta", "from_module"]
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """loss(theta, x, y) -> (N,): parameters (P,), what the adversary moves (N, ...), and the rest of each sample (N, ...).
@@ -120,3 +121,18 @@ def check_theta(theta: Tensor, like: Tensor) -> Tensor:
     if theta.dtype != like.dtype:
         raise BackpassError(f"theta is {theta.dtype} but the data are {like.dtype}: convert one of them.")
     return theta
+
+
+def check_rate(name: str, value: object, *, positive: bool = False) -> None:
+    """Check a step size: a finite number >= 0, or a floating-point tensor () that holds one.
+
+    Raises:
+        BackpassError: the value is out of its range.
+    """
+    tensor = isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 0
+    number = float(value.detach()) if isinstance(value, Tensor) and tensor else value
+    if not is_number(number) or number < 0 or (positive and number == 0):
+        raise BackpassError(
+            f"{name} must be a finite number {'> 0' if positive else '>= 0'}, or a tensor () to differentiate with "
+            f"respect to it; got {value!r}."
+        )

@@ -1,4 +1,4 @@
-"""Is a trajectory stationary? Fluctuation against dissipation, and the first half against the second."""
+"""Tests of stationarity: fluctuation against dissipation, and the first half of a trajectory against the second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BATCHES = 16
 
 
 class Balance(NamedTuple):
-    """What the noise brings in and what the drift takes out; equal in the stationary law.
+    """Fluctuation by the noise and dissipation by the drift; equal in the stationary law.
 
     Attributes:
         dissipation: E[(theta - c) . h] of the chain, E[(theta - c) . b] of the SDE.
@@ -122,7 +122,7 @@ def stationarity_test(values: Tensor) -> Drifting:
 
 
 def _standard_error(values: Tensor) -> float:
-    """Of the mean, over paths where there are several, else over batch means; (R,) or (R, M)."""
+    """Standard error of the mean, over paths if there are several, else over batch means; (R,) or (R, M)."""
     if values.ndim == 2 and values.shape[1] > 1:
         means = values.mean(0)
     elif len(values) >= 2 * _BATCHES:

@@ -1,4 +1,4 @@
-"""How far an SDE's law is from the chain's, without Monte Carlo."""
+"""Weak errors of SDEs against the chain, without Monte Carlo."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VARIANTS: dict[str, Variant] = {
     "B": Variant("expanded", 2),
     "C": Variant("exact", 2),
 }
-"""By name: the gradient flow of G, with noise, with the terms of order eta expanded, and exact in eta_inner."""
+"""The SDEs by name: gradient flow of G, with noise, with terms of order eta expanded, and exact in eta_inner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class WeakErrors:
     Attributes:
         etas: the learning rates.
         errors: ``errors[variant][function]``, one per learning rate.
-        resolution: how much of an error is the oracle's own: by variant and function, the largest relative change
+        resolution: share of an error that is the oracle's own: by variant and function, the largest relative change
             when three nodes per dimension are left out.
     """
 
@@ -65,7 +65,7 @@ class WeakErrors:
 
     @property
     def slopes(self) -> dict[str, dict[str, float]]:
-        """All of them, ``slopes[variant][function]``."""
+        """Weak orders, ``slopes[variant][function]``."""
         return {v: {f: fit_slope(self.etas, e) for f, e in row.items()} for v, row in self.errors.items()}
 
     def __str__(self) -> str:

@@ -1,12 +1,14 @@
-"""Training: any model, optimizer, rule and objective, resumable to the bit, in one or several processes."""
+"""Training of any model with any optimizer, rule and objective, resumable bit for bit, in one or several processes."""
 
 from backpass.allocator import keep_freed_memory
 from backpass.training.adversary import AdversarialTraining
+from backpass.training.amplified import Amplified
 from backpass.training.batches import Batch
 from backpass.training.half_batches import half_losses
 from backpass.training.interruption import Interrupted
 from backpass.training.learning_rate import ControlledLR
-from backpass.training.objective import CrossEntropy, Evaluated, Objective, PerSample
+from backpass.training.logs import Logger
+from backpass.training.objective import BinaryCrossEntropy, CrossEntropy, Evaluated, Objective, PerSample
 from backpass.training.processes import local_device
 from backpass.training.progress import Progress, TrainingResult
 from backpass.training.robust_evaluation import RobustEvaluation
@@ -14,11 +16,14 @@ from backpass.training.trainer import Trainer
 
 __all__ = [
     "AdversarialTraining",
+    "Amplified",
     "Batch",
+    "BinaryCrossEntropy",
     "ControlledLR",
     "CrossEntropy",
     "Evaluated",
     "Interrupted",
+    "Logger",
     "Objective",
     "PerSample",
     "Progress",

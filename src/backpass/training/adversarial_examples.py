@@ -1,10 +1,11 @@
-"""The adversarial examples that a network is trained on: which attack, by which rule's gradients, from which start."""
+"""Adversarial examples that a network is trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields, replace
+from typing import Any
 from weakref import finalize, ref
 
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from backpass.attacks.losses import Loss
 from backpass.attacks.search import SearchAttack
 from backpass.errors import BackpassError
 from backpass.rules import Attached, Rule, unwrap
-from backpass.training.batches import Batch, mixed
+from backpass.training.batches import Batch
 from backpass.training.objective import Plain
+from backpass.training.orders import mixed
 
 __all__ = ["AdversarialExamples", "local_model", "scaled"]
 
@@ -25,16 +27,16 @@ _LENGTHS = ("eps", "step", "start_eps", "noise")
 
 
 class AdversarialExamples:
-    """x_adv of a batch: where one search of the attack ends, by plain gradients or by those of a rule.
+    """Compute x_adv of a batch, the end of one search of the attack.
 
-    The model is in eval mode meanwhile, as every attack has it: BatchNorm uses its running statistics and does not
-    move them, and nothing is dropped out. A sample's random draws come from (attack.seed, batch.seed, batch.epoch,
-    its place in the data), so that a resumed run, and any number of processes, meet the same examples.
+    The model is in eval mode meanwhile: BatchNorm uses its running statistics and does not move them, and nothing is
+    dropped out. The random draws for a sample are made from (attack.seed, batch.seed, batch.epoch, its position in the
+    data), so that a resumed run, and any number of processes, get the same examples.
 
     Args:
-        attack: the inner maximiser; its `restarts` and `early_stop` have no effect, for each sample is searched
-            once and to the end. AutoAttack, which is no single search, is run as it is.
-        rule: whose gradients it follows; None for plain backpropagation.
+        attack: inner maximiser; its `restarts` and `early_stop` have no effect, because each sample is searched once
+            and to the end. AutoAttack, which is no single search, is run as it is.
+        rule: rule for its gradients; None for plain backpropagation.
         warmup: epochs in which eps, and every other length of the attack, rises in equal parts, as in `scaled`.
     """
 
@@ -49,13 +51,13 @@ class AdversarialExamples:
         plain: Plain,
         value: Loss | None = None,
     ) -> Tensor:
-        """x_adv (B, ...) for ``batch.x``; x itself where the network's outputs are not finite: the loss shows it.
+        """Return x_adv (B, ...) for ``batch.x``, or x itself where outputs are not finite, which the loss shows.
 
         Args:
-            model: the network; of a DDP wrapper the module inside it.
-            batch: what to perturb.
-            plain: a context without the rules that update the weights.
-            value: what to raise instead of the attack's loss, (logits (B, C), row (B,)) -> (B,).
+            model: the network; a DDP wrapper is removed.
+            batch: samples to perturb.
+            plain: returns a context without the rules that update the weights.
+            value: function to maximise instead of the attack's loss, (logits (B, C), row (B,)) -> (B,).
 
         Raises:
             BackpassError: as the attack does.
@@ -74,7 +76,7 @@ class AdversarialExamples:
                 return batch.x
 
     def close(self) -> None:
-        """Take the rule off the model; a later call puts it there again."""
+        """Remove the rule from the model; a later call attaches it again."""
         if self._resting is not None:
             self._resting.attached.remove()
             self._resting = None
@@ -108,9 +110,9 @@ class _Resting:
 
 
 def scaled(attack: Attack, factor: float) -> Attack:
-    """The attack with all its lengths, eps, step, start and noise, multiplied by a factor in (0, 1]."""
-    lengths = {
-        field.name: value * factor
+    """Return the attack with its eps, step, start and noise multiplied by a factor in (0, 1]."""
+    lengths: dict[str, Any] = {
+        field.name: tuple(one * factor for one in value) if isinstance(value, tuple) else value * factor
         for field in fields(attack)
         if field.name in _LENGTHS and (value := getattr(attack, field.name)) is not None
     }
@@ -118,7 +120,7 @@ def scaled(attack: Attack, factor: float) -> Attack:
 
 
 def local_model(model: nn.Module) -> nn.Module:
-    """The model without a DDP wrapper, whose forward would wait for the other processes; compiled where it was.
+    """Return the model without a DDP wrapper, whose forward would wait for the other processes.
 
     Raises:
         BackpassError: ``model`` is no ``nn.Module``.

@@ -1,4 +1,4 @@
-"""Averages of the weights along the run."""
+"""Averages of the weights over the steps of a run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
+from backpass.training.processes import like, whole
 
 __all__ = ["Average", "Averaging"]
 
 
 @dataclass(frozen=True)
 class Average:
-    """How weights theta_k are averaged over the steps k.
+    """Average of the weights theta_k over the steps k.
 
     ``"ema:d"``: a_1 = theta_1, a_k = d a_{k-1} + (1 - d) theta_k, 0 < d < 1.
     ``"polyak:f"``: the mean over the last part f of all steps, 0 < f <= 1.
@@ -32,7 +33,7 @@ class Average:
         """Read the text form.
 
         Raises:
-            BackpassError: it is none.
+            BackpassError: the text has another form.
         """
         kind, _, number = text.partition(":") if isinstance(text, str) else ("", "", "")
         try:
@@ -52,11 +53,11 @@ class Average:
 class Averaging:
     """The running average of a model's parameters and floating-point buffers (BatchNorm's statistics).
 
-    It is kept in float32 at least. Other buffers are the model's own.
+    It is kept in float32 at least. Other buffers are those of the model.
 
     Args:
-        average: how.
-        model: whose weights.
+        average: kind of average.
+        model: model whose weights are averaged.
         steps: optimizer steps of the whole run.
     """
 
@@ -69,7 +70,7 @@ class Averaging:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after ``step`` steps."""
+        """Add the weights after ``step`` steps."""
         if step <= self._skip:
             return
         self.count += 1
@@ -82,12 +83,12 @@ class Averaging:
 
     @property
     def begun(self) -> bool:
-        """Whether there is an average yet."""
+        """Return whether there is an average yet."""
         return self.count > 0
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights inside, its own again outside."""
+        """Give the model the averaged weights, and its own again afterwards."""
         own = [tensor.detach().clone() for tensor in self._tensors]
         try:
             self._write(self.values)
@@ -96,15 +97,14 @@ class Averaging:
             self._write(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {"count": self.count, "values": dict(zip(self._names, self.values, strict=False))}
+        """Return the state for a checkpoint."""
+        return {"count": self.count, "values": dict(zip(self._names, map(whole, self.values), strict=False))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self.count, values = state["count"], state["values"]
-        self.values = (
-            [values[name].to(t.device) for name, t in zip(self._names, self._tensors, strict=True)] if values else []
-        )
+        pairs = zip(self._names, self._tensors, strict=True)
+        self.values = [like(values[name], tensor) for name, tensor in pairs] if values else []
 
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:

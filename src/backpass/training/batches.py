@@ -1,24 +1,25 @@
-"""The batches of a training run: which samples, in which order, and which part of them in which process."""
+"""Batches of a training run: samples, order, and the part of each process."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError
+from backpass.training.orders import Order, mixed
 from backpass.training.sources import Source
 
-__all__ = ["Batch", "Batches", "Prepare", "epoch_order", "mixed", "to_unit_interval", "unit_interval"]
+__all__ = ["Batch", "Batches", "Prepare", "to_unit_interval", "unit_interval"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Samples that a process sees at once; with several processes or parts, one slice of a step's samples.
+    """Samples that a process computes at once; with several processes or parts, one slice of a step's samples.
 
     Attributes:
         x: (B, ...) inputs, prepared, on the model's device.
@@ -26,7 +27,7 @@ class Batch:
         index: (B,) int64, the samples' positions in the training data.
         epoch: counted from 0.
         step: optimizer steps before this one, over all epochs.
-        seed: the run's seed; draws of a sample belong to (seed, index, epoch).
+        seed: the run's seed; random draws for a sample are made from (seed, index, epoch).
     """
 
     x: Tensor
@@ -45,100 +46,101 @@ Prepare = Callable[[Tensor, Batch], Tensor]
 
 
 def to_unit_interval(x: Tensor, batch: Batch) -> Tensor:
-    """uint8 images become floats in [0, 1]; anything else stays as it is."""
+    """Convert uint8 images to floats in [0, 1]; leave other tensors as they are."""
     return unit_interval(x)
 
 
 def unit_interval(x: Tensor) -> Tensor:
-    """The same of images alone."""
+    """Convert uint8 images to floats in [0, 1]; leave other tensors as they are."""
     return x.to(torch.get_default_dtype()).div_(255) if x.dtype == torch.uint8 else x
-
-
-def mixed(*words: int) -> int:
-    """One seed in [0, 2**63) from several integers."""
-    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "big") >> 1
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch: a permutation of 0..count-1 that (seed, epoch) names, (count,) int64 on the CPU."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed(seed, epoch)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """The batches of a run, the same whatever the number of processes and of parts.
+    """Batches of a run, independent of the number of processes and of accumulated parts.
 
-    A step's batch is a stretch of the epoch's order. It is cut into one slice per process, each of which is cut into
-    parts, whose gradients are accumulated: all slices in turn are the batch, in order.
+    A batch is cut into one slice per process, and each slice into parts whose gradients are accumulated. Concatenated,
+    the slices are the batch.
 
     Args:
-        source: the training data.
-        size: samples per optimizer step, over all processes and parts.
-        seed: of the order.
-        drop_last: leave out an incomplete last batch.
-        rank: of this process.
-        processes: how many there are.
-        parts: in how many parts a process computes its slice.
-        device: of the model.
+        source: training data.
+        order: order of the samples.
+        seed: the run's seed.
+        rank: rank of this process.
+        processes: number of processes.
+        parts: number of parts in which a process computes its slice.
+        device: the model's device.
         prepare: applied to x on the device.
+        channels_last: convert images (B, C, H, W) to this memory format.
 
     Raises:
-        BackpassError: a batch would be larger than the data, or smaller than the processes are many.
+        BackpassError: a batch would be larger than the data, or smaller than the number of processes.
     """
 
     source: Source
-    size: int
+    order: Order
     seed: int
-    drop_last: bool
     rank: int
     processes: int
     parts: int
     device: torch.device
     prepare: Prepare
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
-        count = len(self.source)
-        if self.size > count:
-            raise BackpassError(f"batch_size={self.size} is more than the {count} samples of the data: lower it.")
-        last = count % self.size if not self.drop_last else 0
-        least = min(self.size, last or self.size)
-        if least < self.processes:
-            raise BackpassError(
-                f"a batch of {least} samples cannot be shared by {self.processes} processes: use a larger batch_size"
-                + (", or drop_last=True." if last else ".")
-            )
+        self._check(self.order.sizes)
 
     def __len__(self) -> int:
         """Optimizer steps per epoch."""
-        count = len(self.source)
-        return count // self.size if self.drop_last else -(-count // self.size)
+        return len(self.order)
 
-    def samples(self, position: int) -> int:
-        """How many samples the step at this position of an epoch has, over all processes."""
-        return min(self.size, len(self.source) - position * self.size)
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[list[Batch], int, bool]]:
+        """Yield the steps of an epoch: this process's parts, the samples of all processes, and if it is the last one.
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-        """The parts of this process, step by step, from position ``start`` of the epoch on."""
-        order = epoch_order(len(self.source), self.seed, epoch)
-        rows = [self._slices(position) for position in range(len(self))]
-        flat = [order[one] for parts in rows for one in parts]
+        Args:
+            epoch: counted from 0.
+            start: batches of the epoch to leave out.
+            step: optimizer steps before the first one.
+
+        Raises:
+            BackpassError: a batch of the sampler has fewer samples than there are processes.
+        """
+        drawn = self.order.draw(epoch)
+        sizes = [b - a for a, b in pairwise(drawn.cuts)]
+        self._check(sizes)
+        rows = [self._slices(a, b) for a, b in pairwise(drawn.cuts)]
+        flat = [drawn.samples[one] for parts in rows for one in parts]
         before = sum(len(parts) for parts in rows[:start])
-        # Moved once an epoch: a transfer in each step would wait for the device.
-        there = order.to(self.device)
+        there = drawn.samples.to(self.device)  # one transfer per epoch: one in each step would wait for the device
         reader = self.source.read(flat, before, self.device, mixed(self.seed, epoch, self.rank))
-        for position in range(start, len(self)):
-            step = epoch * len(self) + position
-            yield [self._batch(*next(reader), there[one], epoch, step) for one in rows[position]]
+        for place in range(start, len(sizes)):
+            parts = [
+                self._batch(
+                    *next(reader), there[one], {"epoch": epoch, "step": step + place - start, "seed": self.seed}
+                )
+                for one in rows[place]
+            ]
+            yield parts, sizes[place], place + 1 == len(sizes)
 
-    def _batch(self, x: Tensor, y: Tensor, index: Tensor, epoch: int, step: int) -> Batch:
-        raw = Batch(x=x, y=y, index=index, epoch=epoch, step=step, seed=self.seed)
-        prepared = self.prepare(x, raw)
-        return Batch(x=prepared, y=y, index=index, epoch=epoch, step=step, seed=self.seed)
+    def _check(self, sizes: Sequence[int]) -> None:
+        least = min(sizes, default=self.processes)
+        if least < self.processes:
+            last = ", or drop_last=True" if least < sizes[0] else ""
+            raise BackpassError(
+                f"a batch of {least} samples cannot be shared by {self.processes} processes: use a larger "
+                f"batch_size{last}."
+            )
 
-    def _slices(self, position: int) -> list[slice]:
-        """Where in the order this process's parts of a step are; no part is empty."""
-        first, count = position * self.size, self.samples(position)
-        begin, end = (first + count * rank // self.processes for rank in (self.rank, self.rank + 1))
-        parts = min(self.parts, end - begin)
-        cuts = [begin + (end - begin) * part // parts for part in range(parts + 1)]
+    def _batch(self, x: Tensor, y: Tensor, index: Tensor, numbers: dict[str, Any]) -> Batch:
+        prepared = self.prepare(x, Batch(x=x, y=y, index=index, **numbers))
+        if self.channels_last and prepared.dim() == 4:
+            prepared = prepared.contiguous(memory_format=torch.channels_last)
+        return Batch(x=prepared, y=y, index=index, **numbers)
+
+    def _slices(self, first: int, end: int) -> list[slice]:
+        """Return the parts of one batch that this process computes, as slices of the epoch's samples."""
+        count = end - first
+        begin, stop = (first + count * rank // self.processes for rank in (self.rank, self.rank + 1))
+        parts = min(self.parts, stop - begin)
+        cuts = [begin + (stop - begin) * part // parts for part in range(parts + 1)]
         return [slice(a, b) for a, b in pairwise(cuts)]

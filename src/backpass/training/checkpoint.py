@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import pickle
 import re
 from pathlib import Path
@@ -14,34 +13,20 @@ from typing import Any
 import torch
 
 from backpass.errors import BackpassError
+from backpass.files import write_whole
 
-__all__ = ["Checkpoints", "write_whole"]
+__all__ = ["Checkpoints"]
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8,})\.pt")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash at any moment it is there as a whole, or as it was before."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class Checkpoints:
     """The checkpoints of a run: ``step-00000400.pt`` beside its SHA-256 sum, in the format of ``sha256sum``.
 
     Args:
-        folder: where they are; made at the first save.
-        keep: how many of the last ones stay, at least 1.
+        folder: their folder, created at the first save.
+        keep: number of the last ones that are kept, at least 1.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -49,21 +34,29 @@ class Checkpoints:
         self._proven = False
 
     def steps(self) -> list[int]:
-        """The steps after which there are checkpoints, in order."""
+        """Return the steps after which there are checkpoints, in order."""
         found = (_NAME.fullmatch(path.name) for path in self._folder.glob("step-*.pt"))
         return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
-        """The file of a step."""
+        """Return the file of a step."""
         return self._folder / f"step-{step:08d}.pt"
+
+    def clean(self) -> None:
+        """Delete what a killed process left unfinished: parts of files, and sums without their file."""
+        for path in (*self._folder.glob(".*.part"), *self._folder.parent.glob(".*.part")):
+            path.unlink(missing_ok=True)
+        for path in self._folder.glob("step-*.pt.sha256"):
+            if not path.with_suffix("").exists():
+                path.unlink(missing_ok=True)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write a checkpoint and delete those that are no longer kept.
 
         Raises:
-            BackpassError: the state is not of tensors, numbers, strings, lists and dicts only.
+            BackpassError: the state has other types than tensors, numbers, strings, lists and dicts; or the checkpoint
+                cannot be written.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
         stream = io.BytesIO()
         torch.save(state, stream)
         content = stream.getvalue()
@@ -77,16 +70,32 @@ class Checkpoints:
                 ) from error
             self._proven = True
         path = self.path(step)
-        # The sum first: a checkpoint that can be seen has one.
-        write_whole(_sum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
-        write_whole(path, content)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # The sum first: a checkpoint that can be seen has one.
+            write_whole(_sum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
+            write_whole(path, content)
+        except OSError as error:
+            if not path.exists():
+                _sum(path).unlink(missing_ok=True)
+            raise self._lost(error) from error
         for old in self.steps()[: -self._keep]:
-            self.path(old).unlink()
+            self.path(old).unlink(missing_ok=True)
             _sum(self.path(old)).unlink(missing_ok=True)
         return path
 
+    def _lost(self, error: OSError) -> BackpassError:
+        steps = self.steps()
+        kept = (
+            f"The last whole checkpoint is {self.path(steps[-1])}: make room, and continue from step {steps[-1]} by "
+            "fit(resume=True) or --resume."
+            if steps
+            else "No checkpoint was written before: make room, and start anew."
+        )
+        return BackpassError(f"{error.filename} cannot be written: {error.strerror}. {kept}")
+
     def load(self) -> dict[str, Any]:
-        """The last checkpoint that is whole; each damaged one is named in a warning.
+        """Return the last checkpoint that is whole; each damaged one is named in a warning.
 
         Raises:
             BackpassError: there is none.
@@ -99,12 +108,12 @@ class Checkpoints:
             if expected == [hashlib.sha256(content).hexdigest().encode()]:
                 try:
                     return _read(content)
-                except Exception as error:  # whatever torch makes of bytes that it has not written
+                except Exception as error:  # torch raises many kinds for bytes that it has not written
                     raise BackpassError(
-                        f"{path} is no checkpoint of backpass, or holds what cannot be read without running code: "
-                        "resume where the run itself has written, or start anew in another folder."
+                        f"{path} is no checkpoint of backpass, or cannot be read without running code: resume in the "
+                        "folder of the run itself, or start anew in another folder."
                     ) from error
-            _LOG.warning("%s is damaged (its SHA-256 sum is another): the checkpoint before it is used.", path)
+            _LOG.warning("%s is damaged (its SHA-256 sum differs): the checkpoint before it is used.", path)
         if steps:
             raise BackpassError(f"no checkpoint in {self._folder} is whole: start anew in another folder.")
         raise BackpassError(f"there is no checkpoint in {self._folder} to resume from: call fit() without resume.")

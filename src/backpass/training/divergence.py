@@ -1,4 +1,4 @@
-"""When a run has diverged."""
+"""Criterion for a diverged run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Divergence"]
 class Divergence:
     """A run has diverged where a loss or gradient is not finite, or the mean loss is far above the first one.
 
-    Far above: more than ``factor`` times the larger of the first step's loss and 1, in the mean over one record of the
-    log. The floor of 1 keeps a run that starts near 0 (fine-tuning) from being stopped by noise.
+    Far above is more than ``factor`` times the larger of the first step's loss and 1, in the mean over one record of
+    the log. The floor of 1 keeps a run that starts near 0 (fine-tuning) from being stopped by noise.
 
     Args:
-        factor: how far, above 1; None asks only for finite numbers.
+        factor: factor above 1; None checks only that numbers are finite.
     """
 
     def __init__(self, factor: float | None) -> None:
@@ -23,12 +23,12 @@ class Divergence:
         self.first: float | None = None
 
     def check(self, losses: Sequence[float], last_step: int, gradient_norm: float | None) -> str | None:
-        """Why the run has diverged, or None.
+        """Return the reason for which the run has diverged, or None.
 
         Args:
-            losses: of the steps since the last check, at least one.
-            last_step: how many steps there were until the last of them, counted from 1.
-            gradient_norm: of the last of them, where it is known.
+            losses: losses of the steps since the last check, at least one.
+            last_step: number of the last of them, counted from 1.
+            gradient_norm: gradient norm of the last of them, where it is known.
         """
         for step, loss in enumerate(losses, last_step - len(losses) + 1):
             if not math.isfinite(loss):

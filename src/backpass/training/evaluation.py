@@ -1,100 +1,201 @@
-"""Clean loss and accuracy on the evaluation set, and what `robust` measures there."""
+"""Loss, accuracy and further metrics of the evaluation sets, and robust accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils._pytree import tree_map
 
 from backpass.errors import BackpassError
 from backpass.preserved import preserved
-from backpass.training.batches import unit_interval
-from backpass.training.objective import Loss, correct
-from backpass.training.processes import from_first, rank, summed, world
-from backpass.training.settings import Settings
+from backpass.training.batches import Batch, unit_interval
+from backpass.training.objective import correct, select
+from backpass.training.orders import Order
+from backpass.training.processes import from_all, from_first, is_sharded, rank, summed, world
 from backpass.training.sources import Source
 
-__all__ = ["Evaluation"]
+if TYPE_CHECKING:
+    from backpass.training.trainer import Trainer
+
+__all__ = ["Evaluation", "Metric", "check_targets"]
+
+Metric = Callable[[Any, Tensor], float | Tensor]
+"""(outputs (N, ...), targets (N, ...)) of the whole evaluation set -> a number."""
 
 
 class Evaluation:
-    """Judges a model in eval mode and leaves it as it was: flags, running statistics, gradients, random numbers.
+    """Evaluate a model in eval mode and restore it: flags, running statistics, gradients, generators.
 
     Args:
-        settings: of the run.
-        model: as it is called in one process.
+        settings: settings of the run.
+        model: the model as one process calls it.
         plain: suspends the rules.
-        autocast: the precision.
+        autocast: precision.
     """
 
     def __init__(
         self,
-        settings: Settings,
+        settings: Trainer,
         model: nn.Module,
         plain: Callable[[], AbstractContextManager[object]],
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._settings, self._model, self._plain, self._autocast = settings, model, plain, autocast
-        self._loss: Loss = getattr(settings.objective, "losses", _cross_entropy)
+        objective = settings.objective
+        self._loss = getattr(objective, "losses", _cross_entropy)
+        self._correct = getattr(objective, "correct", correct)
+        self._logits = getattr(objective, "logits", None)
 
-    def __call__(self, source: Source) -> dict[str, float]:
-        """Mean loss and, where it is classification, accuracy in [0, 1], over all samples."""
+    def __call__(self) -> dict[str, Any]:
+        """Return loss, accuracy (of a classifier) and metrics of the evaluation set, or of each by its name."""
+        several = {name: self._of(source) for name, source in self._settings.evaluated.items()}
+        return several.get("", several)
+
+    def _of(self, source: Source) -> dict[str, float]:
+        outputs: list[tuple[Any, Tensor]] = []
         with preserved(self._model), torch.no_grad(), self._plain(), self._autocast():
             _share_buffers(self._model)
-            sums = torch.zeros(3, dtype=torch.float64, device=self._settings.device)
-            for x, y in self._read(source):
+            sums = torch.zeros(4, dtype=torch.float64, device=self._settings.device)
+            for x, y, counted in self._read(source):
                 output = self._model(x)
-                right = correct(output, y)
+                if not counted:
+                    continue
+                right = self._correct(output, y)
                 losses = self._loss(output, y).double().sum()
                 known = torch.zeros_like(sums[1]) if right is None else right.sum()
-                sums += torch.stack([losses, known, torch.full_like(losses, float(right is not None))])
-            loss, hits, classified = summed(sums).tolist()
-        means = {"loss": loss / len(source)}
-        return {**means, "accuracy": hits / len(source)} if classified else means
+                sums += torch.stack([losses, known, losses.new_tensor(right is not None), losses.new_tensor(len(y))])
+                if self._settings.metrics:
+                    outputs.append(tree_map(_on_cpu, (select(output, self._logits), y)))
+            loss, hits, classified, count = summed(sums).tolist()
+        means = {"loss": loss / count}
+        if classified:
+            means["accuracy"] = hits / count
+        return {**means, **self._metrics(outputs)} if self._settings.metrics else means
 
-    def robust(self, source: Source) -> dict[str, Any]:
-        """What `robust` gives on the evaluation set, in process 0; the others wait."""
-        tensors, function = source.tensors, self._settings.robust
+    def _metrics(self, outputs: list[tuple[Any, Tensor]]) -> dict[str, float]:
+        everything = [one for part in from_all(outputs) for one in part]
+        output, y = tree_map(
+            lambda *parts: torch.cat([one[None] if not one.dim() else one for one in parts]), *everything
+        )
+        found = {name: function(output, y) for name, function in self._settings.metrics.items()}
+        return _numbers(found, "a function of metrics returns a number")
+
+    def robust(self) -> dict[str, float]:
+        """Return the result of ``robust`` on the first evaluation set, in process 0; the others wait.
+
+        Raises:
+            BackpassError: the model is sharded, so that no process can call it alone.
+        """
+        source, function = next(iter(self._settings.evaluated.values())), self._settings.robust
+        tensors = source.tensors
         assert tensors is not None  # noqa: S101  the settings are checked
         assert function is not None  # noqa: S101
-        x, y = (one.to(self._settings.device) for one in tensors)
+        if is_sharded(self._model):
+            raise BackpassError(
+                "robust is measured by one process, and no single process can call a model sharded by fully_shard: "
+                "leave robust out, and evaluate the saved weights afterwards."
+            )
+        rows = torch.cat(list(_rows(source, len(source))))
+        x, y = (one[rows.to(one.device)].to(self._settings.device) for one in tensors)
         with preserved(self._model), self._plain():
             _share_buffers(self._model)
-            return from_first(lambda: _numbers(function(self._model, self._prepare(x), y)))
+            return from_first(
+                lambda: _numbers(
+                    function(self._model, self._prepare(x), y),
+                    "robust returns a dict of numbers, such as {'robust_accuracy': 0.4}",
+                )
+            )
 
-    def _read(self, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
-        first, last = (len(source) * place // world() for place in (rank(), rank() + 1))
-        size = -(-self._settings.batch_size // world())
-        rows = [torch.arange(start, min(start + size, last)) for start in range(first, last, size)]
-        for x, y in source.read(rows, 0, self._settings.device, 0):
-            yield self._prepare(x), y
+    def _read(self, source: Source) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """Yield this process's batches, each to be counted or, to keep sharded processes in step, only computed."""
+        own_size = source.batch_size if source.batch_size not in (None, 1) else self._settings.batch_size
+        size = -(-(own_size or 256) // world())
+        batches = list(_rows(source, size))
+        own = batches[rank() :: world()]
+        steps = -(-len(batches) // world())
+        rows = own + [batches[0]] * (steps - len(own)) if is_sharded(self._model) else own
+        for place, (x, y) in enumerate(source.read(rows, 0, self._settings.device, 0)):
+            yield self._prepare(x), y, place < len(own)
 
     def _prepare(self, x: Tensor) -> Tensor:
-        if self._settings.prepare_evaluation is not None:
-            return self._settings.prepare_evaluation(x)
-        return unit_interval(x)
+        prepare = self._settings.prepare_evaluation or unit_interval
+        x = prepare(x)
+        if self._settings.channels_last and x.dim() == 4:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
+
+
+def check_targets(settings: Trainer, model: nn.Module) -> None:
+    """Compare all targets with the output for two samples, if data and objective allow it.
+
+    The evaluation set is checked too: a mistake there would otherwise show only after an epoch.
+
+    Raises:
+        BackpassError: the model does not take x, or the targets do not fit.
+    """
+    check = getattr(settings.objective, "check_targets", None)
+    if check is None or is_sharded(model):
+        return
+
+    def prepare(x: Tensor, y: Tensor) -> Tensor:
+        index = torch.arange(len(x), device=x.device)
+        return settings.prepare(x, Batch(x=x, y=y, index=index, epoch=0, step=0, seed=settings.seed))
+
+    of_evaluation = settings.prepare_evaluation or unit_interval
+    places = [(settings.source, prepare, "")]
+    places += [(one, lambda x, y: of_evaluation(x), " of the evaluation set") for one in settings.evaluated.values()]
+    for source, prepared, where in places:
+        if source.tensors is None:
+            continue
+        x, y = (one[:2].to(settings.device) for one in source.tensors)
+        with preserved(model), torch.no_grad():
+            images = prepared(x, y)
+            try:
+                output = model(images)
+            except RuntimeError as error:
+                raise BackpassError(
+                    f"the model does not take x{where}, for two samples {images.dtype} {tuple(images.shape)}: {error}"
+                ) from error
+        check(source.tensors[1], output, where)
+
+
+def _rows(source: Source, size: int) -> Iterator[Tensor]:
+    """Yield the positions of the evaluation set in batches: all in order, or as the sampler of its loader says."""
+    if source.sampler is None or source.sequential:
+        yield from torch.split(torch.arange(len(source)), size)
+        return
+    order = Order(source, None if source.in_batches else 1, 0, drop_last=False)
+    states = order.states()
+    drawn = order.draw(0)
+    order.restore(states)
+    yield from torch.split(drawn.samples, size)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().float().cpu() if isinstance(value, Tensor) and value.is_floating_point() else value.cpu()
 
 
 def _cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(output, y, reduction="none")
 
 
-def _numbers(measured: object) -> dict[str, float]:
+def _numbers(measured: object, expected: str) -> dict[str, float]:
     if isinstance(measured, Mapping):
         try:
             return {str(name): float(value) for name, value in measured.items()}
         except (TypeError, ValueError, RuntimeError):
-            pass  # the message below says it
-    raise BackpassError(f"robust gives a dict of numbers, such as {{'robust_accuracy': 0.4}}; got {measured!r}.")
+            pass
+    raise BackpassError(f"{expected}; got {measured!r}.")
 
 
 def _share_buffers(model: nn.Module) -> None:
-    """All processes take the running statistics of process 0, which are those of checkpoints."""
+    """Give all processes the running statistics of process 0, which are those of checkpoints."""
     if world() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

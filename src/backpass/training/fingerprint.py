@@ -1,4 +1,4 @@
-"""What a run depends on, in JSON's types, so that a checkpoint of another run is recognised."""
+"""Description of a run in JSON's types, by which a checkpoint of another run is recognised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["describe", "describe_model", "describe_optimizer", "differences"]
 
 
 def describe(value: Any) -> Any:
-    """A value's settings in JSON's types; functions and classes by name, tensors by a hash."""
+    """Describe a value in JSON's types: functions and classes by name, tensors by a hash."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
@@ -43,7 +43,7 @@ def describe(value: Any) -> Any:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """A model's class, its text form, and the names, shapes and dtypes of its weights and buffers."""
+    """Describe a model by its class, its text form, and names, shapes and dtypes of its weights and buffers."""
     tensors = {
         name: f"{one.dtype} {tuple(one.shape)}" for name, one in model.state_dict().items() if torch.is_tensor(one)
     }
@@ -52,7 +52,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's class and the settings of its groups; of a scheduled rate the first value."""
+    """Describe an optimizer by its class and the settings of its groups; a scheduled rate by its first value."""
     groups = []
     for group in optimizer.param_groups:
         settings = {name: describe(value) for name, value in group.items() if name not in ("params", "initial_lr")}
@@ -62,7 +62,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """Where two descriptions differ, each as ``name: was a, is b``."""
+    """Return the differences of two descriptions, each as ``name: was a, is b``."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(name for name in now if name not in before)]
         return [

@@ -15,10 +15,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """While this context lasts, the first signal is noted and the second one acts as it did before.
+    """Context in which the first signal is noted, and the second one acts as before.
 
     Attributes:
-        received: the name of the signal that came, or None.
+        received: name of the signal that was received, or None.
     """
 
     def __init__(self) -> None:

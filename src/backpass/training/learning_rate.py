@@ -23,7 +23,7 @@ _SHORTEST = 10
 
 
 class Measured(NamedTuple):
-    """What the last window says.
+    """Averages over the last window.
 
     Attributes:
         progress: N, the mean of g1 . g2, an unbiased |grad|^2: what a step gains, per unit of rate.
@@ -45,7 +45,9 @@ class ControlledLR(LRScheduler):
     with noise the optimal control is l = N / D where that is below the largest rate; along its path 1/l grows by the
     curvature a in each step. N is measured by g1 . g2, gradients of two halves of the batch, a by the Rayleigh quotient
     of the second half's curvature H2 along the averaged gradient, and D by (g1 . H2 g1 + a N) / 2: one curvature
-    product in all. Averages reach over the last tenth of the measurements. Whenever N < threshold l D: 1/l += slope a.
+    product in all. In adversarial training H is the derivative of the mean gradient through the attack (`half_losses`
+    with an ``adversary``). Averages reach over the last tenth of the measurements. Whenever N < threshold l D:
+    1/l += slope a.
 
     slope = 1 with threshold = 1 is the optimum where all curvatures are equal. With unequal ones a rate that falls
     faster than 1 / (2 a_min k) never reaches the flat directions, while one that falls too slowly by a factor c costs
@@ -59,10 +61,13 @@ class ControlledLR(LRScheduler):
         optimizer: SGD with or without momentum; Adam, AdamW and RMSprop are followed in the metric of their present
             scales; others count as descent along the gradient. Groups keep the ratio of their rates.
         lr_max: the rate to start at, of all groups; None for the groups' own.
-        every: measure before each ``every``-th step only. A measurement costs 2.3 to 3.4 plain steps.
+        every: measure before each ``every``-th step only. A measurement costs 2.3 to 3.4 plain steps, and
+            with an adversary of K steps 3 to 6 training steps of K + 1 gradients.
         window: the part of all measurements so far that averages reach back, in (0, 1].
         threshold: of N / (rate D), above 0.
         slope: the growth of 1/l in a step, in units of the curvature; above 0.
+        frozen_curvature: in a `Trainer`, accept the curvature at fixed adversarial examples where the attack cannot be
+            differentiated (l_2 attacks, FAB). It can be several times too small: then the rate falls too slowly.
         last_epoch: as in torch.
 
     Raises:
@@ -95,6 +100,7 @@ class ControlledLR(LRScheduler):
         window: float = 0.1,
         threshold: float = 0.5,
         slope: float = 0.5,
+        frozen_curvature: bool = False,
         last_epoch: int = -1,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -115,7 +121,10 @@ class ControlledLR(LRScheduler):
         if lr_max is not None and last_epoch == -1:
             for group in optimizer.param_groups:
                 group["lr"] = lr_max
+        if not isinstance(frozen_curvature, bool):
+            raise BackpassError(f"frozen_curvature must be True or False, got {frozen_curvature!r}.")
         self.every, self.window, self.threshold, self.slope = every, window, threshold, slope
+        self.frozen_curvature = frozen_curvature
         self.inverse = 1.0  # of the control u; all rates are the largest ones times u
         self.measurements = 0
         self.progress = self.spread = self.curvature = 0.0
@@ -124,12 +133,12 @@ class ControlledLR(LRScheduler):
 
     @property
     def due(self) -> bool:
-        """Whether the next step of the optimizer wants a measurement before it."""
+        """True if a measurement is due before the next step of the optimizer."""
         return self.last_epoch % self.every == 0
 
     @property
     def measured(self) -> Measured:
-        """What the last window says; ``nan`` before the first measurement."""
+        """Averages over the last window; ``nan`` before the first measurement."""
         if not self.measurements:
             return Measured(math.nan, math.nan, math.nan, math.nan)
         loss = self._loss()
@@ -141,11 +150,12 @@ class ControlledLR(LRScheduler):
         return [base / self.inverse for base in self.base_lrs]
 
     def measure(self, losses: Sequence[Callable[[], Tensor]]) -> None:
-        """Take in the two halves of the present batch, at the parameters before the step.
+        """Measure on the two halves of the present batch, at the parameters before the step.
 
         Args:
-            losses: two functions, each the scalar mean loss of one half, with graph; for adversarial training at
-                perturbations that are already found and held fixed. Each is called once.
+            losses: two functions, each the scalar mean loss of one half, with graph, as `half_losses` makes them. Each
+                is called once. The curvature is the second derivative of these functions; that of adversarial training
+                needs ``half_losses(..., adversary=...)``.
 
         Raises:
             BackpassError: there are not two, or one gives no scalar.

@@ -1,19 +1,22 @@
-"""The loop of a training run: epochs, records, checkpoints, and how it ends."""
+"""Loop of a training run: epochs, records, evaluations, checkpoints, and its end."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from backpass.errors import BackpassError
 from backpass.rules import Attached, unwrap
-from backpass.training.averaging import Averaging
+from backpass.rules.implicit.systems import NotFiniteError
+from backpass.rules.semi_implicit.backward import DivergedError
+from backpass.training.averaging import Average, Averaging
 from backpass.training.batches import Batches
 from backpass.training.checkpoint import Checkpoints
 from backpass.training.divergence import Divergence
@@ -21,11 +24,14 @@ from backpass.training.evaluation import Evaluation
 from backpass.training.interruption import Interrupted, Interruption
 from backpass.training.logs import Logs, Status
 from backpass.training.meter import Meter, Totals
-from backpass.training.processes import any_process, distributed, from_first, rank, world
+from backpass.training.processes import any_process, distributed, from_first, is_sharded, rank, whole, world
 from backpass.training.progress import Progress, TrainingResult
-from backpass.training.settings import Settings
+from backpass.training.settings import seconds_between
 from backpass.training.state import Position, RunState
 from backpass.training.update import Update
+
+if TYPE_CHECKING:
+    from backpass.training.trainer import Trainer
 
 __all__ = ["Loop", "Resume"]
 
@@ -38,32 +44,34 @@ class Loop:
     """One call of `Trainer.fit`.
 
     Args:
-        settings: of the run.
-        attached: the rules in force on the model.
-        interruption: tells that someone wants the run to stop.
+        settings: settings of the run.
+        attached: rules in force on the model.
+        interruption: signals that ask the run to stop.
     """
 
-    def __init__(self, settings: Settings, attached: Sequence[Attached], interruption: Interruption) -> None:
+    def __init__(self, settings: Trainer, attached: Sequence[Attached], interruption: Interruption) -> None:
         self._settings, self._interruption, self._begun = settings, interruption, time.perf_counter()
         self._device, self._alone = settings.device, world() == 1
         self._batches = Batches(
             source=settings.source,
-            size=settings.batch_size,
+            order=settings.order,
             seed=settings.seed,
-            drop_last=settings.drop_last,
             rank=rank(),
             processes=world(),
             parts=settings.accumulate,
             device=self._device,
             prepare=settings.prepare,
+            channels_last=settings.channels_last,
         )
-        self._steps = settings.epochs * len(self._batches)
+        self._steps = min(settings.epochs * len(self._batches), settings.max_steps or 2**62)
         core = unwrap(settings.model)
         called = _compiled(settings)
         meter = Meter(self._device)
         self._update = Update(settings, distributed(called, self._device), attached, meter)
         self._evaluate = Evaluation(settings, called, self._update.plain, self._update.autocast)
-        self._averaging = Averaging(settings.averaged, core, self._steps) if settings.averaged else None
+        average = None if settings.average is None else Average.parse(settings.average)
+        self._averaging = None if average is None else Averaging(average, core, self._steps)
+        self._scheduler = cast(LRScheduler | None, settings.scheduler)
         self._position = Position()
         self._state = RunState(
             settings=settings,
@@ -77,89 +85,117 @@ class Loop:
         )
         folder = settings.path
         self._checkpoints = Checkpoints(folder / "checkpoints", settings.keep) if folder else None
-        self._logs = Logs(folder if rank() == 0 else None, tensorboard=settings.tensorboard)
+        self._logs = Logs(folder, settings.loggers) if rank() == 0 else Logs(None, ())
+        self._between, self._saved = seconds_between(settings.checkpoint_every), time.monotonic()
         self._diverged: str | None = None
+        self._stopped: str | None = None
 
     def run(self, resume: Resume) -> TrainingResult:
-        """From the start, or the last checkpoint, to the end."""
+        """Train from the start, or the last checkpoint, to the end."""
         self._open(resume)
-        position, epochs = self._position, self._settings.epochs
+        position = self._position
         try:
             self._status("running")
-            while position.epoch < epochs and self._diverged is None:
+            self._evaluate_at_mark()
+            while position.epoch < self._settings.epochs and not self._ended:
                 self._epoch()
             self._check_weights()
-            self._status("diverged" if self._diverged else "finished")
+            self._status("diverged" if self._diverged else "stopped" if self._stopped else "finished")
         except BaseException:
-            self._status("interrupted")
+            with suppress(BackpassError):  # the first error says more
+                self._status("interrupted")
             raise
         finally:
             self._logs.close()
         return TrainingResult(
             history=position.history,
+            evaluations=position.evaluations,
             diverged=self._diverged,
+            stopped=self._stopped,
             steps=position.step,
             seconds=self._seconds(),
             averaged=self._averaged(),
             folder=self._settings.path,
         )
 
+    @property
+    def _ended(self) -> bool:
+        return self._diverged is not None or self._stopped is not None or self._position.step >= self._steps
+
     def _check_weights(self) -> None:
-        """What the very last step has done shows in no loss."""
+        """Report a divergence in the very last step, which shows in no loss."""
         weights = [p for group in self._settings.optimizer.param_groups for p in group["params"]]
-        if self._diverged is None and not all(bool(p.isfinite().all()) for p in weights):
-            self._diverged = f"the weights after step {self._position.step} are not finite"
-            _LOG.warning("the run has diverged: %s.", self._diverged)
+        if self._diverged is None and not all(bool(whole(p.isfinite().all())) for p in weights):
+            self._end_as_diverged(f"the weights after step {self._position.step} are not finite")
 
     def _open(self, resume: Resume) -> None:
         """Restore a checkpoint, or write the first one, so that there is always one to resume from."""
         settings, checkpoints = self._settings, self._checkpoints
         description = {**settings.description, "epochs": settings.epochs, "processes": world()}
+        settings.order.load_state_dict({})
         if checkpoints is None:
             if resume is True:
                 raise BackpassError("nothing to resume from: the trainer has no folder. Give folder=...")
+            self._logs.open(0, 0, description)
             return
         there = from_first(lambda: bool(checkpoints.steps()))
         if there and resume is False:
             raise BackpassError(
-                f"{settings.folder} holds a run already: go on with it by fit(resume=True), or give another folder."
+                f"{settings.folder} holds a run already: continue it by fit(resume=True), or give another folder."
             )
         offset = 0
         if resume is True or there:
             state = from_first(checkpoints.load)
             self._state.load_state_dict(state)
             offset = state.get("log_offset", 0)
+        if rank() == 0:
+            checkpoints.clean()
         self._logs.open(offset, self._position.step, description)
         if not there:
             self._save()
 
     def _epoch(self) -> None:
         settings, position = self._settings, self._position
-        last = len(self._batches)
-        for parts in self._batches.epoch(position.epoch, position.within):
-            self._update(parts, self._batches.samples(position.within))
+        for parts, samples, last in self._batches.epoch(position.epoch, position.within, position.step):
+            try:
+                self._update(parts, samples)
+            except (NotFiniteError, DivergedError) as error:
+                if position.step == 0:
+                    raise  # the network or the data, not a divergence
+                return self._end_as_diverged(str(error))
             position.within += 1
             position.step += 1
             if self._averaging is not None:
                 self._averaging.update(position.step)
-            if settings.scheduler is not None and settings.step_scheduler == "step":
-                settings.scheduler.step()
-            if position.step % settings.log_every == 0 or position.within == last:
+            if self._scheduler is not None and settings.step_scheduler == "step":
+                self._scheduler.step()
+            if settings.on_step is not None:
+                settings.on_step(position.step)
+            if position.step % settings.log_every == 0 or last or position.step >= self._steps:
                 self._record_steps()
-                if self._diverged is not None:
-                    return
-            if position.within < last:
+            if self._diverged is not None:
+                return None  # the last checkpoint is from before
+            self._evaluate_at_mark()
+            if self._ended and not last:
+                return self._save()
+            if not last:
                 self._save_within_epoch()
         self._finish_epoch()
         self._save()
         self._stop_if_asked()
+        return None
 
     def _save_within_epoch(self) -> None:
         every = self._settings.checkpoint_every
-        if every is not None and self._position.step % every == 0:
+        # Processes must save and stop after the same step, and to agree costs an exchange.
+        agreed = self._alone or self._position.step % self._settings.log_every == 0
+        if self._between is not None:
+            due = agreed and time.monotonic() - self._saved >= self._between
+            if due if self._alone else agreed and any_process(due and rank() == 0, self._device):
+                self._save()
+        elif isinstance(every, int) and self._position.step % every == 0:
             self._save()
-        # Processes must stop after the same step, and to agree costs an exchange.
-        if self._alone or self._position.step % self._settings.log_every == 0:
+        if agreed:
             self._stop_if_asked()
 
     def _record_steps(self) -> None:
@@ -171,52 +207,74 @@ class Loop:
             record["accuracy"] = reading.accuracy
         record |= {**reading.metrics, "lr": self._rates(), "gradient_norm": norm}
         self._record(record)
-        self._diverged = self._state.divergence.check(reading.losses, position.step, norm)
-        if self._diverged is not None:
-            _LOG.warning("the run has diverged: %s.", self._diverged)
-            self._record(
-                {"kind": "diverged", "step": position.step, "epoch": position.epoch + 1, "reason": self._diverged}
-            )
+        diverged = self._state.divergence.check(reading.losses, position.step, norm)
+        if diverged is not None:
+            self._end_as_diverged(diverged)
+
+    def _end_as_diverged(self, reason: str) -> None:
+        self._diverged = reason
+        if self._settings.on_progress is None:  # who watches the run gets the record
+            _LOG.warning("the run has diverged: %s.", reason)
+        position = self._position
+        self._record({"kind": "diverged", "step": position.step, "epoch": position.epoch + 1, "reason": reason})
+
+    def _evaluate_at_mark(self) -> None:
+        position = self._position
+        done = any(one["step"] == position.step for one in position.evaluations)
+        if position.step not in self._settings.evaluate_at or done:
+            return
+        record = {"kind": "evaluation", "step": position.step, "epoch": position.epoch + 1, **self._evaluations()}
+        position.evaluations.append(record)
+        self._record(record)
+
+    def _evaluations(self) -> dict[str, Any]:
+        found = {"evaluation": self._evaluate()}
+        if self._averaging is not None and self._averaging.begun:
+            with self._averaging.applied():
+                found["averaged"] = self._evaluate()
+        return found
 
     def _finish_epoch(self) -> None:
-        settings, position, averaging = self._settings, self._position, self._averaging
+        settings, position = self._settings, self._position
         position.epoch, position.within = position.epoch + 1, 0
         record: dict[str, Any] = {"kind": "epoch", "epoch": position.epoch, "step": position.step}
         record |= {**self._state.totals.means(), "lr": self._rates()}
         self._state.totals.clear()
-        final = position.epoch == settings.epochs
-        if settings.evaluated is not None and (final or position.epoch % settings.evaluate_every == 0):
-            record["evaluation"] = self._evaluate(settings.evaluated)
-            if averaging is not None and averaging.begun:
-                with averaging.applied():
-                    record["averaged"] = self._evaluate(settings.evaluated)
-        due = final or position.epoch % settings.robust_every == 0
-        if settings.robust is not None and settings.evaluated is not None and due:
-            record["robust"] = self._evaluate.robust(settings.evaluated)
+        final, every = position.epoch == settings.epochs, settings.evaluate_every
+        if settings.evaluated and every is not None and (final or position.epoch % every == 0):
+            record |= self._evaluations()
+        if settings.robust is not None and (final or position.epoch % settings.robust_every == 0):
+            record["robust"] = self._evaluate.robust()
             if hasattr(settings.robust, "reason_to_stop"):
                 self._diverged = settings.robust.reason_to_stop(record["robust"])
         position.history.append(record)
-        if settings.scheduler is not None and settings.step_scheduler == "epoch":
-            if isinstance(settings.scheduler, ReduceLROnPlateau):
-                settings.scheduler.step(record.get("evaluation", record)["loss"])
-            else:
-                settings.scheduler.step()
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler.step(record.get("evaluation", record)["loss"])
+        elif self._scheduler is not None and settings.step_scheduler == "epoch":
+            self._scheduler.step()
         self._record(record)
 
     def _record(self, record: dict[str, Any]) -> None:
-        settings, position = self._settings, self._position
-        self._logs.record(record, self._seconds())
-        if settings.on_progress is not None and rank() == 0:
-            settings.on_progress(
+        settings = self._settings
+
+        def written() -> str | None:
+            self._logs.record(record, self._seconds())
+            if settings.on_progress is None:
+                return None
+            return settings.on_progress(
                 Progress(
                     epoch=record["epoch"],
                     epochs=settings.epochs,
-                    step=position.step,
+                    step=self._position.step,
                     steps=self._steps,
                     seconds=self._seconds(),
                     record=record,
                 )
             )
+
+        reason = from_first(written)
+        if isinstance(reason, str):
+            self._stopped = reason
 
     def _rates(self) -> float | list[float]:
         rates = [float(group["lr"]) for group in self._settings.optimizer.param_groups]
@@ -225,9 +283,9 @@ class Loop:
     def _save(self) -> None:
         if self._checkpoints is None:
             return
-        state = self._state.state_dict()
-        if rank() == 0:
-            self._checkpoints.save(self._position.step, {**state, "log_offset": self._logs.offset()})
+        checkpoints, state = self._checkpoints, self._state.state_dict()
+        from_first(lambda: str(checkpoints.save(self._position.step, {**state, "log_offset": self._logs.offset()})))
+        self._saved = time.monotonic()
 
     def _stop_if_asked(self) -> None:
         name = self._interruption.received
@@ -239,29 +297,43 @@ class Loop:
             raise Interrupted(f"stopped by {name} after step {step}; without a folder nothing is saved.")
         raise Interrupted(
             f"stopped by {name or 'a signal to another process'} after step {step}, and saved in "
-            f"{self._settings.folder}: go on with fit(resume=True) and the same settings."
+            f"{self._settings.folder}: continue with fit(resume=True) and the same settings."
         )
 
     def _status(self, status: Status) -> None:
         position = self._position
         numbers: dict[str, Any] = {"epoch": position.epoch, "step": position.step, "diverged": self._diverged}
-        self._logs.status(status, {**numbers, "last": position.history[-1] if position.history else None})
+        if self._stopped is not None:
+            numbers["stopped"] = self._stopped
+        try:
+            self._logs.status(status, {**numbers, "last": position.history[-1] if position.history else None})
+        except OSError as error:
+            raise BackpassError(
+                f"{error.filename} cannot be written: {error.strerror}. The checkpoints are kept: make room, and "
+                "continue by fit(resume=True) or --resume."
+            ) from error
 
     def _averaged(self) -> dict[str, torch.Tensor] | None:
         if self._averaging is None or not self._averaging.begun:
             return None
         with self._averaging.applied():
             state = unwrap(self._settings.model).state_dict()
-            return {name: one.detach().clone() for name, one in state.items() if isinstance(one, torch.Tensor)}
+            return {name: whole(one).detach().clone() for name, one in state.items() if isinstance(one, torch.Tensor)}
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._begun
 
 
-def _compiled(settings: Settings) -> nn.Module:
-    """The model as one process calls it."""
+def _compiled(settings: Trainer) -> nn.Module:
+    """Return the model as one process calls it.
+
+    Raises:
+        BackpassError: it is sharded, and to be compiled.
+    """
     model = settings.model
     if not settings.compile:
         return model
+    if is_sharded(model):
+        raise BackpassError("a model sharded by fully_shard cannot be compiled by the trainer: leave out compile.")
     options = {} if settings.compile is True else dict(settings.compile)
     return cast(nn.Module, torch.compile(model, **options))

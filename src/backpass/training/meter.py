@@ -1,4 +1,4 @@
-"""What the steps since the last record gave, read from the device once per record."""
+"""Numbers of the steps since the last record, read from the device once per record."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ __all__ = ["Meter", "Reading", "Totals"]
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The steps since the last record, over all processes.
+    """Numbers of the steps since the last record, over all processes.
 
     Attributes:
-        losses: of each step, its batch's mean.
+        losses: mean loss of each step's batch.
         counts: samples of each step.
-        correct: how many of all samples were classified as labelled, before their step; None where nothing is
-            classified.
-        metrics: the objective's own, each the mean over the steps.
+        correct: number of samples classified correctly, before their step; None without classification.
+        metrics: metrics of the objective, each the mean over the steps.
     """
 
     losses: list[float]
@@ -34,12 +33,12 @@ class Reading:
 
     @property
     def loss(self) -> float:
-        """The mean over the steps."""
+        """Mean loss over the steps."""
         return math.fsum(self.losses) / len(self.losses)
 
     @property
     def accuracy(self) -> float | None:
-        """In [0, 1]."""
+        """Accuracy in [0, 1], or None."""
         return None if self.correct is None else self.correct / sum(self.counts)
 
 
@@ -50,12 +49,12 @@ class Totals:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Reset all sums."""
         self._sums: dict[str, float] = {"loss": 0.0}
         self._samples, self._steps, self._correct, self._classified = 0, 0, 0, False
 
     def add(self, reading: Reading) -> None:
-        """Take in one reading."""
+        """Add one reading."""
         losses = zip(reading.losses, reading.counts, strict=True)
         self._sums["loss"] += math.fsum(loss * count for loss, count in losses)
         for name, value in reading.metrics.items():
@@ -66,13 +65,13 @@ class Totals:
         self._classified = self._classified or reading.correct is not None
 
     def means(self) -> dict[str, float]:
-        """Loss and accuracy over the samples, metrics over the steps."""
+        """Return the means of loss and accuracy over samples, and of metrics over steps."""
         means = {name: value / self._steps for name, value in self._sums.items()}
         means["loss"] = self._sums["loss"] / self._samples
         return {**means, "accuracy": self._correct / self._samples} if self._classified else means
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Return the state for a checkpoint."""
         return {
             "sums": dict(self._sums),
             "samples": self._samples,
@@ -82,7 +81,7 @@ class Totals:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self._sums = dict(state["sums"])
         self._samples, self._steps = state["samples"], state["steps"]
         self._correct, self._classified = state["correct"], state["classified"]
@@ -110,7 +109,7 @@ class Meter:
         return len(self._counts)
 
     def add(self, scalars: Mapping[str, Tensor], correct: Sequence[Tensor], samples: int) -> None:
-        """Take in one step.
+        """Add one step.
 
         Args:
             scalars: ``loss`` and the objective's metrics; their mean over the processes is that of the batch.
@@ -123,7 +122,7 @@ class Meter:
         self._counts.append(samples)
 
     def read(self) -> Reading:
-        """All steps since the last reading; begins anew. Every process calls this after the same steps."""
+        """Return the numbers of all steps since the last reading. Every process calls this after the same steps."""
         scalars, correct, classified = self._local()
         everything = summed(torch.cat([scalars.flatten(), correct[None]])).tolist()
         right, steps = int(everything.pop()), len(scalars)
@@ -139,7 +138,7 @@ class Meter:
         return reading
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's steps that were not read yet; they stay."""
+        """Return this process's steps that were not read yet."""
         if not self._counts:
             return {}
         scalars, correct, classified = self._local()
@@ -151,7 +150,7 @@ class Meter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self._clear()
         if state:
             self._names, self._counts = list(state["names"]), list(state["counts"])

@@ -1,40 +1,53 @@
-"""What a training step minimises: an objective, and what evaluating it on one batch leaves behind."""
+"""Objectives of a training step, and their value on one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backpass.attacks.oracle import LogitsSelector
 from backpass.errors import BackpassError
 from backpass.numbers import is_number
 from backpass.training.batches import Batch
 
-__all__ = ["CrossEntropy", "Evaluated", "Loss", "Objective", "PerSample", "Plain", "correct"]
+__all__ = [
+    "BinaryCrossEntropy",
+    "CrossEntropy",
+    "Evaluated",
+    "Loss",
+    "Objective",
+    "PerSample",
+    "Plain",
+    "correct",
+    "select",
+]
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Tensor], Tensor]
 """A loss per sample: (output, y) -> (B,)."""
 
 Plain = Callable[[], AbstractContextManager[object]]
-"""Gives a context in which the trainer's rules are suspended, so that the backward pass is plain."""
+"""Return a context in which the trainer's rules are suspended, so that the backward pass is plain."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluated:
-    """An objective on one batch.
+    """Value of an objective on one batch.
 
     Attributes:
-        loss: scalar with graph, the mean over the batch; this is what is differentiated.
-        losses: (B,) detached, each sample's own, where the objective has them; the trainer needs only their mean.
-        correct: (B,) bool, whether the model's answer was the label; None where this is no classification.
+        loss: scalar with graph, the mean over the batch. The trainer differentiates it.
+        losses: (B,) detached, one per sample, where the objective has them.
+        correct: (B,) bool, where the prediction is the label; None without classification.
         metrics: further scalars to log, each a mean over the batch, detached.
-        again: the loss on some rows of the batch once more, with graph: ``again(model, rows)``. Whatever was searched
-            for or drawn, say adversarial examples, stays as it is. None if the objective cannot tell.
+        again: ``again(model, rows)`` evaluates the loss once more on some rows of the batch, with graph. Adversarial
+            examples and other draws stay fixed. None if the objective does not support this.
+        moves: whether adversarial examples in it depend smoothly on the parameters, so that the second derivative of
+            ``again`` is not the derivative of the training gradient. False for sign steps.
     """
 
     loss: Tensor
@@ -42,14 +55,19 @@ class Evaluated:
     correct: Tensor | None = None
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     again: Callable[[nn.Module, slice], Tensor] | None = None
+    moves: bool = False
 
 
 class Objective(Protocol):
-    """What a training step minimises, as a function of the model and a batch.
+    """Function of the model and a batch that a training step minimises.
 
-    An objective may have ``state_dict()`` and ``load_state_dict(state)``; checkpoints then hold its state, which must
-    be of tensors, numbers, strings, lists and dicts. It may have ``losses(output, y) -> (B,)``, by which the evaluation
-    set is judged; cross-entropy without.
+    Optional methods, used where they exist:
+
+    - ``state_dict()`` and ``load_state_dict(state)``: saved in checkpoints; tensors, numbers, strings, lists, dicts.
+    - ``losses(output, y) -> (B,)``: loss of the evaluation set; without it, cross-entropy.
+    - ``correct(output, y) -> (B,) bool or None``: accuracy of the evaluation set; without it, that of `correct`.
+    - ``check_targets(y, output, where)``: raise a `BackpassError` where the targets y (N, ...) do not fit the output
+      of two samples, before the first step.
     """
 
     def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
@@ -57,46 +75,67 @@ class Objective(Protocol):
 
         Args:
             model: in training mode. With several processes it is a ``DistributedDataParallel``: only the forward pass
-                that leads to ``loss`` may go through it, and ``model.module`` is for all others.
+                that leads to ``loss`` may go through it; use ``model.module`` for all others.
             batch: this process's part of the batch, prepared, on the model's device.
-            plain: gives a context without the trainer's rules.
+            plain: returns a context without the trainer's rules.
         """
         ...
 
 
-def correct(output: Tensor, y: Tensor) -> Tensor | None:
-    """Whether the largest of (B, K) outputs is that of the label: (B,) bool; None where this is no classification."""
-    if output.dim() != 2 or y.dim() != 1 or y.is_floating_point():
+def select(output: Any, logits: LogitsSelector) -> Any:
+    """Return the logits of a model's output: the output, an item by key or index, an attribute, or a function of it.
+
+    Raises:
+        BackpassError: the output has no such item.
+    """
+    if logits is None:
+        return output
+    if callable(logits):
+        return logits(output)
+    try:
+        if isinstance(logits, str) and not isinstance(output, Mapping) and hasattr(output, logits):
+            return getattr(output, logits)
+        return output[logits]
+    except (KeyError, IndexError, TypeError) as error:
+        raise BackpassError(f"logits={logits!r} selects nothing in the model's output, {_kind(output)}.") from error
+
+
+def correct(output: Any, y: Tensor) -> Tensor | None:
+    """Compare the largest of (B, K) outputs, K >= 2, with labels (B,): (B,) bool; None for other shapes or types."""
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
+        return None
+    if y.dim() != 1 or y.is_floating_point():
         return None
     return output.detach().argmax(1) == y
 
 
 @dataclass(frozen=True)
 class PerSample:
-    """The mean of a loss per sample, L = 1/B sum_i loss(f(x_i), y_i).
+    """Mean of a loss per sample, L = 1/B sum_i loss(f(x_i), y_i).
 
     Args:
-        loss: (output, y) -> (B,), for instance ``lambda output, y: (output - y).square().mean(1)``.
+        loss: (output, y) -> (B,), for instance ``lambda output, y: (output - y).square().mean(1)``. It is given the
+            model's output as it is, also a dict.
     """
 
     loss: Loss
 
-    def losses(self, output: Tensor, y: Tensor) -> Tensor:
-        """The loss of each sample, (B,).
+    def losses(self, output: Any, y: Tensor) -> Tensor:
+        """Return the loss of each sample, (B,).
 
         Raises:
-            BackpassError: the loss is not one number a sample.
+            BackpassError: the loss is not one number per sample.
         """
         losses = self.loss(output, y)
         if losses.shape != y.shape[:1]:
             raise BackpassError(
-                f"the loss must give one number per sample, shape {tuple(y.shape[:1])}; got {tuple(losses.shape)}: "
+                f"the loss must return one number per sample, shape {tuple(y.shape[:1])}; got {tuple(losses.shape)}: "
                 "use reduction='none', and take the mean over everything but the first dimension."
             )
         return losses
 
     def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
-        """The mean loss of the model on the batch."""
+        """Evaluate the mean loss on the batch."""
         output = model(batch.x)
         losses = self.losses(output, batch.y)
 
@@ -108,57 +147,196 @@ class PerSample:
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy:
-    """The mean cross-entropy of logits (B, K) and labels (B,) in 0..K-1.
+    """Mean cross-entropy of logits (B, K) and labels (B,) in 0..K-1, or probabilities (B, K).
 
     Args:
-        label_smoothing: in [0, 1]; the part of the target that is spread evenly over all classes.
+        label_smoothing: part of the target that is spread evenly over all classes, in [0, 1].
+        mixup: alpha >= 0 of mixup. Each batch is mixed with a permutation of itself, x <- w x + (1 - w) x', and so are
+            the targets, with w from Beta(alpha, alpha). 0 is no mixup.
+        logits: where the logits are in the model's output: a key, an attribute, an index, or a function of it.
 
     Raises:
-        BackpassError: the setting is out of its range.
+        BackpassError: a setting is out of its range.
+
+    Source: Zhang, Cisse, Dauphin, Lopez-Paz, mixup: beyond empirical risk minimization (2018), equation (1).
     """
 
     label_smoothing: float = 0.0
+    mixup: float = 0.0
+    logits: LogitsSelector = None
 
     def __post_init__(self) -> None:
         if not (is_number(self.label_smoothing) and 0 <= self.label_smoothing <= 1):
-            raise BackpassError(f"label_smoothing is in [0, 1], got {self.label_smoothing!r}.")
+            raise BackpassError(f"label_smoothing must be in [0, 1], got {self.label_smoothing!r}.")
+        if not (is_number(self.mixup) and self.mixup >= 0):
+            raise BackpassError(f"mixup must be a number alpha of at least 0, such as 0.2; got {self.mixup!r}.")
 
-    def losses(self, output: Tensor, y: Tensor) -> Tensor:
-        """The cross-entropy of each sample, (B,).
+    def losses(self, output: Any, y: Tensor) -> Tensor:
+        """Return the cross-entropy of each sample, (B,).
 
         Raises:
-            BackpassError: the output is not one tensor (B, K).
+            BackpassError: the output is not one tensor (B, K), or the targets do not fit.
         """
-        return self._of(output, y, "none")
+        return self.with_logits(select(output, self.logits), y)
+
+    def with_logits(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the cross-entropy of each sample, (B,), of logits that are selected already."""
+        return self._of(logits, y, "none")
+
+    def correct(self, output: Any, y: Tensor) -> Tensor | None:
+        """Compare predictions with labels, (B,) bool; None for probabilities."""
+        return correct(select(output, self.logits), y)
+
+    def check_targets(self, y: Tensor, output: Any, where: str) -> None:
+        """Compare all targets with the output's number of classes.
+
+        Raises:
+            BackpassError: they do not fit.
+        """
+        soft = y.dim() == 2 and y.is_floating_point()
+        if not soft and (y.dim() != 1 or y.dtype not in (torch.int64, torch.uint8)):
+            raise BackpassError(
+                f"labels{where} are integers of shape (N,), int64 or uint8, or probabilities (N, K); got {y.dtype} "
+                f"{tuple(y.shape)}: convert them (y.long()), or give objective=BinaryCrossEntropy() or PerSample(loss) "
+                "for targets of another kind."
+            )
+        chosen = select(output, self.logits)
+        if not isinstance(chosen, Tensor) or chosen.dim() != 2:
+            return  # reported with the shapes of the first step
+        classes = chosen.shape[1]
+        if classes == 1:
+            raise BackpassError(
+                "the model has one output, and the cross-entropy of one class is always 0: give "
+                "objective=BinaryCrossEntropy() for a binary classifier, or PerSample(loss)."
+            )
+        if soft:
+            if y.shape[1] != classes or bool((y < 0).any()) or bool(((y.sum(1) - 1).abs() > 1e-3).any()):
+                raise BackpassError(
+                    f"probabilities{where} must be at least 0, of shape (N, {classes}), with rows that sum to 1."
+                )
+            return
+        lowest, highest = int(y.min()), int(y.max())
+        if lowest < 0 or highest >= classes:
+            raise BackpassError(
+                f"labels{where} are in 0..{classes - 1} for a model of {classes} outputs, and these are {lowest} to "
+                f"{highest}: number the classes from 0, or give the model more outputs."
+            )
 
     def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
-        """The mean cross-entropy of the model on the batch."""
+        """Evaluate the mean cross-entropy on the batch."""
+        if self.mixup:
+            return self._mixed(model, batch)
         output = model(batch.x)
-        loss = self._of(output, batch.y, "mean")
+        loss = self._of(select(output, self.logits), batch.y, "mean")
 
         def again(model: nn.Module, rows: slice) -> Tensor:
-            return self._of(model(batch.x[rows]), batch.y[rows], "mean")
+            return self._of(select(model(batch.x[rows]), self.logits), batch.y[rows], "mean")
 
-        return Evaluated(loss=loss, correct=correct(output, batch.y), again=again)
+        return Evaluated(loss=loss, correct=self.correct(output, batch.y), again=again)
 
-    def _of(self, output: Tensor, y: Tensor, reduction: str) -> Tensor:
+    def _mixed(self, model: nn.Module, batch: Batch) -> Evaluated:
+        weight = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
+        other = torch.randperm(len(batch)).to(batch.x.device)
+        x, y, partner = torch.lerp(batch.x[other], batch.x, weight), batch.y, batch.y[other]
+
+        def again(model: nn.Module, rows: slice) -> Tensor:
+            output = select(model(x[rows]), self.logits)
+            own, others = (self._of(output, targets[rows], "mean") for targets in (y, partner))
+            return weight * own + (1 - weight) * others
+
+        return Evaluated(loss=again(model, slice(None)), again=again)
+
+    def _of(self, output: Any, y: Tensor, reduction: str) -> Tensor:
         if (
             not isinstance(output, Tensor)
             or output.dim() != 2
             or len(output) != len(y)
             or not output.is_floating_point()
         ):
-            got = f"{tuple(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+            advice = (
+                "return them from the model, or give objective=PerSample(loss)"
+                if isinstance(output, Tensor)
+                else "select them by objective=CrossEntropy(logits=...), a key, an index or a function of the output"
+            )
             raise BackpassError(
-                f"cross-entropy needs logits (B, K), got {got} for {len(y)} labels: wrap the model so that it returns "
-                "them, or give objective=PerSample(loss) with a loss of your own."
+                f"cross-entropy needs logits (B, K), got {_kind(output)} for {len(y)} labels: {advice}."
             )
         if y.dim() == 1 and y.dtype not in (torch.int64, torch.uint8):
             raise BackpassError(f"labels are int64 or uint8, got {y.dtype}: convert them (y.long()).")
         try:
             return F.cross_entropy(output, y, reduction=reduction, label_smoothing=self.label_smoothing)
-        except IndexError as error:  # of a Dataset labels are not known before
+        except IndexError as error:  # the labels of a Dataset are not known before
             raise BackpassError(
                 f"labels are in 0..{output.shape[1] - 1} for a model of {output.shape[1]} outputs, and these are "
                 f"{int(y.min())} to {int(y.max())}: number the classes from 0, or give the model more outputs."
             ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinaryCrossEntropy:
+    """Mean binary cross-entropy of logits and targets in [0, 1], for binary and multi-label classifiers.
+
+    The logits are (B,), (B, 1), or (B, K) for K labels that do not exclude each other; the loss of a sample is the
+    mean over its labels. With one logit, the prediction is 1 where the logit is above 0; with several, no accuracy is
+    reported: give ``Trainer(metrics=...)``.
+
+    Args:
+        logits: where the logits are in the model's output: a key, an attribute, an index, or a function of it.
+    """
+
+    logits: LogitsSelector = None
+
+    def losses(self, output: Any, y: Tensor) -> Tensor:
+        """Return the loss of each sample, (B,).
+
+        Raises:
+            BackpassError: the shapes differ.
+        """
+        z, targets = self._aligned(output, y)
+        return F.binary_cross_entropy_with_logits(z, targets.to(z.dtype), reduction="none").flatten(1).mean(1)
+
+    def correct(self, output: Any, y: Tensor) -> Tensor | None:
+        """Compare predictions with labels, (B,) bool; None for several labels per sample."""
+        z, targets = self._aligned(output, y)
+        return None if z.shape[1] > 1 else ((z > 0) == (targets > 0.5)).squeeze(1)
+
+    def check_targets(self, y: Tensor, output: Any, where: str) -> None:
+        """Compare all targets with the output's shape.
+
+        Raises:
+            BackpassError: they do not fit.
+        """
+        self._aligned(output, y[:2], where)
+        if bool((y < 0).any()) or bool((y > 1).any()):
+            raise BackpassError(f"targets{where} must be in [0, 1], and these are {y.min():g} to {y.max():g}.")
+
+    def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
+        """Evaluate the mean loss on the batch."""
+        output = model(batch.x)
+        losses = self.losses(output, batch.y)
+
+        def again(model: nn.Module, rows: slice) -> Tensor:
+            return self.losses(model(batch.x[rows]), batch.y[rows]).mean()
+
+        right = self.correct(output, batch.y)
+        return Evaluated(loss=losses.mean(), losses=losses.detach(), correct=right, again=again)
+
+    def _aligned(self, output: Any, y: Tensor, where: str = "") -> tuple[Tensor, Tensor]:
+        """Return logits and targets as (B, K)."""
+        z = select(output, self.logits)
+        if isinstance(z, Tensor) and z.dim() == 1:
+            z = z[:, None]
+        targets = y[:, None] if y.dim() == 1 else y
+        if not isinstance(z, Tensor) or z.dim() != 2 or z.shape != targets.shape:
+            raise BackpassError(
+                f"binary cross-entropy needs as many logits as targets{where}, got {_kind(z)} and {tuple(y.shape)}: "
+                "give one logit per label, and select them by logits=... where the output is no tensor."
+            )
+        return z, targets
+
+
+def _kind(output: object) -> str:
+    if isinstance(output, Tensor):
+        return f"{tuple(output.shape)} {output.dtype}"
+    keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+    return f"{type(output).__name__}{keys}"

@@ -1,12 +1,13 @@
-"""Several processes that train together, started by ``torchrun``: who this one is, and what all of them agree on."""
+"""Several processes that train together, started by ``torchrun``."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import count
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +17,40 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backpass.errors import BackpassError
 
-__all__ = ["any_process", "distributed", "from_all", "from_first", "joined", "local_device", "rank", "summed", "world"]
+__all__ = [
+    "any_process",
+    "distributed",
+    "from_all",
+    "from_first",
+    "is_sharded",
+    "joined",
+    "like",
+    "local_device",
+    "rank",
+    "summed",
+    "unsynchronized",
+    "whole",
+    "world",
+]
 
 _LOG = logging.getLogger(__name__)
+_RUNS = count()  # all processes start the same runs in the same order
 
 Value = TypeVar("Value")
 
 
 def world() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is, from 0; only process 0 writes."""
+    """Return the number of this process, from 0; only process 0 writes."""
     return dist.get_rank() if world() > 1 else 0
 
 
 def local_device() -> torch.device:
-    """The device for this process's model: a GPU of its own where there are GPUs, else the CPU."""
+    """Return the device for this process's model: a GPU of its own where there are GPUs, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -42,22 +58,87 @@ def local_device() -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Joins the processes that ``torchrun`` started: gloo on CPU, NCCL on GPU. A group that is there already stays."""
+    """Join the processes that ``torchrun`` started: gloo on CPU, NCCL on GPU. A group that exists already stays.
+
+    Raises:
+        BackpassError: another process failed; the message has its error.
+    """
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-    if not started or not dist.is_available() or dist.is_initialized():
+    own = started and dist.is_available() and not dist.is_initialized()
+    if own:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        with _telling_others():
+            yield
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _telling_others() -> Iterator[None]:
+    """Publish an error of this process, and replace a lost connection by the error of the process that failed."""
+    if world() == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, key = dist.distributed_c10d._get_default_store(), f"backpass/error/{next(_RUNS)}"
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        problem = None
+        with suppress(Exception):  # the process that kept the store may be the one that died
+            problem = store.get(key).decode() if store.check([key]) else None
+        if problem is None and not _is_lost(error):
+            _publish(store, key, error)
+            raise
+        reason = f"another process failed: {problem}" if problem else f"another process died ({error})"
+        raise BackpassError(f"{reason}. Start all processes again, with resume=True to continue.") from error
+    except BaseException as error:
+        _publish(store, key, error)
+        raise
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("connection", "gloo", "nccl", "timed out", "peer", "broken pipe")
+    )
+
+
+def _publish(store: Any, key: str, error: BaseException) -> None:
+    with suppress(Exception):
+        store.compare_set(key, "", f"process {rank()}: {type(error).__name__}: {error}")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether ``fully_shard`` (FSDP2) has sharded a part of the model."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(one, FSDPModule) for one in model.modules())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be sharded over processes."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def like(tensor: Tensor, other: Any) -> Tensor:
+    """Return a whole tensor on the device of another one, sharded as that one is."""
+    moved: Tensor = tensor.to(other.device)
+    if not hasattr(other, "full_tensor"):
+        return moved
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(moved, other.device_mesh, other.placements)
 
 
 def distributed(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as each process calls it: its gradients are the mean over the processes."""
+    """Return the model as each process calls it: its gradients are the mean over the processes."""
     if world() == 1 or isinstance(model, DistributedDataParallel):
         return model
     if any(isinstance(one, _BatchNorm) and not isinstance(one, nn.SyncBatchNorm) for one in model.modules()):
@@ -66,23 +147,43 @@ def distributed(model: nn.Module, device: torch.device) -> nn.Module:
             "On GPUs convert the model first: torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).",
             world(),
         )
+    if is_sharded(model):
+        return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
+@contextmanager
+def _without_reduction(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def unsynchronized(model: nn.Module, more_to_come: bool) -> AbstractContextManager[object]:
+    """Return a context in which gradients are not exchanged, because further parts of the batch follow."""
+    if more_to_come and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    if more_to_come and hasattr(model, "set_requires_gradient_sync"):
+        return _without_reduction(model)
+    return nullcontext()
+
+
 def summed(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """Return the sum over all processes, in place."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def any_process(here: bool, device: torch.device) -> bool:
-    """Whether it is so in any process."""
+    """Return whether a condition is true in any process."""
     return bool(summed(torch.tensor(float(here), device=device)) > 0) if world() > 1 else here
 
 
 def from_all(value: Value) -> list[Value]:
-    """The values of all processes, in order."""
+    """Return the values of all processes, in order."""
     if world() == 1:
         return [value]
     values: list[Value] = [value] * world()
@@ -91,7 +192,7 @@ def from_all(value: Value) -> list[Value]:
 
 
 def from_first(function: Callable[[], Value]) -> Value:
-    """What ``function()`` gives in process 0, in all of them; so is an error that it raises on purpose."""
+    """Return in all processes the value of ``function()`` in process 0; its errors are raised in all of them."""
     if world() == 1:
         return function()
     answer: list[tuple[Value | None, BackpassError | None]] = [(None, None)]

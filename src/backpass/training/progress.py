@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and what it leaves behind."""
+"""Progress and result of a run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["Progress", "TrainingResult"]
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run is.
+    """Progress of a run.
 
     Attributes:
-        epoch: the epoch that is running, from 1.
-        epochs: how many there will be.
+        epoch: present epoch, from 1.
+        epochs: epochs of the run.
         step: optimizer steps so far.
-        steps: how many there will be.
+        steps: optimizer steps of the run.
         seconds: since the run was started or resumed.
-        record: the newest record of the log; its ``kind`` is ``"step"``, ``"epoch"`` or ``"diverged"``.
+        record: newest record of the log; its ``kind`` is ``"step"``, ``"epoch"``, ``"evaluation"`` or ``"diverged"``.
     """
 
     epoch: int
@@ -34,21 +34,25 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingResult:
-    """What a run left behind; the model has the last weights.
+    """Result of a run; the model has the last weights.
 
     Attributes:
         history: one record per finished epoch, also of those before a resumption: ``epoch`` (from 1), ``step``,
-            ``loss`` and ``accuracy`` in [0, 1] over the training samples as they were met, ``lr``, ``evaluation``,
+            ``loss`` and ``accuracy`` in [0, 1] over the training samples during the epoch, ``lr``, ``evaluation``,
             ``averaged``, ``robust``.
-        diverged: why the run was stopped early, or None.
+        evaluations: one record per number of steps in ``evaluate_at``, with ``step`` and ``evaluation``.
+        diverged: reason for which the run was ended as diverged, or None.
+        stopped: reason for which ``on_progress`` ended the run, or None.
         steps: optimizer steps, also of those before a resumption.
         seconds: since the run was started or resumed.
-        averaged: the averaged weights as a state dict, where ``average`` was set and has begun.
-        folder: where checkpoints and logs are, or None.
+        averaged: averaged weights as a state dict, where ``average`` was set and has begun.
+        folder: folder of checkpoints and logs, or None.
     """
 
     history: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     diverged: str | None
+    stopped: str | None
     steps: int
     seconds: float
     averaged: dict[str, Tensor] | None = field(repr=False)

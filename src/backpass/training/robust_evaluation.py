@@ -1,4 +1,4 @@
-"""Robust accuracy while a network learns, and whether its robustness is only against the attack it trains with."""
+"""Robust accuracy during training, and detection of catastrophic overfitting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CLEARLY = 0.2  # a network that withstands nothing yet has not collapsed
 
 @dataclass(frozen=True)
 class RobustEvaluation:
-    """Accuracy of a model on images that an attack has changed, for ``Trainer(robust=...)``.
+    """Measure the accuracy of a model under an attack, for ``Trainer(robust=...)``.
 
     Catastrophic overfitting (Wong, Rice, Kolter, Fast is better than free, 2020): with a weak inner maximiser, say one
     step of FGSM, the accuracy under it suddenly rises while that under several steps goes to 0. Where the training
@@ -33,12 +33,12 @@ class RobustEvaluation:
     of the accuracy that the training attack leaves, and 0.2 less at least.
 
     Args:
-        attack: the stronger attack, of several steps, by which robustness is judged.
-        images: how many of the evaluation set, its first; None for all.
-        training_attack: what the network trains with; None for no check.
-        collapse: in (0, 1).
-        stop: whether the trainer ends the run there; a warning is logged in any case.
-        batch_size: images searched at a time.
+        attack: attack of several steps, stronger than the one in training.
+        images: number of images, the first of the evaluation set; None for all.
+        training_attack: attack that the network trains with; None for no check.
+        collapse: part in (0, 1) of the accuracy under the training attack.
+        stop: end the run there; a warning is logged in any case.
+        batch_size: images attacked at a time.
 
     Raises:
         BackpassError: a setting is out of its range.
@@ -69,10 +69,10 @@ class RobustEvaluation:
             raise BackpassError(f"stop is True or False, got {self.stop!r}.")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-        """The metrics of a model on the first of some images.
+        """Return the metrics of a model on the first images.
 
         Args:
-            model: the network as it stands; rules attached to it act on the attack's gradients.
+            model: the network; rules attached to it act on the attack's gradients.
             x: (N, ...) in the attack's bounds.
             y: (N,).
 
@@ -96,13 +96,13 @@ class RobustEvaluation:
         }
 
     def reason_to_stop(self, metrics: Mapping[str, float]) -> str | None:
-        """Why a run with these metrics should end, or None."""
+        """Return the reason for which a run with these metrics should end, or None."""
         if not (self.stop and metrics.get("catastrophic_overfitting")):
             return None
         return _explain(metrics["robust_accuracy"], metrics["training_attack_accuracy"])
 
     def _accuracy(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> float:
-        """The share that is right on x and under the attack; this process measures all, whoever else does."""
+        """Return the share that is right on x and under the attack."""
         try:
             rows = torch.split(torch.arange(len(y), device=y.device), self.batch_size)
             return sum(_standing(attack, model, x, y, some) for some in rows) / len(y)
@@ -111,9 +111,9 @@ class RobustEvaluation:
 
 
 def _standing(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> int:
-    """How many of the images at some rows are right, and under the attack too."""
+    """Count the images at some rows that are right, and under the attack too."""
     with preserved(model), torch.no_grad():
-        right = rows[attack.ask(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
+        right = rows[attack.make_oracle(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
     return int((~attack(model, x[right], y[right], indices=right).success).sum()) if len(right) else 0
 
 

@@ -1,4 +1,4 @@
-"""Training data in the forms that users have it, read by position."""
+"""Training and evaluation data in the forms that users have it, read by position."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from backpass.errors import BackpassError
 
@@ -18,53 +28,72 @@ __all__ = ["Data", "Source"]
 Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
 """(x, y) tensors on any device, also memory-mapped; a map-style data set of pairs; or a loader of one."""
 
-_SAMPLED = 64  # rows that stand for the whole when two data sets are told apart
+_SAMPLED = 64  # rows whose hash identifies a data set
+_READING = ("num_workers", "collate_fn", "prefetch_factor", "worker_init_fn", "multiprocessing_context")
 
 
 class Source:
-    """Reads the samples at given positions.
-
-    Of a ``DataLoader`` the data set, the workers and ``collate_fn`` are used; order and batches are the trainer's.
+    """Read the samples at given positions.
 
     Args:
-        data: what to read.
+        data: the data. Of a ``DataLoader`` everything is used: data set, workers, ``collate_fn``, sampler or batch
+            sampler, batch size and ``drop_last``.
+
+    Attributes:
+        sampler: the sampler of a ``DataLoader``, or None for all samples in an order of the trainer's.
+        in_batches: whether ``sampler`` yields whole batches of indices.
+        batch_size: the batch size of a ``DataLoader``, or None.
+        drop_last: that of a ``DataLoader``, or None.
 
     Raises:
-        BackpassError: the data is empty, has no length, or x and y do not match.
+        BackpassError: the data is empty, cannot be read by position, or x and y have different lengths.
     """
 
     def __init__(self, data: Data) -> None:
-        self._workers: dict[str, Any] = {"num_workers": 0, "collate_fn": default_collate}
+        self.sampler: Any = None
+        self.in_batches = False
+        self.batch_size: int | None = None
+        self.drop_last: bool | None = None
+        self._reading: dict[str, Any] = {"num_workers": 0, "collate_fn": default_collate}
+        given: Any = data
         if isinstance(data, DataLoader):
-            names = ("num_workers", "collate_fn", "prefetch_factor", "worker_init_fn", "multiprocessing_context")
-            self._workers = {name: getattr(data, name) for name in names}
-            data = data.dataset
-        if isinstance(data, TensorDataset) and len(data.tensors) == 2:
-            data = (data.tensors[0], data.tensors[1])
-        if isinstance(data, tuple | list):
-            if len(data) != 2 or not all(map(_has_rows, data)) or len(data[0]) != len(data[1]):
-                raise BackpassError(
-                    "data must be a pair (x, y) of tensors with as many rows each, a Dataset or a DataLoader; got "
-                    + ", ".join(map(_words, data))
-                    + "."
-                )
-            data = (data[0], data[1])
-        elif (
-            isinstance(data, IterableDataset | str | bytes | Mapping | Tensor)
-            or not hasattr(data, "__getitem__")
-            or not hasattr(data, "__len__")
-        ):
-            raise BackpassError(
-                f"data of type {type(data).__name__} has no samples by position, so no order could be drawn and no "
-                "run resumed: give (x, y), a map-style Dataset (__getitem__ and __len__), or a DataLoader of one."
-            )
-        self._data: Any = data
-        self._count = len(data[1]) if isinstance(data, tuple) else len(data)  # type: ignore[arg-type]
+            self._reading = {name: getattr(data, name) for name in _READING}
+            given = data.dataset
+        plain = self._reading["collate_fn"] is default_collate and not self._reading.get("worker_init_fn")
+        if type(given) is TensorDataset and len(given.tensors) == 2 and plain:
+            given = tuple(given.tensors)
+        self._data = _checked(given)
+        self._count = len(self._data[1]) if isinstance(self._data, tuple) else len(self._data)
         if not self._count:
-            raise BackpassError("the data is empty: there is nothing to learn from.")
+            raise BackpassError("the data is empty: at least one sample is needed.")
+        if isinstance(data, DataLoader):
+            self._read_order(data)
+
+    def _read_order(self, loader: DataLoader[Any]) -> None:
+        if loader.batch_sampler is None:
+            raise BackpassError("the DataLoader has batch_size=None: the trainer needs batches; give it a batch_size.")
+        if type(loader.batch_sampler) is BatchSampler and loader.batch_size is not None:
+            self.sampler, self.batch_size, self.drop_last = loader.sampler, loader.batch_size, loader.drop_last
+        else:
+            self.sampler, self.in_batches = loader.batch_sampler, True
+            self.batch_size = getattr(loader.batch_sampler, "batch_size", None)
+        inner = getattr(loader.batch_sampler, "sampler", None)
+        if any(isinstance(one, DistributedSampler) for one in (self.sampler, inner)):
+            raise BackpassError(
+                "the DataLoader has a DistributedSampler, and the trainer itself gives every process its part of each "
+                "batch: leave the DistributedSampler out."
+            )
+        one = self.sampler
+        if type(one) is RandomSampler and not one.replacement and one.num_samples == self._count:
+            self.sampler = None  # every sample once, shuffled: the trainer's own order does that and can be resumed
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the samples come in the order of the data."""
+        return type(self.sampler) is SequentialSampler
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor] | None:
@@ -72,46 +101,87 @@ class Source:
         return self._data if isinstance(self._data, tuple) else None
 
     def describe(self) -> dict[str, Any]:
-        """What tells this data from another; some rows stand for all."""
+        """Describe the data in JSON's types; the hash of some rows stands for all."""
+        order: dict[str, Any] = {}
+        if self.sampler is not None:
+            weights = getattr(self.sampler, "weights", None)
+            order = {"sampler": type(self.sampler).__qualname__}
+            if isinstance(weights, Tensor):
+                order["weights"] = _digest([weights])
         if self.tensors is None:
-            return {"samples": len(self), "type": type(self._data).__qualname__}
+            return {"samples": len(self), "type": type(self._data).__qualname__, **order}
         rows = torch.linspace(0, len(self) - 1, min(_SAMPLED, len(self)), dtype=torch.float64).long()
-        digest = hashlib.sha256()
-        for one in self.tensors:
-            digest.update(one[rows.to(one.device)].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         x, y = self.tensors
         shapes = [f"{one.dtype} {tuple(one.shape)}" for one in (x, y)]
-        return {"samples": len(self), "x": shapes[0], "y": shapes[1], "sha256": digest.hexdigest()[:16]}
+        digest = _digest([one[rows.to(one.device)] for one in (x, y)])
+        return {"samples": len(self), "x": shapes[0], "y": shapes[1], "sha256": digest, **order}
 
     def read(
         self, rows: Sequence[Tensor], start: int, device: torch.device, seed: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields x (B, ...) and y (B, ...) of ``rows[start:]``, each (B,) positions, on the device.
+        """Yield x (B, ...) and y (B, ...) of ``rows[start:]``, each (B,) positions, on the device.
 
-        With workers the rows before are read too, and thrown away, so that random draws of the data set in its
-        workers are those of a run without a break.
+        With workers the rows before ``start`` are read and dropped, so that random numbers drawn in the workers are
+        those of an uninterrupted run.
+
+        Raises:
+            BackpassError: a batch is no pair of tensors, or has another number of samples than asked for.
         """
         if self.tensors is not None:
             x, y = self.tensors
             for of_x, of_y in zip(_beside(x, rows[start:]), _beside(y, rows[start:]), strict=True):
                 yield _to(x[of_x], device), _to(y[of_y], device)
             return
+        skipped = start if self._reading["num_workers"] else 0
         loader = DataLoader(
             self._data,
-            batch_sampler=[chosen.tolist() for chosen in (rows if self._workers["num_workers"] else rows[start:])],
+            batch_sampler=[chosen.tolist() for chosen in rows[start - skipped :]],
             generator=torch.Generator().manual_seed(seed),
-            **self._workers,
+            **self._reading,
         )
-        for pair in islice(loader, start if self._workers["num_workers"] else 0, None):
-            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(one, Tensor) for one in pair):
-                got = f"{type(pair).__name__} of {len(pair)}" if hasattr(pair, "__len__") else type(pair).__name__
+        for asked, pair in zip(rows[start:], islice(loader, skipped, None), strict=True):
+            x, y = self._pair(pair)
+            if not len(x) == len(y) == len(asked):
                 raise BackpassError(
-                    "a sample of the data must be a pair (x, y) that can be put together as tensors; a batch of "
-                    f"{type(self._data).__qualname__} is a {got}. Give a Dataset of pairs, or a DataLoader with a "
-                    "collate_fn that gives a pair of tensors."
+                    f"{len(asked)} samples were asked for, and collate_fn returned {len(x)} inputs and {len(y)} "
+                    "targets. It must keep every sample: leave broken samples out of the data set or the sampler."
                 )
-            x, y = pair
             yield _to(x, device), _to(y, device)
+
+    def _pair(self, pair: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(one, Tensor) for one in pair):
+            return pair[0], pair[1]
+        got = f"{type(pair).__name__} of {len(pair)}" if hasattr(pair, "__len__") else type(pair).__name__
+        raise BackpassError(
+            f"a sample must be a pair (x, y) that can be stacked as tensors; {type(self._data).__qualname__} gives a "
+            f"batch that is a {got}. Give a Dataset of pairs, or a DataLoader with a collate_fn that returns a pair."
+        )
+
+
+def _checked(data: Any) -> Any:
+    if isinstance(data, tuple | list):
+        if len(data) != 2 or not all(map(_has_rows, data)) or len(data[0]) != len(data[1]):
+            raise BackpassError(
+                "data must be a pair (x, y) of tensors with as many rows each, a Dataset or a DataLoader; got "
+                + ", ".join(map(_words, data))
+                + "."
+            )
+        return data[0], data[1]
+    indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if isinstance(data, IterableDataset | str | bytes | Mapping | Tensor) or not indexed:
+        raise BackpassError(
+            f"data of type {type(data).__name__} has no samples by position, so a run on it could not be resumed. Give "
+            "(x, y), a map-style Dataset (__getitem__ and __len__), or a DataLoader of one; a stream can be read into "
+            "tensors or files first."
+        )
+    return data
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for one in tensors:
+        digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _has_rows(one: object) -> bool:
@@ -119,7 +189,6 @@ def _has_rows(one: object) -> bool:
 
 
 def _words(one: object) -> str:
-    """A tensor, or what came instead of one."""
     if not isinstance(one, Tensor):
         return type(one).__name__
     kind = "" if one.layout == torch.strided else "sparse "
@@ -127,14 +196,14 @@ def _words(one: object) -> str:
 
 
 def _beside(tensor: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The rows on the tensor's device, moved at once."""
+    """Return the rows on the tensor's device, moved in one transfer."""
     if tensor.device.type == "cpu" or not rows:
         return rows
     return torch.split(torch.cat(list(rows)).to(tensor.device), [len(chosen) for chosen in rows])
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; from pinned memory, so that the host does not wait for it."""
+    """Move the tensor to the device, through pinned memory so that the host does not wait."""
     if tensor.device == device:
         return tensor
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

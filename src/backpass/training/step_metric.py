@@ -1,4 +1,4 @@
-"""How an optimizer turns a gradient into a step: the diagonal metric in which its path is a gradient descent."""
+"""Diagonal metric in which an optimizer's path is a gradient descent."""
 
 from __future__ import annotations
 

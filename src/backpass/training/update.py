@@ -1,14 +1,14 @@
-"""One optimizer step: forward, backward, what happens to the gradient, the step."""
+"""One optimizer step: forward, backward, clipping or normalization, step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 
 from backpass.errors import BackpassError
 from backpass.rules import Attached
@@ -16,39 +16,42 @@ from backpass.training.batches import Batch
 from backpass.training.measuring import Measuring, halves
 from backpass.training.meter import Meter
 from backpass.training.objective import Evaluated
-from backpass.training.processes import world
-from backpass.training.settings import Settings
+from backpass.training.processes import unsynchronized, whole, world
+from backpass.training.settings import precision
+
+if TYPE_CHECKING:
+    from backpass.training.trainer import Trainer
 
 __all__ = ["Update"]
 
 
 class Update:
-    """Takes the steps of a run.
+    """Optimizer steps of a run.
 
     Args:
-        settings: of the run.
-        model: as it is called, with its wrappers.
-        attached: the rules in force.
-        meter: gets each step's numbers.
+        settings: settings of the run.
+        model: the model with its wrappers.
+        attached: rules in force.
+        meter: collects each step's numbers.
     """
 
-    def __init__(self, settings: Settings, model: nn.Module, attached: Sequence[Attached], meter: Meter) -> None:
+    def __init__(self, settings: Trainer, model: nn.Module, attached: Sequence[Attached], meter: Meter) -> None:
         self._settings, self._model, self._attached, self._meter = settings, model, attached, meter
         self._optimizer, self._objective = settings.optimizer, settings.objective
         self._weights = [p for group in settings.optimizer.param_groups for p in group["params"]]
         self._kind, self._processes = settings.device.type, world()
-        self.scaler = GradScaler(self._kind) if settings.dtype == torch.float16 else None
+        self._dtype = precision(settings.dtype)
+        self.scaler = GradScaler(self._kind) if self._dtype == torch.float16 else None
         self._measuring = settings.scheduler if isinstance(settings.scheduler, Measuring) else None
         self._norm: Tensor | None = None
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The precision of forward passes."""
-        dtype = self._settings.dtype
-        return nullcontext() if dtype is None else torch.autocast(self._kind, dtype=dtype)
+        """Return the context of forward passes, with their precision."""
+        return nullcontext() if self._dtype is None else torch.autocast(self._kind, dtype=self._dtype)
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """A context in which the rules are suspended."""
+        """Suspend the rules."""
         with ExitStack() as stack:
             for one in self._attached:
                 stack.enter_context(one.suspended())
@@ -59,7 +62,7 @@ class Update:
 
         Args:
             parts: this process's samples.
-            samples: how many all processes have.
+            samples: number of samples of all processes.
         """
         self._optimizer.zero_grad(set_to_none=True)
         scalars: dict[str, Tensor] = {}
@@ -67,22 +70,10 @@ class Update:
         for batch in parts:
             # Processes average their gradients; the weights turn means over parts into the mean over all samples.
             weight = len(batch) * self._processes / samples
-            with self._without_exchange(batch is not parts[-1]):
+            with unsynchronized(self._model, batch is not parts[-1]):
                 with self.autocast():
                     evaluated = self._objective(self._model, batch, self.plain)
-                if not isinstance(evaluated, Evaluated) or evaluated.loss.dim():
-                    got = tuple(evaluated.loss.shape) if isinstance(evaluated, Evaluated) else type(evaluated).__name__
-                    raise BackpassError(
-                        f"an objective returns Evaluated(loss=...) with a scalar loss, got {got}; of a loss of "
-                        "(output, y), one number per sample, PerSample(loss) makes an objective."
-                    )
-                if "loss" in evaluated.metrics:
-                    raise BackpassError("a metric called 'loss' would take the place of the loss: name it otherwise.")
-                if not evaluated.loss.requires_grad:
-                    raise BackpassError(
-                        "the loss does not depend differentiably on a parameter: the model or the objective detaches, "
-                        "or works under no_grad."
-                    )
+                _check(evaluated)
                 loss = evaluated.loss if weight == 1 else evaluated.loss * weight
                 torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
             for name, value in {"loss": evaluated.loss, **evaluated.metrics}.items():
@@ -91,7 +82,9 @@ class Update:
             if evaluated.correct is not None:
                 correct.append(evaluated.correct)
         self._shape_gradient()
-        self._measure(evaluated, parts[-1])
+        if self._measuring is not None and self._measuring.due:
+            frozen = getattr(self._measuring, "frozen_curvature", False)
+            self._measuring.measure(halves(evaluated, parts[-1], self._model, self.autocast, frozen_curvature=frozen))
         if self.scaler is None:
             self._optimizer.step()
         else:
@@ -100,19 +93,14 @@ class Update:
         self._meter.add(scalars, correct, samples)
 
     def gradient_norm(self) -> float | None:
-        """The l2 norm of the last gradient, before clipping or normalization; with float16 only where there is such."""
+        """Return the l2 norm of the last gradient before clipping or normalization; None with float16 without these."""
         if self._norm is None and self.scaler is None:
             self._norm = self._total_norm()
         return None if self._norm is None else float(self._norm)
 
-    def _without_exchange(self, more_to_come: bool) -> AbstractContextManager[object]:
-        if more_to_come and isinstance(self._model, DistributedDataParallel):
-            return self._model.no_sync()
-        return nullcontext()
-
     def _shape_gradient(self) -> None:
         settings, self._norm = self._settings, None
-        if settings.clip_norm is None and not settings.normalize_gradient:
+        if settings.clip_norm is None and settings.normalize_gradient is None:
             return
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
@@ -121,11 +109,26 @@ class Update:
             nn.utils.clip_grads_with_norm_(self._weights, settings.clip_norm, self._norm)
             return
         gradients = [p.grad for p in self._weights if p.grad is not None]
-        torch._foreach_div_(gradients, self._norm.clamp(min=torch.finfo(self._norm.dtype).tiny))
+        norms = [self._norm] * len(gradients)
+        if settings.normalize_gradient == "tensor":
+            norms = [whole(norm) for norm in torch._foreach_norm(gradients)]
+        torch._foreach_div_(gradients, [norm.clamp(min=torch.finfo(norm.dtype).tiny) for norm in norms])
 
     def _total_norm(self) -> Tensor:
-        return nn.utils.get_total_norm([p.grad for p in self._weights if p.grad is not None])
+        return whole(nn.utils.get_total_norm([p.grad for p in self._weights if p.grad is not None]))
 
-    def _measure(self, evaluated: Evaluated, batch: Batch) -> None:
-        if self._measuring is not None and self._measuring.due:
-            self._measuring.measure(halves(evaluated, batch, self._model, self.autocast))
+
+def _check(evaluated: object) -> None:
+    if not isinstance(evaluated, Evaluated) or evaluated.loss.dim():
+        got = tuple(evaluated.loss.shape) if isinstance(evaluated, Evaluated) else type(evaluated).__name__
+        raise BackpassError(
+            f"an objective returns Evaluated(loss=...) with a scalar loss, got {got}; of a loss of (output, y), one "
+            "number per sample, PerSample(loss) makes an objective."
+        )
+    if "loss" in evaluated.metrics:
+        raise BackpassError("a metric called 'loss' would replace the loss: choose another name.")
+    if not evaluated.loss.requires_grad:
+        raise BackpassError(
+            "the loss does not depend differentiably on a parameter: the model or the objective detaches, or works "
+            "under no_grad."
+        )

@@ -1,5 +1,7 @@
 """AutoAttack: the published set, each part on what the others left standing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,14 +9,36 @@ from torch import nn
 from backpass.attacks import APGD, FAB, AutoAttack, Square
 from backpass.errors import BackpassError
 
+SHARED = {"eps": 0.1, "norm": "l2", "seed": 3, "published": True}
+STEPS = {**SHARED, "steps": 100}
+VERSIONS = {
+    "standard": [
+        APGD(**STEPS),
+        APGD(**STEPS, loss="dlr-targeted", targets=9),
+        FAB(**STEPS, targets=9),
+        Square(**SHARED, queries=5000),
+    ],
+    "plus": [
+        APGD(**STEPS, restarts=5),
+        APGD(**STEPS, loss="dlr", restarts=5),
+        FAB(**STEPS, targets=None, restarts=5),
+        Square(**SHARED, queries=5000),
+        APGD(**STEPS, loss="dlr-targeted", targets=9),
+        FAB(**STEPS, targets=9),
+    ],
+    "rand": [APGD(**STEPS, eot=20), APGD(**STEPS, eot=20, loss="dlr")],
+}
+VERSIONS["paper"] = [replace(part, published=False) for part in VERSIONS["standard"]]
 
-def test_the_parts_are_the_published_ones():
-    ce, dlr, fab, square = AutoAttack(eps=0.1, norm="l2", seed=3).parts(classes=10)
-    shared = {"eps": 0.1, "norm": "l2", "seed": 3}
-    assert ce == APGD(**shared, steps=100)
-    assert dlr == APGD(**shared, steps=100, loss="dlr-targeted", targets=9)
-    assert fab == FAB(**shared, steps=100, targets=9)
-    assert square == Square(**shared, queries=5000)
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_parts_of_each_version(version):
+    assert AutoAttack(eps=0.1, norm="l2", seed=3, version=version).parts(10) == tuple(VERSIONS[version])
+
+
+def test_an_unknown_version_is_refused():
+    with pytest.raises(BackpassError, match="unknown version 'strong'"):
+        AutoAttack(version="strong")
 
 
 def test_it_fools_at_least_what_each_part_fools_first(cnn, held_out):

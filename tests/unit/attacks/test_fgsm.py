@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from backpass.attacks import FGSM, IFGSM, MIFGSM, PGD
+from backpass.attacks.diversity import Diversity
+from backpass.attacks.jobs import Jobs
+from backpass.attacks.threat import make_threat
 from backpass.errors import BackpassError
 
 
@@ -69,11 +72,8 @@ def test_input_diversity_is_drawn_per_sample(cnn, held_out):
 
 
 def test_a_diverse_view_is_a_smaller_image_on_black():
-    from backpass.attacks.diversity import Diversity
-    from backpass.attacks.jobs import Jobs
-
     x, index = torch.ones(64, 1, 20, 20), torch.arange(64)
-    jobs = Jobs(x, index, index, index, torch.zeros_like(index))
+    jobs = Jobs(x, index, index, index, torch.zeros_like(index), make_threat("linf", 0.1, (0.0, 1.0)))
     seen = Diversity(1.0, 0.5).draw(0, jobs, 0)(x)
     share = seen.mean((1, 2, 3))
     assert 0.2 <= share.min() < 0.35

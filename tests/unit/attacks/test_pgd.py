@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backpass.attacks import PGD
+from backpass.attacks import PGD, evaluate
 from backpass.attacks.jobs import batch_sizes
 
 NORMS = pytest.mark.parametrize(("norm", "eps", "step"), [("linf", 0.1, 0.03), ("l2", 0.8, 0.25)])
@@ -119,12 +119,21 @@ def test_restarts_only_add_successes(cnn, held_out):
     assert five.sum() > one.sum()
 
 
-def test_the_model_sees_few_batch_sizes(cnn, held_out):
-    seen = set()
-    cnn.register_forward_pre_hook(lambda module, args: seen.add(len(args[0])))
-    PGD(eps=0.1, step=0.02, steps=20)(cnn, held_out.x[:100], held_out.y[:100], batch_size=64)
-    assert seen <= set(batch_sizes(64))
+def test_the_batch_shrinks_in_a_few_steps(cnn, held_out):
+    seen = []
+    cnn.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    PGD(eps=0.1, step=0.02, steps=20, restarts=1)(cnn, held_out.x[:100], held_out.y[:100], batch_size=64)
     assert len(batch_sizes(64)) == 16
+    assert len(set(seen[: seen.index(36)])) <= 16
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_no_gradient_is_computed_for_padding(cnn, held_out, count):
+    attack = PGD(eps=0.1, steps=10, restarts=1, early_stop=False)
+    right = (cnn(held_out.x).argmax(1) == held_out.y).nonzero().squeeze(1)[:count]
+    data = held_out.x[right], held_out.y[right]
+    assert attack(cnn, *data, batch_size=256).gradients == 10 * count
+    assert evaluate(cnn, data, attack).attacks["PGD"].gradients == 10 * count
 
 
 @pytest.mark.parametrize("dynamic", [None, False])

@@ -71,3 +71,26 @@ def test_it_fools_a_model_without_gradients(mlp, held_out):
 def test_it_wants_images():
     with pytest.raises(BackpassError, match=r"Square moves windows of images \(N, C, H, W\); got \(2, 4\)"):
         Square(queries=2)(nn.Linear(4, 3), torch.rand(2, 4), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("query", "halvings"), [(1, 0), (11, 0), (12, 1), (51, 1), (52, 2), (2001, 5), (2002, 6), (5000, 7)]
+)
+def test_the_published_schedule_does_not_depend_on_the_number_of_queries(query, halvings):
+    # The start is no query there, so that query 1 is the authors' number 0.
+    for queries in (100, 5000):
+        side = Square(published=True, queries=queries)._side(torch.zeros(1, 3, 224, 224), query)
+        assert side == round((0.8 / 2**halvings * 224 * 224) ** 0.5)
+
+
+def test_the_published_variant_counts_queries_after_the_start(cnn, held_out):
+    x, y = held_out.x[:8], held_out.y[:8]
+    one, other = (Square(queries=5, early_stop=False, published=flag)(cnn, x, y).forwards for flag in (False, True))
+    assert other - one == 8
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_in_l2_every_proposal_lies_on_the_sphere_but_for_the_bounds(cnn, held_out, published):
+    x = held_out.x[:8] * 0.2 + 0.4  # far from the bounds
+    result = Square(eps=0.3, norm="l2", queries=30, early_stop=False, published=published)(cnn, x, held_out.y[:8])
+    torch.testing.assert_close((result.x_adv - x).flatten(1).norm(dim=1), torch.full((8,), 0.3))

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from backpass.attacks import FGSM, PGD, transfer
-from backpass.errors import BackpassError
+from backpass import LinBP
+from backpass.attacks import FGSM, PGD, Ensemble, transfer
+from backpass.errors import BackpassError, UnknownNameError
 
 
 def test_the_matrix_is_that_of_a_slow_loop(cnn, mlp, held_out):
@@ -31,6 +33,89 @@ def test_it_leaves_train_mode_as_it_is(cnn, mlp, held_out):
     transfer({"mlp": mlp}, {"cnn": cnn}, (held_out.x[:10], held_out.y[:10]), FGSM(eps=0.1))
     assert cnn.training
     assert all(torch.equal(value, before[name]) for name, value in cnn.state_dict().items())
+
+
+def test_searches_run_to_the_end_by_default(cnn, mlp, held_out):
+    data = held_out.x[:100], held_out.y[:100]
+    one, other = (
+        transfer({"a": cnn}, {"b": mlp}, data, PGD(eps=0.15, step=0.04, steps=10, early_stop=stop)).fooled["a"]["b"]
+        for stop in (True, False)
+    )
+    assert torch.equal(one, other)
+
+
+def test_rules_side_by_side_are_those_of_rules_attached_by_hand(cnn, mlp, held_out):
+    data = held_out.x[:60], held_out.y[:60]
+    attack = PGD(eps=0.15, step=0.04, steps=4, restarts=1)
+    report = transfer({"a": cnn}, {"b": mlp}, data, attack, rules={"bp": None, "linbp": LinBP(start=-1)}, batch_size=25)
+    with LinBP(start=-1).attach(cnn):
+        by_hand = transfer({"a": cnn}, {"b": mlp}, data, attack)
+    plain = transfer({"a": cnn}, {"b": mlp}, data, attack)
+    assert list(report.fooled) == ["a bp", "a linbp"]
+    assert torch.equal(report.fooled["a linbp"]["b"], by_hand.fooled["a"]["b"])
+    assert torch.equal(report.fooled["a bp"]["b"], plain.fooled["a"]["b"])
+    assert not torch.equal(report.fooled["a linbp"]["b"], report.fooled["a bp"]["b"])
+    found = report.compare("a linbp", "a bp", "b")
+    right = report.correct["b"]
+    assert found.samples == int(right.sum())
+    assert found.only_first == int((by_hand.fooled["a"]["b"] & ~plain.fooled["a"]["b"]).sum())
+
+
+def mean_gradient(models, mean, x, y):
+    def one(output, z):
+        return torch.autograd.grad(F.cross_entropy(output, y, reduction="none").sum(), z, retain_graph=True)[0]
+
+    z = x.clone().requires_grad_()
+    outputs = [model(z) for model in models]
+    if mean == "logits":
+        return one(torch.stack(outputs).mean(0), z)
+    gradients = [one(output, z) for output in outputs]
+    if mean == "gradients":
+        gradients = [g / g.abs().mean((1, 2, 3), keepdim=True) for g in gradients]
+    return torch.stack(gradients).mean(0)
+
+
+@pytest.mark.parametrize("mean", ["logits", "losses", "gradients"])
+def test_an_ensemble_is_attacked_by_its_mean(mean, cnn, mlp, held_out):
+    models = [cnn.double(), mlp.double()]
+    x, y = held_out.x[:20].double(), held_out.y[:20]
+    ensemble = Ensemble(models, mean=mean)
+    result = FGSM(eps=0.1, early_stop=False)(ensemble, x, y)
+    expected = (x + 0.1 * mean_gradient(models, mean, x, y).sign()).clamp(0, 1)
+    torch.testing.assert_close(result.x_adv, expected)
+    assert torch.equal(result.prediction, torch.stack([model(result.x_adv) for model in models]).mean(0).argmax(1))
+    report = transfer({"both": ensemble}, {"a": models[0]}, (x, y), FGSM(eps=0.1))
+    assert torch.equal(report.fooled["both"]["a"], report.correct["a"] & (models[0](result.x_adv).argmax(1) != y))
+
+
+def test_a_sequence_of_sources_is_an_ensemble(cnn, mlp, held_out):
+    data = held_out.x[:40], held_out.y[:40]
+    attack, rules = PGD(eps=0.1, steps=3, restarts=1), {"linbp": LinBP(start=-1)}
+    one, other = (
+        transfer({"both": source}, {"a": cnn}, data, attack, rules=rules).fooled["both linbp"]["a"]
+        for source in ([cnn, mlp], Ensemble([cnn, mlp]))
+    )
+    assert torch.equal(one, other)
+    with pytest.raises(UnknownNameError, match="unknown mean 'probabilities'"):
+        Ensemble([cnn], mean="probabilities")
+    with pytest.raises(BackpassError, match="at least one"):
+        Ensemble([])
+
+
+def test_finished_parts_are_used_again(cnn, mlp, held_out, tmp_path):
+    data = held_out.x[:60], held_out.y[:60]
+    attack, calls = PGD(eps=0.15, step=0.04, steps=4, restarts=1), []
+    cnn.register_forward_pre_hook(lambda module, args: calls.append(1))
+    whole = transfer({"a": cnn}, {"b": mlp}, data, attack, batch_size=20, resume=tmp_path)
+    first = len(calls)
+    again = transfer({"a": cnn}, {"b": mlp}, data, attack, batch_size=20, resume=tmp_path)
+    assert len(calls) - first < 0.3 * first
+    assert again.to_dict() == whole.to_dict()
+    with torch.no_grad():
+        cnn[-1].bias += 0.5
+    before = len(list(tmp_path.glob("*.pt")))
+    transfer({"a": cnn}, {"b": mlp}, data, attack, batch_size=20, resume=tmp_path)
+    assert len(list(tmp_path.glob("*.pt"))) == before + 3  # the target is the same
 
 
 def test_what_cannot_be_meant_is_refused(mlp, held_out):

@@ -165,10 +165,16 @@ def test_users_own_images_in_folders_are_attacked_by_their_class_names(tmp_path)
         path = tmp_path / "images" / "test" / ["nought", "one"][digits.labels[index]] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(stream.getvalue())
-    ended = run(
+    command = [
         "attack", "--model", "mymodel:Net", "--weights", "net.pt", "--data", str(tmp_path / "images"), "--eps", "0.3",
         "--step", "0.05", "--curves", "0", "--out", str(tmp_path / "run"),
-    )  # fmt: skip
+    ]  # fmt: skip
+    refused = run(*command)
+    assert "10 outputs" in str(refused.exception)
+    assert "--classes FILE" in str(refused.exception)
+    names = tmp_path / "names.txt"
+    names.write_text("nought\none\n" + "\n".join(f"other {i}" for i in range(2, 10)))
+    ended = run(*command, "--classes", str(names))
     assert ended.exit_code == 0, ended.output
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     captions = [row[0]["caption"] for row in written["galleries"][0]["rows"]]

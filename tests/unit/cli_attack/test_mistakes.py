@@ -37,7 +37,7 @@ from support.users_network import ATTACK, BASE
         ([*ATTACK, "--model", "mymodell:Net"], "cannot import 'mymodell'"),
         ([*ATTACK, "--model", "mymodel:broken"], "failed when it was imported or called: RuntimeError: no such wheel"),
         ([*ATTACK, "--model", "torch.nn:Tanh", "--weights", "net.pt"], "the model lacks first.weight"),
-        ([*ATTACK, "--model", "mymodel:Pair"], "Select it with logits="),
+        ([*ATTACK, "--model", "mymodel:Scores"], "Select it with logits="),
         (
             ["attack", *BASE[:-2], "--attack", "square", "--eps", "0.1", "--rule", "linbp:start=auto"],
             "needs an attack that uses gradients",
@@ -80,11 +80,17 @@ def test_logits_inside_a_dictionary_can_be_selected(tmp_path):
     assert same[0] == same[1]
 
 
-def test_a_network_that_cannot_be_differentiated_ends_without_a_traceback(monkeypatch, capsys, tmp_path):
-    arguments = [*ATTACK, "--model", "mymodel:Detached", "--out", str(tmp_path)]
+def test_a_network_that_cannot_be_differentiated_is_named(monkeypatch, capsys, tmp_path):
+    code, _, err = call(monkeypatch, capsys, *ATTACK, "--model", "mymodel:Detached", "--out", str(tmp_path))
+    assert code == 2
+    assert "detaches its input" in err
+
+
+def test_an_error_of_torch_ends_without_a_traceback(monkeypatch, capsys, tmp_path):
+    arguments = [*ATTACK, "--model", "mymodel:Undefined", "--out", str(tmp_path)]
     code, _, err = call(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert err.startswith("backpass: ")
+    assert err.startswith("backpass: RuntimeError")
     monkeypatch.setenv("BACKPASS_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["backpass", *arguments])
     with pytest.raises(RuntimeError):

@@ -73,5 +73,5 @@ def test_another_form_is_refused(text):
 def test_a_function_prints_as_its_name_and_cannot_be_read_back():
     text = str(LinBP(where=callable))
     assert text == "linbp:where=<callable>"
-    with pytest.raises(BackpassError, match="where is a function"):
+    with pytest.raises(BackpassError, match="where must be a function"):
         parse_rule(text)

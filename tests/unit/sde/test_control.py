@@ -1,5 +1,6 @@
 """The optimal schedule of the linear-quadratic problem: closed form, finite differences, and brute force."""
 
+import itertools
 import math
 
 import pytest
@@ -55,6 +56,40 @@ def test_the_finite_differences_agree_with_the_closed_form():
     assert 1 - numeric.value / numeric.fixed[1] >= 0.30
     for t in (0.5, 1.2, 2.0, 5.0, 9.0):
         assert numeric.at(t) == pytest.approx(closed.at(t), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("problem", "gain", "switch"),
+    [
+        ({"curvature": 1.0, "noise": 0.0, "eta": 0.1, "start": 0.5, "horizon": 4.0}, 0.0, 4.0),
+        ({"curvature": 1.0, "noise": 1.0, "eta": 1e-3, "start": 5.0, "horizon": 10.0}, 0.52418, 4.95172),
+    ],
+)
+def test_finite_differences_where_the_policy_is_bang_bang_or_the_risk_falls_far(problem, gain, switch):
+    found, closed = optimal_lr(**problem, method="hjb"), optimal_lr(**problem)
+    assert found.gain == pytest.approx(gain, abs=1e-4)
+    assert found.switch == pytest.approx(switch, abs=problem["horizon"] / 400)
+    assert found.value == pytest.approx(closed.value, rel=0.01)
+    assert found.risk[-1] == pytest.approx(closed.value, rel=1e-3)
+
+
+def test_gains_by_finite_differences_are_those_in_closed_form_or_an_error_says_why_not():
+    """A grid of 108 problems; those without noise that run for too long underflow."""
+    refused = 0
+    for curvature, noise, eta, start, horizon in itertools.product(
+        (0.1, 1.0, 10.0), (0.0, 1.0, 10.0), (1e-3, 1e-1), (0.01, 5.0), (1.0, 10.0, 100.0)
+    ):
+        problem = {"curvature": curvature, "noise": noise, "eta": eta, "start": start, "horizon": horizon}
+        closed = optimal_lr(**problem, points=10)
+        if noise == 0 and curvature * horizon > 150:
+            with pytest.raises(BackpassError, match="too deep for finite differences"):
+                optimal_lr(**problem, method="hjb", points=50, steps=50)
+            refused += 1
+            continue
+        found = optimal_lr(**problem, method="hjb", points=50, steps=50)
+        assert found.gain == pytest.approx(closed.gain, abs=0.02)
+        assert found.value == pytest.approx(closed.value, rel=0.12)  # 50 points and steps: the value is rougher
+    assert refused == 4
 
 
 def test_the_finite_differences_converge_to_the_closed_form_at_first_order():

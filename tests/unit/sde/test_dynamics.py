@@ -1,5 +1,6 @@
 """The SDE's drift and noise against adversarial training written out sample by sample."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -117,6 +118,78 @@ def test_without_adversary_both_modes_are_the_modified_equation_of_sgd():
     torch.testing.assert_close(make(steps=3, mode="expanded", order=1).drift(theta), -slope)
 
 
+WRITTEN = {
+    "x @ theta": lambda theta, x: x @ theta,
+    "theta @ x.T": lambda theta, x: theta @ x.T,
+    "(x * theta).sum": lambda theta, x: (x * theta).sum(-1),
+    "linear": lambda theta, x: F.linear(x, theta[None])[:, 0],
+    "einsum": lambda theta, x: torch.einsum("np,p->n", x, theta),
+    "mv": lambda theta, x: x.mv(theta),
+    "bmm": lambda theta, x: torch.bmm(x[:, None], theta.expand(len(x), -1)[..., None])[:, 0, 0],
+    "view": lambda theta, x: (x @ theta.view(3, 1)).squeeze(1),
+    "mean of a sum": lambda theta, x: x @ theta + theta.sum() - theta.mean() * 3,
+}
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"steps": 2, "mode": "expanded"}, {"steps": 2}], ids=str)
+@pytest.mark.parametrize("way", WRITTEN)
+def test_any_way_to_write_the_loss_gives_the_same_process(way, settings):
+    """Gradients of sums are expanded tensors, several numbers at one place in memory."""
+    x, y = smooth_data()
+    theta = smooth_theta(1)[0]
+
+    def process(output):
+        return AdversarialSDE(
+            lambda theta, x, y: (output(theta, x) - y).square() / 2, (x, y), eta_outer=0.2, eta_inner=0.1, **settings
+        )
+
+    ours, plain = process(WRITTEN[way]), process(lambda theta, x: (x * theta).sum(1))
+    for paths in (theta, theta.expand(4, -1), smooth_theta()):
+        xi = torch.ones(*paths.shape[:-1], 6, dtype=D).cumsum(-1)
+        torch.testing.assert_close(ours.drift(paths), plain.drift(paths))
+        torch.testing.assert_close(ours.noise(paths, xi), plain.noise(paths, xi))
+        for one, other in zip(ours.coefficients(paths, xi), plain.coefficients(paths, xi), strict=True):
+            torch.testing.assert_close(one, other)
+        index = torch.zeros(*paths.shape[:-1], 2).long()
+        torch.testing.assert_close(ours.chain_step(paths, index=index), plain.chain_step(paths, index=index))
+
+
+CRITERIA = {
+    "mse": (F.mse_loss, lambda o, y: (o - y).square()),
+    "huber": (F.huber_loss, lambda o, y: torch.where((o - y).abs() < 1, (o - y).square() / 2, (o - y).abs() - 0.5)),
+    "soft margin": (F.soft_margin_loss, lambda o, y: F.softplus(-y * o)),
+    "smooth l1": (F.smooth_l1_loss, lambda o, y: F.huber_loss(o, y, reduction="none")),
+}
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"steps": 2, "mode": "expanded"}, {"steps": 2}], ids=str)
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_losses_without_a_forward_mode_formula_are_differentiated_all_the_same(name, settings):
+    theirs, plain = CRITERIA[name]
+    theta, data = smooth_theta(), (smooth_data()[0], smooth_data()[1].sign())
+
+    def process(criterion):
+        def loss(theta, x, y):
+            return criterion((x @ theta).tanh(), y)
+
+        return AdversarialSDE(loss, data, eta_outer=0.2, eta_inner=0.1, **settings)
+
+    ours = process(functools.partial(theirs, reduction="none"))
+    for paths in (theta, theta[0]):
+        torch.testing.assert_close(ours.drift(paths), process(plain).drift(paths))
+
+
+def test_coefficients_at_once_are_those_in_turn(loop):
+    sde, _ = loop
+    theta, xi = smooth_theta(), torch.randn(4, 6, dtype=D)
+    for one in (sde, dataclasses.replace(sde, order=1), dataclasses.replace(sde, mode="expanded")):
+        drift, noise, leading = one.coefficients(theta, xi)
+        torch.testing.assert_close(drift, one.drift(theta))
+        torch.testing.assert_close(noise, one.noise(theta, xi))
+        torch.testing.assert_close(leading, dataclasses.replace(one, order=1).drift(theta))
+
+
 def test_order_one_leaves_out_the_terms_of_order_eta():
     theta = smooth_theta()
     torch.testing.assert_close(make(steps=2, order=1).drift(theta), -make(steps=2).mean_field(theta))
@@ -222,8 +295,8 @@ def test_frozen_parameters_stay_out_of_theta():
 
 X, Y = smooth_data()
 BAD = {
-    "is the learning rate": lambda: make(eta_outer=0.0),
-    "eta_inner is a finite number >= 0": lambda: make(steps=1, eta_inner=-0.1),
+    "eta_outer, the learning rate": lambda: make(eta_outer=0.0),
+    "eta_inner must be a finite number >= 0": lambda: make(steps=1, eta_inner=-0.1),
     "integer >= 0": lambda: make(steps=-1),
     "batch_size is an integer >= 1": lambda: make(batch_size=0),
     "order is 1 or 2": lambda: make(order=3),

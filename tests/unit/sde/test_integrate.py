@@ -1,6 +1,7 @@
 """Integration: its orders, its law, and the trap that it refuses to fall into."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ QUIET = ItoSDE(pendulum, lambda theta, xi: 0 * theta, noise_dim=2)
 DECAY = ItoSDE(lambda theta: -1.5 * theta, lambda theta, xi: 0.8 * xi, noise_dim=1)
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("method", "order"), [("euler_maruyama", 1), ("predictor_corrector", 2)])
 def test_without_noise_each_method_has_its_order(method, order):
     theta0 = torch.tensor([1.0, 0.5], dtype=D)
     fine = integrate(QUIET, theta0, 1.0, 1e-3).theta
@@ -37,7 +38,7 @@ def test_without_noise_each_method_has_its_order(method, order):
     assert fit_slope(steps, errors) == pytest.approx(order, abs=0.1)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", ["euler_maruyama", "predictor_corrector"])
 def test_the_law_of_an_ornstein_uhlenbeck_process(method):
     """Mean and variance within five standard errors, at each record; dt makes the methods' own error far smaller."""
     found = integrate(
@@ -62,25 +63,51 @@ def distance(eta, **settings):
 def test_the_default_keeps_order_two_where_euler_at_dt_eta_falls_back_to_one():
     etas = [0.1, 0.05, 0.025]
     assert fit_slope(etas, [distance(eta) for eta in etas]) == pytest.approx(2.0, abs=0.1)
-    trapped = [distance(eta, dt=eta, method="euler", coarse=True) for eta in etas]
+    trapped = [distance(eta, dt=eta, method="euler_maruyama", coarse=True) for eta in etas]
     assert fit_slope(etas, trapped) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("part", [2, 3])
+def test_the_derivative_free_method_has_order_two_against_the_chain(part):
+    etas = [0.1, 0.05, 0.025]
+    errors = [distance(eta, dt=eta / part, method="derivative_free") for eta in etas]
+    assert fit_slope(etas, errors) == pytest.approx(2.0, abs=0.25)
+    assert distance(0.1, method="derivative_free") == 0  # without noise and with dt = eta it is the chain
+
+
+def test_the_derivative_free_method_has_the_moments_of_the_chain():
+    """At dt = eta its noise is Gaussian, mean and variance those of the chain to second order; five standard errors."""
+    sde, theta = make(eta_outer=0.05), smooth_theta(1)[0]
+    ours = integrate(sde, theta, 0.5, method="derivative_free", paths=4000, generator=seeded()).theta
+    chain = run_chain(sde, theta, 10, paths=4000, generator=seeded(1)).theta
+    error = ((ours.var(0) + chain.var(0)) / 4000).sqrt()
+    assert ((ours.mean(0) - chain.mean(0)).abs() < 5 * error + 1e-3).all()
+    torch.testing.assert_close(ours.var(0), chain.var(0), rtol=0.15, atol=0)
+
+
+def test_the_derivative_free_method_is_for_exact_processes_of_order_two():
+    for sde in (make(order=1), make(mode="expanded"), DECAY):
+        with pytest.raises(BackpassError, match="derivative_free"):
+            integrate(sde, smooth_theta(), 0.2, 0.1, method="derivative_free")
+    with pytest.raises(BackpassError, match="at most eta_outer"):
+        integrate(make(), smooth_theta(), 1.0, 0.5, method="derivative_free")
 
 
 def test_the_trap_is_refused_and_the_message_says_what_to_do():
     theta = smooth_theta()
-    with pytest.raises(BackpassError, match=r"Use method='heun'.*coarse=True"):
-        integrate(make(), theta, 1.0, method="euler")
+    with pytest.raises(BackpassError, match=r"Use method='predictor_corrector'.*coarse=True"):
+        integrate(make(), theta, 1.0, method="euler_maruyama")
     with pytest.raises(BackpassError, match="at most eta_outer/4 = 0.05"):
         integrate(make(), theta, 1.0, dt=0.2)
     with pytest.raises(BackpassError, match="at most eta_outer = 0.2"):
         integrate(make(order=1), theta, 1.0, dt=0.4)
-    integrate(make(), theta, 0.2, dt=0.2, method="euler", coarse=True)
-    integrate(make(order=1), theta, 0.2, dt=0.2, method="euler")
+    integrate(make(), theta, 0.2, dt=0.2, method="euler_maruyama", coarse=True)
+    integrate(make(order=1), theta, 0.2, dt=0.2, method="euler_maruyama")
 
 
 def test_euler_at_dt_eta_on_the_exact_field_is_the_chain_with_gaussian_noise():
     sde, theta = make(order=1), smooth_theta()
-    found = integrate(sde, theta, 0.4, method="euler", generator=seeded(1)).theta
+    found = integrate(sde, theta, 0.4, method="euler_maruyama", generator=seeded(1)).theta
     generator = seeded(1)
     for _ in range(2):
         xi = torch.randn(4, 6, generator=generator, dtype=D)
@@ -130,9 +157,64 @@ def test_a_path_is_differentiable_in_its_start():
     assert torch.autograd.gradcheck(end, smooth_theta(2).requires_grad_())
 
 
+GEOMETRIC = ItoSDE(lambda x: 0.3 * x, lambda x, xi: 0.8 * x * xi, noise_dim=1)
+SMALL = ItoSDE(lambda x: 0.3 * x, lambda x, xi: 0.05 * x * xi, noise_dim=1)
+
+
+def test_the_default_warns_where_noise_of_order_one_lowers_its_order():
+    start = torch.ones(10, 1, dtype=D)
+    with pytest.warns(UserWarning, match="weak order 1 for this SDE"):
+        integrate(GEOMETRIC, start, 0.2, 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        integrate(GEOMETRIC, start, 0.2, 0.1, "predictor_corrector")  # named, so accepted
+        integrate(SMALL, start, 0.2, 0.1)
+        integrate(DECAY, start, 0.2, 0.1)
+        integrate(make(), smooth_theta(), 0.2)
+
+
+@pytest.mark.parametrize("name", ["heun", "stochastic_heun"])
+def test_names_of_stratonovichs_calculus_are_refused(name):
+    with pytest.raises(BackpassError, match=r"Stratonovich.*'predictor_corrector'"):
+        integrate(make(), smooth_theta(), 1.0, method=name)
+
+
+def test_records_at_given_times():
+    sde, theta = make(), smooth_theta()
+    found = integrate(sde, theta, 0.9, generator=seeded(), record=[0.0, 0.1, 0.35])
+    assert found.times.tolist() == [0.0, 0.1, 0.35]
+    assert torch.equal(found.values[0], theta)
+    again = integrate(sde, theta, 0.35, generator=seeded(), record=torch.tensor([0.1, 0.35], dtype=D))
+    assert torch.equal(found.values[1:], again.values)
+    assert not torch.equal(found.theta, found.values[-1])  # the end is later
+    chain = run_chain(sde, theta, 5, generator=seeded(), record=[0.4, 1.0])
+    torch.testing.assert_close(chain.values[0], run_chain(sde, theta, 2, generator=seeded()).theta)
+    assert torch.equal(chain.values[1], chain.theta)
+
+
+def test_paths_are_differentiable_in_both_rates_and_in_the_data():
+    x, y = smooth_data()
+
+    def end(outer, inner, x):
+        sde = AdversarialSDE(smooth_loss, (x, y), eta_outer=outer, steps=2, eta_inner=inner, batch_size=2)
+        return integrate(sde, smooth_theta(1)[0], 0.1, 0.05, coarse=True, generator=seeded(2)).theta
+
+    def chain(outer, inner, x):
+        sde = AdversarialSDE(smooth_loss, (x, y), eta_outer=outer, steps=2, eta_inner=inner, batch_size=2)
+        return run_chain(sde, smooth_theta(1)[0], 2, generator=seeded(2)).theta
+
+    inputs = torch.tensor(0.2, dtype=D), torch.tensor(0.1, dtype=D), x
+    for function in (end, chain):
+        assert torch.autograd.gradcheck(function, [one.clone().requires_grad_() for one in inputs])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: integrate(make(), smooth_theta(), 1.0, record=[0.5, 0.2]), "increasing times"),
+        (lambda: integrate(make(), smooth_theta(), 1.0, record=[0.5, 2.0]), "increasing times"),
+        (lambda: run_chain(make(), smooth_theta(), 5, record=[0.3]), "multiples of its time step"),
+        (lambda: run_chain(DECAY, smooth_theta(), 5), "model a chain"),
         (lambda: integrate(make(), smooth_theta(), 0.0), "final time"),
         (lambda: integrate(make(), smooth_theta(), 1.0, dt=-0.1), "length of a step"),
         (lambda: integrate(DECAY, smooth_theta(), 1.0), "no default"),
@@ -150,5 +232,5 @@ def test_bad_input_is_refused_with_a_reason(call, message):
 
 
 def test_unknown_methods_come_with_the_nearest():
-    with pytest.raises(UnknownNameError, match="Did you mean 'euler'"):
-        integrate(make(), smooth_theta(), 1.0, method="eular")
+    with pytest.raises(UnknownNameError, match="Did you mean 'euler_maruyama'"):
+        integrate(make(), smooth_theta(), 1.0, method="euler_maryama")

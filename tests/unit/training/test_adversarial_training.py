@@ -265,9 +265,9 @@ def test_local_model_sees_through_nothing_but_ddp():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attack": "pgd"}, "inner maximiser is an attack"),
+        ({"attack": "pgd"}, "attack must be an attack"),
         ({"attack": PGD(targeted=True)}, "leave targeted=False"),
-        ({"rule": "linbp"}, "rule is a rule"),
+        ({"rule": "linbp"}, "rule must be a rule"),
         ({"trades": 0.0}, "beta, a positive number"),
         ({"trades": math.inf}, "beta, a positive number"),
         ({"trades": 1.0, "attack": AutoAttack()}, "chooses its losses itself"),

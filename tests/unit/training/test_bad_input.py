@@ -1,4 +1,4 @@
-"""What cannot be meant is refused before anything is trained or written, and the message says what to do."""
+"""Invalid settings are refused before anything is trained or written, and the message says what to do."""
 
 import pytest
 import torch
@@ -20,15 +20,23 @@ def make(model=None, optimizer=None, data=(X, Y), **settings) -> Trainer:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "epochs is an int of at least 1, got 0"),
-        ({"epochs": 1.5}, "epochs is an int"),
-        ({"batch_size": 0}, "batch_size is an int of at least 1"),
-        ({"log_every": True}, "log_every is an int"),
+        ({"epochs": 0}, "epochs must be an int of at least 1; got 0"),
+        ({"epochs": 1.5}, "epochs must be an int"),
+        ({"batch_size": 0}, "batch_size must be an int of at least 1, or None"),
+        ({"log_every": True}, "log_every must be an int"),
         ({"accumulate": 6}, "accumulate=6 parts of a batch_size=5"),
-        ({"clip_norm": 0.0}, "clip_norm is a finite number above 0"),
-        ({"diverged_above": 1.0}, "diverged_above is a finite number above 1"),
-        ({"clip_norm": 1.0, "normalize_gradient": True}, "leave out clip_norm"),
+        ({"clip_norm": 0.0}, "clip_norm must be a finite number above 0"),
+        ({"diverged_above": 1.0}, "diverged_above must be a finite number above 1"),
+        ({"clip_norm": 1.0, "normalize_gradient": "model"}, "leave out clip_norm"),
         ({"step_scheduler": "steps"}, "Did you mean 'step'"),
+        ({"normalize_gradient": "models"}, "Did you mean 'model'"),
+        ({"checkpoint_every": "10 minutes", "folder": "x"}, "10min"),
+        ({"evaluate_at": (1.5,)}, "evaluate_at must be numbers of steps"),
+        ({"metrics": {"loss": max}, "evaluation": (X, Y)}, "choose another"),
+        ({"metrics": {"f1": max}}, "metrics is measured on the evaluation set"),
+        ({"loggers": ("tensorbord",), "folder": "x"}, "Did you mean 'tensorboard'"),
+        ({"scheduler": "one_cycle"}, "Did you mean 'one-cycle'"),
+        ({"scheduler": "cosine:warmup=2"}, "warmup must be a part of all steps"),
         ({"dtype": torch.float64}, "bfloat16"),
         ({"dtype": torch.float16}, "float16 is for CUDA"),
         ({"average": "ema"}, "ema:0.999"),
@@ -36,7 +44,7 @@ def make(model=None, optimizer=None, data=(X, Y), **settings) -> Trainer:
         ({"average": "polyak:0"}, "0 < f <= 1"),
         ({"robust": lambda *_: {}}, "evaluation"),
         ({"checkpoint_every": 10}, "folder"),
-        ({"tensorboard": True}, "folder"),
+        ({"loggers": ("tensorboard",)}, "folder"),
         ({"objective": lambda output, y: (output - y).square()}, r"PerSample\(loss\) makes one"),
         ({"rules": ("linbp",)}, "LinBP"),
         ({"rules": LinBP()}, "sequence of rules"),
@@ -45,7 +53,7 @@ def make(model=None, optimizer=None, data=(X, Y), **settings) -> Trainer:
         ({"optimizer": torch.optim.LBFGS(nn.Linear(4, 3).parameters())}, "no parameters of the model|LBFGS"),
         (
             {"scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1)], 0.1), 1)},
-            "scheduler is of another optimizer",
+            "scheduler has another optimizer",
         ),
     ],
     ids=name_of,
@@ -98,4 +106,4 @@ def test_tensorboard_that_is_not_installed(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(BackpassError, match=r"backpass\[lab\]"):
-        make(tensorboard=True, folder=tmp_path).fit()
+        make(loggers=("tensorboard",), folder=tmp_path).fit()

@@ -1,4 +1,4 @@
-"""Which samples a step sees does not depend on the number of processes or parts, or on the form of the data."""
+"""The samples of a step depend neither on the number of processes or parts nor on the form of the data."""
 
 from itertools import chain, product
 
@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from backpass import BackpassError
 from backpass.training.batches import Batches, to_unit_interval
+from backpass.training.orders import Order
 from backpass.training.sources import Source
 
 X, Y = torch.arange(23.0)[:, None] * torch.ones(2), torch.arange(23)
@@ -22,11 +23,11 @@ class Pairs(Dataset):
 
 
 def batches(data=(X, Y), size=5, drop_last=False, rank=0, processes=1, parts=1, prepare=to_unit_interval) -> Batches:
+    source = Source(data)
     return Batches(
-        source=Source(data),
-        size=size,
+        source=source,
+        order=Order(source, None if source.in_batches else size, 3, drop_last),
         seed=3,
-        drop_last=drop_last,
         rank=rank,
         processes=processes,
         parts=parts,
@@ -36,7 +37,7 @@ def batches(data=(X, Y), size=5, drop_last=False, rank=0, processes=1, parts=1, 
 
 
 def seen(made: Batches, epoch: int = 0, start: int = 0) -> list[list[int]]:
-    return [[int(y) for part in step for y in part.y] for step in made.epoch(epoch, start)]
+    return [[int(y) for part in parts for y in part.y] for parts, _, _ in made.epoch(epoch, start)]
 
 
 def test_an_epoch_is_every_sample_once():
@@ -57,8 +58,8 @@ def test_slices_and_parts_in_turn_are_the_batch(processes, parts):
 
 
 def test_no_part_is_empty():
-    for step in batches(parts=4).epoch(0):
-        assert all(len(part) for part in step)
+    for parts, _, _ in batches(parts=4).epoch(0):
+        assert all(len(part) for part in parts)
 
 
 @pytest.mark.parametrize("start", range(5))
@@ -76,7 +77,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_data_gives_the_same_batches(form):
-    for got, expected in zip(batches(FORMS[form]).epoch(1, 2), batches().epoch(1, 2), strict=True):
+    for (got, *_), (expected, *_) in zip(batches(FORMS[form]).epoch(1, 2), batches().epoch(1, 2), strict=True):
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a.x, b.x)
             assert torch.equal(a.y, b.y)
@@ -90,9 +91,9 @@ class Drawing(Pairs):
 
 
 def test_random_draws_in_workers_go_on_where_they_were():
-    loader = DataLoader(Drawing(), num_workers=2)
-    whole = [step[0].x for step in batches(loader).epoch(1)]
-    rest = [step[0].x for step in batches(loader).epoch(1, 3)]
+    loader = DataLoader(Drawing(), num_workers=2, shuffle=True)
+    whole = [parts[0].x for parts, _, _ in batches(loader).epoch(1)]
+    rest = [parts[0].x for parts, _, _ in batches(loader).epoch(1, 3)]
     assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
 
 
@@ -100,20 +101,25 @@ def test_memory_mapped_tensors_are_read_by_row(tmp_path):
     file = str(tmp_path / "x")
     torch.from_file(file, shared=True, size=46).view(23, 2).copy_(X)
     mapped = torch.from_file(file, size=46).view(23, 2)
-    assert [s[0].x.tolist() for s in batches((mapped, Y)).epoch(0)] == [s[0].x.tolist() for s in batches().epoch(0)]
+    assert all(
+        torch.equal(a[0].x, b[0].x)
+        for (a, *_), (b, *_) in zip(batches((mapped, Y)).epoch(0), batches().epoch(0), strict=True)
+    )
 
 
 def test_index_is_the_place_in_the_data():
-    for (batch,) in batches().epoch(0):
+    for (batch,), _, _ in batches().epoch(0):
         assert torch.equal(batch.index, batch.y)
         assert torch.equal(batch.x, X[batch.index])
 
 
 def test_uint8_becomes_floats_in_the_unit_interval_and_prepare_replaces_that():
     x = torch.tensor([[0], [51], [255]], dtype=torch.uint8)
-    (whole,) = next(batches((x, torch.arange(3)), size=3).epoch(0))
+    ((whole,), _, _) = next(batches((x, torch.arange(3)), size=3).epoch(0))
     assert sorted(whole.x.flatten().tolist()) == pytest.approx([0, 0.2, 1])
-    (raw,) = next(batches((x, torch.arange(3)), size=3, prepare=lambda x, batch: x + batch.index[:, None]).epoch(0))
+    ((raw,), _, _) = next(
+        batches((x, torch.arange(3)), size=3, prepare=lambda x, batch: x + batch.index[:, None]).epoch(0)
+    )
     assert torch.equal(raw.x.long(), x[raw.index].long() + raw.index[:, None])
 
 

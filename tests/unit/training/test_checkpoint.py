@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from backpass import BackpassError
-from backpass.training.checkpoint import Checkpoints, write_whole
+from backpass.files import write_whole
+from backpass.training.checkpoint import Checkpoints
 from support.training import outcome, trainer
 
 

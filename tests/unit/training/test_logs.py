@@ -11,7 +11,7 @@ from support.training import trainer
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    trainer("adversarial", folder, tensorboard=True, clip_norm=1.0).fit()
+    trainer("adversarial", folder, loggers=("tensorboard",), clip_norm=1.0).fit()
     return folder
 
 

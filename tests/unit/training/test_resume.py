@@ -93,7 +93,9 @@ def test_how_a_run_is_watched_and_kept_does_not_change_it(tmp_path):
     whole = trainer("BP", tmp_path / "whole")
     expected = outcome(whole, whole.fit())
     seen: list[Progress] = []
-    other = trainer("BP", tmp_path / "other", checkpoint_every=None, keep=1, on_progress=seen.append, tensorboard=True)
+    other = trainer(
+        "BP", tmp_path / "other", checkpoint_every=None, keep=1, on_progress=seen.append, loggers=("tensorboard",)
+    )
     assert outcome(other, other.fit()) == expected
     assert seen[-1].step == seen[-1].steps == 15
     assert len(list((tmp_path / "other" / "checkpoints").glob("*.pt"))) == 1

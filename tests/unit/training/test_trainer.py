@@ -10,7 +10,7 @@ from torch import nn
 from backpass import LinBP, ProxProp
 from backpass.rules import attachments
 from backpass.training import CrossEntropy, PerSample, Trainer
-from backpass.training.batches import epoch_order
+from backpass.training.orders import epoch_order
 
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.arange(50) % 3
@@ -98,7 +98,7 @@ def test_normalized_gradients():
 
     by_hand(b, of_b, change=normalize)
     assert lengths == pytest.approx([1.0] * 10)
-    assert_equal(by_trainer(a, of_a, normalize_gradient=True), b, atol=1e-12)
+    assert_equal(by_trainer(a, of_a, normalize_gradient="model"), b, atol=1e-12)
 
 
 @pytest.mark.parametrize("when", ["step", "epoch"])

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench
@@ -20,8 +20,7 @@ from backpass.lab.models import build
 from backpass.lab.normalisation import known_normalisation
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.training.optimizers import make_optimizer
-from backpass.lab.training.schedules import make_schedule
-from backpass.training.batches import Batch
+from backpass.training import Batch, Progress, Trainer
 
 __all__ = ["DIVERGED_ABOVE", "Curves", "Run", "curves", "network"]
 
@@ -29,6 +28,7 @@ DIVERGED_ABOVE = 100.0
 """A run has diverged where its training loss, in nats, is not finite or above this; guessing among ten has 2.3."""
 
 _JUDGED_AT_ONCE = 1000
+_SELDOM = 10**6  # steps between records that nobody reads
 
 Curves = Mapping[str, list[float]]
 """By name, a number per mark: ``train loss``, ``train accuracy`` (per cent), the same of ``test`` and, where there are
@@ -103,82 +103,98 @@ def network(run: Run, parts: Parts, data: str) -> nn.Module:
 
 def _train(run: Run, parts: Parts, data: str, device: torch.device) -> dict[str, list[float]]:
     model = network(run, parts, data).to(device)
-    rule = parse_rule_for(run.model, run.rule, use="training")
     optimizer = make_optimizer(run.optimizer, model.parameters(), run.rate)
-    schedule = make_schedule(run.schedule, optimizer, run.marks[-1]) if run.schedule else None
-    prepare = Augmentation(crop=4 * run.augment, flip=run.augment, white=parts.train.white)
     x, y = parts.train.pixels.to(device), parts.train.labels.to(device)
-    judged = {"train": parts.train, "held-out": parts.held_out, "test": parts.test}
-    images = {name: _placed(part, run.judged, device) for name, part in judged.items() if len(part)}
-    generator = torch.Generator().manual_seed(run.seed)
     per_epoch = len(y) // run.batch
     if not per_epoch:
         raise BackpassError(f"a batch of {run.batch} needs as many images to learn from, got {len(y)}.")
-    order = torch.empty(0, dtype=torch.int64)
-    found: dict[str, list[float]] = {}
-    seconds, diverged = 0.0, False
-    with rule.attach(model):
-        for step in range(run.marks[-1] + 1):
-            if step in run.marks:
-                told = _judge(model, images, diverged)
-                diverged = not math.isfinite(told["train loss"])
-                for name, value in {**told, "seconds": math.nan if diverged else seconds}.items():
-                    found.setdefault(name, []).append(value)
-            if diverged or step == run.marks[-1]:
-                continue
-            epoch, within = divmod(step, per_epoch)
-            if within == 0:
-                order = torch.randperm(len(y), generator=generator)
-            rows = order[within * run.batch : (within + 1) * run.batch].to(device)
-            began = _clock(device)
-            batch = Batch(x=x[rows], y=y[rows], index=rows, epoch=epoch, step=step, seed=run.seed)
-            loss = F.cross_entropy(model(prepare(batch.x, batch)), batch.y)
-            optimizer.zero_grad()
-            try:
-                torch.autograd.backward(loss)
-            except BackpassError:
-                if step == 0:  # a network that the rule refuses, not one that has diverged
-                    raise
-                diverged = True
-                continue
-            if run.unit:
-                _scale_to_unit(model)
-            optimizer.step()
-            if schedule is not None and (schedule.after == "step" or within + 1 == per_epoch):
-                schedule.scheduler.step()
-            seconds += _clock(device) - began
-    return found
+    curves, watch = _Curves(), _StopWatch(device)
+    augmentation = Augmentation(crop=4 * run.augment, flip=run.augment, white=parts.train.white)
+
+    def prepare(x: Tensor, batch: Batch) -> Tensor:
+        watch.start()
+        return augmentation(x, batch)
+
+    def told(progress: Progress) -> str | None:
+        if progress.record["kind"] != "evaluation":
+            return None
+        return curves.add(progress.record["evaluation"], watch.seconds)
+
+    judged = {"train": parts.train, "held-out": parts.held_out, "test": parts.test}
+    Trainer(
+        model,
+        optimizer,
+        _in_seeded_order(x, y, run),
+        epochs=-(-run.marks[-1] // per_epoch),
+        max_steps=run.marks[-1],
+        rules=(parse_rule_for(run.model, run.rule, use="training"),),
+        scheduler=run.schedule or None,
+        normalize_gradient="tensor" if run.unit else None,
+        prepare=prepare,
+        seed=run.seed,
+        diverged_above=None,
+        evaluation={name: _placed(part, run.judged, device) for name, part in judged.items() if len(part)},
+        prepare_evaluation=lambda x: x.float() / parts.train.white,
+        evaluate_every=None,
+        evaluate_at=run.marks,
+        log_every=_SELDOM,
+        on_step=watch.stop,
+        on_progress=told,
+    ).fit()
+    return curves.filled(len(run.marks))
 
 
-def _placed(images: Images, count: int | None, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    return images.pixels[:count].to(device), images.labels[:count].to(device), images.white
+class _Curves:
+    """Numbers of each mark, ``nan`` from where the run has diverged."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[float]] = {}
+
+    def add(self, evaluation: Mapping[str, Mapping[str, float]], seconds: float) -> str | None:
+        """Add the numbers of a mark; return why the run ends there, if it does."""
+        if not evaluation["train"]["loss"] <= DIVERGED_ABOVE:
+            return f"the training loss is {evaluation['train']['loss']:g}"
+        for name, one in evaluation.items():
+            known = math.isfinite(one["loss"])
+            self._found.setdefault(f"{name} loss", []).append(one["loss"] if known else math.nan)
+            self._found.setdefault(f"{name} accuracy", []).append(100 * one["accuracy"] if known else math.nan)
+        self._found.setdefault("seconds", []).append(seconds)
+        return None
+
+    def filled(self, count: int) -> dict[str, list[float]]:
+        """Return the curves, each with so many numbers."""
+        return {name: [*some, *[math.nan] * (count - len(some))] for name, some in self._found.items()}
 
 
-@torch.no_grad()
-def _judge(model: nn.Module, images: Mapping[str, tuple[Tensor, Tensor, int]], diverged: bool) -> dict[str, float]:
-    """Loss and accuracy of every part, all ``nan`` where the run has diverged."""
-    told: dict[str, float] = {}
-    model.eval()
-    for name, (pixels, y, white) in images.items():
-        loss = right = math.nan
-        if not diverged:
-            logits = torch.cat([model(x.float() / white) for x in torch.split(pixels, _JUDGED_AT_ONCE)])
-            loss, right = F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).double().mean().item()
-            diverged = name == "train" and not loss <= DIVERGED_ABOVE
-        lost = diverged or not math.isfinite(loss)
-        told |= {f"{name} loss": math.nan if lost else loss, f"{name} accuracy": math.nan if lost else 100 * right}
-    model.train()
-    return told
+class _StopWatch:
+    """Seconds of the steps alone: CPU seconds of this process, on another device those of the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._began = device, 0.0
+        self.seconds = 0.0
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._began = _clock(self._device)
+
+    def stop(self, step: int) -> None:
+        """End a step."""
+        self.seconds += _clock(self._device) - self._began
 
 
-def _scale_to_unit(model: nn.Module) -> None:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    tiny = torch.finfo(torch.float32).tiny
-    torch._foreach_div_(gradients, [norm.clamp(min=tiny) for norm in torch._foreach_norm(gradients)])
+def _in_seeded_order(x: Tensor, y: Tensor, run: Run) -> DataLoader[tuple[Tensor, ...]]:
+    """Return the images in an order that is drawn by one generator, epoch after epoch."""
+    sampler = SubsetRandomSampler(range(len(y)), generator=torch.Generator().manual_seed(run.seed))
+    return DataLoader(TensorDataset(x, y), batch_size=run.batch, sampler=sampler, drop_last=True)
+
+
+def _placed(images: Images, count: int | None, device: torch.device) -> DataLoader[tuple[Tensor, ...]]:
+    dataset = TensorDataset(images.pixels[:count].to(device), images.labels[:count].to(device))
+    return DataLoader(dataset, batch_size=_JUDGED_AT_ONCE)
 
 
 def _clock(device: torch.device) -> float:
-    """CPU seconds of this process, or on another device seconds of the clock with its work done."""
+    """Return CPU seconds of this process, or on another device seconds of the clock when its work is done."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)

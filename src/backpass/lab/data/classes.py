@@ -27,10 +27,10 @@ def read_classes(folder: Path, split: str) -> tuple[Decoded, tuple[str, ...]]:
 
     Images are PNG, JPEG, WebP and BMP files. Classes are numbered in the order of their sorted names. Images are
     interleaved, each class's first one, then each class's second, by path: the first n images, which ``--limit``
-    takes, are of all classes alike.
+    takes, are of all classes alike. A class may be empty.
 
     Raises:
-        BackpassError: there are fewer than two classes, a class has no image, an image cannot be read or has another
+        BackpassError: there are fewer than two classes, no class has an image, an image cannot be read or has another
             format, the folders below the classes look like classes, or the part has other classes than ``train``, so
             that its labels would be other numbers.
     """
@@ -57,6 +57,11 @@ def read_classes(folder: Path, split: str) -> tuple[Decoded, tuple[str, ...]]:
         _LOG.warning("%s: %d images beside the folders of classes have no class: %s", root, len(beside), _few(beside))
     _check_depth(root, names)
     files = {name: _images(root / name) for name in names}
+    empty = [name for name in names if not files[name]]
+    if len(empty) == len(names):
+        raise BackpassError(f"the folders of classes in {root} hold no PNG, JPEG, WebP or BMP image.")
+    if empty:
+        _LOG.warning("%s: %d of %d folders of classes are empty: %s", root, len(empty), len(names), _few(empty))
     rounds = zip_longest(*([(path, label) for path in files[name]] for label, name in enumerate(names)))
     everything = [one for several in rounds for one in several if one is not None]
     key = content_key([path for path, _ in everything], ["classes", *(f"{label}" for _, label in everything)])
@@ -76,8 +81,6 @@ def _images(folder: Path) -> list[Path]:
         if suffix in _SUFFIXES and not path.is_file():
             raise BackpassError(f"{path} is no regular file.")
         (images if suffix in _SUFFIXES else others).append(path)
-    if not images:
-        raise BackpassError(f"{folder} holds no PNG, JPEG, WebP or BMP image.")
     if others:
         _LOG.warning("%s: %d files are no images: %s", folder, len(others), _few([path.name for path in others]))
     return sorted(images, key=os.fsencode)

@@ -35,6 +35,7 @@ class Labelled:
         classes: how many there are, whether or not these images have them all.
         class_names: by label, or ``None`` where the data does not say.
         warning: what a reader of numbers measured on these images must know, or nothing.
+        folders: whether classes are folders, numbered by their names alone.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Labelled:
     classes: int
     class_names: tuple[str, ...] | None = None
     warning: str = ""
+    folders: bool = False
 
     def class_name(self, label: int) -> str:
         """The name of a class, or its number."""
@@ -98,11 +100,13 @@ def load_data(name: str, *, split: str = "test") -> Labelled:
         return _labelled(name, split, decoded, names, f" of {fetched}")
     if folder is None:
         raise _not_there(wanted.name)
+    folders = False
     if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
         decoded, names = read_parquet(parquet_files(folder, split), image=wanted.image, label=wanted.label)
     else:
         decoded, names = read_classes(folder, split)
-    whole = _labelled(name, split, decoded, names, "")
+        folders = True
+    whole = replace(_labelled(name, split, decoded, names, ""), folders=folders)
     if split != HELD_OUT:
         return whole
     return whole.some(held_out_rows(decoded.labels, name).nonzero().squeeze(1), "a tenth of each class")

@@ -21,7 +21,7 @@ from backpass.lab.experiments.linbp import (
 )
 from backpass.lab.experiments.proxprop import conjugate_gradients
 from backpass.lab.experiments.proxprop import training as proxprop_training
-from backpass.lab.experiments.sde import learning_rate, theorems
+from backpass.lab.experiments.sde import adversarial_rates, learning_rate, theorems
 from backpass.lab.experiments.sibp import training as sibp_training
 
 __all__ = ["EXPERIMENTS", "choose", "experiment_names"]
@@ -42,6 +42,7 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *sibp_training.EXPERIMENTS,
     *theorems.EXPERIMENTS,
     *learning_rate.EXPERIMENTS,
+    *adversarial_rates.EXPERIMENTS,
 )
 
 

@@ -20,6 +20,7 @@ from backpass.lab.models.resnet import resnet, resnet18, resnet50
 from backpass.lab.models.shapes import Shape, check_shape
 from backpass.lab.models.text import options_of, read_model
 from backpass.lab.models.vgg import vgg16
+from backpass.lab.models.whitened import whitened
 from backpass.lab.models.wide_resnet import wide_resnet, wrn_28_10
 from backpass.lab.normalisation import Normalisation
 
@@ -36,6 +37,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet50": resnet50,
     "vgg16": vgg16,
+    "whitened": whitened,
     "wrn": wide_resnet,
     "wrn-28-10": wrn_28_10,
 }

@@ -11,6 +11,7 @@ from torch import nn
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.models import INPUT_SHAPES, MODELS, build
+from backpass.lab.models.libraries import is_of_a_library, library_network
 from backpass.lab.models.shapes import parse_shape
 from backpass.lab.normalisation import Normalisation
 
@@ -51,6 +52,8 @@ def find(
         BackpassError: the user's module cannot be imported, or gives no ``nn.Module``; or as `build`.
     """
     head, _, rest = name.strip().partition(":")
+    if is_of_a_library(name):
+        return library_network(name, pretrained=True)[0], None
     if head not in MODELS and ":" in rest:
         raise BackpassError(
             f"a network of your own takes no settings, got {name!r}: write a function without arguments, such as "

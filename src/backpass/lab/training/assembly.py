@@ -1,18 +1,19 @@
-"""From a recipe to a trainer: every name becomes what it names."""
+"""Trainer of a recipe: data, model, rules and attacks from their names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from backpass.attacks import Attack
-from backpass.errors import BackpassError, UnknownNameError
+from backpass.errors import BackpassError
 from backpass.lab.data.augmentation import Augmentation
 from backpass.lab.models import Normalize
+from backpass.lab.models.whitened import WhitenedCNN
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Normalisation
 from backpass.lab.subjects import load_subject
@@ -20,30 +21,31 @@ from backpass.lab.training.adversaries import adversary_text, default_judge, mak
 from backpass.lab.training.optimizers import default_rate, make_optimizer
 from backpass.lab.training.parts import Parts
 from backpass.lab.training.recipe import Recipe
-from backpass.lab.training.schedules import make_schedule
 from backpass.numbers import is_whole
 from backpass.preserved import preserved
 from backpass.rules import BP, Rule
 from backpass.training import AdversarialTraining, CrossEntropy, Progress, RobustEvaluation, Trainer
+from backpass.training.schedules import make_schedule
+from backpass.training.settings import Settings
 from backpass.training.trainer import attach
 
 __all__ = ["Named", "assemble", "complete"]
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
+_FIRST = 5000  # images from which a network may set its first weights
 _RESIDENT = 4 * 2**30  # bytes of images that are kept on a GPU
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Named:
-    """What the words of a recipe name, as far as that is known without data.
+    """Objects that a recipe names, as far as they are known without data.
 
     Attributes:
-        recipe: with every default as a value.
-        rules: for the weights; plain backpropagation is no rule.
-        adversary: the inner maximiser.
-        adversary_rule: for its gradients.
-        judge: the attack that measures robustness.
-        augmentation: of training images, but for their white.
+        recipe: the recipe with every default as a value.
+        rules: rules for the weights; plain backpropagation is no rule.
+        adversary: inner maximiser.
+        adversary_rule: rule for its gradients.
+        judge: attack that measures robustness.
+        augmentation: augmentation of training images, without their white.
     """
 
     recipe: Recipe
@@ -55,24 +57,24 @@ class Named:
 
 
 def complete(recipe: Recipe) -> Named:
-    """Read every text form of a recipe, and put in what it leaves to defaults.
+    """Read every text form of a recipe, and replace missing values by their defaults.
 
     Raises:
-        UnknownNameError: a name means nothing; the nearest that does is named.
-        BackpassError: a value is out of its range, or two do not go together.
+        UnknownNameError: a name is unknown; the nearest known one is named.
+        BackpassError: a value is out of its range, or two contradict each other.
     """
-    for name, least in (("limit", 1), ("robust_images", 1), ("seed", -(2**63))):
+    for name in ("limit", "robust_images"):
         value = getattr(recipe, name)
-        if value is not None and not is_whole(value, least):
-            raise BackpassError(f"{name} is a whole number of at least {least}, of 64 bits; got {value}.")
+        if value is not None and not is_whole(value, 1):
+            raise BackpassError(f"{name} must be a whole number of at least 1; got {value}.")
+    if recipe.mixup and recipe.adversary is not None:
+        raise BackpassError("mixup mixes clean images, and an adversary replaces them: leave out one of the two.")
     for name in ("trades", "adversary_rule"):
         if getattr(recipe, name) is not None and recipe.adversary is None:
             raise BackpassError(f"{name} is for adversarial training: give an adversary too, as in pgd:eps=8/255.")
     for name in ("warmup", "stop_overfitting"):
         if getattr(recipe, name) and recipe.adversary is None:
             raise BackpassError(f"{name} is for adversarial training: give an adversary too, as in pgd:eps=8/255.")
-    if recipe.dtype is not None and recipe.dtype not in _DTYPES:
-        raise UnknownNameError("dtype", recipe.dtype, _DTYPES)
     rules = tuple(parse_rule_for(recipe.model, text, use="training") for text in recipe.rule)
     adversary = make_adversary(recipe.adversary, "the adversary") if recipe.adversary else None
     rule = parse_rule_for(recipe.model, recipe.adversary_rule, use="attack") if recipe.adversary_rule else None
@@ -103,14 +105,14 @@ def complete(recipe: Recipe) -> Named:
 def assemble(
     named: Named, parts: Parts, *, device: torch.device, folder: Path | None, report: Callable[[Progress], None] | None
 ) -> Trainer:
-    """The trainer of a recipe.
+    """Return the trainer of a recipe.
 
     Args:
-        named: what the recipe names.
+        named: objects of the recipe.
         parts: its data.
-        device: where to train.
-        folder: for checkpoints and logs; None writes nothing.
-        report: gets the progress.
+        device: device to train on.
+        folder: folder of checkpoints and logs; None writes nothing.
+        report: called with the progress.
 
     Raises:
         NoSiteError: a rule would act nowhere in the network.
@@ -124,34 +126,23 @@ def assemble(
         for module in network.modules():
             if isinstance(module, Normalize):
                 module.use(Normalisation((0.0,), (1.0,)))
+    if weights is None and isinstance(network, WhitenedCNN):
+        network.initialise_from((images.pixels[:_FIRST].float() / images.white).to(device))
     few = images.x[:2].to(device)
     subject.try_on(few, recipe.data, parts.train.classes)
     assert recipe.lr is not None  # noqa: S101  `complete` has given one
     optimizer = make_optimizer(recipe.optimizer, network.parameters(), recipe.lr)
     _check_rules(network, named, optimizer, few)
-    steps = recipe.epochs * max(1, len(images) // max(1, recipe.batch_size))
-    schedule = make_schedule(recipe.scheduler, optimizer, steps) if recipe.scheduler else None
     return Trainer(
         network,
         optimizer,
         (_resident(images.pixels, device), _resident(images.labels, device)),
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
+        **{one.name: getattr(recipe, one.name) for one in fields(Settings)},
         objective=_objective(named),
         rules=named.rules,
-        scheduler=schedule and schedule.scheduler,
-        step_scheduler=schedule.after if schedule else "epoch",
-        accumulate=recipe.accumulate,
         prepare=replace(named.augmentation, white=images.white),
-        seed=recipe.seed,
-        dtype=_DTYPES[recipe.dtype or "float32"],
-        compile=recipe.compile,
-        clip_norm=recipe.clip,
-        normalize_gradient=recipe.normalize_gradient,
-        average=recipe.average,
         evaluation=(parts.test.images.pixels if images.white == 255 else parts.test.images.x, parts.test.images.y),
         robust=_robust(named),
-        robust_every=recipe.robust_every,
         folder=folder,
         on_progress=report,
     )
@@ -160,7 +151,7 @@ def assemble(
 def _objective(named: Named) -> AdversarialTraining | CrossEntropy:
     recipe = named.recipe
     if named.adversary is None:
-        return CrossEntropy(label_smoothing=recipe.label_smoothing)
+        return CrossEntropy(label_smoothing=recipe.label_smoothing, mixup=recipe.mixup)
     return AdversarialTraining(
         named.adversary,
         rule=named.adversary_rule,
@@ -182,7 +173,7 @@ def _robust(named: Named) -> RobustEvaluation | None:
 
 
 def _check_rules(network: nn.Module, named: Named, optimizer: torch.optim.Optimizer, few: Tensor) -> None:
-    """One forward pass under each rule: that a rule acts nowhere is better known before the folder is made."""
+    """Run one forward pass under each rule: a rule that acts nowhere is reported before the folder is created."""
     with preserved(network), torch.no_grad():
         for rule in filter(None, (*named.rules, named.adversary_rule)):
             with attach(rule, network, optimizer):
@@ -190,6 +181,6 @@ def _check_rules(network: nn.Module, named: Named, optimizer: torch.optim.Optimi
 
 
 def _resident(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, if it is one that should not wait for images and has room for them."""
+    """Move images to a GPU that has room for them."""
     small = tensor.numel() * tensor.element_size() <= _RESIDENT
     return tensor.to(device) if device.type == "cuda" and small else tensor

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from backpass.errors import BackpassError, UnknownNameError
+from backpass.errors import BackpassError
 from backpass.numbers import is_number
-from backpass.rules.text import read_settings
+from backpass.training.schedules import read_named
 
-__all__ = ["OPTIMIZERS", "default_rate", "make_optimizer", "read_named"]
+__all__ = ["OPTIMIZERS", "default_rate", "make_optimizer"]
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adagrad": Adagrad,
@@ -48,26 +46,3 @@ def make_optimizer(text: str, parameters: Iterable[nn.Parameter], lr: float) -> 
         return OPTIMIZERS[name](parameters, lr=lr, **settings)
     except (TypeError, ValueError) as error:
         raise BackpassError(f"the optimizer {text!r} with --lr {lr:g} cannot be made: {error}.") from error
-
-
-def read_named(kind: str, text: str, known: dict[str, Callable[..., Any]]) -> tuple[str, dict[str, Any]]:
-    """Name and settings of a text form, which a function of that name takes.
-
-    Args:
-        kind: of thing, for messages.
-        text: ``name`` or ``name:setting=value,...``.
-        known: the functions; their settings are the parameters with defaults, but the rate.
-
-    Raises:
-        UnknownNameError: there is no such name or setting.
-        BackpassError: the text has another form.
-    """
-    name, settings = read_settings(text)
-    if name not in known:
-        raise UnknownNameError(kind, name, known)
-    parameters = inspect.signature(known[name]).parameters.values()
-    names = {p.name for p in parameters if p.default is not p.empty} - {"lr"}
-    for setting in settings:
-        if setting not in names:
-            raise UnknownNameError(f"setting of {kind} {name!r}", setting, names)
-    return name, settings

@@ -1,10 +1,11 @@
-"""One training run in its folder: the recipe, checkpoints and logs, and in the end the weights."""
+"""One training run in its folder: recipe, checkpoints and logs, and in the end the weights."""
 
 from __future__ import annotations
 
 import os
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from backpass.attacks import Attack
 from backpass.errors import BackpassError
+from backpass.files import locked
 from backpass.lab.numbers import fraction_text
 from backpass.lab.training.assembly import assemble, complete
 from backpass.lab.training.parts import load_parts
@@ -29,16 +31,16 @@ _EPS = 8 / 255
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trained:
-    """What a run left behind.
+    """Result of a run.
 
     Attributes:
-        recipe: with every default as a value.
-        result: the trainer's.
-        weights: the file with the last weights, or their average where the recipe asks for one; None in a process
-            that does not write.
-        accuracy: on the test images, of the weights in the file.
-        robust_accuracy: of the last weights, under the attack of ``robust``; None where that was not measured.
-        next: the command that attacks the network.
+        recipe: the recipe with every default as a value.
+        result: the trainer's result.
+        weights: file with the last weights, or their average where the recipe asks for one; None in a process that
+            does not write.
+        accuracy: accuracy on the test images of the weights in the file.
+        robust_accuracy: accuracy of the last weights under the attack of ``robust``; None where it was not measured.
+        next: command that attacks the network.
     """
 
     recipe: Recipe
@@ -61,16 +63,16 @@ def train(
     """Carry out a recipe; under ``torchrun`` every process calls this.
 
     Args:
-        recipe: what to do.
-        folder: gets ``recipe.toml`` (with every default as a value), ``checkpoints``, ``log.jsonl``, ``run.json`` and
-            ``weights.safetensors``.
-        device: where to train.
-        resume: go on from the last checkpoint in the folder.
-        report: gets what is going on and the part done.
-        tell: gets one line about the data, and one about each epoch.
+        recipe: settings of the run.
+        folder: folder for ``recipe.toml`` (with every default as a value), ``checkpoints``, ``log.jsonl``,
+            ``run.json`` and ``weights.safetensors``.
+        device: device to train on.
+        resume: continue from the last checkpoint in the folder.
+        report: called with the present activity and the part done.
+        tell: called with one line about the data, and one about each epoch.
 
     Raises:
-        BackpassError: the recipe cannot be meant, or the folder holds another run.
+        BackpassError: the recipe is invalid, or the folder holds another run or is in use.
         Interrupted: by Ctrl-C or SIGTERM, after a checkpoint.
     """
     named = complete(recipe)
@@ -79,13 +81,16 @@ def train(
     trainer = assemble(named, parts, device=device, folder=folder, report=_reporter(report, tell))
     check_folder(folder, resume)
     tell(f"{parts.train.description}\n{parts.test.description}")
-    if is_first_process() and not resume:
-        write_recipe(named.recipe, folder / "recipe.toml")
-    result = trainer.fit(resume=resume)
-    weights = None
-    if is_first_process():
-        write_recipe(named.recipe, folder / "recipe.toml")  # a resumed run may have more epochs, and nothing else
-        weights = _save(unwrap(trainer.model), result, folder)
+    with ExitStack() as stack:
+        if is_first_process():
+            stack.enter_context(locked(folder))
+            if not resume:
+                write_recipe(named.recipe, folder / "recipe.toml")
+        result = trainer.fit(resume=resume)
+        weights = None
+        if is_first_process():
+            write_recipe(named.recipe, folder / "recipe.toml")  # a resumed run may have more epochs
+            weights = _save(unwrap(trainer.model), result, folder)
     last = result.history[-1] if result.history else {}
     return Trained(
         recipe=named.recipe,
@@ -98,25 +103,25 @@ def train(
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Whether a run may begin, or go on, in a folder.
+    """Check that a run can begin, or continue, in a folder.
 
     Raises:
-        BackpassError: it may not.
+        BackpassError: it cannot.
     """
     there = any((folder / "checkpoints").glob("step-*.pt"))
     if resume and not there:
-        raise BackpassError(f"there is no run in {folder} to go on with: leave --resume out, or give its --out.")
+        raise BackpassError(f"there is no run in {folder} to continue: leave out --resume, or give its --out.")
     if there and not resume:
-        raise BackpassError(f"{folder} holds a run already: --resume goes on with it, another --out begins anew.")
+        raise BackpassError(f"{folder} holds a run already: continue it with --resume, or give another --out.")
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def device_of_this_process(device: torch.device) -> torch.device:
-    """Under ``torchrun`` a GPU of its own for each process, where GPUs are asked for."""
+    """Return a GPU for each process under ``torchrun``, where a GPU is asked for."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return local_device() if several and device.type == "cuda" else device
 
@@ -157,7 +162,7 @@ def _save(model: nn.Module, result: TrainingResult, folder: Path) -> Path:
 
 
 def _attack_command(recipe: Recipe, folder: Path, judge: Attack | None, split: str) -> str:
-    eps = judge.eps if judge is not None else _EPS
+    eps = judge.largest_eps if judge is not None else _EPS
     words = ["backpass", "attack", "--model", recipe.model, "--weights", str(folder / "weights.safetensors")]
     # APGD chooses its steps itself, whatever the ball.
     words += ["--data", recipe.data, "--attack", "apgd", "--eps", fraction_text(eps), "--limit", "1000"]

@@ -77,6 +77,7 @@ class Attached:
         self._last: Run | Plan | None = None
         self._plans: dict[tuple[bool, bool], Plan] = {}
         self._served = ""
+        self._shown = False
         self._aside: dict[int, tuple[str, list[Any]]] = {}
         self._training = False
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -149,6 +150,13 @@ class Attached:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+        called = self._last is not None or self._served
+        if error is None and self.rule.functions and self.rule.needs_site and not called:
+            warnings.warn(
+                f"the model was not called while {self.rule} was attached: gradients of an earlier call, or of code "
+                "that was compiled around the model before, are plain.",
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         return f"Attached({self.rule!r}, {type(self._model()).__name__}, {len(self.sites)} sites)"
@@ -181,6 +189,9 @@ class Attached:
         if path:
             return self._begin_again(path)
         # If this call turns out to run compiled code, its sites are looked for before that is made.
+        if not self._shown and torch_internals.dynamo_has_run():
+            torch_internals.show_to_modes((*self.rule.functions, *self.rule.observed))
+            self._shown = True
         self._training, self._arguments = module.training, (args, kwargs)
         return self.interception(self, Run(self.rule, self._plans.get((module.training, torch.is_grad_enabled()))))
 
@@ -188,6 +199,7 @@ class Attached:
     def prepare(self, training: bool, /, *args: Any, **kwargs: Any) -> None:
         """Make sure that the sites are known; while compiled code is made."""
         self._training, self._arguments = training, (args, kwargs)
+        torch_internals.show_to_modes((*self.rule.functions, *self.rule.observed))
         self._plan()
 
     @constant_while_tracing
@@ -220,7 +232,6 @@ class Attached:
     def _plan(self) -> Plan:
         """Return the plan of the running call, by an eager call of the model if there is none yet."""
         if (self._training, True) not in self._plans:
-            torch_internals.show_to_modes(self.rule.functions)
             self.learn(*self._arguments[0], **self._arguments[1])
         return self._plans[self._training, True]
 

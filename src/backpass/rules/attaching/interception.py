@@ -20,6 +20,7 @@ from backpass.errors import BackpassError
 from backpass.rules import torch_internals
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import Planned, Run, SiteCall
+from backpass.rules.torch_internals import saved_tensor_hooks
 
 if TYPE_CHECKING:
     from backpass.rules.attaching.attached import Attached
@@ -53,7 +54,7 @@ class ModuleCall:
         self.calls: dict[str, int] = {}
         if not is_dynamo_compiling():
             self.grad_enabled = torch.is_grad_enabled()
-            self.checkpoint = torch_internals.checkpoint_hooks()
+            self.checkpoint = torch_internals.checkpoint_hooks() if saved_tensor_hooks(True) else None
 
     def count(self, name: str) -> int:
         """Return how many calls of ``name`` came before this one."""
@@ -105,9 +106,10 @@ class Interception(TorchFunctionMode):
             # No gradient reaches this call: it is made under no_grad, or in the forward of a custom autograd function.
             self.hide(caller, name)
             return func(*args, **kwargs)
-        hooks = torch_internals.checkpoint_hooks()
-        if hooks is not None and hooks is not caller.checkpoint:
-            raise checkpointed_function(name, caller.path)
+        if saved_tensor_hooks(True) is not None:
+            hooks = torch_internals.checkpoint_hooks()
+            if hooks is not None and hooks is not caller.checkpoint:
+                raise checkpointed_function(name, caller.path)
         x = args[0] if args else kwargs.get("input")
         run = self.run
         if self.fast and run.plan is not None and not caller.looks and self.replayed is None:
@@ -139,7 +141,7 @@ class Interception(TorchFunctionMode):
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site of the rule."""
-        if self.run.plan is None:
+        if self.run.plan is None and not is_dynamo_compiling():
             if func in self.rule.opaque:
                 self.note_unreachable(caller.path, f"{self.rule.opaque[func]} computes out of reach")
             elif _operator(func) in self.attached.operators:
@@ -214,7 +216,7 @@ class Interception(TorchFunctionMode):
         self, caller: ModuleCall, name: str | None, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if name is None:
-            return func(*args, **kwargs)
+            return self.other(caller, func, args, kwargs)
         self.traced += 1
         key = f"{caller.key}:{name}#{caller.count(name + '()')}"
         if not self.attached.token or not self.attached.planned(key):

@@ -92,11 +92,10 @@ class ModuleCalls:
         return output
 
     def _current(self) -> Interception | None:
-        depth = torch._C._len_torch_function_stack()
-        while depth:  # mostly the innermost one
-            depth -= 1
+        attached = self.attached
+        for depth in range(torch._C._len_torch_function_stack() - 1, -1, -1):  # mostly the innermost one
             mode = torch._C._get_function_stack_at(depth)
-            if isinstance(mode, Interception) and mode.attached is self.attached:
+            if isinstance(mode, Interception) and mode.attached is attached:
                 return mode
         return None
 

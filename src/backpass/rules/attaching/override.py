@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -22,6 +22,7 @@ class BackwardOverride:
     Attributes:
         name: the rule's name in its text form.
         functions: the torch functions that are sites of this rule, with the name each has in a site table.
+        observed: further functions that an interception of the rule looks at.
         opaque: functions that compute, out of reach, what the rule acts on, with the name of each.
         skipped: module classes whose own forward calls none of the functions.
         needs_plain: whether its backward goes through the plain graph of an activation too.
@@ -35,6 +36,7 @@ class BackwardOverride:
     """
 
     name: ClassVar[str]
+    observed: ClassVar[Collection[TorchFunction]] = ()
     opaque: ClassVar[Mapping[TorchFunction, str]] = {}
     skipped: ClassVar[frozenset[type[nn.Module]]] = frozenset()
     needs_plain: ClassVar[bool] = False

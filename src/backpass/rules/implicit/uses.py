@@ -382,15 +382,8 @@ class _UnderTransforms(_Eager):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        z: Tensor | None,
-        compute: Callable[..., Tensor],
-        rest: tuple[Any, ...],
-        call: Call,
-    ) -> Any:
+    def forward(*inputs: Any) -> Any:
+        x, weight, bias, z, compute, rest, _ = inputs
         return compute(x, weight, bias, *rest) if z is None else compute(z)
 
     @staticmethod

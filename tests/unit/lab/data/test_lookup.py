@@ -167,7 +167,6 @@ def _mistakes(tmp_path):
         ("gif", r"2.gif is no PNG, JPEG, WebP or BMP image: convert it"),
         ("deeper", r"each of them 'a', 'b': expected the classes' own folders"),
         ("one", r"at least two folders"),
-        ("bare", r"b holds no PNG, JPEG, WebP or BMP image"),
     ],
 )
 def test_a_mistake_in_the_data_names_its_place(tmp_path, name, message):

@@ -83,7 +83,7 @@ def test_sibp_is_compared_with_every_other_method(name):
     methods = {
         "SIBP": Method(rule="sibp:eta={rate}", optimizer="sgd", rates=(0.3,)),
         "SGD": Method(optimizer="sgd", rates=(0.1,)),
-        "ProxProp": Method(rule="proxprop", optimizer="sgd", rates=(10.0,)),
+        "ProxProp": Method(rule="proxprop:tau=1.0", optimizer="sgd", rates=(10.0,)),
     }
     claims, result = run(sibp_training.EXPERIMENTS, name, Early(protocols={"MLP": PROTOCOL}, methods={"MLP": methods}))
     others = [f"mlp-{key}-{other}" for other in ("sgd", "proxprop") for key in ("faster", "lower", "better")]

@@ -69,7 +69,9 @@ def test_weights_may_be_small_and_are_the_same_for_a_seed():
 
 
 @pytest.mark.parametrize(
-    ("rule", "rate"), [("bp", 1e6), ("proxprop", 1e12), ("sibp:eta=1000000.0", 1.0)], ids=["bp", "proxprop", "sibp"]
+    ("rule", "rate"),
+    [("bp", 1e6), ("proxprop:tau=1.0", 1e12), ("sibp:eta=1000000.0", 1.0)],
+    ids=["bp", "proxprop", "sibp"],
 )
 def test_a_run_that_diverges_is_nan_from_there_on(rule, rate):
     found = curves(Bench(), changed(rule=rule, rate=rate), SOURCE)

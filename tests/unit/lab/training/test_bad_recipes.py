@@ -12,8 +12,8 @@ from backpass.lab.training.assembly import complete
 from backpass.lab.training.listing import find_runs
 from backpass.lab.training.optimizers import make_optimizer
 from backpass.lab.training.recipe import Recipe, read_recipe, write_recipe
-from backpass.lab.training.schedules import make_schedule
 from backpass.lab.weights import read_weights
+from backpass.training.schedules import make_schedule
 
 RECIPE = Recipe(data="digits", model="mlp")
 
@@ -32,7 +32,7 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
 
 @pytest.mark.parametrize("values", [{"limit": -5}, {"limit": 0}, {"robust_images": 0}, {"seed": 2**64}], ids=str)
 def test_a_number_of_a_recipe_is_checked_before_data_is_read(values):
-    with pytest.raises(BackpassError, match=f"{next(iter(values))} is a whole number"):
+    with pytest.raises(BackpassError, match=f"{next(iter(values))} must be a whole number"):
         complete(RECIPE.with_(**values))
 
 

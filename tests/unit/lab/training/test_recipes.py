@@ -1,5 +1,6 @@
 """Recipes: written as they are read, every one in the repository validates, and its rules find their sites."""
 
+import inspect
 import tomllib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from backpass.attacks import APGD, FGSM, IFGSM, MIFGSM, PGD, AutoAttack, Square
 from backpass.lab.models import build
 from backpass.lab.training.adversaries import adversary_text, default_judge, make_adversary
 from backpass.lab.training.assembly import complete
-from backpass.lab.training.recipe import Recipe, read_recipe, write_recipe
+from backpass.lab.training.recipe import Recipe, described, kinds, read_recipe, write_recipe
 
 FOLDER = Path(__file__).parents[4] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))
@@ -62,10 +63,10 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), m
     title=words,
     rule=st.lists(words.filter(bool), min_size=1, max_size=3),
     lr=st.floats(1e-8, 1e3),
-    clip=st.none() | st.floats(1e-3, 1e6),
+    clip_norm=st.none() | st.floats(1e-3, 1e6),
 )
-def test_what_is_written_is_read_again(tmp_path_factory, title, rule, lr, clip):
-    recipe = Recipe(title=title, data="digits", model="mlp", rule=tuple(rule), lr=lr, clip=clip, compile=True, epochs=3)
+def test_what_is_written_is_read_again(tmp_path_factory, title, rule, lr, clip_norm):
+    recipe = Recipe(title=title, data="digits", model="mlp", rule=tuple(rule), lr=lr, clip_norm=clip_norm, compile=True)
     file = write_recipe(recipe, tmp_path_factory.mktemp("recipes") / "recipe.toml")
     tomllib.loads(file.read_text())
     assert Recipe.of(read_recipe(file), "it") == recipe
@@ -102,6 +103,16 @@ def test_an_adversarys_step_reaches_the_edge_of_its_ball():
 def test_the_judge_searches_the_adversarys_ball():
     judge = default_judge(FGSM(eps=0.3, norm="l2"))
     assert (judge.eps, judge.norm, judge.steps) == (0.3, "l2", 20)
+
+
+def test_every_setting_is_documented_once_and_has_an_option():
+    from backpass.cli.train import _run, _signed
+
+    options = inspect.signature(_signed(_run)).parameters
+    words = described()
+    for name in kinds():
+        assert len(words[name]) > 15, name
+        assert name in options or name in ("title", "source", "note")
 
 
 def test_plain_backpropagation_is_no_rule():

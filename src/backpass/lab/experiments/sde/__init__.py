@@ -1,1 +1,1 @@
-"""Gu and Guo, arXiv 2105.08037: what the stochastic differential equation of adversarial training is good for."""
+"""Gu and Guo, arXiv 2105.08037v1: experiments with the SDE of adversarial training."""

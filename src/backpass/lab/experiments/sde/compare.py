@@ -29,7 +29,7 @@ QUANTITIES = ("gradient_penalty", "expected_loss", "adversarial_loss")
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is compared.
+    """Settings of the comparison.
 
     Attributes:
         paths: of each chain and each SDE.
@@ -76,7 +76,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured; tensors are float64.
+    """Measured numbers; tensors are float64.
 
     Attributes:
         study: the settings.

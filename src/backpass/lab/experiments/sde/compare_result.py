@@ -14,8 +14,8 @@ from backpass.lab.statistics import mean_interval
 
 __all__ = ["describe", "gap", "tolerance"]
 
-_ABSTRACT = "Gu and Guo, arXiv 2105.08037, abstract: the SDE confirms the robustness as a gradient flow"
-_DERIVED = "derived for this project in the setting of Gu and Guo, arXiv 2105.08037"
+_ABSTRACT = "Gu and Guo, arXiv 2105.08037v1, abstract: the SDE confirms the robustness as a gradient flow"
+_DERIVED = "derived for this project in the setting of Gu and Guo, arXiv 2105.08037v1"
 _TITLES = {
     "gradient_penalty": ("Mean squared input gradient", "E |grad_x L|^2"),
     "expected_loss": ("Clean loss", "E L"),

@@ -18,7 +18,7 @@ __all__ = ["Measured", "Study", "describe", "measure"]
 _MOST_STEPS = 10**6
 
 _POINTS = 200
-"""Of each curve."""
+"""Points of each curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was computed.
+    """Computed schedules.
 
     Attributes:
         study: the problem.

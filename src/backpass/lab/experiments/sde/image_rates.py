@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from backpass.training import ControlledLR, half_losses
+from backpass.training import Batch, ControlledLR, Evaluated, Trainer
 
 __all__ = ["Run", "Task", "network", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is trained, and against what.
+    """A training task.
 
     Attributes:
         model: ``mlp`` or ``cnn``.
@@ -40,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Run:
-    """What a network has on the test images: the effective loss E[L + K eta_I / 2 |L_x|^2], E L(x + delta_K), accuracy.
+    """Numbers on the test images: the effective loss E[L + K eta_I / 2 |L_x|^2], E L(x + delta_K), accuracy.
 
     ``accuracy`` is in per cent and under the adversary of training.
     """
@@ -82,29 +82,45 @@ def train(
         The last network's numbers, and those of the Polyak average over the second half of the steps.
     """
     model, (x, y) = network(task.model, seed), images
-    per_epoch = len(y) // task.batch
-    steps = per_epoch * task.epochs
+    steps = len(y) // task.batch * task.epochs
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     controlled = schedule == "controlled"
-    scheduler = (
-        ControlledLR(optimizer, every=task.every) if controlled else LambdaLR(optimizer, _factor(schedule, steps))
-    )
-    average = AveragedModel(model)
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(y), generator=generator)
-        rows = order[step % per_epoch * task.batch :][: task.batch]
-        at, labels = _attacked(model, x[rows], y[rows], task), y[rows]
-        optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(model(at), labels))
-        if isinstance(scheduler, ControlledLR) and scheduler.due:
-            scheduler.measure(half_losses(model, F.cross_entropy, at, labels))
-        optimizer.step()
-        scheduler.step()
-        if step >= steps // 2:
-            average.update_parameters(model)
-    return [_judge(model, test, task), _judge(average, test, task)]
+    sampler = SubsetRandomSampler(range(len(y)), generator=torch.Generator().manual_seed(seed))
+    result = Trainer(
+        model,
+        optimizer,
+        DataLoader(TensorDataset(x, y), batch_size=task.batch, sampler=sampler, drop_last=True),
+        epochs=task.epochs,
+        objective=_Attacked(task),
+        scheduler=ControlledLR(optimizer, every=task.every)
+        if controlled
+        else LambdaLR(optimizer, _factor(schedule, steps)),
+        step_scheduler="step",
+        average=f"polyak:{(steps - steps // 2) / steps!r}",
+        seed=seed,
+        diverged_above=None,
+        log_every=steps,
+    ).fit()
+    average = network(task.model, seed)
+    if result.averaged is not None:
+        average.load_state_dict(result.averaged)
+    return [_judge(model, test, task), _judge(average if result.averaged is not None else model, test, task)]
+
+
+class _Attacked:
+    """Cross-entropy at the end of the adversary's ascent."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __call__(self, model: nn.Module, batch: Batch, plain: object) -> Evaluated:
+        """Evaluate the objective on a batch."""
+        at = _attacked(model, batch.x, batch.y, self.task)
+
+        def again(model: nn.Module, rows: slice) -> Tensor:
+            return F.cross_entropy(model(at[rows]), batch.y[rows])
+
+        return Evaluated(loss=again(model, slice(None)), again=again)
 
 
 def _factor(schedule: str, steps: int) -> Callable[[int], float]:

@@ -20,12 +20,15 @@ from backpass.lab.statistics import geometric_interval, mean_interval
 
 __all__ = ["EXPERIMENTS", "Images", "Regression"]
 
-_SOURCE = "Gu and Guo, arXiv 2105.08037, abstract (learning-rate control); the rule is derived for this project"
+_SOURCE = (
+    "Gu and Guo, arXiv 2105.08037v1, abstract (learning-rate control, a claim of version 1 alone); the rule is derived "
+    "for this project"
+)
 _START = "the largest rate"
 _TUNED = "best of 10 rates"
 
 Ends = dict[str, list[float]]
-"""By schedule, a number per seed."""
+"""A number per seed, by schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +227,7 @@ def _image_ends(
 
 
 def _verdicts(found: Mapping[str, Ends], rivals: Sequence[str], quantity: str) -> Finding:
-    """How often ControlledLR's mean is the lower one."""
+    """Count the tasks in which ControlledLR has the lower mean."""
     lower = {
         rival: sum(math.fsum(ends["controlled"]) < math.fsum(ends[rival]) for ends in found.values())
         for rival in rivals

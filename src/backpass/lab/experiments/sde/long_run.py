@@ -20,7 +20,7 @@ from backpass.sde.stationarity import Balance, Drifting
 
 __all__ = ["Measured", "Study", "describe", "measure"]
 
-_SOURCE = "derived for this project in the setting of Gu and Guo, arXiv 2105.08037"
+_SOURCE = "derived for this project in the setting of Gu and Guo, arXiv 2105.08037v1"
 _LONGEST = 10_000
 _TOLERANCE = 0.1
 """The part by which a prediction of order eta may be off."""
@@ -28,7 +28,7 @@ _TOLERANCE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is run.
+    """Settings of the run.
 
     Attributes:
         dimension: parameters of the regression on four points, 1 or 2.
@@ -62,7 +62,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured.
+    """Measured numbers.
 
     Attributes:
         study: the settings.

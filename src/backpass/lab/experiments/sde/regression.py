@@ -54,7 +54,7 @@ PROBLEMS: dict[int, Regression] = {
         nodes=12,
     ),
 }
-"""By the number of parameters."""
+"""The problems by their number of parameters."""
 
 
 def choose(dimension: int) -> Regression:

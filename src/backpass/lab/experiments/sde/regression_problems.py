@@ -52,7 +52,7 @@ class Problem:
 
     @cached_property
     def target(self) -> Tensor:
-        """What the problem's parameters are, or for real data the least-squares solution."""
+        """The true parameters, or for real data the least-squares solution."""
         if self.real:
             x, y = self.data
             solution: Tensor = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
@@ -132,7 +132,7 @@ class Problem:
         return theta, (derivative + derivative.mT) / 2
 
     def excess(self, theta: Tensor) -> Tensor:
-        """What the effective loss, which h descends, has above its minimum, to second order; (...) for (..., d)."""
+        """Excess of the effective loss, which h descends, over its minimum, to second order; (...) for (..., d)."""
         minimum, curvature = self.minimum
         away = theta.double() - minimum
         return ((away @ curvature) * away).sum(-1) / 2

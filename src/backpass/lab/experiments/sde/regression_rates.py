@@ -18,7 +18,7 @@ RATES = 10
 
 
 def regress(problem: Problem, *, seed: int, steps: int, every: int) -> dict[str, list[float]]:
-    """What every schedule has after the last step.
+    """Return the excess of every schedule after the last step.
 
     Fixed rates, their Polyak averages over the second half, linear decay and cosine decay to 0 start at each rate of
     the grid; `ControlledLR` starts at the largest.

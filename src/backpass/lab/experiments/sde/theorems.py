@@ -15,10 +15,10 @@ from backpass.sde import VARIANTS
 
 __all__ = ["EXPERIMENTS", "Orders"]
 
-_PAPER = "Gu and Guo, arXiv 2105.08037"
+_PAPER = "Gu and Guo, arXiv 2105.08037v1"
 _DERIVED = f"derived for this project in the setting of {_PAPER}, whose abstract claims an error bound"
 _TOLERANCE = 0.15
-"""How far a measured slope may be from the order: the learning rates are finite."""
+"""Largest difference of a measured slope from the order, as the learning rates are finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def _long_run(settings: long_run.Study, bench: Bench) -> Outcome:
 
 
 def _outcome(result: Result, *, seeds: Sequence[int]) -> Outcome:
-    """What a study of ``backpass sde`` found, as an experiment's."""
+    """Convert the result of a study of ``backpass sde`` to an experiment's outcome."""
     return Outcome(
         findings=result.findings,
         series=result.series,

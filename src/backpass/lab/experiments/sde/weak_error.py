@@ -37,7 +37,7 @@ WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is compared.
+    """Settings of the comparison.
 
     Attributes:
         dimension: parameters of the regression, 1 or 2.
@@ -69,7 +69,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured.
+    """Measured numbers.
 
     Attributes:
         study: the settings.
@@ -199,7 +199,7 @@ def _claims(found: WeakErrors) -> list[Claim]:
                 theirs=[1.5] * len(row),
                 direction=direction,
                 quantity="slope less 1.5",
-                reference="derived for this project in the setting of Gu and Guo, arXiv 2105.08037",
+                reference="derived for this project in the setting of Gu and Guo, arXiv 2105.08037v1",
             )
         )
     return claims

@@ -156,7 +156,7 @@ def _methods(**rates: tuple[float, ...]) -> dict[str, Method]:
     return {
         "SIBP": Method(rule="sibp:eta={rate}", optimizer="sgd", rates=rates["sibp"]),
         "SGD": Method(optimizer="sgd", rates=rates["sgd"]),
-        "ProxProp": Method(rule="proxprop", optimizer="sgd", rates=rates["proxprop"]),
+        "ProxProp": Method(rule="proxprop:tau=1.0", optimizer="sgd", rates=rates["proxprop"]),
         "AdamW": Method(optimizer="adamw", rates=rates["adamw"]),
     }
 

@@ -74,6 +74,7 @@ class _Runner:
                 batch_size=self.study.batch_size,
                 resume=self.study.shards,
                 tag=rule,
+                targets=self.study.target,
                 progress=report_progress,
             )
         self.computed += report.shards_computed

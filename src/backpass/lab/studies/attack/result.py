@@ -20,7 +20,7 @@ from backpass.lab.studies.attack.comparison import (
 )
 from backpass.lab.studies.attack.findings import findings
 from backpass.lab.studies.attack.gallery import gallery
-from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text
+from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text, target_text
 from backpass.lab.studies.attack.study import Measured, Placing, Sweep
 from backpass.lab.wording import listing
 
@@ -95,6 +95,7 @@ def _settings(measured: Measured) -> dict[str, object]:
         "data": study.data.description,
         **protocol_settings(study.protocol, study.radii),
         "rules": ", ".join(study.rules),
+        **({} if study.target is None else {"target class": target_text(study.data, study.target)}),
         "batch size": study.batch_size,
         "curves": f"measured on {study.swept} images at most" if study.swept else "left out",
         **plan_settings(study.plans),

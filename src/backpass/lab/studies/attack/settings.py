@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from backpass.lab.data import Labelled
 from backpass.lab.numbers import fraction_text
 from backpass.lab.protocols import Protocol
 from backpass.lab.studies.attack.plans import Plan
 from backpass.lab.subjects import Subject
 
-__all__ = ["plan_settings", "protocol_settings", "subject_text"]
+__all__ = ["plan_settings", "protocol_settings", "subject_text", "target_text"]
 
 
 def plan_settings(plans: Sequence[Plan]) -> dict[str, str]:
@@ -31,6 +32,11 @@ def protocol_settings(protocol: Protocol, radii: Sequence[float]) -> dict[str, s
         "protocol": f"{protocol.name}. {protocol.explain(radii, None)}",
         "eps": ", ".join(map(fraction_text, radii)),
     }
+
+
+def target_text(data: Labelled, target: str | int) -> str:
+    """The class that targeted attacks lead to."""
+    return target if isinstance(target, str) else f"{data.class_name(target)} ({target})"
 
 
 def subject_text(subject: Subject) -> str:

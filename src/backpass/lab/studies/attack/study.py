@@ -55,6 +55,7 @@ class Study:
         swept: how many images the curves over eps and steps are measured on; 0 leaves the curves out.
         shown: how many fooled images are shown.
         shards: the folder that keeps finished parts.
+        target: class that targeted attacks lead to, see `choose_targets`; None for attacks away from the label.
         placings: by the text form that asked for it, the start that was chosen.
     """
 
@@ -70,6 +71,7 @@ class Study:
     swept: int
     shown: int
     shards: Path | None
+    target: str | int | None = None
     placings: Mapping[str, Placing] = field(default_factory=dict)
 
     @property

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from backpass.lab.data import Split
 from backpass.rules import Rule
+from backpass.training import Progress, Trainer
 
 __all__ = ["DIVERGED_ABOVE", "Run", "accuracy", "fit", "gradient"]
 
@@ -61,21 +63,32 @@ def fit(
         unit_steps: use g / |g|, so that every rule takes steps of the same length ``rate``.
     """
     x, y = split.train.x, split.train.y
-    weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    generator = torch.Generator().manual_seed(seed)
-    losses = [_loss(model, x, y)]
-    with rule.attach(model):
-        for _ in range(epochs):
-            order = torch.randperm(len(y), generator=generator)
-            for chosen in torch.split(order[: len(y) // batch * batch], batch):
-                grads = torch.autograd.grad(F.cross_entropy(model(x[chosen]), y[chosen]), weights)
-                step = rate / _norm(grads) if unit_steps else rate
-                with torch.no_grad():
-                    torch._foreach_add_(weights, grads, alpha=-step)
-            losses.append(_loss(model, x, y))
-            if not losses[-1] <= DIVERGED_ABOVE * losses[0]:
-                lost = epochs + 1 - len(losses)
-                return Run(losses=[*losses[:-1], *[math.nan] * (lost + 1)], accuracy=math.nan)
+    sampler = SubsetRandomSampler(range(len(y)), generator=torch.Generator().manual_seed(seed))
+    losses: list[float] = []
+
+    def told(progress: Progress) -> str | None:
+        if "evaluation" in progress.record:
+            losses.append(progress.record["evaluation"]["loss"])
+            return None if losses[-1] <= DIVERGED_ABOVE * losses[0] else "the loss is above ten times its first value"
+        return None
+
+    Trainer(
+        model,
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate),
+        DataLoader(TensorDataset(x, y), batch_size=batch, sampler=sampler, drop_last=True),
+        epochs=epochs,
+        rules=(rule,),
+        normalize_gradient="model" if unit_steps else None,
+        seed=seed,
+        diverged_above=None,
+        evaluation=DataLoader(TensorDataset(x, y), batch_size=len(y)),
+        evaluate_at=(0,),
+        log_every=len(y),
+        on_progress=told,
+    ).fit()
+    if len(losses) <= epochs or not losses[-1] <= DIVERGED_ABOVE * losses[0]:
+        whole = [loss for loss in losses if loss <= DIVERGED_ABOVE * losses[0]]
+        return Run(losses=[*whole, *[math.nan] * (epochs + 1 - len(whole))], accuracy=math.nan)
     return Run(losses=losses, accuracy=accuracy(model, split.test.x, split.test.y))
 
 
@@ -92,14 +105,3 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     with torch.no_grad():
         right: Tensor = model(x).argmax(1) == y
     return 100 * right.double().mean().item()
-
-
-def _loss(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return F.cross_entropy(model(x), y).item()
-
-
-def _norm(grads: tuple[Tensor, ...]) -> float:
-    """The l2 norm over all tensors, at least the smallest normal float so that it can divide."""
-    norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
-    return max(norm, torch.finfo(torch.float32).tiny)

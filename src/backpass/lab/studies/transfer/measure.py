@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class Study:
         rules: in their text forms; the others are compared with the first.
         batch_size: images searched at a time.
         device: where the networks are.
+        shards: the folder that keeps finished parts.
+        target: class that targeted attacks lead to, see `choose_targets`; None for attacks away from the label.
     """
 
     sources: Mapping[str, Subject]
@@ -52,6 +55,8 @@ class Study:
     rules: Sequence[str]
     batch_size: int
     device: torch.device
+    shards: Path | None = None
+    target: str | int | None = None
 
     @property
     def plans(self) -> list[Plan]:
@@ -119,6 +124,14 @@ def measure(study: Study, progress: Progress = lambda what, part: None) -> Measu
             for subject in study.sources.values():
                 attached.enter_context(parse_rule_for(subject.name, rule).attach(subject.network))
             reports[plan.name, rule] = transfer(
-                sources, targets, images, plan.attack, batch_size=study.batch_size, progress=report
+                sources,
+                targets,
+                images,
+                plan.attack,
+                batch_size=study.batch_size,
+                classes=study.target,
+                resume=study.shards,
+                tag=rule,
+                progress=report,
             )
     return Measured(study=study, reports=reports, seconds=time.perf_counter() - began)

@@ -1,0 +1,168 @@
+"""Minimum-norm attacks: the nearest image that the model misclassifies, at any distance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backpass.attacks.checks import check_counts, check_radius
+from backpass.attacks.jobs import Jobs
+from backpass.attacks.losses import make_objective
+from backpass.attacks.oracle import Oracle, Verdict
+from backpass.attacks.search import SearchAttack
+from backpass.attacks.state import State, choose
+from backpass.attacks.threat import Threat, make_threat, per_sample
+from backpass.errors import BackpassError
+from backpass.numbers import is_number
+
+__all__ = ["FMN", "MinimumNorm", "Nearest"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Nearest(State):
+    """State of a minimum-norm search: `z` is the nearest misclassified image so far, x where there is none.
+
+    Attributes:
+        point: (B, ...) the current iterate.
+        distance: (B,) float64, of z; inf where there is none.
+    """
+
+    point: Tensor
+    distance: Tensor
+
+    def results(self, images: Tensor) -> dict[str, Tensor]:
+        """Add the distances."""
+        return {**super().results(images), "distance": self.distance}
+
+    def met(self, fooled: Tensor, threat: Threat, point: Tensor | None = None) -> Tensor:
+        """(B,) bool: rows of the point (B, ...) that fool and are nearer than what was found."""
+        point = self.point if point is None else point
+        return fooled & (threat.size(point - self.jobs.x) < self.distance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimumNorm(SearchAttack):
+    """Base of the attacks that look for the nearest misclassified image.
+
+    `Result.distance` is that of the nearest image found, also beyond `eps`. With a finite `eps`, `Result.success`
+    needs distance <= eps, `Result.x_adv` is brought into the ball where nothing was found there, and with `early_stop`
+    any image inside the ball is enough.
+
+    Args:
+        eps: the largest distance that counts as success; inf by default.
+        loss: only reported.
+    """
+
+    minimum_norm: ClassVar[bool] = True
+
+    eps: float | tuple[float, ...] = math.inf
+    loss: str = "margin"
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether an image inside the ball is enough."""
+        return self.early_stop and not math.isinf(self.largest_eps)
+
+    def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict, found: dict[str, Tensor]) -> Tensor:
+        """Return minus the smallest distance, -inf where no image fools."""
+        size = oracle.threat.size(z.double() - jobs.x.double())
+        return -torch.minimum(found["distance"], torch.where(verdict.success, size, torch.inf))
+
+    def enough(self, state: Nearest) -> Tensor | None:
+        """(B,) bool: rows for which nothing nearer is asked for."""
+        return state.distance <= state.jobs.threat.eps if self.stops_early else None
+
+    def end(self, oracle: Oracle, state: State) -> State:
+        """Bring what is too far into the ball."""
+        if math.isinf(self.largest_eps):
+            return state
+        return replace(state, z=state.jobs.threat.project(state.jobs.x, state.z.clone()))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Boundary(Nearest):
+    """State of FMN; radius: (B,) of the ball that delta is projected onto; found: (B,) bool."""
+
+    radius: Tensor
+    found: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FMN(MinimumNorm):
+    """delta <- project(delta + a g / |g|_2, ball of radius e), with a radius e that follows the boundary.
+
+    g is the gradient of the margin. e shrinks by (1 - c), to the smallest distance found at most, where the image is
+    misclassified, and grows by (1 + c) where it is not; before the first success it is the sum of |delta|
+    and the distance of the linearised boundary, |margin| / |g|_dual, but at least the last e, and times (1 + c).
+    Without these two, as published, the search may converge to the boundary from inside, or be held by the bounds, and
+    never cross it. a and c fall by cosine annealing.
+    Source: Pintor et al., Fast minimum-norm adversarial attacks through adaptive norm constraints (2021), algorithm 1.
+
+    Args:
+        steps: gradient steps.
+        step: a at the start, in the l_2 norm; it falls to a hundredth.
+        gamma: c at the start; it falls to `gamma_end`.
+        gamma_end: c at the end.
+    """
+
+    steps: int = 100
+    step: float = 1.0
+    gamma: float = 0.05
+    gamma_end: float = 0.001
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        super().__post_init__()
+        check_counts(steps=self.steps)
+        check_radius("step", self.step, "l2", self.bounds)
+        if not (is_number(self.gamma) and is_number(self.gamma_end) and 0 < self.gamma_end <= self.gamma < 1):
+            raise BackpassError(
+                f"gamma and gamma_end must be in (0, 1), the end no larger; got {self.gamma!r} and {self.gamma_end!r}."
+            )
+
+    @property
+    def iterations(self) -> int:
+        """Gradient steps."""
+        return self.steps
+
+    def begin(self, oracle: Oracle, jobs: Jobs) -> State:
+        """Start at x, or where the caller says."""
+        point = self.first_images(jobs, jobs.x)
+        far = torch.full((len(point),), torch.inf, dtype=torch.float64, device=point.device)
+        return _Boundary(
+            jobs=jobs, z=jobs.x, seen=jobs.x, point=point, distance=far, radius=torch.zeros_like(far), found=far < 0
+        )
+
+    def advance(self, oracle: Oracle, state: State, iteration: int) -> State:
+        """One gradient step, and the radius after it."""
+        assert isinstance(state, _Boundary)  # noqa: S101 -- `begin` made it
+        share = (1 + math.cos(math.pi * iteration / self.steps)) / 2
+        step, gamma = (end + (start - end) * share for start, end in (
+            (self.step, 0.01 * self.step), (self.gamma, self.gamma_end)))  # fmt: skip
+        jobs, norm = state.jobs, oracle.threat
+        objective = make_objective("margin", self.targeted)
+        logits, margin, gradient = oracle.gradient(state.point, jobs, objective=objective)
+        fooled = oracle.fooled(logits, jobs.y)
+        size = norm.size(state.point - jobs.x)
+        nearer = state.met(fooled, norm)
+        state = replace(
+            state,
+            z=choose(nearer, state.point, state.z),
+            distance=torch.where(nearer, size, state.distance),
+            found=state.found | fooled,
+        )
+        boundary = size + margin.abs().double() / norm.dual(gradient).double().clamp_min(1e-12)
+        radius = torch.where(
+            fooled,
+            torch.minimum(state.radius * (1 - gamma), state.distance),
+            torch.where(state.found, state.radius, torch.maximum(boundary, state.radius)) * (1 + gamma),
+        )
+        length = torch.linalg.vector_norm(gradient.flatten(1), dim=1).clamp_min(1e-12)
+        ahead = state.point + step * gradient / per_sample(length, gradient)
+        ball = make_threat(self.norm, radius, self.bounds, jobs.threat.mask)
+        state = replace(state, radius=radius, point=ball.project(jobs.x, ahead))
+        return replace(state, seen=state.z, done=self.enough(state))

@@ -1,0 +1,247 @@
+"""Promises of the trainer, each against a slow, obvious implementation of its own."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.utils.data import DataLoader, Dataset
+
+from backpass.attacks import PGD
+from backpass.training import AdversarialTraining, Batch, Interrupted, RobustEvaluation, Trainer
+from backpass.training.adversarial_examples import AdversarialExamples
+from backpass.training.averaging import Averaging
+from backpass.training.batches import Batches, to_unit_interval
+from backpass.training.meter import Meter
+from backpass.training.orders import Order
+from backpass.training.sources import Source
+from backpass.training.update import Update
+
+GENERATOR = torch.Generator().manual_seed(0)
+X, Y = torch.rand(40, 6, generator=GENERATOR), torch.arange(40) % 3
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def make(model, **settings):
+    optimizer = settings.pop("optimizer", None) or torch.optim.SGD(model.parameters(), 0.5)
+    return Trainer(model, optimizer, (X, Y), **{"epochs": 2, "batch_size": 10, **settings})
+
+
+def kl(p_logits, q_logits):
+    """Sum over classes of p log(p / q), one row and one class after the other."""
+    p, q = p_logits.softmax(1), q_logits.softmax(1)
+    rows = [sum(p[i, k] * (p[i, k] / q[i, k]).log() for k in range(p.shape[1])) for i in range(len(p))]
+    return torch.stack(rows)
+
+
+class TestTrades:
+    beta = 3.0
+    attack = PGD(eps=0.3, step=0.1, steps=3, restarts=1, random_start=True, start_eps=0.05)
+
+    def batch(self):
+        return Batch(x=X[:8], y=Y[:8], index=torch.arange(8), epoch=0, step=0, seed=0)
+
+    def evaluated(self, model, recorded):
+        objective = AdversarialTraining(self.attack, trades=self.beta)
+        found = AdversarialExamples.__call__
+
+        def record(self, *args, **kwargs):
+            recorded.append(found(self, *args, **kwargs))
+            return recorded[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AdversarialExamples, "__call__", record)
+            return objective(model, self.batch(), lambda: torch.enable_grad())
+
+    def test_the_loss_and_its_gradient_are_those_of_the_paper(self):
+        model, recorded = network(), []
+        model[2].weight.data *= 5  # far from symmetric, so that KL(p || q) is not KL(q || p)
+        loss = self.evaluated(model, recorded).loss
+        (x_adv,) = recorded
+        clean, near = model(X[:8]), model(x_adv)
+        expected = F.cross_entropy(clean, Y[:8]) + self.beta * kl(clean, near).mean()
+        assert float(kl(near, clean).mean().detach()) != pytest.approx(float(kl(clean, near).mean().detach()), rel=0.01)
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        parameters = list(model.parameters())
+        pairs = zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True)
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+    def test_the_examples_maximise_that_divergence_and_not_its_mirror_image(self):
+        """One step of ascent from x itself, by the sign of the gradient of KL(p(x) || p(x'))."""
+        model = network()
+        model[2].weight.data *= 5
+        start = X[:8].flip(0)
+        attack = PGD(eps=0.3, step=0.1, steps=1, restarts=1, random_start=False)
+        objective = AdversarialTraining(attack, trades=self.beta)
+        batch = Batch(x=X[:8], y=Y[:8], index=torch.arange(8), epoch=0, step=0, seed=0)
+        seen = []
+
+        def record(inner, model, batch, plain, value=None):
+            seen.append(value)
+            return start
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AdversarialExamples, "__call__", record)
+            objective(model, batch, lambda: torch.enable_grad())
+        (value,) = seen
+        near = model(start).detach()
+        torch.testing.assert_close(value(near, torch.arange(8)), kl(model(X[:8]), near).detach(), rtol=1e-4, atol=1e-6)
+
+
+class Counting(nn.Module):
+    """Its output depends on how often it was called in training, which a non-persistent buffer counts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 3)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return self.linear(x) * (1 + 0.1 * self.calls)
+
+
+def test_buffers_that_state_dicts_leave_out_are_restored(tmp_path):
+    def run(folder, **settings):
+        model = Counting()
+        settings = {"optimizer": torch.optim.SGD(model.parameters(), 0.1), "checkpoint_every": 1, **settings}
+        return make(model, folder=tmp_path / folder, **settings)
+
+    def stop(step):
+        if step == 6:
+            raise Interrupted
+
+    whole = run("whole")
+    whole.fit()
+    with pytest.raises(Interrupted):
+        run("stopped", on_step=stop).fit()
+    again = run("stopped")
+    again.fit(resume=True)
+    assert float(again.model.calls) == float(whole.model.calls) == 8
+    assert torch.equal(again.model.linear.weight, whole.model.linear.weight)
+
+
+def test_a_plateau_is_that_of_the_evaluation_loss():
+    """The training loss falls in every epoch, and the evaluation loss rises: only its plateau halves the rate."""
+    model = nn.Linear(6, 3)
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    x, y = X[:10], Y[:10]
+    settings = {"epochs": 5, "batch_size": 10, "scheduler": plateau, "evaluation": (x, (y + 1) % 3)}
+    history = Trainer(model, optimizer, (x, y), **settings).fit().history
+    losses = [[record["loss"], record["evaluation"]["loss"]] for record in history]
+    assert all(a[0] > b[0] and a[1] < b[1] for a, b in pairwise(losses))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 2**4)
+
+
+def test_the_average_of_bfloat16_weights_is_kept_in_float32():
+    model = network().bfloat16()
+    path = []
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    optimizer.register_step_post_hook(lambda *_: path.append(model[0].weight.detach().float().clone()))
+    trainer = make(model, optimizer=optimizer, average="ema:0.99", epochs=10, prepare=lambda x, batch: x.bfloat16())
+    states = []
+    update = Averaging.update
+
+    def record(self, step):
+        update(self, step)
+        states.append(self.values[0].clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Averaging, "update", record)
+        trainer.fit()
+    expected = path[0]
+    for one in path[1:]:
+        expected = 0.99 * expected + 0.01 * one
+    assert states[-1].dtype == torch.float32
+    torch.testing.assert_close(states[-1], expected, rtol=1e-6, atol=1e-7)
+
+
+class Noise(Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, place):
+        return torch.rand(3), place
+
+
+def test_workers_of_two_processes_draw_other_numbers():
+    """Each rank reads its own part; were the seeds equal, the first sample of each would have the same noise."""
+
+    def first(rank: int) -> torch.Tensor:
+        source = Source(DataLoader(Noise(), num_workers=1))
+        names = {"processes": 2, "parts": 1, "device": torch.device("cpu"), "prepare": to_unit_interval}
+        made = Batches(source=source, order=Order(source, 8, 0, True), seed=0, rank=rank, **names)
+        return next(made.epoch(0))[0][0].x
+
+    assert torch.equal(first(0), first(0))
+    assert not torch.equal(first(0), first(1))
+
+
+def test_robust_evaluation_names_each_sample_by_its_position():
+    seen = []
+
+    class Recording(PGD):
+        def __call__(self, model, x, y, **settings):
+            seen.append(settings["indices"].clone())
+            return super().__call__(model, x, y, **settings)
+
+    model = network()
+    RobustEvaluation(Recording(eps=0.1, step=0.05, steps=1, restarts=1), batch_size=7)(model, X, Y)
+    right = (model(X).argmax(1) == Y).nonzero().squeeze(1)
+    assert 0 < len(right) < len(X)  # positions in the data differ from those among the right ones
+    assert torch.equal(torch.cat(seen), right)
+
+
+@pytest.mark.parametrize(("epoch", "part"), [(0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0), (7, 1.0)])
+def test_warmup_scales_every_length_of_the_attack(epoch, part):
+    seen = []
+
+    class Recording(PGD):
+        def search(self, model, x, y, **settings):
+            seen.append(self)
+            return x
+
+    lengths = {"eps": 0.4, "step": 0.1, "start_eps": 0.2, "noise": 0.05}
+    batch = Batch(x=X, y=Y, index=torch.arange(40), epoch=epoch, step=0, seed=0)
+    AdversarialExamples(Recording(**lengths, steps=2), None, 3)(network(), batch, lambda: torch.enable_grad())
+    assert {name: getattr(seen[0], name) for name in lengths} == pytest.approx(
+        {name: part * value for name, value in lengths.items()}
+    )
+
+
+@pytest.mark.parametrize("settings", [{"clip_norm": 0.05}, {"normalize_gradient": "model"}], ids=str)
+def test_scaled_losses_are_unscaled_before_the_gradient_is_measured(settings):
+    plain, scaled = network(), network()
+    for model, scaler in ((plain, None), (scaled, GradScaler("cpu", init_scale=1024.0))):
+        trainer = make(model, **settings)
+        update = Update(trainer, model, (), Meter(torch.device("cpu")))
+        update.scaler = scaler
+        update([Batch(x=X, y=Y, index=torch.arange(40), epoch=0, step=0, seed=0)], 40)
+        assert update.gradient_norm() == pytest.approx(gradient_norm(network()), rel=1e-5)
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def gradient_norm(model) -> float:
+    loss = F.cross_entropy(model(X), Y)
+    return float(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm())
+
+
+def test_a_normalised_tensor_has_norm_one_and_moves_by_the_rate():
+    model = network()
+    before = copy.deepcopy(model)
+    make(model, epochs=1, batch_size=40, normalize_gradient="tensor").fit()
+    for a, b in zip(model.parameters(), before.parameters(), strict=True):
+        assert float((a - b).norm().detach()) == pytest.approx(0.5, rel=1e-5)
