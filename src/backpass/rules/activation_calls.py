@@ -209,7 +209,7 @@ class ActivationInterception(Interception):
         if learns:
             learned: Tensor = self.rule.replace_learned(source, plain, site)
             return learned
-        kept = (plain.detach(), None) if site.fixed else (plain, site)
+        kept = (plain.detach(), None) if site.fixed and not self.rule.needs_plain else (plain, site)
         value: Tensor = self.rule.replace_value(source, *kept)
         return value
 
@@ -300,7 +300,8 @@ class ActivationInterception(Interception):
         sites = [site for site in self.run.sites[watched.begin :] if site.counted]
         if len(self.running) == 1 and sites:
             return False  # the model itself
-        return not (len(sites) == 1 and origin.base is watched.given and origin.direct is sites[0])
+        alone = len(sites) == 1 and origin.base is watched.given and origin.direct is sites[0]
+        return origin.product or not alone  # compiled code sees a composed activation only as a module
 
 
 def _was_written(given: Tensor, x: Tensor) -> bool:

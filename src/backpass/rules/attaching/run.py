@@ -97,7 +97,7 @@ class Plan:
     """The sites of a finished call, to follow in the next one.
 
     Attributes:
-        order: all calls that were noted.
+        order: all calls that were noted, but for those inside a module that was one activation as a whole.
         by_key: the same by key.
         composed: keys of module calls that were one activation as a whole.
         composing: paths of modules whose own forward composes an activation of several calls.
@@ -109,7 +109,7 @@ class Plan:
             Planned(
                 site.key, site.key.rpartition(":")[0], site.module, site.function, site.counted, bool(site.selected)
             )
-            for site in run.sites
+            for site in run.seen_from_outside()
         ]
         self.by_key = {planned.key: planned for planned in self.order}
         self.composed = run.composed
@@ -166,6 +166,14 @@ class Run:
             if site is None:
                 self._met[position] = self._planned(position)
         return self._met  # type: ignore[return-value]
+
+    def seen_from_outside(self) -> list[SiteCall]:
+        """Return the calls so far, without those inside modules that are one activation as a whole."""
+
+        def inside(key: str, module: str) -> bool:
+            return key.startswith(f"{module}/") or (key.startswith(f"{module}:") and "#" in key[len(module) :])
+
+        return [site for site in self.sites if not any(inside(site.key, module) for module in self.composed)]
 
     def _planned(self, position: int) -> SiteCall:
         planned = self._order[position]
