@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.straight_through import renormalized, straight_through
 from torch import Tensor, nn
 
 from backpass import LinBP
+from support.straight_through import renormalized, straight_through
 
 
 def silu(x: Tensor) -> Tensor:
@@ -150,3 +150,17 @@ def test_operators_called_past_torch_s_functions_are_named(operator):
     with LinBP().attach(network) as attached, pytest.warns(UserWarning, match="aten.relu"):
         network(torch.randn(4, 5).double())
     assert list(attached.unreachable) == [""]
+
+
+def test_two_rules_share_a_composition():
+    class Model(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x * torch.sigmoid(x))
+
+    model, x = Model(), torch.tensor([-1.0, 2.0], requires_grad=True)
+    with LinBP(start=0).attach(model) as outer, LinBP(start=-1, slope=2.0).attach(model) as inner:
+        for _ in range(2):
+            (found,) = torch.autograd.grad(model(x).sum(), x)
+            assert found.tolist() == [2.0, 2.0]
+            assert [site.index for site in outer.seen] == [site.index for site in inner.seen] == [0, 1]
+            assert [site.index for site in outer.sites] == [0]

@@ -125,7 +125,7 @@ class Interception(TorchFunctionMode):
         if planned.selected:
             if torch._C._len_torch_function_stack() or not torch.is_grad_enabled():
                 return self.at(run.last(), func, args, kwargs)
-            return self.replace_planned(func, args, kwargs, run.last() if run.relative else None)
+            return self.replace_planned(func, args, kwargs, run.last() if run.relative or run.inner else None)
         out = func(*args, **kwargs)
         if run.relative and planned.counted and isinstance(out, Tensor):
             run.keep_node(out.grad_fn)
