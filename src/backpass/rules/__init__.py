@@ -7,14 +7,13 @@ from backpass.rules.attaching.wrappers import unwrap
 from backpass.rules.linbp import LinBP
 from backpass.rules.listing import list_sites
 from backpass.rules.proxprop import ProxProp
-from backpass.rules.registry import PLACEHOLDERS, RULES, parse_rule
+from backpass.rules.registry import RULES, parse_rule
 from backpass.rules.rule import BP, Rule
 from backpass.rules.sibp import SIBP
 from backpass.rules.sites import Site, SiteTable
 
 __all__ = [
     "BP",
-    "PLACEHOLDERS",
     "RULES",
     "SIBP",
     "ActivationRule",
