@@ -10,12 +10,12 @@ from support.transfer import BLOCKS
 
 CASES = [
     (SGM(decay=0.3), "resnet"),
-    (SGM(decay=0.3, start=-1), "densenet"),
-    (SGM(decay=0.3), "swin"),
+    pytest.param(SGM(decay=0.3, start=-1), "densenet", marks=pytest.mark.slow),
+    pytest.param(SGM(decay=0.3), "swin", marks=pytest.mark.slow),
     (BPA(), "resnet"),
     (PNA(), "swin"),
     (PNA(), "vit, matmul"),
-    (PNA(), "vit, talking heads"),
+    pytest.param(PNA(), "vit, talking heads", marks=pytest.mark.slow),
     pytest.param(BPA(), "densenet", marks=pytest.mark.slow),
     pytest.param(BPA(), "mbconv", marks=pytest.mark.slow),
     pytest.param(PNA(), "vit, einsum", marks=pytest.mark.slow),

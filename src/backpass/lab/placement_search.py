@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from backpass.attacks import Attack, Rate, evaluate
 from backpass.errors import BackpassError
-from backpass.rules import PLACEHOLDERS, LinBP, Rule, list_sites, parse_rule
+from backpass.rules import LinBP, Rule, list_sites, parse_rule
+from backpass.rules.registry import PLACEHOLDERS
 
 __all__ = ["Choice", "choose_start", "is_automatic"]
 

@@ -10,7 +10,8 @@ from backpass.lab.models import MODELS
 from backpass.lab.models.lookup import is_the_labs
 from backpass.lab.models.text import read_model
 from backpass.lab.placement_search import is_automatic
-from backpass.rules import PLACEHOLDERS, LinBP, ProxProp, Rule, parse_rule
+from backpass.rules import LinBP, ProxProp, Rule, parse_rule
+from backpass.rules.registry import PLACEHOLDERS
 
 __all__ = ["PAPER", "parse_rule_for"]
 

@@ -10,7 +10,7 @@ from backpass.rules.linbp import LinBP
 from backpass.rules.listing import list_sites
 from backpass.rules.pna import PNA
 from backpass.rules.proxprop import ProxProp
-from backpass.rules.registry import PLACEHOLDERS, RULES, parse_rule
+from backpass.rules.registry import RULES, parse_rule
 from backpass.rules.rule import BP, Rule
 from backpass.rules.sgm import SGM
 from backpass.rules.sibp import SIBP
@@ -19,7 +19,6 @@ from backpass.rules.sites import Site, SiteTable
 __all__ = [
     "BP",
     "BPA",
-    "PLACEHOLDERS",
     "PNA",
     "RULES",
     "SGM",

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from backpass.rules import torch_internals
 from backpass.rules.activations import ACTIVATIONS, read_call, writes_in_place
-from backpass.rules.attaching.interception import Interception, ModuleCall
+from backpass.rules.attaching.interception import Interception, ModuleCall, outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import SiteCall
 from backpass.rules.compositions import (
@@ -91,6 +91,7 @@ class ActivationInterception(Interception):
         origin = self._origins(self.running[-1]).of(x)
         out = super().at(site, func, args, kwargs)
         self._bend()
+        _adopt(out)
         direct = site if origin.base is x else None
         bent, sites = site.function, (*origin.sites, site)
         self._origins(self.running[-1]).note(
@@ -212,11 +213,12 @@ class ActivationInterception(Interception):
             self.run.decide_early(site)
             return self.at_value(site, source, plain, learns)
         if learns:
-            learned: Tensor = self.rule.replace_learned(source, plain, site)
-            return learned
-        kept = (plain.detach(), None) if site.fixed else (plain, site)
-        value: Tensor = self.rule.replace_value(source, *kept)
-        return value
+            value = self.rule.replace_learned(source, plain, site)
+        else:
+            kept = (plain.detach(), None) if site.fixed and not self.rule.needs_plain else (plain, site)
+            value = self.rule.replace_value(source, *kept)
+        _adopt(value)
+        return value  # type: ignore[no-any-return]
 
     def _arranged(self, args: tuple[Any, ...], out: Any) -> None:
         origin = self._origins(self.running[-1]).of(args[0]) if args and isinstance(args[0], Tensor) else None
@@ -305,7 +307,15 @@ class ActivationInterception(Interception):
         sites = [site for site in self.run.sites[watched.begin :] if site.counted]
         if len(self.running) == 1 and sites:
             return False  # the model itself
-        return not (len(sites) == 1 and origin.base is watched.given and origin.direct is sites[0])
+        alone = len(sites) == 1 and origin.base is watched.given and origin.direct is sites[0]
+        return origin.product or not alone  # compiled code sees a composed activation only as a module
+
+
+def _adopt(out: Any) -> None:
+    """Let rules further out know a value that they saw before it got this rule's backward."""
+    for mode in outer_interceptions():
+        if isinstance(mode, ActivationInterception) and mode._looks(mode.running[-1]):
+            mode._origins(mode.running[-1]).adopt(out)
 
 
 def _was_written(given: Tensor, x: Tensor) -> bool:

@@ -155,6 +155,11 @@ class Origins:
         if len(self._known) > self._LIMIT:
             del self._known[0]
 
+    def adopt(self, x: Tensor) -> None:
+        """Give a tensor the origin of the latest result."""
+        if self._known and self._known[-1][0] is not x:
+            self.note(x, self._known[-1][1])
+
     def pass_on(self, outputs: Iterable[Any], to: Origins) -> None:
         """Tell the calling module the origins of what a module returns."""
         for x in outputs:

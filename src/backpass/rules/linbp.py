@@ -73,6 +73,11 @@ class LinBP(ActivationRule):
         """Whether a plain call can be given this rule's backward afterwards."""
         return self.residual == "plain"
 
+    @property
+    def needs_plain(self) -> bool:  # type: ignore[override]
+        """Whether the norm of the plain gradient is needed."""
+        return self.residual == "per_activation"
+
     def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
         """Override the backward of ``model``; see `Rule.attach`."""
         kind = _ResidualAttached if self.residual == "renormalized" else ActivationAttached

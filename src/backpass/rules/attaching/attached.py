@@ -235,21 +235,21 @@ class Attached:
             self.learn(*self._arguments[0], **self._arguments[1])
         return self._plans[self._training, True]
 
-    def end(self, mode: Interception, output: Any) -> None:
-        """Take note of a call that ended; ``output`` is None after an exception."""
+    def end(self, mode: Interception, failed: bool) -> None:
+        """Take note of a call that ended, or failed with an exception."""
         if torch.compiler.is_dynamo_compiling():
             self._served = self.verify(mode.traced)
             return
         if mode.replayed is not None:
             return
-        if output is None:
+        if failed:
             mode.run.abandon()
             return
         training = self.model.training
         if mode.traced:
             plan = self._plan()
             self._last, self._served = plan, ""
-            self.verify(mode.traced + len(mode.run.sites))
+            self.verify(mode.traced + len(mode.run.seen_from_outside()))
             mode.run.settle(plan)
             return
         run, self._arguments = mode.run, ((), {})

@@ -7,6 +7,7 @@ exception. Module calls, functional calls, methods, in-place calls and re-used a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,7 @@ class Interception(TorchFunctionMode):
         running: the chain of running module calls, the outermost first.
         replayed: the calls of the last whole run by key, where a part of the model is called again by itself.
         traced: number of sites that compiled code has passed.
+        handled: the exception that was being handled when the call began.
     """
 
     follows = False
@@ -86,6 +88,7 @@ class Interception(TorchFunctionMode):
         self.running: list[ModuleCall] = []
         self.replayed = replayed
         self.traced = 0
+        self.handled = None if is_dynamo_compiling() else sys.exception()
 
     def __torch_function__(
         self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -122,7 +125,7 @@ class Interception(TorchFunctionMode):
         if planned.selected:
             if torch._C._len_torch_function_stack() or not torch.is_grad_enabled():
                 return self.at(run.last(), func, args, kwargs)
-            return self.replace_planned(func, args, kwargs, run.last() if run.relative else None)
+            return self.replace_planned(func, args, kwargs, run.last() if run.relative or run.inner else None)
         out = func(*args, **kwargs)
         if run.relative and planned.counted and isinstance(out, Tensor):
             run.keep_node(out.grad_fn)
@@ -141,7 +144,7 @@ class Interception(TorchFunctionMode):
         if self.run.plan is None and not is_dynamo_compiling():
             if func in self.rule.opaque:
                 self.note_unreachable(caller.path, f"{self.rule.opaque[func]} computes out of reach")
-            elif isinstance(func, torch._ops.OpOverload) and func._opname.rstrip("_") in self.attached.operators:
+            elif _operator(func) in self.attached.operators:
                 self.note_unreachable(caller.path, f"it calls {func}, as exported code does")
         return func(*args, **kwargs)
 
@@ -253,6 +256,13 @@ class Interception(TorchFunctionMode):
             if kind is torch.utils.checkpoint.CheckpointFunction:
                 raise checkpointed_function(call.hidden[0], call.path)
             self.note_unreachable(call.path, f"the autograd function {kind.__name__} has its own backward")
+
+
+def _operator(func: TorchFunction) -> str:
+    """Return the name of an operator that is called past torch's functions, as ``torch.ops.aten.relu``; or ""."""
+    if not isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return ""
+    return func.__name__.partition(".")[0].rstrip("_")
 
 
 def choose(plain: Tensor, replaced: Tensor, site: SiteCall) -> Any:

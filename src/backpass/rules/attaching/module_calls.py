@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,14 +80,15 @@ class ModuleCalls:
             try:
                 finished = mode.leave(module, mode.running[-1], output)
             finally:
-                changed = self._end(mode, finished)
+                failed = finished is None and sys.exception() is not mode.handled
+                changed = self._end(mode, finished, failed)
         return None if changed is output else changed
 
-    def _end(self, mode: Interception, output: Any) -> Any:
+    def _end(self, mode: Interception, output: Any, failed: bool = False) -> Any:
         mode.running.pop()
         if len(mode.running) == 0:
             torch_internals.pop_mode()
-            self.attached.end(mode, output)
+            self.attached.end(mode, failed)
         return output
 
     def _current(self) -> Interception | None:

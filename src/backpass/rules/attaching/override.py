@@ -25,6 +25,7 @@ class BackwardOverride:
         observed: further functions that an interception of the rule looks at.
         opaque: functions that compute, out of reach, what the rule acts on, with the name of each.
         skipped: module classes whose own forward calls none of the functions.
+        needs_plain: whether its backward goes through the plain graph of an activation too.
         acts_on_nodes: whether `on_node` gives a plain call this rule's backward afterwards.
         compositions: whether activations that are composed of several calls are sites too.
         gates: whether activations whose value only multiplies another tensor are sites too.
@@ -38,6 +39,7 @@ class BackwardOverride:
     observed: ClassVar[Collection[TorchFunction]] = ()
     opaque: ClassVar[Mapping[TorchFunction, str]] = {}
     skipped: ClassVar[frozenset[type[nn.Module]]] = frozenset()
+    needs_plain: ClassVar[bool] = False
     acts_on_nodes: ClassVar[bool] = False
     compositions: ClassVar[bool] = False
     needs_site: ClassVar[bool] = True

@@ -61,12 +61,11 @@ class SiteCall:
     def active(self) -> bool:
         """Return whether the rule acts here; the backward pass asks.
 
-        Raises:
-            BackpassError: a gradient is computed inside the model's own forward, where the range is not known yet.
+        A gradient that the model computes inside its own forward is a part of the forward, which no rule changes.
         """
-        if self.selected is None:
-            self.run.decide_early(self)
-        if self.run.plain or not self.selected:
+        if not self.run.finished:
+            self.run.inner = True
+        if self.run.plain or not self.selected or not self.run.finished:
             return False
         return self.delegate is None or not self.delegate.active()
 
@@ -99,19 +98,21 @@ class Plan:
     """The sites of a finished call, to follow in the next one.
 
     Attributes:
-        order: all calls that were noted.
+        order: all calls that were noted, but for those inside a module that was one activation as a whole.
         by_key: the same by key.
         composed: keys of module calls that were one activation as a whole.
         composing: paths of modules whose own forward composes an activation of several calls.
         writing: those of ``composed`` that write into their input.
+        inner: whether the model computes gradients inside its forward.
     """
 
     def __init__(self, run: Run) -> None:
+        self.inner = run.inner
         self.order = [
             Planned(
                 site.key, site.key.rpartition(":")[0], site.module, site.function, site.counted, bool(site.selected)
             )
-            for site in run.sites
+            for site in run.seen_from_outside()
         ]
         self.by_key = {planned.key: planned for planned in self.order}
         self.composed = run.composed
@@ -144,6 +145,8 @@ class Run:
         writing: as in `Plan`.
         relative: whether the range is counted from the end.
         plain: whether the backward pass leaves all sites plain, for the time being.
+        finished: whether the call has ended.
+        inner: whether the model computes gradients inside its forward.
     """
 
     def __init__(self, rule: BackwardOverride, plan: Plan | None) -> None:
@@ -156,6 +159,8 @@ class Run:
         self.writing: set[str] = set(plan.writing) if plan else set()
         self.relative = counts_from_end(rule.start) or counts_from_end(rule.stop)
         self.plain = False
+        self.finished = False
+        self.inner: bool = plan.inner if plan else False
         self._order = plan.order if plan else []
         self._met: list[SiteCall | None] = []
         self._shapes: list[tuple[int, ...]] = []
@@ -169,12 +174,20 @@ class Run:
                 self._met[position] = self._planned(position)
         return self._met  # type: ignore[return-value]
 
+    def seen_from_outside(self) -> list[SiteCall]:
+        """Return the calls so far, without those inside modules that are one activation as a whole."""
+
+        def inside(key: str, module: str) -> bool:
+            return key.startswith(f"{module}/") or (key.startswith(f"{module}:") and "#" in key[len(module) :])
+
+        return [site for site in self.sites if not any(inside(site.key, module) for module in self.composed)]
+
     def _planned(self, position: int) -> SiteCall:
         planned = self._order[position]
         site = SiteCall(self, planned.key, planned.module, planned.function, self._shapes[position])
         site.counted, site.selected = planned.counted, planned.selected
         site.kernel, site.node = planned.selected, self._nodes.get(position)
-        site.fixed = not (self.relative and planned.counted)
+        site.fixed = not ((self.relative or self.inner) and planned.counted)
         return site
 
     def follow(self, caller: str, function: str, shape: tuple[int, ...]) -> Planned | None:
@@ -233,7 +246,8 @@ class Run:
             NoSiteError: the rule selects no site.
             BackpassError: a decision that was already acted on turns out to be wrong.
         """
-        if self.plan is None or len(self._met) != len(self._order):
+        self.finished = True
+        if self.plan is None or len(self._met) != len(self._order) or (self.inner and not self.plan.inner):
             self.plan = None
             table = self.table()
             chosen = {row.key for row in table if self._in_range(row, table)}
@@ -245,6 +259,7 @@ class Run:
 
     def settle(self, plan: Plan) -> None:
         """Decide about every site as in another call, where compiled code has passed a part of them."""
+        self.finished = True
         for site in self.sites:
             planned = plan.by_key.get(site.key)
             self._settle(site, planned is not None and planned.counted and planned.selected)
@@ -287,15 +302,15 @@ class Run:
         return self.rule.where is None or bool(self.rule.where(row))
 
     def decide_early(self, site: SiteCall) -> None:
-        """Decide about a site before the call has ended, because a gradient inside the model's forward needs it.
+        """Decide about a site before the call has ended, because its function is computed differently then.
 
         Raises:
             BackpassError: the range is counted from the end.
         """
         if self.relative:
             raise BackpassError(
-                f"a gradient is computed inside the model's forward, before the number of its sites is known, and "
-                f"{self.rule} counts from the end: count from the front (start=3), or give a module path."
+                f"{self.rule} counts from the end, and the number of sites is needed before the first call of the "
+                "model has ended: count from the front (start=3), give a module path, or call the model once as it is."
             )
         table = self.table()
         chosen = {row.key for row in table if self._in_range(row, table)}

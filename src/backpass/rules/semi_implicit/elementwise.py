@@ -39,9 +39,16 @@ _DERIVATIVES: Mapping[str, Callable[..., Any]] = {
     "threshold": lambda ones, z, threshold, _: aten.threshold_backward(ones, z, threshold),
     "tanh": lambda ones, z: aten.tanh_backward(ones, aten.tanh(z)),
     "sigmoid": lambda ones, z: aten.sigmoid_backward(ones, aten.sigmoid(z)),
+    "logsigmoid": lambda ones, z: ones * aten.sigmoid(-z),
+    "softsign": lambda ones, z: ones / (1 + z.abs()).square(),
+    "tanhshrink": lambda ones, z: ones * aten.tanh(z).square(),
+    "hardshrink": aten.hardshrink_backward,
+    "softshrink": aten.softshrink_backward,
 }
 
-_PIECEWISE_LINEAR = frozenset({"relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid", "threshold"})
+_PIECEWISE_LINEAR = frozenset(
+    ("relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid", "threshold", "hardshrink", "softshrink")
+)
 
 _BY_NAME: Mapping[str, Activation] = {
     name: read_call(function, (None,), {})[0] for function, name in ACTIVATIONS.items()
@@ -87,10 +94,10 @@ class Elementwise:
 def elementwise(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Elementwise, Tensor, bool] | None:
-    """A call of an activation as (s, its input, whether it overwrites that); None if s has weights of its own."""
+    """Return a call of an activation as (s, its input, whether it overwrites that); None for learned or random ones."""
     activation, z, parameters, in_place = read_call(func, args, kwargs)
     if activation.name == "gelu":
         return Elementwise("gelu", (float(parameters[0] == "tanh"),)), z, in_place
-    if any(isinstance(p, Tensor) for p in parameters):
+    if activation.name not in _DERIVATIVES or any(isinstance(p, Tensor) for p in parameters):
         return None
     return Elementwise(activation.name, tuple(float(p) for p in parameters)), z, in_place

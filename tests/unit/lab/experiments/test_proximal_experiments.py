@@ -45,7 +45,7 @@ def test_proxprop_is_compared_per_step_in_time_and_in_accuracy():
 def test_directions_are_told_beside_the_gradient_and_the_first():
     torch.manual_seed(0)
     model, x, y = build("mlp:widths=6-5"), torch.rand(20, 1, 8, 8), torch.randint(10, (20,))
-    rules = {name: parse_rule(text) for name, text in (("exact", "proxprop:stop=-1"), ("bp", "bp"))}
+    rules = {name: parse_rule(text) for name, text in (("exact", "proxprop:tau=1.0,stop=-1"), ("bp", "bp"))}
     found = directions(model, x, y, rules)
     inputs = [x.flatten(1), model[:4](x)]
     assert isinstance(model[2], torch.nn.Linear)

@@ -9,7 +9,8 @@ from backpass.errors import BackpassError
 from backpass.lab.data import Labelled
 from backpass.lab.placement_search import choose_start, is_automatic
 from backpass.lab.studies.attack.study import Placing, Study
-from backpass.rules import PLACEHOLDERS, LinBP, parse_rule
+from backpass.rules import LinBP, parse_rule
+from backpass.rules.registry import PLACEHOLDERS
 
 __all__ = ["place", "set_aside"]
 

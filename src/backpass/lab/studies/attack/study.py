@@ -18,7 +18,8 @@ from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Protocol
 from backpass.lab.studies.attack.plans import Plan, make_plans
 from backpass.lab.subjects import Subject
-from backpass.rules import PLACEHOLDERS, LinBP, parse_rule
+from backpass.rules import LinBP, parse_rule
+from backpass.rules.registry import PLACEHOLDERS
 
 __all__ = ["Measured", "Placing", "Sample", "Study", "Sweep", "check_rules", "order_rules"]
 

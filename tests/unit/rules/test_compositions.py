@@ -1,0 +1,166 @@
+"""Activations composed of several calls, against straight-through ones, in every call of a model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpass import LinBP
+from support.straight_through import renormalized, straight_through
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x) ** 2
+
+
+def squared_relu_method(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def product_of_relus(x: Tensor) -> Tensor:
+    return F.relu(x) * F.relu(x)
+
+
+BEFORE = {
+    "as it is": lambda model, h: h,
+    "doubled": lambda model, h: 2 * h,
+    "divided": lambda model, h: h / 3.0,
+    "shifted": lambda model, h: 3 * h + 1,
+    "a learned scale": lambda model, h: model.scale * h,
+    "a polynomial": lambda model, h: h + h * h,
+    "in place": lambda model, h: h.mul_(2),
+}
+
+
+class Network(nn.Module):
+    def __init__(self, activation, before, width=5):
+        super().__init__()
+        self.activation, self.before, self.straight = activation, before, frozenset()
+        self.first = nn.Linear(5, width)
+        self.second = nn.Linear(width, width)
+        self.scale = nn.Parameter(torch.tensor(1.3))
+        self.double()
+
+    def forward(self, x):
+        h = self._of(self.activation, self.before(self, self.first(x)), 0)
+        return self._of(F.relu, self.second(h), 1)
+
+    def _of(self, function, x, number):
+        return straight_through(x, function) if number in self.straight else function(x)
+
+
+def gradients(model, x):
+    out = model(x)
+    return [out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()], materialize_grads=True)]
+
+
+def assert_straight_through(model, x, start):
+    """Three calls of the model give the plain output, and the gradients of straight-through activations."""
+    plain, *_ = gradients(model, x)
+    model.straight = frozenset(range(2)[start:])
+    _, *expected = gradients(model, x)
+    model.straight = frozenset()
+    with LinBP(start=start).attach(model) as attached:
+        for _ in range(3):
+            out, *got = gradients(model, x)
+            assert torch.equal(out, plain)
+            assert len(attached.seen) == 2
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("start", [0, -1, 1])
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("activation", [silu, gelu, squared_relu, squared_relu_method, product_of_relus])
+def test_an_activation_begins_where_the_function_bends(activation, before, start):
+    torch.manual_seed(0)
+    assert_straight_through(Network(activation, BEFORE[before]), torch.randn(4, 5).double().requires_grad_(), start)
+
+
+@pytest.mark.parametrize("activation", [silu, gelu, squared_relu])
+def test_one_sample_with_one_feature_is_no_constant(activation):
+    torch.manual_seed(0)
+    network = Network(activation, BEFORE["as it is"], width=1)
+    assert_straight_through(network, torch.randn(1, 5).double().requires_grad_(), 0)
+
+
+@pytest.mark.parametrize("start", [0, -1])
+def test_the_square_in_a_norm_is_no_activation(start):
+    class Normed(Network):
+        def _of(self, function, x, number):
+            h = super()._of(function, x, number)
+            return h / (h.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
+
+    torch.manual_seed(0)
+    network = Normed(F.relu, BEFORE["as it is"])
+    assert_straight_through(network, torch.randn(4, 5).double().requires_grad_(), start)
+
+
+@pytest.mark.parametrize("start", [0, -1])
+def test_a_model_may_return_nothing(start):
+    class Keeping(Network):
+        def forward(self, x):
+            self.kept = super().forward(x)
+
+    torch.manual_seed(0)
+    network, x = Keeping(silu, BEFORE["doubled"]), torch.randn(4, 5).double().requires_grad_()
+    network.straight = frozenset(range(2)[start:])
+    network(x)
+    (expected,) = torch.autograd.grad(network.kept.sum(), x)
+    network.straight = frozenset()
+    with LinBP(start=start).attach(network) as attached:
+        for _ in range(2):
+            network(x)
+            (got,) = torch.autograd.grad(network.kept.sum(), x)
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+            assert len(attached.seen) == 2
+
+
+@pytest.mark.parametrize("activation", [F.relu, silu, squared_relu, product_of_relus])
+def test_composed_activations_are_renormalized_in_every_call(activation):
+    class Renormalized(Network):
+        def _of(self, function, x, number):
+            return renormalized(x, function) if number in self.straight else function(x)
+
+    torch.manual_seed(0)
+    network, x = Renormalized(activation, BEFORE["doubled"]), torch.randn(4, 5).double().requires_grad_()
+    network.straight = frozenset(range(2))
+    (expected,) = torch.autograd.grad(network(x).sum(), x)
+    network.straight = frozenset()
+    with LinBP(residual="per_activation").attach(network):
+        for _ in range(3):
+            (got,) = torch.autograd.grad(network(x).sum(), x)
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("operator", [torch.ops.aten.relu, torch.ops.aten.relu.default])
+def test_operators_called_past_torch_s_functions_are_named(operator):
+    network = Network(operator, BEFORE["as it is"])
+    with LinBP().attach(network) as attached, pytest.warns(UserWarning, match="aten.relu"):
+        network(torch.randn(4, 5).double())
+    assert list(attached.unreachable) == [""]
+
+
+def test_two_rules_share_a_composition():
+    class Model(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x * torch.sigmoid(x))
+
+    model, x = Model(), torch.tensor([-1.0, 2.0], requires_grad=True)
+    with LinBP(start=0).attach(model) as outer, LinBP(start=-1, slope=2.0).attach(model) as inner:
+        for _ in range(2):
+            (found,) = torch.autograd.grad(model(x).sum(), x)
+            assert found.tolist() == [2.0, 2.0]
+            assert [site.index for site in outer.seen] == [site.index for site in inner.seen] == [0, 1]
+            assert [site.index for site in outer.sites] == [0]
