@@ -1,4 +1,4 @@
-"""Activations and gates as people write them: autograd functions, compositions, gates, opaque parts.
+"""Activations and gates as people write them: compositions, gates, opaque parts.
 
 Each network is an affine layer, the thing in question, and another affine layer. Where `Rewritten` cannot know the
 activation, the network has its own reference: the same class, whose ``activate`` is straight-through.
@@ -15,244 +15,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.straight_through import straight_through
+from support.zoo.activations_by_hand import (
+    WIDTH,
+    ClampedRelu,
+    ConstantBeta,
+    CubedRelu,
+    CubeFunction,
+    HandHardswish,
+    HardSigmoid,
+    HardSwish,
+    InPlaceModule,
+    InPlaceSwish,
+    LearnedSwish,
+    MaximumLeaky,
+    MemoryEfficientMish,
+    MemoryEfficientSwish,
+    NewGELU,
+    QuickGELU,
+    Rescaled,
+    ScaledReluFunction,
+    SharedModule,
+    Snake,
+    SquaredRelu,
+    WhereLeaky,
+)
 from support.zoo.architecture import Architecture
+from support.zoo.gates_by_hand import (
+    FunctionalSqueezeExcitation,
+    GatedLinearUnit,
+    HardGate,
+    Highway,
+    SpatialAttention,
+    SqueezeExcitation,
+)
 
 __all__ = ["BY_HAND"]
 
-WIDTH = 6
 Compute = Callable[[Tensor], Tensor]
-
-
-# Activations written as autograd functions.
-
-
-class SwishFunction(torch.autograd.Function):
-    """x sigmoid(x), which saves x alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * torch.sigmoid(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        gate = torch.sigmoid(x)
-        return grad * gate * (1 + x * (1 - gate))
-
-
-class MishFunction(torch.autograd.Function):
-    """x tanh(softplus(x)), with the context set up apart."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x * torch.tanh(F.softplus(x))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        inner = torch.tanh(F.softplus(x))
-        return grad * (inner + x * torch.sigmoid(x) * (1 - inner**2))
-
-
-class CubeFunction(torch.autograd.Function):
-    """relu(x)^3."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.relu(x) ** 3
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * 3 * torch.relu(x) ** 2
-
-
-class ScaledReluFunction(torch.autograd.Function):
-    """scale relu(x) of two tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        return scale * torch.relu(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, scale = ctx.saved_tensors
-        return grad * scale * (x > 0), (grad * torch.relu(x)).sum(0)
-
-
-class MemoryEfficientSwish(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return SwishFunction.apply(x)
-
-
-class MemoryEfficientMish(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return MishFunction.apply(x)
-
-
-class CubedRelu(nn.Module):
-    def forward(self, hidden: Tensor) -> Tensor:
-        return CubeFunction.apply(hidden)
-
-
-# Activations composed of torch functions, in modules of their own.
-
-
-class NewGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class HandHardswish(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * F.relu6(x + 3.0) / 6.0
-
-
-class InPlaceSwish(nn.Module):
-    inplace = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mul_(x.sigmoid())
-
-
-class SquaredRelu(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.square(F.relu(x))
-
-
-class Snake(nn.Module):
-    """No function that looks like an activation inside."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.sin(x) ** 2
-
-
-class HardSigmoid(nn.Module):
-    """With a module of torch inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU6(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(x + 3) / 6
-
-
-class HardSwish(nn.Module):
-    """With a module of its own inside, as MobileNetV3 is often written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sigmoid = HardSigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.sigmoid(x)
-
-
-class ClampedRelu(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clamp(min=0)
-
-
-class WhereLeaky(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, 0.1 * x)
-
-
-class MaximumLeaky(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.maximum(x, 0.1 * x)
-
-
-class InPlaceFunction(torch.autograd.Function):
-    """relu that overwrites its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
-        x.clamp_(min=0)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return grad * (y > 0)
-
-
-class InPlaceModule(nn.Module):
-    inplace = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return InPlaceFunction.apply(x)
-
-
-class ConstantBeta(nn.Module):
-    """With a buffer, which is no parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("beta", torch.tensor(1.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.beta * x)
-
-
-class LinearMish(nn.Module):
-    """Nothing but an affine function of each element: no activation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - 0.5) * 2.0
-
-
-class Rescaled(nn.Module):
-    """Input scaling as a module without parameters stays as it is, whatever it is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.first, self.last = LinearMish(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.relu(self.first(self.scale(x))))
-
-
-class SharedModule(nn.Module):
-    """One elementwise module for all calls, on tensors of several shapes, with a keyword argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.act, self.first, self.last = QuickGELU(), nn.Linear(WIDTH, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.act(x=self.first(self.act(x)))) + self.act(x).sum(-1, keepdim=True)
-
-
-class LearnedSwish(nn.Module):
-    """x sigmoid(beta x) with a learned beta, which keeps its own gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
-        self.beta = nn.Parameter(torch.tensor(1.3))
-        self.compute = [lambda x: x * torch.sigmoid(self.beta * x)]
-
-    def activate(self, x: Tensor) -> Tensor:
-        return self.compute[0](x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.activate(self.first(x)))
 
 
 def with_module(kind: type[nn.Module], calls: int = 2) -> Architecture:
@@ -325,89 +124,6 @@ class SigmoidModule(nn.Module):
 
 
 # Gates.
-
-
-class SqueezeExcitation(nn.Module):
-    """The gate at the end of a Sequential; its output is viewed and expanded before it multiplies."""
-
-    def __init__(self, gate: type[nn.Module]) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.fc = nn.Sequential(nn.Linear(8, 4), nn.ReLU(inplace=True), nn.Linear(4, 8), gate())
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        weight = self.fc(x.mean((2, 3))).view(x.shape[0], 8, 1, 1)
-        return self.head((x * weight.expand_as(x)).mean((2, 3)))
-
-
-class FunctionalSqueezeExcitation(nn.Module):
-    """`scale * x` with functions; the gate is computed first and used later."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.down, self.up = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.conv(x))
-        scale = F.adaptive_avg_pool2d(x, 1)
-        scale = self.up(F.silu(self.down(scale)))
-        scale = F.hardsigmoid(scale)
-        return self.head((scale * x).mean((2, 3)))
-
-
-class SpatialAttention(nn.Module):
-    """CBAM's: the gate is a map of one channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.attend, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(2, 1, 3, padding=1), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv(x))
-        gate = self.attend(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid()
-        return self.head((x * gate).mean((2, 3)))
-
-
-class GatedLinearUnit(nn.Module):
-    """a * sigmoid(b), from two halves of one projection."""
-
-    def __init__(self, gate: Compute) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(WIDTH, 10), nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
-        self.gate = [gate]
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.first(x).chunk(2, dim=-1)
-        return self.last(torch.relu(self.second(self.gate[0](gate) * value)))
-
-
-class Highway(nn.Module):
-    """t * relu(H x) + (1 - t) * x with t = sigmoid(T x)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.transform, self.gate, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        t = torch.sigmoid(self.gate(x))
-        return self.last(t * F.relu(self.transform(x)) + (1 - t) * x)
-
-
-class HardGate(nn.Module):
-    """Squeeze-and-excitation with a gate that is an elementwise module of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.fc = nn.Sequential(nn.Linear(8, 4), nn.ReLU(inplace=True), nn.Linear(4, 8), HardSigmoid())
-        self.act, self.head = HardSwish(), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.conv(x))
-        return self.head((x * self.fc(x.mean((2, 3)))[:, :, None, None]).mean((2, 3)))
 
 
 class Gated(nn.Module):
@@ -641,7 +357,7 @@ BY_HAND: dict[str, Architecture] = {
     "gate by einsum": gated(lambda x, gate: torch.einsum("nchw,nc->nchw", x, gate.flatten(1))),
     "gate by relu6": gated(lambda x, gate: x * gate, lambda z: F.relu6(z + 3) / 6),
     "gate by 2*sigmoid": gated(lambda x, gate: x * (2 * gate)),
-    "gate by lerp": gated(lambda x, gate: torch.lerp(x, x.square(), gate)),
+    "gate by lerp": gated(lambda x, gate: torch.lerp(x, x + 1, gate)),
     "experts": Architecture(build=Experts, sites=2, shape=(4, WIDTH), gate_functions=GATES),
     "gated_residual": Architecture(build=GatedResidual, sites=1, shape=(4, WIDTH), gate_functions=GATES),
     "wavenet": Architecture(build=WaveNet, sites=1, shape=(4, WIDTH), gate_functions=GATES),

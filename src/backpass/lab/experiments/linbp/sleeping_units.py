@@ -84,14 +84,11 @@ def simulate(settings: Sleep, threshold: float, seed: int, device: torch.device)
         "blind": [100 * (gradient == 0).all(1).double().mean().item()],
     }
     for rule in _RULES:
-        with parse_rule(rule).attach(network):
-            found[rule] = [
-                100 * attack(network, x, y).success.double().mean().item()
-                for attack in (
-                    PGD(eps=eps, step=eps / 4, steps=settings.steps, restarts=1, bounds=(-_BOUND, _BOUND))
-                    for eps in settings.radii
-                )
-            ]
+        found[rule] = []
+        for eps in settings.radii:
+            attack = PGD(eps=eps, step=eps / 4, steps=settings.steps, restarts=1, bounds=(-_BOUND, _BOUND))
+            with parse_rule(rule).attach(network):
+                found[rule].append(100 * attack(network, x, y).success.double().mean().item())
     return found
 
 
