@@ -124,10 +124,11 @@ def test_another_rule_is_not_served_by_the_compiled_code_of_the_first():
             assert_same(gradients(compiled, model, x), gradients(model, model, x))
 
 
-def test_dynamic_batch_sizes():
+@pytest.mark.parametrize("rule", [LinBP(start=-1), LinBP(), LinBP(slope=0.5)], ids=str)
+def test_dynamic_batch_sizes(rule):
     model, _ = CASES["conv-bn-relu"].make()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
-    with LinBP(start=-1).attach(model):
+    with rule.attach(model):
         for size in (2, 3, 7):
             x = torch.randn(size, 2, 4, 4, dtype=torch.float64)
             assert_same(gradients(compiled, model, x), gradients(model, model, x))

@@ -16,6 +16,7 @@ from backpass.rules.activation_rule import ActivationAttached, ActivationRule
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.run import SiteCall
 from backpass.rules.residual import PerActivation, ResidualInterception
+from backpass.rules.torch_internals import constant_while_tracing
 
 __all__ = ["LinBP"]
 
@@ -85,7 +86,13 @@ class LinBP(ActivationRule):
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
         """Return slope * dL/dy."""
-        return grad if self.slope == 1.0 else grad * self.slope
+        slope = self._slope()
+        return grad if slope == 1.0 else grad * slope
+
+    @constant_while_tracing
+    def _slope(self) -> float:
+        # With dynamic=True, Dynamo would take the attribute for a symbol, which no backward pass of its can compare.
+        return self.slope
 
     def replace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the activation's value with a linear backward."""
