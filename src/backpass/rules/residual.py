@@ -32,6 +32,7 @@ class ResidualInterception(ActivationInterception):
     """An interception that scales the gradients of residual branches."""
 
     follows = False
+    unattended = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

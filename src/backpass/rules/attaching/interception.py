@@ -68,6 +68,8 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         follows: whether calls may be made as the plan says, without a `SiteCall` for each.
+        unattended: whether the end of a module's call matters only where something was noted in it.
+        watched: running modules that may be one activation as a whole.
         attached: the rule on the model.
         run: the sites of this call.
         running: the chain of running module calls, the outermost first.
@@ -77,6 +79,8 @@ class Interception(TorchFunctionMode):
     """
 
     follows = False
+    unattended = True
+    watched: list[Any] | tuple[()] = ()
 
     def __init__(self, attached: Attached, run: Run, replayed: dict[str, SiteCall] | None = None) -> None:
         super().__init__()

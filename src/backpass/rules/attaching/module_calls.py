@@ -73,8 +73,12 @@ class ModuleCalls:
         # Where another pre-hook failed before ours, there is nothing of this module to end.
         if mode is None or mode.running[-1].path != self.path:
             return None
+        call = mode.running[-1]
         if is_dynamo_compiling():
             changed = self._end(mode, mode.leave(module, mode.running[-1], output))
+        elif call.origins is None and not (call.hidden or mode.watched) and mode.unattended and len(mode.running) > 1:
+            mode.running.pop()  # most calls need no more
+            return None
         else:
             finished = None
             try:
