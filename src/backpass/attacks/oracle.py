@@ -224,7 +224,7 @@ def warn_of_batch_statistics(model: nn.Module, select: LogitsSelector, z: Tensor
         if not _differ(check_logits(among_copies, len(z))[0], logits[0], 1e-2 * scale):
             return
         among_others = check_logits(_select(model(z.clone()), select), len(z))
-        if _differ(among_others[0], logits[0], 1e-3 * scale):
+        if _differ(among_others, logits, 1e-3 * scale):
             return  # random, or in another precision
     _LOG.warning(
         "the model's answer to a sample depends on the other samples of its batch (batch statistics?), so that success "

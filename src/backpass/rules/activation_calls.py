@@ -68,9 +68,11 @@ class ActivationInterception(Interception):
         self.compositions = self.rule.compositions
 
     def _looks(self, caller: ModuleCall) -> bool:
+        if is_dynamo_compiling():  # first, so that compiled code does not depend on what follows
+            return False
         if caller.looks or self.run.plan is not None or self.replayed is not None:
             return caller.looks
-        return bool(self.compositions) and not is_dynamo_compiling()
+        return bool(self.compositions)
 
     def _origins(self, call: ModuleCall) -> Origins:
         if call.origins is None:

@@ -145,7 +145,7 @@ class Interception(TorchFunctionMode):
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site of the rule."""
-        if self.run.plan is None and not is_dynamo_compiling():
+        if not is_dynamo_compiling() and self.run.plan is None:
             if func in self.rule.opaque:
                 self.note_unreachable(caller.path, f"{self.rule.opaque[func]} computes out of reach")
             elif _operator(func) in self.attached.operators:
