@@ -33,7 +33,7 @@ class ActiveSet:
 
     @property
     def done(self) -> bool:
-        """Whether no job is left."""
+        """Return whether no job is left."""
         return self.count == 0
 
     def retire(self, oracle: Oracle, state: State) -> Tensor | None:

@@ -74,7 +74,7 @@ class Source:
             return None
 
     def _is_samples(self) -> bool:
-        """Whether the data gives single samples; else it gives batches."""
+        """True if the data gives single samples, False if batches."""
         if isinstance(self.data, DataLoader):
             return self.data.batch_size is None and self.data.batch_sampler is None
         # Data sets of the Hugging Face library are none of torch's.

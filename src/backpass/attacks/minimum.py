@@ -64,7 +64,7 @@ class MinimumNorm(SearchAttack):
 
     @property
     def stops_early(self) -> bool:
-        """Whether an image inside the ball is enough."""
+        """True if an image inside the ball is enough."""
         return self.early_stop and not math.isinf(self.largest_eps)
 
     def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict, found: dict[str, Tensor]) -> Tensor:

@@ -76,7 +76,7 @@ class Oracle:
 
     @property
     def fixed_sizes(self) -> bool:
-        """Whether every new batch size is expensive: a compiled module, or cuDNN that measures its algorithms."""
+        """True if every new batch size is expensive: a compiled module, or cuDNN that measures its algorithms."""
         if torch.backends.cudnn.benchmark and any(p.is_cuda for p in self.model.parameters()):
             return True
         return any(
@@ -85,7 +85,7 @@ class Oracle:
 
     @property
     def exact(self) -> bool:
-        """Whether the search's own logits are the verdict's: full precision, one deterministic forward pass."""
+        """True if the search's own logits are the verdict's: full precision, one deterministic forward pass."""
         return self.dtype is None and self.eot == 1
 
     def gradient(

@@ -44,7 +44,7 @@ class SearchAttack(Attack):
 
     @property
     def stops_early(self) -> bool:
-        """Whether a success ends the search of its sample."""
+        """True if a success ends the search of its sample."""
         return self.early_stop
 
     def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict, found: dict[str, Tensor]) -> Tensor:

@@ -62,7 +62,7 @@ class ActivationRule(Rule):
     opaque = FUSED_ACTIVATIONS
     skipped = WITHOUT_ACTIVATION
     needs_input: ClassVar[bool] = True
-    """Whether `backward` uses x; without it nothing is kept for the backward pass."""
+    """True if `backward` uses x; without it nothing is kept for the backward pass."""
 
     start: Place = None
     stop: Place = None

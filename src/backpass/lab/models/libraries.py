@@ -15,7 +15,7 @@ __all__ = ["LIBRARIES", "is_of_a_library", "library_network"]
 
 
 def is_of_a_library(name: str) -> bool:
-    """Whether a specification names a network of another library."""
+    """Return whether a specification names a network of another library."""
     library, colon, _ = name.partition(":")
     return bool(colon) and library in LIBRARIES
 
