@@ -151,11 +151,14 @@ class ActivationInterception(Interception):
         operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         origins = [self._origins(caller).of(x) for x in operands]
         fixed = constants(operands, origins)
-        learns = any(x.requires_grad for x, constant in zip(operands, fixed, strict=True) if constant)
+        parameters = [
+            x for x, constant in zip(operands, fixed, strict=True) if constant and isinstance(x, nn.Parameter)
+        ]
+        learns = any(x.requires_grad for x in parameters)
         origins = [origin for origin, constant in zip(origins, fixed, strict=True) if not constant]
         source = origins[0].source if origins and all(one.source is origins[0].source for one in origins) else None
-        if source is not None and composes(func, origins):
-            return self._compose(caller, source, origins, func, args, kwargs)
+        if source is not None and composes(func, origins, bool(parameters)):
+            return self._compose(caller, source, origins, learns, func, args, kwargs)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and origins:
             self._follow(func, source, origins, learns, out)
@@ -181,6 +184,7 @@ class ActivationInterception(Interception):
         caller: ModuleCall,
         source: Tensor,
         origins: list[Origin],
+        learns: bool,
         func: TorchFunction,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -198,7 +202,7 @@ class ActivationInterception(Interception):
                 site.power_of = parts
         self._bend()
         self.run.composing.update((caller.path, *(one.module for origin in origins for one in origin.sites)))
-        learns = any(origin.learns for origin in origins)
+        learns = learns or any(origin.learns for origin in origins)
         if not writes_in_place(func, args, kwargs):
             out = self.at_value(site, begin, func(*args, **kwargs), learns)
         else:

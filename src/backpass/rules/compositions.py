@@ -178,15 +178,18 @@ def common_path(origins: list[Origin]) -> tuple[Tensor, ...]:
     return ()
 
 
-def composes(func: Callable[..., Any], origins: list[Origin]) -> bool:
-    """Return whether a call on functions of one tensor makes an activation of it, or scales one that was made so."""
+def composes(func: Callable[..., Any], origins: list[Origin], parametrised: bool) -> bool:
+    """Return whether a call on functions of one tensor makes an activation of it, or scales one that was made so.
+
+    A parameter that scales an activation, as in StarReLU and LayerScale, is a layer of its own.
+    """
     if func in CHOICES:
         return len(origins) > 1
     if func in POWERS:
         return len(origins) == 1 and origins[0].direct is not None
     if func not in PRODUCTS or not any(origin.bent for origin in origins):
         return False
-    return len(origins) > 1 or origins[0].product
+    return len(origins) > 1 or (origins[0].product and not parametrised)
 
 
 def gates(factors: list[Origin], product: Tensor) -> list[Origin]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
-from torch import nn
+from torch import Tensor, nn
 
+from support.straight_through import straight_through
 from support.torchvision_operators import define_missing_operators
 from support.zoo.architecture import Architecture
 
@@ -37,6 +43,30 @@ def caformer() -> nn.Module:
     return MetaFormer(
         num_classes=7, depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), token_mixers=SepConv, use_mlp_head=False
     )
+
+
+def star_relus_rewritten(model: nn.Module, start: int, stop: int | None) -> Callable[[Tensor], Tensor]:
+    """The network with ``scale * s(x) + bias`` in its StarReLUs, s = relu^2 straight-through from ``start``."""
+
+    def rewritten(x: Tensor) -> Tensor:
+        numbers = itertools.count()
+
+        def forward(star: Any, z: Tensor) -> Tensor:
+            selected = start <= next(numbers) < (math.inf if stop is None else stop)
+            square = straight_through(z, squared_relu) if selected else squared_relu(z)
+            return star.scale * square + star.bias
+
+        with ExitStack() as stack:
+            for module in model.modules():
+                if type(module).__name__ == "StarReLU":
+                    stack.enter_context(patch.object(module, "forward", partial(forward, module)))
+            return model(x)
+
+    return rewritten
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return x.relu() ** 2
 
 
 def narrow_vgg() -> nn.Module:
@@ -128,9 +158,9 @@ TIMM: dict[str, Architecture] = {
     "convnextv2": Architecture(build=timm("convnextv2_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), sites=5),
     # Stem, head, and a gated CNN in each of six blocks: act(g) * x, an ordinary site.
     "mambaout": Architecture(build=timm("test_mambaout"), sites=1 + 1 + 6),
-    # StarReLU, scale * relu(x) ** 2 + bias with learned scale and bias: the site is the call of relu. One in each of
-    # two separable convolutions, and in each of four MLPs.
-    "caformer": Architecture(build=caformer, sites=4 + 4, shape=(2, 3, 64, 64)),
+    # StarReLU, scale * relu(x) ** 2 + bias with learned scale and bias: the squared ReLU is the activation. One in each
+    # of four separable convolutions, and in each of four MLPs.
+    "caformer": Architecture(build=caformer, sites=4 + 4, shape=(2, 3, 64, 64), reference=star_relus_rewritten),
     # Stem, two in the head; two in the first half of each of 16 blocks; one in each of 7 squeeze-and-excitations.
     "ghostnet": Architecture(build=timm("ghostnet_050"), sites=3 + 16 * 2 + 7, gates=SE),
 }

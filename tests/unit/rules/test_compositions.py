@@ -88,6 +88,17 @@ def test_an_activation_begins_where_the_function_bends(activation, before, start
     assert_straight_through(Network(activation, BEFORE[before]), torch.randn(4, 5).double().requires_grad_(), start)
 
 
+@pytest.mark.parametrize("start", [0, -1, 1])
+@pytest.mark.parametrize("activation", [silu, gelu, squared_relu, product_of_relus])
+def test_a_parameter_that_scales_an_activation_is_a_layer_of_its_own(activation, start):
+    class Scaled(Network):
+        def _of(self, function, x, number):
+            return self.scale * super()._of(function, x, number)
+
+    torch.manual_seed(0)
+    assert_straight_through(Scaled(activation, BEFORE["as it is"]), torch.randn(4, 5).double().requires_grad_(), start)
+
+
 @pytest.mark.parametrize("activation", [silu, gelu, squared_relu])
 def test_one_sample_with_one_feature_is_no_constant(activation):
     torch.manual_seed(0)
