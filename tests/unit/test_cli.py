@@ -83,7 +83,7 @@ def test_the_quick_demo_prints_claims_and_writes_the_report(tmp_path):
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert written["scale"] == "quick"
     assert written["environment"]["seeds"] == [0, 1, 2]
-    assert {claim["verdict"] for claim in written["claims"]} <= {"holds", "does not hold", "undecided"}
+    assert {claim["verdict"] for claim in written["claims"]} <= {"same direction", "opposite direction", "undecided"}
     assert (tmp_path / "run" / "report.html").stat().st_size > 50_000
     assert (tmp_path / "demo.svg").stat().st_size < 200_000
     assert "What this cannot say" in result.output

@@ -63,7 +63,7 @@ def reproduce(
         from backpass.lab.reproduction.running import Done
         from backpass.lab.reproduction.running import reproduce as run
         from backpass.lab.subjects import parse_device
-        from backpass.report.page import count_verdicts
+        from backpass.report.claims import count_verdicts
 
         total = len(choose(names))
         place = parse_device(device)

@@ -148,8 +148,8 @@ def _planted(loss_shift, fooled_shift, noise=0.01):
 @pytest.mark.parametrize(
     ("loss", "fooled", "verdict", "words"),
     [
-        (-0.2, 5.0, "holds", ["lower than BP's by 0.200", "fools more images at eps 0.1 and 0.2"]),
-        (0.2, -5.0, "does not hold", ["higher than BP's by 0.200", "fools fewer images at eps 0.1 and 0.2"]),
+        (-0.2, 5.0, "same direction", ["lower than BP's by 0.200", "fools more images at eps 0.1 and 0.2"]),
+        (0.2, -5.0, "opposite direction", ["higher than BP's by 0.200", "fools fewer images at eps 0.1 and 0.2"]),
         (0.0, 0.0, "undecided", ["not told apart from BP's", "fools as many, as far as 5 seeds can tell, at eps 0.1"]),
     ],
 )

@@ -9,7 +9,8 @@ from backpass.errors import BackpassError
 from backpass.files import write_whole
 from backpass.lab.experiments.catalogue import experiment_names
 from backpass.lab.reproduction.reading import read_result
-from backpass.report.page import count_verdicts, render, shown
+from backpass.report.claims import count_verdicts
+from backpass.report.page import render, shown
 from backpass.report.result import Result
 
 __all__ = ["overview", "read_results", "write_overview"]

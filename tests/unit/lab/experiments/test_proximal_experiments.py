@@ -38,7 +38,7 @@ def test_proxprop_is_compared_per_step_in_time_and_in_accuracy():
     settings = Comparison(name="MLP", protocol=PROTOCOL, methods=methods, pairs=(("ProxProp + SGD", "SGD"),))
     claims, result = run(proxprop_training.EXPERIMENTS, "proxprop-mlp", settings)
     assert set(claims) == {f"proxprop-sgd-sgd-{key}" for key in ("steps", "time", "accuracy")}
-    assert claims["proxprop-sgd-sgd-steps"].verdict == "holds"
+    assert claims["proxprop-sgd-sgd-steps"].verdict == "same direction"
     assert [row[0] for row in result.tables[0].rows] == ["SGD", "ProxProp + SGD", "ProxProp + SGD"]
 
 
@@ -72,8 +72,8 @@ def test_conjugate_gradients_come_nearer_with_more_steps_and_always_descend():
         taus=(1e-2, 0.05, 1e2),
     )  # fmt: skip
     claims, result = run(conjugate_gradients.EXPERIMENTS, "proxprop-cg", settings)
-    assert {claims[f"descent-{name}"].verdict for name in ("exact", "cg-1", "cg-20")} == {"holds"}
-    assert claims["nearer-20"].verdict == "holds"
+    assert {claims[f"descent-{name}"].verdict for name in ("exact", "cg-1", "cg-20")} == {"same direction"}
+    assert claims["nearer-20"].verdict == "same direction"
     assert {"more-steps", "exact", "gradient", "cheaper"} <= set(claims)
     assert {row[0] for row in result.tables[0].rows} == {"exact", "CG-1", "CG-20", "gradient"}
 
@@ -88,7 +88,7 @@ def test_sibp_is_compared_with_every_other_method(name):
     claims, result = run(sibp_training.EXPERIMENTS, name, Early(protocols={"MLP": PROTOCOL}, methods={"MLP": methods}))
     others = [f"mlp-{key}-{other}" for other in ("sgd", "proxprop") for key in ("faster", "lower", "better")]
     assert set(claims) == {"mlp-larger-steps", *others}
-    assert claims["mlp-faster-sgd"].verdict == "holds"
+    assert claims["mlp-faster-sgd"].verdict == "same direction"
     assert result.settings["chosen rates"] == {"MLP": {"SIBP": 0.3, "SGD": 0.1, "ProxProp": 10.0}}
 
 

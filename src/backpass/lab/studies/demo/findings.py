@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from backpass.lab.studies.demo.claims import diverged, label
 from backpass.lab.studies.demo.measure import Measured
-from backpass.report.claims import Claim, Verdict
+from backpass.report.claims import Claim, agreement
 from backpass.report.result import Finding
 from backpass.report.statistics import Interval
 from backpass.report.wording import interval_text
@@ -61,10 +61,10 @@ def _balance(judged: Sequence[Claim]) -> Finding:
     """How many claims in favour of LinBP came out how, for learning and for attack."""
 
     def counted(topic: str, chosen: list[Claim]) -> str:
-        verdicts = [claim.verdict for claim in chosen]
+        agree = [agreement(claim.verdict) for claim in chosen]
         return (
-            f"{topic}: {verdicts.count('holds')} of {len(chosen)} hold, {verdicts.count('does not hold')} do not, "
-            f"{verdicts.count('undecided')} are undecided"
+            f"{topic}: {agree.count(True)} of {len(chosen)} differences are in its favour, {agree.count(False)} "
+            f"against it, {agree.count(None)} undecided"
         )
 
     attacks = [claim for claim in judged if claim.id.startswith("attack-")]
@@ -103,15 +103,16 @@ def _stability(measured: Measured) -> Finding:
 
 
 def _attack(rule: str, judged: Sequence[Claim], eps: Sequence[float]) -> Finding:
-    def where(verdict: Verdict) -> str:
-        return listing([f"{e:g}" for e, claim in zip(eps, judged, strict=True) if claim.verdict == verdict])
+    def where(agrees: bool | None) -> str:
+        chosen = [agreement(claim.verdict) is agrees for claim in judged]
+        return listing([f"{e:g}" for e, here in zip(eps, chosen, strict=True) if here])
 
     parts = []
-    if more := where("holds"):
+    if more := where(True):
         parts.append(f"more images at eps {more}")
-    if fewer := where("does not hold"):
+    if fewer := where(False):
         parts.append(f"fewer images at eps {fewer}")
-    if unclear := where("undecided"):
+    if unclear := where(None):
         parts.append(f"as many, as far as {judged[0].n} seeds can tell, at eps {unclear}")
     largest = max(judged, key=lambda claim: abs(claim.estimate))
     numbers = interval_text(Interval(largest.estimate, *largest.interval, largest.n), signed=True)
