@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from backpass.lab.experiments.catalogue import experiment_names
-from backpass.lab.reproduction.markdown import verdict_counts, verdicts
-from backpass.lab.reproduction.overview import read_results
+from backpass.papers import experiment_names
+from backpass.report.markdown import verdict_counts, verdicts
+from backpass.report.overview import read_results
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "docs" / "results" / "small"
@@ -15,7 +15,7 @@ SMALL = ROOT / "docs" / "results" / "small"
 
 @pytest.fixture(scope="module")
 def results():
-    return read_results(SMALL)
+    return read_results(SMALL, experiment_names())
 
 
 def test_the_page_of_verdicts_is_made_from_the_committed_results(results):

@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from backpass.cli.printing import print_claims, print_findings, print_overview, print_table, say
-from backpass.lab.reproduction.markdown import verdicts
-from backpass.lab.reproduction.overview import overview, read_results
 from backpass.report.claims import judge
+from backpass.report.markdown import verdicts
+from backpass.report.overview import overview, read_results
 from backpass.report.page import estimate, page
 from backpass.report.pictures import Gallery, Picture
 from backpass.report.plots import picture

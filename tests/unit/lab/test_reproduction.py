@@ -17,11 +17,11 @@ from backpass import cli
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.bench.experiment import Experiment, Outcome
 from backpass.lab.experiments import catalogue
-from backpass.lab.reproduction.markdown import verdicts
-from backpass.lab.reproduction.overview import overview, read_results, write_overview
-from backpass.lab.reproduction.reading import read_result
 from backpass.lab.reproduction.running import reproduce
 from backpass.report.claims import judge
+from backpass.report.markdown import verdicts
+from backpass.report.overview import overview, read_results, write_overview
+from backpass.report.reading import read_result
 from backpass.report.result import Curve, Finding, Series, Table
 from backpass.report.statistics import mean_interval
 
