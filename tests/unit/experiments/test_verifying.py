@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 
+from backpass import papers
 from backpass.errors import BackpassError
 from backpass.experiments.running import run
 from backpass.experiments.verifying import verify
 from backpass.report.result import checksum
+from support.command_line import call
+from support.command_line import run as run_command
 from support.experiments import arm, claim, experiment, table
 
 RANGE = table(
@@ -80,6 +83,15 @@ def test_an_edited_outcome_is_noticed(out, kind):
     path.write_text(path.read_text().replace("0", "1", 1))
     (problem,) = check(out).problems
     assert f"{path.name} was edited" in problem
+
+
+def test_the_command_confirms_a_result_and_fails_on_an_edited_one(out, monkeypatch, capsys):
+    monkeypatch.setattr(papers, "EXPERIMENTS", (experiment(scale=RANGE),))
+    assert run_command("verify", str(out / "one")).output.strip().endswith("24 files of outcomes: all agree.")
+    edit(out / "one" / "result.json", lambda content: content["claims"][0].update(verdict="contradicted"))
+    code, _, error = call(monkeypatch, capsys, "verify", str(out / "one" / "result.json"))
+    assert code == 2
+    assert "says 'contradicted', the outcomes 'replicated'" in error
 
 
 def test_what_has_no_stored_outcomes_cannot_be_verified(out):
