@@ -26,6 +26,8 @@ __all__ = ["EXPERIMENTS", "PROBLEMS", "RATES", "AttackedProblem", "Sizes", "comp
 RATES = 10
 """The grid: the problem's largest rate, halved from one to the next."""
 
+_CONTROLLED = ("controlled", "controlled, frozen")
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -112,15 +114,13 @@ def compare_rates(problem: AttackedProblem, *, seed: int, steps: int, every: int
         steps: of each run.
         every: between measurements of `ControlledLR`.
     """
-    sde = problem.sde
+    sde, settings = problem.sde, problem.adversary
     rates = problem.largest_rate * 0.5 ** torch.arange(RATES, dtype=torch.float64)
-    fixed = torch.zeros(RATES, problem.size, dtype=torch.float64)
-    runs = {"controlled": (True, _Parameters(problem.size)), "controlled, frozen": (False, _Parameters(problem.size))}
-    schedulers = {
-        name: ControlledLR(torch.optim.SGD(model.parameters(), lr=float(rates[0])), every=every)
-        for name, (_, model) in runs.items()
-    }
-    settings = problem.adversary
+    theta = torch.zeros(RATES + len(_CONTROLLED), problem.size, dtype=torch.float64)
+    models = [_Parameters(problem.size) for _ in _CONTROLLED]
+    schedulers = [
+        ControlledLR(torch.optim.SGD(model.parameters(), lr=float(rates[0])), every=every) for model in models
+    ]
 
     def mean(output: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         return problem.loss(*output, y).mean()
@@ -130,24 +130,22 @@ def compare_rates(problem: AttackedProblem, *, seed: int, steps: int, every: int
     )
     for _ in range(steps):
         index = next(batches)
-        fixed = fixed + rates[:, None] * (sde.chain_step(fixed, index=index.expand(RATES, -1)) - fixed)
+        gradients = theta - sde.chain_step(theta, index=index.expand(len(theta), -1))
         x, y = (part[index] for part in sde.data)
-        for name, (through, model) in runs.items():
-            scheduler = schedulers[name]
-            theta = model.theta.detach()
+        theta[:RATES] -= rates[:, None] * gradients[:RATES]
+        for row, (name, model, scheduler) in enumerate(zip(_CONTROLLED, models, schedulers, strict=True), RATES):
             if scheduler.due:
-                if through:
+                if name == "controlled":
                     scheduler.measure(half_losses(model, mean, x, y, adversary=settings))  # type: ignore[arg-type]
                 else:
-                    at = x + _perturbation(settings, problem.loss, theta, x, y)
+                    at = x + _perturbation(settings, problem.loss, model.theta.detach(), x, y)
                     scheduler.measure(half_losses(model, mean, at, y))  # type: ignore[arg-type]
-            model.theta.grad = sde.gradient_at(theta, x, y)
+            model.theta.grad = gradients[row]
             scheduler.optimizer.step()
             scheduler.step()
-    return {
-        "fixed": problem.excess(fixed).tolist(),
-        **{name: [float(problem.excess(model.theta.detach()))] for name, (_, model) in runs.items()},
-    }
+            theta[row] = model.theta.detach()
+    ends = problem.excess(theta).tolist()
+    return {"fixed": ends[:RATES], **{name: [end] for name, end in zip(_CONTROLLED, ends[RATES:], strict=True)}}
 
 
 def _perturbation(settings: InnerLoop, loss: Loss, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -243,7 +241,7 @@ class Sizes:
 
     steps: int = 1500
     runs: int = 6
-    every: int = 5
+    every: int = 10
 
 
 def _measure(sizes: Sizes, bench: Bench) -> Outcome:
@@ -311,8 +309,6 @@ def _measure(sizes: Sizes, bench: Bench) -> Outcome:
         seeds=range(sizes.runs),
     )
 
-
-_CONTROLLED = ("controlled", "controlled, frozen")
 
 EXPERIMENTS = (
     Experiment(
