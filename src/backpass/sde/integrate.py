@@ -64,9 +64,10 @@ def integrate(
     (Stochastic Heun would take the noise at both ends, which is Stratonovich's calculus: not offered.)
 
     An `AdversarialSDE` of order 2 differs from that of order 1 by terms of order eta, as large as the error of
-    Euler-Maruyama at dt = eta. So for order 2 only the other two methods are allowed, the first with dt <= eta/4, and for
-    order 1 Euler-Maruyama with dt <= eta. Euler-Maruyama with dt = eta on mode exact, order 1, is the chain itself with
-    Gaussian noise. So is the derivative-free method with dt = eta.
+    Euler-Maruyama at dt = eta. So for order 2 only the other two methods are allowed, the predictor-corrector method
+    with dt <= eta/4 and the derivative-free method with dt <= eta; for order 1 Euler-Maruyama with dt <= eta. With
+    dt = eta the derivative-free method is the chain itself with Gaussian noise, and so is Euler-Maruyama on mode exact,
+    order 1.
 
     Args:
         sde: an `AdversarialSDE`, `ControlledSDE`, `MomentumSDE`, `ItoSDE`, or any object with their methods.
