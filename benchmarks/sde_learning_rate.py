@@ -20,9 +20,9 @@ from backpass.lab.bench.experiment import Bench
 from backpass.lab.bench.pieces import Pieces
 from backpass.lab.experiments.sde.image_rates import network
 from backpass.lab.experiments.sde.learning_rate import EXPERIMENTS
-from backpass.lab.result import Cell, Result, Table
-from backpass.lab.statistics import Interval
-from backpass.lab.wording import interval_text
+from backpass.report.result import Cell, Result, Table
+from backpass.report.statistics import Interval
+from backpass.report.wording import interval_text
 from backpass.training import ControlledLR, half_losses
 
 OUT = Path("docs/results/sde-learning-rate")

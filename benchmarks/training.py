@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpass import LinBP
-from backpass.lab.models import build
+from backpass.models import build
 from backpass.rules import Rule
 from backpass.training import Trainer
 from backpass.training.orders import epoch_order

@@ -19,12 +19,22 @@ _HELD: dict[str, tuple[int, str]] = {}  # by path: the thread of this process, a
 _GUARD = threading.Lock()
 
 
-def write_whole(path: Path, content: bytes) -> Path:
+def write_whole(path: Path, content: bytes | str) -> Path:
     """Write a file so that after a crash at any moment it is there as a whole, or as it was before.
+
+    Args:
+        path: the file; missing folders above it are made.
+        content: all of it; text is written as UTF-8, and a lone surrogate in it as its escape.
+
+    Returns:
+        The path.
 
     Raises:
         OSError: the file cannot be written; its name is in the error, and no part of it stays.
     """
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Threads and processes that write the same file do not share a temporary one.
     temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.{path.name}.part")
     try:

@@ -1,11 +1,15 @@
-"""What counts as a number among settings."""
+"""Numbers among settings, and as users write them: 8/255, 0.03, 1e-2."""
 
 from __future__ import annotations
 
 import math
 from typing import TypeGuard
 
-__all__ = ["is_number", "is_whole"]
+from backpass.errors import BackpassError
+
+__all__ = ["fraction_text", "is_number", "is_whole", "is_whole_text", "read_number", "read_numbers"]
+
+_MOST_DIGITS = 18  # no count or size here is longer, and Python reads no number of thousands of digits
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -21,3 +25,42 @@ def is_number(value: object) -> TypeGuard[float]:
 def is_whole(value: object, least: int) -> TypeGuard[int]:
     """Whether this is an int of at least ``least`` that 64 bits hold; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def read_number(text: str, name: str = "a number") -> float:
+    """A finite number, also as a fraction such as ``8/255``.
+
+    Raises:
+        BackpassError: the text is something else.
+    """
+    top, slash, bottom = text.partition("/")
+    try:
+        value = float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise BackpassError(f"{name} must be a number such as 8/255 or 0.03, got {text!r}.")
+    return value
+
+
+def read_numbers(text: str, name: str) -> tuple[float, ...]:
+    """Numbers with commas between them.
+
+    Raises:
+        BackpassError: the text is something else.
+    """
+    return tuple(read_number(part.strip(), name) for part in text.split(","))
+
+
+def is_whole_text(text: str) -> bool:
+    """Whether a text is a whole number at least 0, in ASCII digits alone, of a length that can be meant."""
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+
+
+def fraction_text(value: float) -> str:
+    """A length of the pixel range as people write it: a short decimal, or else 255ths."""
+    short = f"{value:.3g}"
+    if float(short) == value:
+        return short
+    in_255ths = f"{255 * value:.4g}"
+    return f"{in_255ths}/255" if math.isclose(float(in_255ths) / 255, value, rel_tol=1e-9) else f"{value:.4g}"

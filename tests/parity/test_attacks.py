@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from backpass.attacks import APGD, PGD, AutoAttack
 from backpass.attacks.noise import make_key
 from backpass.attacks.threat import make_threat
-from backpass.lab.proportions import paired_difference
+from backpass.report.proportions import paired_difference
 
 foolbox = pytest.importorskip("foolbox")
 torchattacks = pytest.importorskip("torchattacks")

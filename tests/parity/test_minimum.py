@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from backpass.attacks import FMN
-from backpass.lab.data import load_data
-from backpass.lab.models import build
+from backpass.data import load_data
+from backpass.models import build
 
 adv_lib = pytest.importorskip("adv_lib", reason="needs the package adv-lib")
 

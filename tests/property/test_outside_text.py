@@ -11,15 +11,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from backpass.cli.printing import print_claims, print_findings, print_overview, print_table, say
-from backpass.lab.claims import judge
-from backpass.lab.pictures import Gallery, Picture
-from backpass.lab.plots import picture
-from backpass.lab.report import estimate, page
 from backpass.lab.reproduction.markdown import verdicts
 from backpass.lab.reproduction.overview import overview, read_results
-from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
-from backpass.lab.statistics import Interval
-from backpass.lab.wording import interval_text, visible
+from backpass.report.claims import judge
+from backpass.report.page import estimate, page
+from backpass.report.pictures import Gallery, Picture
+from backpass.report.plots import picture
+from backpass.report.result import Curve, Finding, Result, Series, Table, environment
+from backpass.report.statistics import Interval
+from backpass.report.wording import interval_text
+from backpass.wording import visible
 from support.command_line import run
 from support.hostile import PAYLOADS
 

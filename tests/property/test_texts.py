@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backpass import BackpassError, parse_rule
-from backpass.lab.data import Augmentation
-from backpass.lab.data.names import read_name
-from backpass.lab.models import MODELS
-from backpass.lab.models.shapes import parse_shape
-from backpass.lab.models.text import read_model
-from backpass.lab.numbers import read_number, read_numbers
+from backpass.data import Augmentation
+from backpass.data.names import read_name
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.subjects import parse_device
 from backpass.lab.training.adversaries import adversary_text, make_adversary
 from backpass.lab.training.optimizers import make_optimizer
 from backpass.lab.training.recipe import Recipe, read_recipe, write_recipe
+from backpass.models import MODELS
+from backpass.models.shapes import parse_shape
+from backpass.models.text import read_model
+from backpass.numbers import read_number, read_numbers
 from backpass.training.averaging import Average
 from backpass.training.schedules import make_schedule
 

@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from backpass.lab.data import load_data
+from backpass.data import load_data
 
 NETWORK = '''
 import os, signal

@@ -99,9 +99,9 @@ def test_a_missing_extra_is_answered_with_how_to_install_it():
 
 def test_a_missing_part_of_the_extra_is_answered_the_same_way(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    from backpass.lab import report
+    from backpass.report import page
 
-    monkeypatch.setattr("backpass.lab.studies.demo.measure.measure", lambda *_: report.render("report.html"))
+    monkeypatch.setattr("backpass.lab.studies.demo.measure.measure", lambda *_: page.render("report.html"))
     code, _, err = call(monkeypatch, capsys, "demo", "--out", str(tmp_path))
     assert code == 2
     assert "need 'jinja2'" in err

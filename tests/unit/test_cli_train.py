@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from backpass import cli
 from backpass.attacks import PGD, evaluate
-from backpass.lab.data import load_data
+from backpass.data import load_data
 from backpass.lab.subjects import load_subject
 from backpass.lab.training.parts import load_parts
 

@@ -7,8 +7,6 @@ import hashlib
 import io
 import json
 import logging
-import os
-import tempfile
 import types
 import zipfile
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from backpass.attacks.attack import Attack
 from backpass.attacks.oracle import Oracle
 from backpass.errors import BackpassError
+from backpass.files import write_whole
 from backpass.preserved import preserved
 from backpass.version import __version__
 
@@ -134,19 +133,9 @@ class Shards:
 
 def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
     """Write tensors and strings so that `path` is whole at any moment, also if the process is killed."""
-    # Threads and processes may write the same shard: each has a file of its own, and the last one stays.
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(tensors, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    content = io.BytesIO()
+    torch.save(tensors, content)
+    write_whole(path, content.getvalue())
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

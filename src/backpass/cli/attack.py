@@ -114,17 +114,17 @@ def attack(
     with ExitStack() as stack:
         stack.enter_context(told_when_interrupted(kept))
         report = stack.enter_context(working("loading torch"))
-        from backpass.lab.data import load_data
-        from backpass.lab.data.class_map import match_classes
-        from backpass.lab.numbers import read_number
+        from backpass.data import load_data
+        from backpass.data.class_map import match_classes
         from backpass.lab.protocols import make_protocol
-        from backpass.lab.report import write_report
         from backpass.lab.studies.attack.measure import measure
         from backpass.lab.studies.attack.placing import place, set_aside
         from backpass.lab.studies.attack.plans import make_plans
         from backpass.lab.studies.attack.result import describe
         from backpass.lab.studies.attack.study import Study, check_rules, order_rules
         from backpass.lab.subjects import load_subject, parse_device
+        from backpass.numbers import read_number
+        from backpass.report.page import write_report
 
         radii = [read_number(text, "--eps") for text in eps]
         ordered, (where, first) = order_rules(rules, model), stack.enter_context(processes(parse_device(device)))

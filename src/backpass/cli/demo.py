@@ -42,11 +42,11 @@ def demo(
 
     out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is better known before the work
     with working("loading torch") as report:
-        from backpass.lab.files import write_atomically
-        from backpass.lab.plots import picture as draw
-        from backpass.lab.report import write_report
+        from backpass.files import write_whole
         from backpass.lab.studies.demo.measure import SCALES, measure
         from backpass.lab.studies.demo.result import PICTURE, describe
+        from backpass.report.page import write_report
+        from backpass.report.plots import picture as draw
 
         size = replace(SCALES["quick" if quick else "standard"], model=model)
         settings = size if seeds is None else replace(size, seeds=seeds)
@@ -55,7 +55,7 @@ def demo(
         written = [*write_report(result, out)]
     if picture is not None:
         shown = [series for series in result.series if series.id in PICTURE]
-        written.append(write_atomically(picture, draw(shown, title=result.title)))
+        written.append(write_whole(picture, draw(shown, title=result.title)))
     print_claims(result, "Claims, paired over seeds, 95 % intervals")
     print_findings(result)
     print_written(measured.seconds, written)

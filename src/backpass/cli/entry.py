@@ -10,8 +10,8 @@ from typing import Annotated, NoReturn
 
 from backpass.allocator import keep_freed_memory
 from backpass.errors import BackpassError
-from backpass.lab.wording import visible
 from backpass.version import __version__
+from backpass.wording import visible
 
 __all__ = ["app", "main"]
 

@@ -125,7 +125,7 @@ class Settings:
             BackpassError: the step is no number.
             UnknownNameError: there is no such dtype.
         """
-        from backpass.lab.numbers import read_number
+        from backpass.numbers import read_number
 
         return {
             "step": None if self.step is None else read_number(self.step, "--step"),
@@ -166,8 +166,8 @@ def read_normalisation(mean: str | None, std: str | None) -> Normalisation | Non
     Raises:
         BackpassError: only one of them is given, or they are no numbers.
     """
-    from backpass.lab.numbers import read_numbers
     from backpass.lab.protocols import Normalisation
+    from backpass.numbers import read_numbers
 
     if mean is None and std is None:
         return None

@@ -21,11 +21,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from backpass.lab.wording import visible
+from backpass.wording import visible
 
 if TYPE_CHECKING:
-    from backpass.lab.result import Cell, Result
-    from backpass.lab.result import Table as Numbers
+    from backpass.report.result import Cell, Result
+    from backpass.report.result import Table as Numbers
 
 __all__ = [
     "print_claims",
@@ -181,8 +181,8 @@ def _width(cell: str) -> int:
 
 def print_claims(result: Result, title: str) -> None:
     """Print the claims with their differences and verdicts."""
-    from backpass.lab.report import estimate
-    from backpass.lab.wording import interval_text
+    from backpass.report.page import estimate
+    from backpass.report.wording import interval_text
 
     rows = [(claim.statement, interval_text(estimate(claim), signed=True), claim.verdict) for claim in result.claims]
     print_grid(title, ("claim", "measured", "verdict"), rows)
@@ -190,8 +190,8 @@ def print_claims(result: Result, title: str) -> None:
 
 def print_overview(results: Sequence[Result]) -> None:
     """Print every claim of several results with its verdict, and the number of claims by verdict."""
-    from backpass.lab.report import count_verdicts, estimate
-    from backpass.lab.wording import interval_text
+    from backpass.report.page import count_verdicts, estimate
+    from backpass.report.wording import interval_text
 
     rows: list[Sequence[str] | str] = []
     for result in results:
@@ -225,8 +225,8 @@ def print_written(seconds: float, paths: Sequence[Path]) -> None:
 
 
 def _cell(value: Cell) -> str:
-    from backpass.lab.statistics import Interval
-    from backpass.lab.wording import interval_text
+    from backpass.report.statistics import Interval
+    from backpass.report.wording import interval_text
 
     if isinstance(value, Interval):
         return interval_text(value)

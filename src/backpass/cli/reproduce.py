@@ -59,11 +59,11 @@ def reproduce(
     damaged: list[BackpassError] = []
     with working("loading torch") as show, told_when_interrupted("Finished pieces are kept: the same command goes on."):
         from backpass.lab.experiments.catalogue import choose
-        from backpass.lab.report import count_verdicts
         from backpass.lab.reproduction.overview import read_results, write_overview
         from backpass.lab.reproduction.running import Done
         from backpass.lab.reproduction.running import reproduce as run
         from backpass.lab.subjects import parse_device
+        from backpass.report.page import count_verdicts
 
         total = len(choose(names))
         place = parse_device(device)
@@ -110,14 +110,14 @@ def report(
     began = time.perf_counter()
     damaged: list[BackpassError] = []
     with working("drawing"):
-        from backpass.lab.files import write_atomically
+        from backpass.files import write_whole
         from backpass.lab.reproduction.markdown import verdicts
         from backpass.lab.reproduction.overview import read_results, write_overview
 
         results = read_results(folder, damaged.append)
         written = [write_overview(folder, results)]
         if markdown is not None:
-            written.append(write_atomically(markdown, verdicts(results)))
+            written.append(write_whole(markdown, verdicts(results)))
     print_overview(results)
     print_written(time.perf_counter() - began, written)
     _tell(damaged)

@@ -37,8 +37,8 @@ def sites(
     """List the sites of a model: the calls of activations, or of what else the rule re-defines."""
     import torch
 
-    from backpass.lab.models.lookup import find, parse_shape
     from backpass.lab.placements import parse_rule_for
+    from backpass.models.lookup import find, parse_shape
     from backpass.rules import Site, SiteTable, list_sites
 
     given = parse_shape(input_shape) if input_shape is not None else None

@@ -94,16 +94,16 @@ def transfer(
     with ExitStack() as stack:
         stack.enter_context(told_when_interrupted(kept))
         report = stack.enter_context(working("loading torch"))
-        from backpass.lab.data import load_data
-        from backpass.lab.data.class_map import match_classes
-        from backpass.lab.numbers import read_number
+        from backpass.data import load_data
+        from backpass.data.class_map import match_classes
         from backpass.lab.protocols import make_protocol
-        from backpass.lab.report import write_report
         from backpass.lab.studies.attack.plans import make_plans
         from backpass.lab.studies.attack.study import check_rules, order_rules
         from backpass.lab.studies.transfer.measure import Study, measure
         from backpass.lab.studies.transfer.result import describe
         from backpass.lab.subjects import load_named, parse_device, short_names
+        from backpass.numbers import read_number
+        from backpass.report.page import write_report
 
         radii = [read_number(text, "--eps") for text in eps]
         ordered, (where, first) = order_rules(rules), stack.enter_context(processes(parse_device(device)))

@@ -1,4 +1,4 @@
-"""The laboratory: real data, networks, experiments, and reports that say with intervals what holds.
+"""The laboratory: experiments on real data and networks.
 
 Everything here needs the extra ``backpass[lab]``; nothing below (rules, attacks, sde, training) imports it.
 """

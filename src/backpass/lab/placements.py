@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Literal
 
 from backpass.errors import BackpassError
-from backpass.lab.models import MODELS
-from backpass.lab.models.lookup import is_the_labs
-from backpass.lab.models.text import read_model
 from backpass.lab.placement_search import is_automatic
+from backpass.models import MODELS
+from backpass.models.lookup import is_the_labs
+from backpass.models.text import read_model
 from backpass.rules import LinBP, ProxProp, Rule, parse_rule
 from backpass.rules.registry import PLACEHOLDERS
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backpass.data.normalisation import Normalisation, known_normalisation
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.lab.normalisation import Normalisation, known_normalisation
-from backpass.lab.wording import listing
+from backpass.wording import listing
 
 __all__ = [
     "PROTOCOLS",

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from backpass.data import Labelled
+from backpass.data.normalisation import Normalisation, known_normalisation, measured_normalisation
 from backpass.errors import BackpassError
-from backpass.lab.data import Labelled
-from backpass.lab.models import Normalize
-from backpass.lab.models.libraries import is_of_a_library, library_network
-from backpass.lab.models.lookup import find
-from backpass.lab.normalisation import Normalisation, known_normalisation, measured_normalisation
 from backpass.lab.protocols import Rescaled
-from backpass.lab.weights import load_weights, weights_hash
+from backpass.models import Normalize
+from backpass.models.libraries import is_of_a_library, library_network
+from backpass.models.lookup import find
+from backpass.models.weights import load_weights, weights_hash
 
 __all__ = ["Subject", "load_named", "load_subject", "parse_device", "short_names"]
 

@@ -14,7 +14,7 @@ __all__ = ["OWN"]
 
 def own(name: str, **settings: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        from backpass.lab.models import build
+        from backpass.models import build
 
         return build(name, **settings)
 

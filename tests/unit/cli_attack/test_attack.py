@@ -16,7 +16,7 @@ from PIL import Image
 
 from backpass import LinBP
 from backpass.attacks import PGD, evaluate, transfer
-from backpass.lab.data import load_data
+from backpass.data import load_data
 from support.command_line import call, run, words
 from support.users_network import ATTACK, BASE, net
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from backpass.cli import printing
+from backpass.data import load_data
+from backpass.data.class_map import match_classes
 from backpass.errors import BackpassError
-from backpass.lab.data import load_data
-from backpass.lab.data.class_map import match_classes
 from backpass.lab.subjects import load_subject
 from support.command_line import run
 from support.users_network import BASE

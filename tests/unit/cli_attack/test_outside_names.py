@@ -11,8 +11,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from backpass.lab.data import load_data
-from backpass.lab.wording import number, visible
+from backpass.data import load_data
+from backpass.report.wording import number
+from backpass.wording import visible
 from support.hostile import PAYLOADS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

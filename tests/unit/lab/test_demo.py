@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from backpass.data import load_digits
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.lab.data import load_digits
-from backpass.lab.models import build
 from backpass.lab.studies.demo.claims import claims, label
 from backpass.lab.studies.demo.findings import findings
 from backpass.lab.studies.demo.fit import Run, fit, gradient
 from backpass.lab.studies.demo.measure import SCALES, Demo, Measured, _best_rate, measure
 from backpass.lab.studies.demo.result import PICTURE, describe
+from backpass.models import build
 from backpass.rules import parse_rule
 
 TINY = replace(SCALES["quick"], scale="tiny", epochs=2, rates=(0.05, 1e4), eps=(0.1,), attack_steps=3)

@@ -8,8 +8,8 @@ from torch import nn
 
 from backpass import BackpassError, LinBP
 from backpass.attacks import PGD
-from backpass.lab.models import build
 from backpass.lab.placement_search import choose_start
+from backpass.models import build
 
 ATTACK = PGD(eps=0.3, step=0.05, steps=10, restarts=1, random_start=False)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from backpass import BackpassError, LinBP, UnknownNameError, list_sites, parse_rule
-from backpass.lab.models import INPUT_SHAPES, build
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.studies.attack.study import order_rules
+from backpass.models import INPUT_SHAPES, build
 
 # Linear activations of all, and the module of the first one; attack and training differ for DenseNet-161 alone.
 TABLE = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backpass import BackpassError
-from backpass.lab.data import Images, Labelled
+from backpass.data import Images, Labelled
 from backpass.lab.studies.attack.placing import set_aside
 
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.lab.numbers import fraction_text, read_number
 from backpass.lab.protocols import Normalisation, Paper, Standard, known_normalisation, make_protocol
 from backpass.lab.studies.attack.plans import make_plans
+from backpass.numbers import fraction_text, read_number
 
 PAPER = Paper(Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
 
@@ -60,7 +60,7 @@ def test_spaces_are_there_and_back_and_models_answer_alike():
 
 
 def test_the_digits_normalisation_is_measured_on_the_part_to_learn_from():
-    from backpass.lab.data import load_data
+    from backpass.data import load_data
 
     found, x = known_normalisation("digits"), load_data("digits", split="train").images.x
     assert found.mean[0] == pytest.approx(x.mean().item(), abs=1e-4)

@@ -16,14 +16,14 @@ import torch
 from backpass import cli
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.bench.experiment import Experiment, Outcome
-from backpass.lab.claims import judge
 from backpass.lab.experiments import catalogue
 from backpass.lab.reproduction.markdown import verdicts
 from backpass.lab.reproduction.overview import overview, read_results, write_overview
 from backpass.lab.reproduction.reading import read_result
 from backpass.lab.reproduction.running import reproduce
-from backpass.lab.result import Curve, Finding, Series, Table
-from backpass.lab.statistics import mean_interval
+from backpass.report.claims import judge
+from backpass.report.result import Curve, Finding, Series, Table
+from backpass.report.statistics import mean_interval
 
 CPU = torch.device("cpu")
 CALLS = []

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from backpass.data import load_data
+from backpass.data.normalisation import Normalisation, known_normalisation
 from backpass.errors import BackpassError
-from backpass.lab.data import load_data
-from backpass.lab.models import build
-from backpass.lab.normalisation import Normalisation, known_normalisation
 from backpass.lab.subjects import load_named, load_subject, parse_device, short_names
+from backpass.models import build
 
 CPU = torch.device("cpu")
 

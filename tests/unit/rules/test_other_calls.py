@@ -180,7 +180,7 @@ def test_the_papers_start_is_resolved_or_refused_at_once():
         rule = parse_rule("linbp:start=paper")
     except BackpassError:
         return
-    from backpass.lab.models import build
+    from backpass.models import build
 
     model = build("vgg16")
     with rule.attach(model) as attached:

@@ -9,7 +9,7 @@ from torch import nn
 
 from backpass import LinBP, ProxProp
 from backpass.attacks import FGSM, PGD, evaluate
-from backpass.lab.data import load_digits
+from backpass.data import load_digits
 from backpass.rules import attachments
 from backpass.training import AdversarialTraining, CrossEntropy, RobustEvaluation, Trainer
 from support.processes import in_processes

@@ -191,7 +191,7 @@ def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
 
 def test_no_part_stays_after_any_error(tmp_path):
     with pytest.raises(TypeError):
-        write_whole(tmp_path / "file", "text is no bytes")
+        write_whole(tmp_path / "file", object())
     assert not list(tmp_path.iterdir())
 
 

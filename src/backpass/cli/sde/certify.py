@@ -39,7 +39,7 @@ def certify(
     with working("loading torch") as report:
         from backpass.errors import BackpassError
         from backpass.lab.experiments.sde.certify import Study, describe, measure
-        from backpass.lab.report import write_report
+        from backpass.report.page import write_report
 
         try:
             ls = tuple(int(part) for part in amplifications.split(","))

@@ -39,7 +39,7 @@ def compare(
     with working("loading torch") as report:
         from backpass.lab.experiments.sde.compare import Study, measure
         from backpass.lab.experiments.sde.compare_result import describe
-        from backpass.lab.report import write_report
+        from backpass.report.page import write_report
 
         study = Study(
             paths=paths,

@@ -36,7 +36,7 @@ def control(
     out.mkdir(parents=True, exist_ok=True)
     with working("loading torch"):
         from backpass.lab.experiments.sde.control import Study, describe, measure
-        from backpass.lab.report import write_report
+        from backpass.report.page import write_report
 
         study = Study(curvature=curvature, noise=noise, eta=eta, start=start, t=t, adversarial=adversarial)
         measured = measure(study)

@@ -39,7 +39,7 @@ def long_run(
     out.mkdir(parents=True, exist_ok=True)
     with working("loading torch"):
         from backpass.lab.experiments.sde.long_run import Study, describe, measure
-        from backpass.lab.report import write_report
+        from backpass.report.page import write_report
 
         study = Study(
             dimension=dim,

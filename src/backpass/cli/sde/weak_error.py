@@ -37,7 +37,7 @@ def weak_error(
     out.mkdir(parents=True, exist_ok=True)
     with working("loading torch"):
         from backpass.lab.experiments.sde.weak_error import Study, describe, measure
-        from backpass.lab.report import write_report
+        from backpass.report.page import write_report
 
         study = Study(dimension=dim, steps=steps, rho=rho, batch_size=batch_size, t=t, largest=eta, halvings=halvings)
         measured = measure(study)

@@ -11,8 +11,8 @@ import torch
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.bench.pieces import Pieces
-from backpass.lab.claims import Claim
-from backpass.lab.result import OVER_SEEDS, PAIRED_SEEDS, Finding, Result, Series, Table, environment
+from backpass.report.claims import Claim
+from backpass.report.result import OVER_SEEDS, PAIRED_SEEDS, Finding, Result, Series, Table, environment
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

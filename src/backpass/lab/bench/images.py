@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from backpass.lab.data import Images, load_data
-from backpass.lab.models.shapes import Shape, check_shape
+from backpass.data import Images, load_data
+from backpass.models.shapes import Shape, check_shape
 
 __all__ = ["Parts", "Source", "load_parts"]
 

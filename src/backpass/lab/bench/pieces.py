@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from filelock import FileLock
 from torch import nn
 
-from backpass.lab.files import write_atomically
-from backpass.lab.weights import load_weights, save_weights
+from backpass.files import write_whole
+from backpass.models.weights import load_weights, save_weights
 from backpass.version import __version__
 
 __all__ = ["Pieces"]
@@ -59,7 +59,7 @@ class Pieces:
                 value = compute()
                 text = json.dumps({"asked": asked, "value": value, "sum": _sum(value)})
                 if path is not None:
-                    write_atomically(path, text)
+                    write_whole(path, text)
                 self.computed += 1
         # Through JSON also the first time: a resumed run must see the very same types.
         seen: T = json.loads(text)["value"]

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
+from backpass.data import Images
+from backpass.data.augmentation import Augmentation
+from backpass.data.normalisation import known_normalisation
 from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench
 from backpass.lab.bench.images import Parts, Source, load_parts
-from backpass.lab.data import Images
-from backpass.lab.data.augmentation import Augmentation
-from backpass.lab.models import build
-from backpass.lab.normalisation import known_normalisation
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.training.optimizers import make_optimizer
+from backpass.models import build
 from backpass.training import Batch, Progress, Trainer
 
 __all__ = ["DIVERGED_ABOVE", "Curves", "Run", "curves", "network"]

@@ -10,8 +10,8 @@ from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench
 from backpass.lab.bench.images import Source, load_parts
 from backpass.lab.bench.training import Curves, Run, curves
-from backpass.lab.result import Cell, Curve, Series, Table
-from backpass.lab.statistics import mean_interval
+from backpass.report.result import Cell, Curve, Series, Table
+from backpass.report.statistics import mean_interval
 
 __all__ = ["Method", "Protocol", "Tuned", "curves_of", "loss_after", "table_of", "tune"]
 

@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from backpass.lab.report import count_verdicts, estimate
-from backpass.lab.result import Result
-from backpass.lab.wording import interval_text, setting, visible
+from backpass.report.page import count_verdicts, estimate
+from backpass.report.result import Result
+from backpass.report.wording import interval_text, setting
+from backpass.wording import visible
 
 __all__ = ["verdict_counts", "verdicts"]
 

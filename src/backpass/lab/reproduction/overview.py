@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from backpass.errors import BackpassError
+from backpass.files import write_whole
 from backpass.lab.experiments.catalogue import experiment_names
-from backpass.lab.files import write_atomically
-from backpass.lab.report import count_verdicts, render, shown
 from backpass.lab.reproduction.reading import read_result
-from backpass.lab.result import Result
+from backpass.report.page import count_verdicts, render, shown
+from backpass.report.result import Result
 
 __all__ = ["overview", "read_results", "write_overview"]
 
@@ -59,4 +59,4 @@ def write_overview(folder: Path, results: Sequence[Result]) -> Path:
     Raises:
         OSError: the folder cannot be written.
     """
-    return write_atomically(folder / "report.html", overview(results))
+    return write_whole(folder / "report.html", overview(results))

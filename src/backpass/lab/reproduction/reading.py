@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from backpass.errors import BackpassError
-from backpass.lab.claims import Claim
-from backpass.lab.result import Cell, Curve, Finding, Result, Series, Table
-from backpass.lab.statistics import Interval
+from backpass.report.claims import Claim
+from backpass.report.result import Cell, Curve, Finding, Result, Series, Table
+from backpass.report.statistics import Interval
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

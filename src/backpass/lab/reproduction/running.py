@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from backpass.allocator import keep_freed_memory
+from backpass.data import load_data
 from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench
 from backpass.lab.bench.pieces import Pieces
-from backpass.lab.data import load_data
 from backpass.lab.experiments.catalogue import choose
-from backpass.lab.report import write_report
 from backpass.lab.reproduction.reading import read_result
-from backpass.lab.result import Result
+from backpass.report.page import write_report
+from backpass.report.result import Result
 from backpass.version import __version__
 
 __all__ = ["Done", "Failed", "reproduce"]

@@ -9,7 +9,7 @@ from backpass.attacks import Attack
 from backpass.attacks.iterative import Iterative
 from backpass.attacks.names import attack_type, make_attack
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.lab.numbers import read_number
+from backpass.numbers import read_number
 from backpass.rules.text import read_settings
 
 __all__ = ["adversary_text", "default_judge", "make_adversary"]

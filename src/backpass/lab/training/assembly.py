@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks import Attack
+from backpass.data.augmentation import Augmentation
 from backpass.errors import BackpassError
-from backpass.lab.data.augmentation import Augmentation
-from backpass.lab.models import Normalize
-from backpass.lab.models.whitened import WhitenedCNN
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Normalisation
 from backpass.lab.subjects import load_subject
@@ -21,6 +19,8 @@ from backpass.lab.training.adversaries import adversary_text, default_judge, mak
 from backpass.lab.training.optimizers import default_rate, make_optimizer
 from backpass.lab.training.parts import Parts
 from backpass.lab.training.recipe import Recipe
+from backpass.models import Normalize
+from backpass.models.whitened import WhitenedCNN
 from backpass.numbers import is_whole
 from backpass.preserved import preserved
 from backpass.rules import BP, Rule

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from backpass.data import Labelled, load_data
+from backpass.data.held_out import HELD_OUT, held_out_rows
 from backpass.errors import BackpassError
-from backpass.lab.data import Labelled, load_data
-from backpass.lab.data.held_out import HELD_OUT, held_out_rows
 
 __all__ = ["Parts", "load_parts"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.lab.files import write_bytes_atomically
+from backpass.files import write_whole
 from backpass.training.settings import Settings
 from backpass.training.trainer import Trainer
 
@@ -158,7 +158,7 @@ def write_recipe(recipe: Recipe, path: Path) -> Path:
         if (value := getattr(recipe, field.name)) is not None and value not in ("", ())
     ]
     # A path may hold bytes that are no UTF-8; they are kept as they are.
-    return write_bytes_atomically(path, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
+    return write_whole(path, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
 
 
 def _typed(value: Any, kind: tuple[tuple[type, ...], bool], what: str) -> Any:

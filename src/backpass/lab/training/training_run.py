@@ -16,11 +16,11 @@ from torch import nn
 from backpass.attacks import Attack
 from backpass.errors import BackpassError
 from backpass.files import locked
-from backpass.lab.numbers import fraction_text
 from backpass.lab.training.assembly import assemble, complete
 from backpass.lab.training.parts import load_parts
 from backpass.lab.training.recipe import Recipe, write_recipe
-from backpass.lab.weights import save_weights
+from backpass.models.weights import save_weights
+from backpass.numbers import fraction_text
 from backpass.rules import unwrap
 from backpass.training import Progress, TrainingResult, local_device
 

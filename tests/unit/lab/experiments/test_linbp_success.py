@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from backpass.attacks import PGD
+from backpass.data import Images, Labelled
 from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench, Experiment
 from backpass.lab.bench.pieces import Pieces
-from backpass.lab.data import Images, Labelled
 from backpass.lab.experiments.linbp import success_tables
 from backpass.lab.experiments.linbp.published import HALVINGS, published
 from backpass.lab.experiments.linbp.success import Contest, Success, measure

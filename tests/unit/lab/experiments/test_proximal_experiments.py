@@ -16,7 +16,7 @@ from backpass.lab.experiments.proxprop.directions import directions
 from backpass.lab.experiments.proxprop.training import Comparison
 from backpass.lab.experiments.sibp import training as sibp_training
 from backpass.lab.experiments.sibp.training import Early, longest_step
-from backpass.lab.models import build
+from backpass.models import build
 from backpass.rules import parse_rule
 
 SOURCE = Source(data="digits", held_out=200)

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from backpass.data import load_digits
 from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench
 from backpass.lab.bench.images import Source, load_parts
 from backpass.lab.bench.pieces import Pieces
 from backpass.lab.bench.training import Run, curves, network
-from backpass.lab.data import load_digits
 
 SOURCE = Source(data="digits", held_out=200)
 RUN = Run(model="mlp:widths=12-8", rule="bp", rate=0.3, batch=100, marks=(0, 7, 15), seed=3)

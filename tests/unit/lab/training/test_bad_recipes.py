@@ -12,7 +12,7 @@ from backpass.lab.training.assembly import complete
 from backpass.lab.training.listing import find_runs
 from backpass.lab.training.optimizers import make_optimizer
 from backpass.lab.training.recipe import Recipe, read_recipe, write_recipe
-from backpass.lab.weights import read_weights
+from backpass.models.weights import read_weights
 from backpass.training.schedules import make_schedule
 
 RECIPE = Recipe(data="digits", model="mlp")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from backpass import BackpassError
 from backpass.attacks import APGD, FGSM, IFGSM, MIFGSM, PGD, AutoAttack, Square
-from backpass.lab.models import build
 from backpass.lab.training.adversaries import adversary_text, default_judge, make_adversary
 from backpass.lab.training.assembly import complete
 from backpass.lab.training.recipe import Recipe, described, kinds, read_recipe, write_recipe
+from backpass.models import build
 
 FOLDER = Path(__file__).parents[4] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))

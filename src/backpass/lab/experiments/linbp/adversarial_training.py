@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from backpass.attacks import PGD, Attack, AutoAttack, evaluate
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
-from backpass.lab.claims import Claim, judge
-from backpass.lab.result import Cell, Curve, Finding, Series, Table
-from backpass.lab.statistics import mean_interval
 from backpass.lab.training.assembly import assemble, complete
 from backpass.lab.training.parts import load_parts
 from backpass.lab.training.recipe import Recipe
-from backpass.lab.wording import interval_text
+from backpass.report.claims import Claim, judge
+from backpass.report.result import Cell, Curve, Finding, Series, Table
+from backpass.report.statistics import mean_interval
+from backpass.report.wording import interval_text
 from backpass.rules import unwrap
 
 __all__ = ["EXPERIMENTS", "Strategies", "measure_strategies"]

@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
-from backpass.lab.claims import Claim, judge
 from backpass.lab.experiments.linbp.networks import LARGE, LARGE_SEEDS, SMALL_RESNET
 from backpass.lab.experiments.linbp.published import HALVINGS
 from backpass.lab.experiments.linbp.success import OVER_NETWORKS, PAIRED_NETWORKS, PAPER, explain_data
 from backpass.lab.experiments.linbp.trials import Trial, search_halvings
 from backpass.lab.experiments.linbp.victims import Training, data_text, victims
-from backpass.lab.result import Cell, Curve, Finding, Series, Table
-from backpass.lab.statistics import mean_interval, paired_interval
-from backpass.lab.wording import interval_text, listing
+from backpass.report.claims import Claim, judge
+from backpass.report.result import Cell, Curve, Finding, Series, Table
+from backpass.report.statistics import mean_interval, paired_interval
+from backpass.report.wording import interval_text
+from backpass.wording import listing
 
 __all__ = ["EXPERIMENTS", "Halving", "measure", "nth"]
 

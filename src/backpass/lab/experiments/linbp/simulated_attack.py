@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
-from backpass.lab.claims import Claim, judge
 from backpass.lab.experiments.linbp.draws import LABELS, PAPER, column
-from backpass.lab.result import Cell, Curve, Finding, Series, Table
-from backpass.lab.statistics import Interval, mean_interval, paired_interval
-from backpass.lab.wording import interval_text
+from backpass.report.claims import Claim, judge
+from backpass.report.result import Cell, Curve, Finding, Series, Table
+from backpass.report.statistics import Interval, mean_interval, paired_interval
+from backpass.report.wording import interval_text
 from backpass.rules import Rule, parse_rule
 
 __all__ = ["EXPERIMENTS", "Attack", "Update", "simulate"]

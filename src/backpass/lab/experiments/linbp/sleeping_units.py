@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from backpass.attacks import PGD
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
-from backpass.lab.claims import Claim, judge
-from backpass.lab.result import Cell, Curve, Finding, Series, Table
-from backpass.lab.statistics import mean_interval, paired_interval
-from backpass.lab.wording import interval_text
+from backpass.report.claims import Claim, judge
+from backpass.report.result import Cell, Curve, Finding, Series, Table
+from backpass.report.statistics import mean_interval, paired_interval
+from backpass.report.wording import interval_text
 from backpass.rules import parse_rule
 
 __all__ = ["EXPERIMENTS", "Sleep", "Sleeper", "simulate"]

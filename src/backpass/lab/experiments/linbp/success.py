@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from itertools import product
 
 from backpass.lab.bench.experiment import Bench, Outcome
-from backpass.lab.claims import Claim, judge
 from backpass.lab.experiments.linbp.published import published
 from backpass.lab.experiments.linbp.trials import Outcomes, Trial, run_trial
 from backpass.lab.experiments.linbp.victims import Training, Victim, data_text, victims
-from backpass.lab.numbers import fraction_text
-from backpass.lab.proportions import paired_difference
-from backpass.lab.result import Cell, Curve, Finding, Series, Table
-from backpass.lab.statistics import mean_interval, paired_interval
-from backpass.lab.wording import interval_text, listing
+from backpass.numbers import fraction_text
+from backpass.report.claims import Claim, judge
+from backpass.report.proportions import paired_difference
+from backpass.report.result import Cell, Curve, Finding, Series, Table
+from backpass.report.statistics import mean_interval, paired_interval
+from backpass.report.wording import interval_text
+from backpass.wording import listing
 
 __all__ = ["PAPER", "Contest", "Success", "explain_data", "measure", "networks_table", "slug"]
 

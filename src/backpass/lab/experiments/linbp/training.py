@@ -10,11 +10,12 @@ from functools import partial
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
 from backpass.lab.bench.images import load_parts
 from backpass.lab.bench.training import Curves, curves
-from backpass.lab.claims import Claim, judge
 from backpass.lab.experiments.linbp.training_settings import CIFAR10, MNIST, Network, Training
-from backpass.lab.result import Cell, Curve, Finding, Series, Table
-from backpass.lab.statistics import mean_interval, paired_interval
-from backpass.lab.wording import interval_text, listing
+from backpass.report.claims import Claim, judge
+from backpass.report.result import Cell, Curve, Finding, Series, Table
+from backpass.report.statistics import mean_interval, paired_interval
+from backpass.report.wording import interval_text
+from backpass.wording import listing
 
 __all__ = ["EXPERIMENTS", "Told", "measure"]
 

@@ -9,15 +9,15 @@ from functools import partial
 from backpass.attacks import transfer
 from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
-from backpass.lab.claims import Claim, judge
 from backpass.lab.experiments.linbp.networks import LARGE, LARGE_SEEDS, SMALL_CNN, SMALL_RESNET
 from backpass.lab.experiments.linbp.success import OVER_NETWORKS, PAIRED_NETWORKS, explain_data, networks_table, slug
 from backpass.lab.experiments.linbp.trials import Trial
 from backpass.lab.experiments.linbp.victims import Training, Victim, data_text, victims
 from backpass.lab.placements import parse_rule_for
-from backpass.lab.result import Cell, Curve, Finding, Series, Table
-from backpass.lab.statistics import mean_interval, paired_interval
-from backpass.lab.wording import interval_text
+from backpass.report.claims import Claim, judge
+from backpass.report.result import Cell, Curve, Finding, Series, Table
+from backpass.report.statistics import mean_interval, paired_interval
+from backpass.report.wording import interval_text
 
 __all__ = ["EXPERIMENTS", "Transfer", "measure"]
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks import Attack, evaluate
+from backpass.data import Labelled
 from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench
-from backpass.lab.data import Labelled
 from backpass.lab.experiments.linbp.victims import Victim
-from backpass.lab.numbers import fraction_text
 from backpass.lab.placement_search import choose_start, is_automatic
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import make_protocol
 from backpass.lab.studies.attack.plans import make_plans
+from backpass.numbers import fraction_text
 from backpass.rules import LinBP, Rule
 
 __all__ = ["Outcomes", "Trial", "attack_images", "run_trial", "search_halvings"]

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from backpass.data import Labelled
 from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench
-from backpass.lab.data import Labelled
 from backpass.lab.subjects import load_subject
 from backpass.lab.training.assembly import assemble, complete
 from backpass.lab.training.parts import Parts, load_parts

@@ -8,7 +8,6 @@ from functools import partial
 from statistics import correlation
 
 from backpass.lab.bench.experiment import Bench, Outcome
-from backpass.lab.claims import Claim, judge
 from backpass.lab.experiments.linbp.gradients import compare_gradients
 from backpass.lab.experiments.linbp.success import (
     OVER_NETWORKS,
@@ -19,9 +18,11 @@ from backpass.lab.experiments.linbp.success import (
 )
 from backpass.lab.experiments.linbp.trials import Trial, run_trial
 from backpass.lab.experiments.linbp.victims import Training, data_text, victims
-from backpass.lab.result import Cell, Curve, Finding, Series, Table
-from backpass.lab.statistics import Interval, mean_interval, paired_interval
-from backpass.lab.wording import interval_text, listing
+from backpass.report.claims import Claim, judge
+from backpass.report.result import Cell, Curve, Finding, Series, Table
+from backpass.report.statistics import Interval, mean_interval, paired_interval
+from backpass.report.wording import interval_text
+from backpass.wording import listing
 
 __all__ = ["Condition", "WhiteBox", "measure"]
 

@@ -14,14 +14,15 @@ from torch import Tensor
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
 from backpass.lab.bench.images import Parts, Source, load_parts
 from backpass.lab.bench.training import Curves, Run, curves, network
-from backpass.lab.claims import Claim, judge, judge_within
 from backpass.lab.experiments.proxprop.directions import directions
 from backpass.lab.experiments.proxprop.training import NESTEROV
-from backpass.lab.result import Cell, Curve, Finding, Series, Table
-from backpass.lab.statistics import mean_interval
 from backpass.lab.training.optimizers import make_optimizer
-from backpass.lab.wording import interval_text, listing
+from backpass.report.claims import Claim, judge, judge_within
+from backpass.report.result import Cell, Curve, Finding, Series, Table
+from backpass.report.statistics import mean_interval
+from backpass.report.wording import interval_text
 from backpass.rules import parse_rule
+from backpass.wording import listing
 
 __all__ = ["EXPERIMENTS", "Solvers"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
 from backpass.lab.bench.images import Source, load_parts
 from backpass.lab.bench.tuning import Method, Protocol, Tuned, curves_of, loss_after, table_of, tune
-from backpass.lab.claims import Claim, Direction, judge
-from backpass.lab.result import Finding
-from backpass.lab.statistics import mean_interval, paired_interval
-from backpass.lab.wording import interval_text
+from backpass.report.claims import Claim, Direction, judge
+from backpass.report.result import Finding
+from backpass.report.statistics import mean_interval, paired_interval
+from backpass.report.wording import interval_text
 
 __all__ = ["EXPERIMENTS", "NESTEROV", "Comparison"]
 

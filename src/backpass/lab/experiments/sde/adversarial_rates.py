@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import jacfwd
 
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
-from backpass.lab.claims import judge
-from backpass.lab.result import Cell, Finding, Table
-from backpass.lab.statistics import geometric_interval
+from backpass.report.claims import judge
+from backpass.report.result import Cell, Finding, Table
+from backpass.report.statistics import geometric_interval
 from backpass.sde import AdversarialSDE, InnerLoop
 from backpass.sde.long_run import find_zero
 from backpass.sde.sampling import draw_batches

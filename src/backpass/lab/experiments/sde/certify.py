@@ -17,13 +17,13 @@ from backpass.attacks import FGSM, MIFGSM, Attack
 from backpass.attacks.iterative import Iterative
 from backpass.errors import BackpassError
 from backpass.lab.experiments.sde.certify_result import describe_certificate
-from backpass.lab.result import Result
 from backpass.lab.subjects import load_subject
 from backpass.lab.threads import one_thread
 from backpass.lab.training.assembly import complete
 from backpass.lab.training.optimizers import OPTIMIZERS
 from backpass.lab.training.parts import load_parts
 from backpass.lab.training.recipe import Recipe, read_recipe
+from backpass.report.result import Result
 from backpass.sde import Certificate, InnerLoop, Predictor, certify, explore
 from backpass.sde.certify import process
 from backpass.training.schedules import read_named

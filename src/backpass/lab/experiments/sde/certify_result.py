@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
-from backpass.lab.statistics import Interval, mean_interval
+from backpass.report.result import Curve, Finding, Result, Series, Table, environment
+from backpass.report.statistics import Interval, mean_interval
 from backpass.sde import Certificate, Predictor
 
 __all__ = ["describe_certificate"]

@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from backpass.lab.claims import Claim, judge
 from backpass.lab.experiments.sde.compare import Measured
-from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
-from backpass.lab.statistics import mean_interval
+from backpass.report.claims import Claim, judge
+from backpass.report.result import Curve, Finding, Result, Series, Table, environment
+from backpass.report.statistics import mean_interval
 
 __all__ = ["describe", "gap", "tolerance"]
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from backpass.errors import BackpassError
-from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
-from backpass.lab.statistics import Interval
 from backpass.lab.threads import one_thread
+from backpass.report.result import Curve, Finding, Result, Series, Table, environment
+from backpass.report.statistics import Interval
 from backpass.sde import Schedule, optimal_lr
 
 __all__ = ["Measured", "Study", "describe", "measure"]

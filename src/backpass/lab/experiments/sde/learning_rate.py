@@ -9,14 +9,14 @@ from functools import partial
 
 from torch import Tensor
 
+from backpass.data import load_data
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
-from backpass.lab.claims import Claim, judge
-from backpass.lab.data import load_data
 from backpass.lab.experiments.sde.image_rates import Task, train
 from backpass.lab.experiments.sde.regression_problems import PROBLEMS
 from backpass.lab.experiments.sde.regression_rates import RATES, regress
-from backpass.lab.result import Cell, Finding, Table
-from backpass.lab.statistics import geometric_interval, mean_interval
+from backpass.report.claims import Claim, judge
+from backpass.report.result import Cell, Finding, Table
+from backpass.report.statistics import geometric_interval, mean_interval
 
 __all__ = ["EXPERIMENTS", "Images", "Regression"]
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError
-from backpass.lab.claims import Claim, judge_within
 from backpass.lab.experiments.sde.regression import choose, squared_loss
-from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
-from backpass.lab.statistics import Interval, mean_interval
 from backpass.lab.threads import one_thread
+from backpass.report.claims import Claim, judge_within
+from backpass.report.result import Curve, Finding, Result, Series, Table, environment
+from backpass.report.statistics import Interval, mean_interval
 from backpass.sde import AdversarialSDE, Stationary, fluctuation_dissipation, run_chain, stationarity_test, stationary
 from backpass.sde.stationarity import Balance, Drifting
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
-from backpass.lab.claims import judge_within
 from backpass.lab.experiments.sde import compare, compare_result, long_run, weak_error
-from backpass.lab.result import Finding, Result, Table
-from backpass.lab.statistics import mean_interval
+from backpass.report.claims import judge_within
+from backpass.report.result import Finding, Result, Table
+from backpass.report.statistics import mean_interval
 from backpass.sde import VARIANTS
 
 __all__ = ["EXPERIMENTS", "Orders"]

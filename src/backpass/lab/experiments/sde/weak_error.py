@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError
-from backpass.lab.claims import Claim, Direction, judge
 from backpass.lab.experiments.sde.regression import choose, squared_loss
-from backpass.lab.result import Curve, Finding, Result, Series, Table, environment
-from backpass.lab.statistics import Interval
 from backpass.lab.threads import one_thread
+from backpass.report.claims import Claim, Direction, judge
+from backpass.report.result import Curve, Finding, Result, Series, Table, environment
+from backpass.report.statistics import Interval
 from backpass.sde import VARIANTS, AdversarialSDE, WeakErrors, weak_error
 
 __all__ = ["FUNCTIONS", "Measured", "Study", "describe", "measure"]

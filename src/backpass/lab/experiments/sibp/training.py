@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
 from backpass.lab.bench.images import Source, load_parts
 from backpass.lab.bench.tuning import Method, Protocol, Tuned, curves_of, table_of, tune
-from backpass.lab.claims import Claim, judge
-from backpass.lab.result import Finding, Series, Table
-from backpass.lab.statistics import mean_interval, paired_interval
-from backpass.lab.wording import interval_text, listing
+from backpass.report.claims import Claim, judge
+from backpass.report.result import Finding, Series, Table
+from backpass.report.statistics import mean_interval, paired_interval
+from backpass.report.wording import interval_text
+from backpass.wording import listing
 
 __all__ = ["EXPERIMENTS", "Early", "longest_step"]
 

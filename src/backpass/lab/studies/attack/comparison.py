@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from backpass.attacks import Rate
-from backpass.lab.claims import Claim
-from backpass.lab.numbers import fraction_text
-from backpass.lab.proportions import PairedDifference, judge_images, paired_difference
 from backpass.lab.studies.attack.plans import Plan
 from backpass.lab.studies.attack.study import Measured
+from backpass.numbers import fraction_text
+from backpass.report.claims import Claim
+from backpass.report.proportions import PairedDifference, judge_images, paired_difference
 
 __all__ = ["Comparison", "Worst", "claims", "compare", "rule_name", "worst_cases"]
 

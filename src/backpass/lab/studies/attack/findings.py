@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backpass.attacks import Rate
-from backpass.lab.numbers import fraction_text
-from backpass.lab.proportions import percent_text
-from backpass.lab.result import Finding
 from backpass.lab.studies.attack.comparison import Comparison, Worst, rule_name
 from backpass.lab.studies.attack.study import Measured, Placing, Study
-from backpass.lab.wording import interval_text, listing
+from backpass.numbers import fraction_text
+from backpass.report.proportions import percent_text
+from backpass.report.result import Finding
+from backpass.report.wording import interval_text
+from backpass.wording import listing
 
 __all__ = ["findings", "subject_findings"]
 

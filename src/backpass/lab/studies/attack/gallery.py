@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from backpass.lab.pictures import Gallery, Picture, amplified, png_uri
 from backpass.lab.studies.attack.comparison import rule_name
 from backpass.lab.studies.attack.study import Measured
+from backpass.report.pictures import Gallery, Picture, amplified, png_uri
 
 __all__ = ["gallery"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from backpass.lab.data import Labelled
+from backpass.data import Labelled
 from backpass.lab.protocols import Protocol
 
 __all__ = ["AttackImages"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from backpass.attacks import Attack, Report, evaluate
-from backpass.lab.data import Labelled
+from backpass.data import Labelled
 from backpass.lab.studies.attack.images import AttackImages
 from backpass.lab.studies.attack.samples import draw_samples
 from backpass.lab.studies.attack.study import Measured, Study, Sweep

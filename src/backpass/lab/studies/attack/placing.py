@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from backpass.data import Labelled
 from backpass.errors import BackpassError
-from backpass.lab.data import Labelled
 from backpass.lab.placement_search import choose_start, is_automatic
 from backpass.lab.studies.attack.study import Placing, Study
 from backpass.rules import LinBP, parse_rule

@@ -9,8 +9,8 @@ from typing import Any
 from backpass.attacks import Attack, make_attack
 from backpass.attacks.names import attack_type
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.lab.numbers import fraction_text, read_number
 from backpass.lab.protocols import Protocol
+from backpass.numbers import fraction_text, read_number
 from backpass.rules.text import read_settings
 
 __all__ = ["Plan", "make_plans"]

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from backpass.attacks import Rate
-from backpass.lab.numbers import fraction_text
-from backpass.lab.proportions import percent
-from backpass.lab.result import Cell, Curve, Result, Series, Table, environment
 from backpass.lab.studies.attack.comparison import (
     Comparison,
     Worst,
@@ -22,7 +19,10 @@ from backpass.lab.studies.attack.findings import findings
 from backpass.lab.studies.attack.gallery import gallery
 from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text, target_text
 from backpass.lab.studies.attack.study import Measured, Placing, Sweep
-from backpass.lab.wording import listing
+from backpass.numbers import fraction_text
+from backpass.report.proportions import percent
+from backpass.report.result import Cell, Curve, Result, Series, Table, environment
+from backpass.wording import listing
 
 __all__ = ["CLAIMS_NOTE", "PLOTS_NOTE", "describe"]
 

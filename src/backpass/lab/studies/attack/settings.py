@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from backpass.lab.data import Labelled
-from backpass.lab.numbers import fraction_text
+from backpass.data import Labelled
 from backpass.lab.protocols import Protocol
 from backpass.lab.studies.attack.plans import Plan
 from backpass.lab.subjects import Subject
+from backpass.numbers import fraction_text
 
 __all__ = ["plan_settings", "protocol_settings", "subject_text", "target_text"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from backpass.attacks import Rate, Report
+from backpass.data import Labelled
 from backpass.errors import BackpassError
-from backpass.lab.data import Labelled
 from backpass.lab.placement_search import Choice, is_automatic
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Protocol

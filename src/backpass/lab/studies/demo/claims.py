@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-from backpass.lab.claims import Claim, Direction, judge
 from backpass.lab.studies.demo.fit import Run
 from backpass.lab.studies.demo.measure import Measured
+from backpass.report.claims import Claim, Direction, judge
 
 __all__ = ["claims", "diverged", "label"]
 

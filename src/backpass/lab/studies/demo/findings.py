@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from backpass.lab.claims import Claim, Verdict
-from backpass.lab.result import Finding
-from backpass.lab.statistics import Interval
 from backpass.lab.studies.demo.claims import diverged, label
 from backpass.lab.studies.demo.measure import Measured
-from backpass.lab.wording import interval_text, listing
+from backpass.report.claims import Claim, Verdict
+from backpass.report.result import Finding
+from backpass.report.statistics import Interval
+from backpass.report.wording import interval_text
+from backpass.wording import listing
 
 __all__ = ["findings"]
 

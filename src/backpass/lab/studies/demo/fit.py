@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from backpass.lab.data import Split
+from backpass.data import Split
 from backpass.rules import Rule
 from backpass.training import Progress, Trainer
 

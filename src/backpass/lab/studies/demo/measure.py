@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from backpass.attacks import PGD
+from backpass.data import Split, load_digits
 from backpass.errors import BackpassError
-from backpass.lab.data import Split, load_digits
-from backpass.lab.models import MODELS, build
-from backpass.lab.models.text import read_model
-from backpass.lab.statistics import geometric_interval
 from backpass.lab.studies.demo.fit import Run, fit, gradient
 from backpass.lab.threads import one_thread
+from backpass.models import MODELS, build
+from backpass.models.text import read_model
+from backpass.report.statistics import geometric_interval
 from backpass.rules import parse_rule
 
 __all__ = ["SCALES", "Demo", "Measured", "measure"]

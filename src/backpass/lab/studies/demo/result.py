@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from backpass.lab.result import Cell, Curve, Result, Series, Table, environment
-from backpass.lab.statistics import mean_interval
 from backpass.lab.studies.demo.claims import claims, diverged, label
 from backpass.lab.studies.demo.findings import findings
 from backpass.lab.studies.demo.fit import DIVERGED_ABOVE
 from backpass.lab.studies.demo.measure import Measured
+from backpass.report.result import Cell, Curve, Result, Series, Table, environment
+from backpass.report.statistics import mean_interval
 
 __all__ = ["PICTURE", "describe"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backpass.attacks import Rate, TransferReport, transfer
-from backpass.lab.data import Labelled
+from backpass.data import Labelled
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Protocol
 from backpass.lab.studies.attack.images import AttackImages

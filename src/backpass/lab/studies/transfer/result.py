@@ -7,15 +7,16 @@ import math
 import torch
 
 from backpass.attacks import Rate
-from backpass.lab.claims import Claim
-from backpass.lab.numbers import fraction_text
-from backpass.lab.proportions import judge_images, paired_difference, percent, percent_text
-from backpass.lab.result import Cell, Curve, Finding, Result, Series, Table, environment
 from backpass.lab.studies.attack.comparison import rule_name
 from backpass.lab.studies.attack.plans import Plan
 from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text
 from backpass.lab.studies.transfer.measure import Measured
-from backpass.lab.wording import listing, number
+from backpass.numbers import fraction_text
+from backpass.report.claims import Claim
+from backpass.report.proportions import judge_images, paired_difference, percent, percent_text
+from backpass.report.result import Cell, Curve, Finding, Result, Series, Table, environment
+from backpass.report.wording import number
+from backpass.wording import listing
 
 __all__ = ["describe"]
 

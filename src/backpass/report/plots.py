@@ -1,0 +1,206 @@
+"""Plots as SVG text: for a page, where they take its colours and fonts, and as a picture of their own."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import textwrap
+import warnings
+from collections.abc import Sequence
+from typing import Any
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+from backpass.report.result import Curve, Series
+from backpass.report.wording import anchor
+from backpass.wording import visible
+
+__all__ = ["CURVE_COLOURS", "inline_svg", "picture"]
+
+CURVE_COLOURS = ("#0b62a8", "#c2410c", "#4d7c0f", "#7e22ce", "#be185d", "#0f766e")
+"""Colours of the curves in order; on white each has a contrast above 4.5, and line styles differ as well."""
+
+_LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)), (0, (1, 3)))
+_MARKERS = "osD^vP"
+_INK, _GRID = "#1f2328", "#d0d7de"
+_MANY_POINTS = 9  # a curve with more points is drawn without markers
+_FONTS = "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # labels come from outside: a $ is a $
+    "text.usetex": False,
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.facecolor": "none",
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+}
+
+
+def inline_svg(series: Series) -> str:
+    """Return a plot as an ``<svg>`` element for the inside of a page.
+
+    Ink, grid and curves take the page's colours (``currentColor``, ``var(--grid)``, ``var(--curve-1)``, ...), so that
+    the plot follows light and dark. Every id begins with the series' own, so that several plots fit on one page.
+    """
+    prefix = f"plot-{anchor(series.id)}"
+    root = _draw_svg([series], size=(4.3, 3.4))
+    root.remove(root.find("defs"))  # type: ignore[arg-type]  # a style of all elements; the page has its own
+    for element in root.iter():
+        for name, value in element.items():
+            element.set(name, _on_page(name, value, prefix))
+    box = root.attrib["viewBox"]
+    root.attrib.clear()
+    root.attrib.update(
+        {"class": "plot", "id": prefix, "viewBox": box, "role": "img"}
+        | {"aria-labelledby": f"{prefix}-title {prefix}-desc"}
+    )
+    _insert(root, 0, "title", series.title, id=f"{prefix}-title")
+    _insert(root, 1, "desc", series.description, id=f"{prefix}-desc")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def picture(series: Sequence[Series], *, title: str) -> str:
+    """Return plots side by side as one SVG file on white, for a README."""
+    root = _draw_svg(series, size=(4.3 * len(series), 3.6), background="white")
+    root.set("xmlns", "http://www.w3.org/2000/svg")
+    _insert(root, 0, "title", title)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _on_page(name: str, value: str, prefix: str) -> str:
+    """Return the value of one of matplotlib's attributes with the page's ids and colours."""
+    if name == "id":
+        return f"{prefix}-{value}"
+    if name == "href":
+        return value.replace("#", f"#{prefix}-")
+    value = value.replace("url(#", f"url(#{prefix}-").replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    for index, colour in enumerate(CURVE_COLOURS, start=1):
+        value = value.replace(colour, f"var(--curve-{index})")
+    return value
+
+
+def _insert(root: Element, place: int, tag: str, text: str, **attributes: str) -> None:
+    element = Element(tag, attributes)
+    element.text = visible(text)
+    root.insert(place, element)
+
+
+def _draw_svg(series: Sequence[Series], *, size: tuple[float, float], background: str = "none") -> Element:
+    """Draw one panel per series; return matplotlib's SVG without namespaces and metadata."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    salt = "+".join(visible(one.id) for one in series)  # clip paths and markers get the same ids in every run
+    style: Any = {**_STYLE, "svg.hashsalt": salt}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's fonts have it
+        figure = Figure(figsize=size, facecolor=background)
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
+        panels = figure.subplots(1, len(series), squeeze=False)[0]
+        for panel, one in zip(panels, series, strict=True):
+            _draw(panel, one, titled=len(series) > 1)
+        handles, _ = panels[0].get_legend_handles_labels()
+        labels = [_legend_label(curve.label) for curve in series[0].curves]
+        if background != "none":  # a page explains the crosses below its plots; a picture must by itself
+            handles.append(Line2D([], [], linestyle="none", marker="x", markeredgewidth=1.8, color=_INK))
+            labels.append("a run diverged")
+        columns = _legend_columns(labels, size[0])
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        stream = io.StringIO()
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(stream, metadata={"Date": None, "Creator": None})
+    root = ElementTree.fromstring(stream.getvalue())  # noqa: S314  (written by matplotlib; labels are escaped there)
+    for metadata in root.findall("{*}metadata"):
+        root.remove(metadata)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for name in [name for name in element.keys() if "}" in name]:  # noqa: SIM118  (an element is no mapping)
+            element.set(name.rpartition("}")[2], element.attrib.pop(name))
+        if "style" in element.attrib:
+            fonts = re.sub(r"(font: (?:[\w.]+ )*[\d.]+px )[^;]*", lambda m: m[1] + _FONTS, element.attrib["style"])
+            element.set("style", fonts)
+    return root
+
+
+def _legend_label(text: str) -> str:
+    """Wrap a long label; matplotlib leaves out labels that begin with an underscore."""
+    return "\n".join(textwrap.wrap(visible(text), 54)).replace("_", " _", 1 if text.startswith("_") else 0)
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """Return how many labels fit side by side into the width, in inches."""
+    widths = [0.6 + 0.065 * max(map(len, label.split("\n"))) for label in labels]
+    return max(1, len(labels) if sum(widths) <= width else int(width / max(widths)))
+
+
+def _draw(axes: Any, series: Series, *, titled: bool) -> None:
+    """Draw one panel: a line with its band per curve, and a cross where a run has diverged."""
+    from matplotlib.ticker import LogFormatter
+
+    for index, curve in enumerate(series.curves):
+        _draw_curve(axes, curve, index)
+    axes.set(xlabel=visible(series.x_label), ylabel=visible(series.y_label))
+    if titled:
+        axes.set_title(visible(series.title), fontsize=10.5)
+    for axis, logarithmic in ((axes.xaxis, series.log_x), (axes.yaxis, series.log_y)):
+        if logarithmic:
+            axis._set_axes_scale("log")
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # its default is mathematics
+    if all(isinstance(x, int) for curve in series.curves for x in curve.x):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    ticks = sorted({x for curve in series.curves for x in curve.x})
+    if len(ticks) <= _MANY_POINTS:
+        axes.set_xticks(ticks, [f"{x:g}" if len(f"{x:g}") < 6 else f"{x:.3g}" for x in ticks])
+        axes.minorticks_off()
+
+
+def _draw_curve(axes: Any, curve: Curve, index: int) -> None:
+    colour, few = CURVE_COLOURS[index % len(CURVE_COLOURS)], len(curve.x) <= _MANY_POINTS
+    intervals = curve.intervals
+    (line,) = axes.plot(
+        curve.x,
+        [i.mean for i in intervals],
+        color=colour,
+        linestyle=_LINES[index % len(_LINES)],
+        marker=_MARKERS[index % len(_MARKERS)] if few else "none",
+        label=f"curve {index + 1}",
+    )
+    line.set_gid(f"curve-{index + 1}")
+    band = axes.fill_between(
+        curve.x,
+        [i.low for i in intervals],
+        [i.high for i in intervals],
+        color=colour,
+        alpha=0.15,
+        linewidth=0,
+    )
+    band.set_gid(f"band-{index + 1}")
+    lost = [x for x, i in zip(curve.x, intervals, strict=True) if not math.isfinite(i.mean)]
+    if lost:
+        crosses = axes.plot(
+            lost if few else lost[:1],
+            [0.985 - 0.055 * index] * (len(lost) if few else 1),
+            linestyle="none",
+            marker="x",
+            color=colour,
+            markeredgewidth=1.8,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+        )
+        crosses[0].set_gid(f"diverged-{index + 1}")

@@ -1,0 +1,36 @@
+"""The first layer of the network `whitened` whitens patches."""
+
+import torch
+
+from backpass.data.normalisation import known_normalisation
+from backpass.models import build
+
+
+def test_patches_become_uncorrelated_with_unit_variance():
+    torch.manual_seed(0)
+    x = torch.nn.functional.avg_pool2d(torch.rand(64, 3, 66, 66), 3, 2)  # neighbouring pixels are correlated
+    model = build("whitened:width=16", normalisation=known_normalisation("cifar10"))
+    model.initialise_from(x)
+    out = model.whiten(model.normalize(x)).movedim(1, 3).flatten(0, 2)
+    half = out.shape[1] // 2
+    covariance = torch.cov((out - model.whiten.bias)[:, :half].T)
+    torch.testing.assert_close(covariance, torch.eye(half), rtol=0, atol=0.02)
+    assert torch.allclose(out[:, half:], -out[:, :half] + 2 * model.whiten.bias[:half], atol=1e-4)
+    assert not model.whiten.weight.requires_grad
+
+
+def test_it_learns_and_keeps_its_filters():
+    model = build("whitened:width=16", seed=1)
+    before = model.whiten.weight.clone()
+    x, y = torch.rand(64, 3, 32, 32), torch.arange(64) % 10
+    x = x * 0.1 + 0.09 * y[:, None, None, None]
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.85, nesterov=True, weight_decay=1e-3)
+    losses = []
+    for _ in range(40):
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    assert torch.equal(model.whiten.weight, before)

@@ -1,0 +1,67 @@
+"""Intervals of proportions: against published values, other implementations and simulation."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from backpass.attacks import Rate
+from backpass.errors import BackpassError
+from backpass.report.proportions import judge_images, paired_difference, percent, percent_text
+
+
+def outcomes(both, only_ours, only_theirs, neither):
+    ours = [True] * (both + only_ours) + [False] * (only_theirs + neither)
+    theirs = [True] * both + [False] * only_ours + [True] * only_theirs + [False] * neither
+    return torch.tensor(ours), torch.tensor(theirs)
+
+
+def test_a_rate_in_per_cent_has_wilsons_ends_in_per_cent():
+    rate = Rate(81, 263)  # Newcombe (1998), table I, method 3: .2553 to .3662
+    assert percent(rate) == pytest.approx((100 * 81 / 263, 25.53, 36.62, 263), abs=0.005)
+    assert percent_text(rate) == "30.8 [25.5, 36.6]\N{NO-BREAK SPACE}%"
+    assert math.isnan(percent(Rate(0, 0)).mean)
+
+
+def test_the_claim_counts_the_images_that_one_side_fools_alone():
+    claim = judge_images("a", "ours fools more", paired_difference(*outcomes(50, 30, 5, 15)), theirs="BP")
+    assert (claim.verdict, claim.estimate, claim.n) == ("holds", 25.0, 100)
+    assert claim.note.startswith("30 images fooled by it only, 5 by BP only")
+    assert judge_images("b", "", paired_difference(*outcomes(50, 5, 30, 15)), theirs="BP").verdict == "does not hold"
+    assert judge_images("c", "", paired_difference(*outcomes(50, 5, 5, 40)), theirs="BP").verdict == "undecided"
+
+
+@pytest.mark.parametrize("cells", [(5, 3, 1, 10), (0, 0, 0, 4), (50, 12, 12, 3), (0, 9, 0, 1), (800, 60, 41, 300)])
+def test_mcnemars_p_is_the_binomial_tests(cells):
+    found = paired_difference(*outcomes(*cells))
+    _, b, c, _ = cells
+    assert (found.only_ours, found.only_theirs) == (b, c)
+    assert found.p == pytest.approx(binomtest(b, b + c).pvalue if b + c else 1.0)
+    assert found.interval.mean == pytest.approx(100 * (b - c) / sum(cells))
+    assert found.interval.low <= found.interval.mean <= found.interval.high
+
+
+def test_full_agreement_leaves_an_interval():
+    interval = paired_difference(*outcomes(10, 0, 0, 10)).interval
+    assert interval.low < 0 < interval.high
+    assert interval.mean == 0
+
+
+def test_the_paired_interval_covers_the_truth_about_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    n, p_ours, p_theirs = 60, 0.10, 0.04  # chances of each kind of disagreement
+    covered = 0
+    for _ in range(2000):
+        u = torch.rand(n, generator=generator)
+        ours, theirs = u < p_ours, (u >= p_ours) & (u < p_ours + p_theirs)
+        interval = paired_difference(ours, theirs).interval
+        covered += interval.low <= 100 * (p_ours - p_theirs) <= interval.high
+    assert 0.94 < covered / 2000 < 0.99
+
+
+def test_outcomes_that_are_no_pairs_are_refused():
+    with pytest.raises(BackpassError, match="as many"):
+        paired_difference(torch.ones(3).bool(), torch.ones(2).bool())
+    with pytest.raises(BackpassError, match="at least one"):
+        paired_difference(torch.ones(0).bool(), torch.ones(0).bool())
