@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from backpass.attacks import Rate
 from backpass.lab.studies.attack.comparison import rule_name
@@ -138,21 +139,25 @@ def _claims(measured: Measured) -> list[Claim]:
         for source, target in study.pairs
         if measured.correct[target].any()
     ]
+
+    def fooled(plan: Plan, rule: str, source: str, target: str) -> Tensor:
+        return measured.reports[plan.name, rule].fooled[source][target][measured.correct[target]]
+
     outcomes = [
-        [measured.reports[p.name, r].fooled[source][target][measured.correct[target]] for r in (rule, base)]
-        for p, rule, source, target in compared
+        (fooled(plan, rule, source, target), fooled(plan, base, source, target))
+        for plan, rule, source, target in compared
     ]
-    levels = holm_levels([paired_difference(*pair).p for pair in outcomes])
+    levels = holm_levels([paired_difference(ours, theirs).p for ours, theirs in outcomes])
     return [
         judge_images(
             f"transfer-{number}",
             f"{rule_name(rule)} transfers better than {rule_name(base)} from {source} to {target}: "
             f"{plan.text}, eps {fraction_text(plan.eps)}",
-            paired_difference(*pair, level),
+            paired_difference(ours, theirs, level),
             theirs=rule_name(base),
             reference=_REFERENCE if rule.startswith("linbp") and base == "bp" else None,
         )
-        for number, ((plan, rule, source, target), pair, level) in enumerate(
+        for number, ((plan, rule, source, target), (ours, theirs), level) in enumerate(
             zip(compared, outcomes, levels, strict=True), start=1
         )
     ]
