@@ -77,6 +77,7 @@ def constant(scale, values):
     }
 
 
-if __name__ == "__main__":
+def main():
+    """Run in a process of its own: ``python -c "from support.experiments import main; main()" FOLDER``."""
     for _ in run([many()], scale="small", out=Path(sys.argv[1])):
         pass
