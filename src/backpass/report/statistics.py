@@ -12,6 +12,7 @@ __all__ = [
     "LEVEL",
     "Interval",
     "geometric_interval",
+    "holm_levels",
     "mean_interval",
     "paired_interval",
     "sign_test",
@@ -30,6 +31,25 @@ class Interval(NamedTuple):
     low: float
     high: float
     n: int
+
+
+def holm_levels(p_values: Sequence[float], level: float = LEVEL) -> list[float]:
+    """Return the confidence level of each comparison at which Holm's procedure decides, the family's being `level`.
+
+    The p of rank r among m is compared with (1 - level) / (m - r + 1). From the first that is not below it on, none is
+    significant, and all are compared with that same number. A comparison is thus significant where its p is below one
+    minus its level, which is where its interval at that level leaves out 0.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure (1979).
+    """
+    count, levels, failed = len(p_values), [level] * len(p_values), False
+    share = 1.0 - level
+    for rank, place in enumerate(sorted(range(count), key=p_values.__getitem__)):
+        if not failed:
+            share = (1.0 - level) / (count - rank)
+            failed = p_values[place] >= share
+        levels[place] = 1.0 - share
+    return levels
 
 
 def student_cdf(t: float, freedom: int) -> float:

@@ -65,3 +65,11 @@ def test_outcomes_that_are_no_pairs_are_refused():
         paired_difference(torch.ones(3).bool(), torch.ones(2).bool())
     with pytest.raises(BackpassError, match="at least one"):
         paired_difference(torch.ones(0).bool(), torch.ones(0).bool())
+
+
+@pytest.mark.parametrize("level", [0.9, 0.95, 0.99, 0.999])
+def test_the_interval_at_a_level_leaves_out_zero_exactly_where_the_test_is_significant(level):
+    for ours in range(12):
+        for theirs in range(12):
+            found = paired_difference(*outcomes(3, ours, theirs, 4), level)
+            assert (found.interval.low > 0 or found.interval.high < 0) == (found.p < 1 - level)

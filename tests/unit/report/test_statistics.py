@@ -8,6 +8,7 @@ import torch
 from backpass.errors import BackpassError
 from backpass.report.statistics import (
     geometric_interval,
+    holm_levels,
     mean_interval,
     paired_interval,
     student_cdf,
@@ -89,3 +90,16 @@ def test_one_value_has_a_mean_but_no_ends():
 def test_impossible_requests_are_refused_with_words(call, message):
     with pytest.raises(BackpassError, match=message):
         call()
+
+
+def test_holms_levels_decide_as_his_procedure():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        values = (torch.rand(6, generator=generator) ** 4).tolist()
+        significant, rest = set(), sorted(values)
+        while rest and rest[0] < 0.05 / len(rest):  # reject the least p as long as it is below its share
+            significant.add(rest.pop(0))
+        decided = {p for p, level in zip(values, holm_levels(values), strict=True) if p < 1 - level}
+        assert decided == significant
+    assert holm_levels([]) == []
+    assert holm_levels([0.3]) == [0.95]

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from backpass.errors import BackpassError
+from backpass.rules.implicit.attached import Named
 from backpass.rules.implicit.direction import ProximalStep, Rows, from_gradient, from_rows, gram, samples
 from backpass.rules.implicit.layers import Gradients
 from backpass.rules.implicit.systems import column_gram
-from backpass.rules.implicit.uses import Named, Use
+from backpass.rules.implicit.uses import Use
 
 __all__ = ["Collected", "Parameters", "gather"]
 
@@ -133,7 +134,7 @@ class Collected:
         scale = self._common_scale(rows, plain)
         if scale is not None:
             assert plain[0] is not None  # noqa: S101  there are rows
-            scaled = Rows(rows.a, rows.g * scale, rows.samples)
+            scaled = rows if scale == 1.0 else Rows(rows.a, rows.g * scale, rows.samples)
             return from_rows(self.layer, scaled, self.wants[1], self._step, out=self.layer.matrix(plain[0]))
         # The gradient was changed entry by entry (clip_grad_value_, a term of the loss), so g no longer gives it. The
         # solve from P alone loses tau |A|^2 in precision, hence float64.
@@ -149,10 +150,10 @@ class Collected:
 
         return from_gradient(self.layer, system, self.wants, (self.count, self.samples), dtype, self._step)
 
-    def _common_scale(self, rows: Rows, plain: Gradients) -> Tensor | None:
+    def _common_scale(self, rows: Rows, plain: Gradients) -> float | None:
         """The c with P = c g^T A, which unscaling, clipping by norm and averaging leave; None if none fits.
 
-        Both sides are compared on one fixed vector of random signs.
+        Both sides are compared on one fixed vector of random signs. A c that rounding cannot tell from 1 is 1.
         """
         a, g = rows.a, rows.g
         signs = torch.full((a.shape[-1] + 1, 1), 0.5).bernoulli(generator=torch.Generator().manual_seed(0))
@@ -163,10 +164,12 @@ class Collected:
         if bias is not None:
             of_rows, found = of_rows + signs[-1], found + self.layer.bias_matrix(bias) * signs[-1]
         expected = g.mT @ of_rows
-        scale = (found * expected).sum() / expected.square().sum()
+        scale = float((found * expected).sum() / expected.square().sum())
         misfit = torch.linalg.vector_norm(found - scale * expected)
-        tolerance = torch.finfo(weight.dtype).eps ** 0.5
-        return scale if bool(misfit <= tolerance * torch.linalg.vector_norm(found)) else None
+        eps = torch.finfo(weight.dtype).eps
+        if not bool(misfit <= eps**0.5 * torch.linalg.vector_norm(found)):
+            return None
+        return 1.0 if abs(scale - 1) < eps**0.7 else scale
 
 
 def gather(names: Sequence[str], collected: dict[str, Collected]) -> None:

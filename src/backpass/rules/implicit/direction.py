@@ -233,12 +233,8 @@ def as_gradients(layer: LinearLayer, solution: Tensor, wants: tuple[bool, bool])
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
-    """A product per block; a batch of one is slower than a plain product."""
-    if len(left) > 1:
-        return left @ right
-    fits = out is not None and out.dtype == left.dtype
-    return torch.mm(left[0], right[0], out=out[0] if out is not None and fits else None).unsqueeze(0)
+    return torch.bmm(left, right, out=out if out is not None and out.dtype == left.dtype else None)
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    return tensor if scale == 1.0 else tensor * scale
+    return tensor if scale == 1.0 else tensor.mul_(scale)

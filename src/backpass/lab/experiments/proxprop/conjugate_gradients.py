@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
 from backpass.lab.bench.images import Parts, Source, load_parts
@@ -22,6 +22,7 @@ from backpass.report.result import Cell, Curve, Finding, Series, Table
 from backpass.report.statistics import mean_interval
 from backpass.report.wording import interval_text
 from backpass.rules import parse_rule
+from backpass.training import Trainer
 from backpass.wording import listing
 
 __all__ = ["EXPERIMENTS", "Solvers"]
@@ -78,11 +79,9 @@ def _directions(settings: Solvers, seed: int, device: torch.device) -> Direction
     model = network(run, parts, settings.source.data).to(device)
     optimizer = make_optimizer(run.optimizer, model.parameters(), run.rate)
     batches = _batches(parts, settings.batch, seed, device)
-    for step in range(settings.warm):
-        x, y = batches[step % len(batches)]
-        optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(model(x), y))
-        optimizer.step()
+    x, y = map(torch.cat, zip(*batches, strict=True))
+    loader = DataLoader(TensorDataset(x, y), batch_size=settings.batch)  # in this order
+    Trainer(model, optimizer, loader, epochs=settings.warm, max_steps=settings.warm).fit()
     x, y = batches[settings.warm % len(batches)]
     return [
         directions(model, x, y, {name: parse_rule(_at_tau(text, tau)) for name, text in settings.solvers.items()})
