@@ -313,7 +313,8 @@ def _labels(labels: Any) -> Tensor:
     if labels.is_floating_point() and not torch.equal(whole.to(labels.dtype), labels):
         wrong = labels[whole.to(labels.dtype) != labels][0]
         raise BackpassError(f"a label must be a whole number; got {wrong.item():g}.")
-    return whole
+    result: Tensor = whole
+    return result
 
 
 def _name(one: object) -> str:
