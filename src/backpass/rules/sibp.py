@@ -15,9 +15,9 @@ from torch.compiler import is_dynamo_compiling
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules import torch_internals
 from backpass.rules.activations import ACTIVATIONS
-from backpass.rules.attaching.interception import Interception, ModuleCall
+from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.run import ModuleCall, SiteCall
 from backpass.rules.implicit.calls import LINEAR, OPAQUE, PRODUCTS, LinearCall
 from backpass.rules.implicit.interception import LayerAttached, LayerInterception
 from backpass.rules.implicit.uses import Call, implicit_layer

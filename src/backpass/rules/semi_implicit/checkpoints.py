@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from backpass.rules.attaching.interception import ModuleCall
+from backpass.rules.attaching.run import ModuleCall
 
 __all__ = ["checkpointed_without_gradients"]
 
