@@ -222,21 +222,26 @@ class Attached:
         return key in self._plan().composed
 
     @constant_while_tracing
-    def verify(self, traced: int) -> str:
-        """Check that compiled code passes all sites; a name of the plan that it follows."""
+    def verify(self, traced: int, met: frozenset[str] = frozenset()) -> str:
+        """Check that compiled code passes all sites; a name of the plan that it follows.
+
+        Args:
+            traced: number of calls in compiled code.
+            met: keys of calls beside it.
+        """
         plan = self._plan()
-        hidden = [one for one in plan.order if one.is_composed and one.function not in self.operators]
-        for one in hidden:
-            if one.selected:
+        hidden = {one.key: one for one in plan.order if one.is_composed and one.function not in self.operators}
+        for one in hidden.values():
+            if one.selected and one.key not in met:
                 raise BackpassError(
                     f"compiled code does not show {one.function!r}, an activation that module "
                     f"{one.module or '(model)'!r} composes and {self.rule} selects: put it into a module of its own, "
                     "or attach the rule to the model without torch.compile."
                 )
-        seen = len(plan.order) - len(hidden)
-        if traced != seen:
+        seen, passed = len(plan.order) - len(hidden), traced + len(met - set(hidden))
+        if passed != seen:
             raise BackpassError(
-                f"compiled code passes {traced} of the {seen} calls that {self.rule} saw in an eager call "
+                f"compiled code passes {passed} of the {seen} calls that {self.rule} saw in an eager call "
                 "of the model: attach the rule to the model without torch.compile."
             )
         return "train" if self._training else "eval"
@@ -261,7 +266,7 @@ class Attached:
         if mode.traced:
             plan = self._plan()
             self._last, self._served = plan, ""
-            self.verify(mode.traced + len(mode.run.seen_from_outside()))
+            self.verify(mode.traced, frozenset(site.key for site in mode.run.seen_from_outside()))
             mode.run.settle(plan)
             return
         run, self._arguments = mode.run, ((), {})
