@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -165,7 +166,7 @@ class ActivationInterception(Interception):
             if func in LAYERS and isinstance(out, Tensor):
                 self._origins(caller).note(out, Origin(out, "", (), out.numel(), path=(out,), layer=True))
             elif func in JOINS:
-                self._joined(args, out)
+                self._joined(func, args, out)
             return out
         if func in BENT:
             self._bend()
@@ -284,11 +285,12 @@ class ActivationInterception(Interception):
                         one = Origin(None, origin.bent, origin.sites, numel)
                     self._origins(self.running[-1]).note(leaf, one)
 
-    def _joined(self, args: tuple[Any, ...], out: Any) -> None:
+    def _joined(self, func: TorchFunction, args: tuple[Any, ...], out: Any) -> None:
         known = [self._origins(self.running[-1]).of(x) for x in tree_leaves(args) if isinstance(x, Tensor)]
         sites = tuple(site for origin in known for site in origin.sites)
         if isinstance(out, Tensor) and (sites or any(origin.layer for origin in known)):
-            one = Origin(None, "", sites, out.numel())
+            # A mean is smaller than what it is taken of, without being a gate for that.
+            one = Origin(None, "", sites, sys.maxsize if func.__name__ == "mean" else out.numel())
             if not sites:
                 one = Origin(out, "", (), out.numel(), path=(out,), layer=True)
             self._origins(self.running[-1]).note(out, one)
