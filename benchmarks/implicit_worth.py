@@ -4,10 +4,10 @@
 
 Each run is a line of the file, so an interrupted study goes on where it was; ``--report`` prints the tables of what is
 there and writes them. Rates are chosen on a seed and a held-out part of their own, by the held-out loss after the last
-step; where the best rate is at the end of the grid, the grid grows. The other seeds hold out other data. A method's
-time is the median over seeds of its CPU time over AdamW's on one thread; "equal time" is the loss after as many steps as fit
-into the time of all of AdamW's, interpolated between evaluations. Intervals are 95 % Student intervals of the paired
-difference.
+step; where the best rate is at the end of the grid, the grid grows. The other seeds hold out other data. The time of a
+method is the median over seeds of its CPU time over AdamW's on one thread; "equal time" is the loss after as many steps
+as fit into the time of all of AdamW's, interpolated between evaluations. Intervals are 95 % Student intervals of the
+paired difference.
 """
 
 from __future__ import annotations
