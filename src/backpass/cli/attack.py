@@ -119,7 +119,7 @@ def attack(
         from backpass.lab.protocols import make_protocol
         from backpass.lab.studies.attack.measure import measure
         from backpass.lab.studies.attack.placing import place, set_aside
-        from backpass.lab.studies.attack.plans import make_plans
+        from backpass.lab.studies.attack.plans import make_plans, mixing_pool
         from backpass.lab.studies.attack.result import describe
         from backpass.lab.studies.attack.study import Study, check_rules, order_rules
         from backpass.lab.subjects import load_subject, parse_device
@@ -130,7 +130,7 @@ def attack(
         ordered, (where, first) = order_rules(rules, model), stack.enter_context(processes(parse_device(device)))
         space = make_protocol(protocol, data, o.read_normalisation(mean, std))
         settings = given.as_options()
-        make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
+        plans = make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
         in_front = o.normalisation_in_front(normalize, mean, std, data=data, protocol=protocol)
         images, aside = set_aside(load_data(data, split=split), limit, ordered)
         subject = load_subject(model, weights, device=where, seed=seed, normalisation=in_front, data=images)
@@ -141,6 +141,7 @@ def attack(
         images = match_classes(images, classes, outputs or images.classes, model)
         aside = aside and match_classes(aside, classes, outputs or images.classes, model)
         check_rules(subject, ordered, few, data)
+        settings |= mixing_pool(plans, images, space)
         study = Study(
             subject=subject,
             data=images,

@@ -33,7 +33,11 @@ __all__ = ["transfer"]
 
 [green]backpass transfer --source my_nets:Small@small.pt --target my_nets:Large@large.pt --data cifar10
 --attack pgd:steps=100 --eps 8/255 --rule bp --rule linbp:start=layer3[/green]
-  do they transfer better when they are made with linear backpropagation?"""
+  do they transfer better when they are made with linear backpropagation?
+
+[green]backpass transfer --source my_nets:Small@small.pt --target my_nets:Large@large.pt --data cifar10 --eps 8/255
+--attack ifgsm --attack mifgsm:diversity=0.7,translation=3,scales=5 --rule bp --rule sgm --gradients 100[/green]
+  which attack and which rule transfer best, at 100 gradients of each image?"""
 )
 def transfer(
     sources: Annotated[
@@ -57,6 +61,15 @@ def transfer(
     step: o.Step = None,
     steps: o.Steps = None,
     restarts: o.Restarts = None,
+    gradients: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Gradients of each image, instead of --steps: every attack and rule gets as many steps as they allow, "
+            "without restarts.",
+            show_default="the attack's steps",
+        ),
+    ] = None,
     norm: o.Norm = None,
     loss: o.Loss = None,
     rules: o.Rules = ["bp"],  # noqa: B006
@@ -97,7 +110,7 @@ def transfer(
         from backpass.data import load_data
         from backpass.data.class_map import match_classes
         from backpass.lab.protocols import make_protocol
-        from backpass.lab.studies.attack.plans import make_plans
+        from backpass.lab.studies.attack.plans import make_plans, mixing_pool
         from backpass.lab.studies.attack.study import check_rules, order_rules
         from backpass.lab.studies.transfer.measure import Study, measure
         from backpass.lab.studies.transfer.result import describe
@@ -109,7 +122,8 @@ def transfer(
         ordered, (where, first) = order_rules(rules), stack.enter_context(processes(parse_device(device)))
         space = make_protocol(protocol, data, o.read_normalisation(mean, std))
         settings = {**given.as_options(), "early_stop": False}
-        make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
+        # A mistake there is better known before the data is read.
+        plans = make_plans(attacks, radii, settings, space, gradients)
         in_front = o.normalisation_in_front(normalize, mean, std, data=data, protocol=protocol)
         images = load_data(data, split=split).first(limit)
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
@@ -123,6 +137,7 @@ def transfer(
         images = match_classes(images, classes, some or images.classes, sources[0])
         for spec in sources:
             check_rules(networks[spec], ordered, few, data)
+        settings |= mixing_pool(plans, images, space)
         names = short_names(networks)
         study = Study(
             sources={names[spec]: networks[spec] for spec in sources},
@@ -137,6 +152,7 @@ def transfer(
             device=where,
             shards=o.open_shards(out, resume, first),
             target=o.read_target(target, images.class_names),
+            gradients=gradients,
         )
         measured = measure(study, report)
         result = describe(measured)

@@ -160,11 +160,11 @@ class Source:
 
 def _checked(data: Any) -> Any:
     if isinstance(data, tuple | list):
-        if len(data) != 2 or not all(map(_has_rows, data)) or len(data[0]) != len(data[1]):
+        rows = [len(one) if _has_rows(one) else None for one in data]
+        if len(data) != 2 or None in rows or rows[0] != rows[1]:
+            got = ", ".join(map(_words, data))
             raise BackpassError(
-                "data must be a pair (x, y) of tensors with as many rows each, a Dataset or a DataLoader; got "
-                + ", ".join(map(_words, data))
-                + "."
+                f"data must be a pair (x, y) of tensors with as many rows each, a Dataset or a DataLoader; got {got}."
             )
         return data[0], data[1]
     indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
