@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
 from backpass.training.half_batches import half_losses, products
-from backpass.training.step_metric import largest_rate, step_weights
 
 __all__ = ["ControlledLR", "Measured", "half_losses"]
 
@@ -170,7 +169,7 @@ class ControlledLR(LRScheduler):
             raise BackpassError(
                 f"measure takes the losses of the two halves of a batch, two functions as half_losses gives; got {got}."
             )
-        weights = step_weights(self.optimizer, self._base_rates())
+        weights = _step_weights(self.optimizer, self._base_rates())
         if weights is None:
             return  # Adam's scales come with its first step
         parameters = self._parameters()
@@ -203,7 +202,7 @@ class ControlledLR(LRScheduler):
         cost = self._rate() * self._loss()
         if n >= shortest and cost > 0:
             pace = min(max(2 - self.progress / cost, 0.0), 2.0)
-            largest = largest_rate(self.optimizer, self._base_rates())
+            largest = _largest_rate(self.optimizer, self._base_rates())
             self.inverse += self.every * self.slope * pace * largest * max(self._curvature(), 0.0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -227,9 +226,60 @@ class ControlledLR(LRScheduler):
 
     def _rate(self) -> float:
         """The largest effective rate at present."""
-        return largest_rate(self.optimizer, self._base_rates()) / self.inverse
+        return _largest_rate(self.optimizer, self._base_rates()) / self.inverse
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """One vector, in float32 at least."""
     return torch.cat([one.reshape(-1).to(torch.promote_types(one.dtype, torch.float32)) for one in tensors])
+
+
+def _largest_rate(optimizer: Optimizer, rates: list[float]) -> float:
+    """The largest effective rate of the groups, lr / (1 - momentum): a heavy ball takes that many gradients each.
+
+    Args:
+        optimizer: whose groups.
+        rates: a learning rate for each.
+    """
+    return max(rate * _momentum(group) for rate, group in zip(rates, optimizer.param_groups, strict=True))
+
+
+@torch.no_grad()
+def _step_weights(optimizer: Optimizer, rates: list[float]) -> list[Tensor] | None:
+    """The w >= 0 with mean step -s w g, s the `_largest_rate`: one tensor per parameter, of its shape or a number.
+
+    w is the group's rate relative to s, and for Adam and its kin (a state ``exp_avg_sq``) and RMSprop
+    (``square_avg``) also divided by their root mean square gradient. Other optimizers count as descent along g.
+
+    Returns:
+        The weights of all parameters in order; None before the first step of an optimizer that has yet to see
+        gradients.
+    """
+    largest = _largest_rate(optimizer, rates)
+    weights = []
+    for rate, group in zip(rates, optimizer.param_groups, strict=True):
+        relative = rate * _momentum(group) / largest if largest > 0 else 1.0
+        for parameter in group["params"]:
+            root = _root_mean_square(optimizer.state.get(parameter, {}), group)
+            if root is not None:
+                weights.append(relative / (root + group["eps"]))
+            elif "eps" in group and parameter.requires_grad and not optimizer.state.get(parameter):
+                return None
+            else:
+                weights.append(parameter.new_tensor(relative))
+    return weights
+
+
+def _momentum(group: dict[str, Any]) -> float:
+    momentum = float(group.get("momentum", 0.0))
+    dampening = float(group.get("dampening", 0.0)) if momentum else 0.0
+    return (1 - dampening) / (1 - momentum) if momentum < 1 else 1.0
+
+
+def _root_mean_square(state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
+    if "exp_avg_sq" in state:
+        squares: Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+        decay: float = group["betas"][1]
+        unbiased: Tensor = squares / (1 - decay ** float(state["step"]))
+        return unbiased.sqrt()
+    return state["square_avg"].sqrt() if "square_avg" in state else None
