@@ -34,8 +34,8 @@ class Source:
     become floats in [0, 1]; labels may be whole numbers of any type.
 
     Args:
-        data: (x, y) tensors or arrays, also by name in a mapping; a map-style data set; an iterable of samples or of batches, for instance a DataLoader
-            with any sampler, batch sampler and collate function.
+        data: (x, y) tensors or arrays, also by name in a mapping; a map-style data set; an iterable of samples or of
+            batches, for instance a DataLoader with any sampler, batch sampler and collate function.
         batch_size: samples per batch; only the last one is smaller.
         several: whether every process, or every later run, has to read the same order again.
 

@@ -191,8 +191,7 @@ def test_a_curve_is_that_of_searches_from_the_largest_radius_down_until_one_fail
     radii = [0.0, 0.02, 0.05, 0.08, 0.14]
     attack = PGD(eps=0.1, step=0.025, steps=8, restarts=2)
     report = evaluate(cnn, (x, y), {"pgd": attack}, radii=reversed(radii), batch_size=23)
-    standing = {radius: 0 for radius in radii}
-    gradients = 0
+    standing = dict.fromkeys(radii, 0)
     for i in (cnn(x).argmax(1) == y).nonzero().flatten().tolist():
         one, start, least = x[i : i + 1], None, 1.0
         for radius, larger in zip(radii[:0:-1], [1.0, *radii[:1:-1]], strict=True):
