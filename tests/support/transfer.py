@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BLOCKS", "Ways", "clamped", "decayed", "silu_relu", "soft_pool"]
+__all__ = [
+    "BLOCKS",
+    "Ways",
+    "clamped",
+    "decayed",
+    "silu_relu",
+    "soft_pool",
+    "without_extreme_pairs",
+    "without_extremes",
+]
 
 
 def same(x: Tensor) -> Tensor:
@@ -29,12 +38,16 @@ class Ways:
         relu: the activation of the convolutional blocks.
         pool: max pooling, 3 x 3 with stride 2 and padding 1.
         matrix: applied to the attention matrix.
+        qkv: applied to the input of the layers of queries, keys and values, (samples, tokens, channels).
+        mlp: applied to the input of an MLP, (samples, ..., channels).
     """
 
     branch: Callable[[Tensor], Tensor] = same
     relu: Callable[[Tensor], Tensor] = torch.relu
     pool: Callable[[Tensor], Tensor] = lambda x: F.max_pool2d(x, 3, 2, 1)
     matrix: Callable[[Tensor], Tensor] = same
+    qkv: Callable[[Tensor], Tensor] = same
+    mlp: Callable[[Tensor], Tensor] = same
 
 
 def decayed(decay: float) -> Callable[[Tensor], Tensor]:
@@ -70,6 +83,50 @@ def clamped(relu: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return y
 
     return function
+
+
+def hooked(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The identity, with its gradient changed."""
+
+    def function(x: Tensor) -> Tensor:
+        y = x.clone()
+        y.register_hook(change)
+        return y
+
+    return function
+
+
+def without_extremes(factor: float, count: int = 1) -> Callable[[Tensor], Tensor]:
+    """TGR for (samples, ..., channels): a loop over channels."""
+
+    def change(g: Tensor) -> Tensor:
+        out = g * factor
+        for sample in range(g.shape[0]):
+            flat = out[sample].view(-1, g.shape[-1])
+            for channel in range(g.shape[-1]):
+                order = g[sample].reshape(-1, g.shape[-1])[:, channel].argsort().tolist()
+                for token in order[:count] + order[-count:]:
+                    flat[token, channel] = 0
+        return out
+
+    return hooked(change)
+
+
+def without_extreme_pairs(factor: float, count: int = 1) -> Callable[[Tensor], Tensor]:
+    """TGR for attention matrices (samples, heads, queries, keys): a loop over heads."""
+
+    def change(g: Tensor) -> Tensor:
+        out = g * factor
+        for sample in range(g.shape[0]):
+            for head in range(g.shape[1]):
+                order = g[sample, head].flatten().argsort().tolist()
+                for entry in order[:count] + order[-count:]:
+                    query, key = divmod(entry, g.shape[-1])
+                    out[sample, head, query] = 0
+                    out[sample, head, :, key] = 0
+        return out
+
+    return hooked(change)
 
 
 class ResNet(nn.Module):
@@ -188,7 +245,7 @@ class ViT(nn.Module):
         return tuple(part.reshape(*part.shape[:2], 2, 4).transpose(1, 2) for part in packed.chunk(3, -1))
 
     def by_hand(self, x: Tensor, ways: Ways) -> Tensor:
-        q, k, v = self._heads(self.norms[0](x))
+        q, k, v = self._heads(ways.qkv(self.norms[0](x)))
         scores = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) / 2
         matrix = torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True)
         if self.mix is not None:
@@ -196,7 +253,7 @@ class ViT(nn.Module):
         heads = (ways.matrix(matrix).unsqueeze(-1) * v.unsqueeze(-3)).sum(-2)
         x = x + ways.branch(self.attention.out_proj(heads.transpose(1, 2).flatten(2)))
         first, _, last = self.mlp
-        return x + ways.branch(last(ways.relu(first(self.norms[1](x)))))
+        return x + ways.branch(last(ways.relu(first(ways.mlp(self.norms[1](x))))))
 
 
 class Swin(nn.Module):
@@ -228,11 +285,11 @@ class Swin(nn.Module):
         return x + self.mlp(self.norms[1](x))
 
     def by_hand(self, x: Tensor, ways: Ways) -> Tensor:
-        q, k, v = self._heads(self._windows(torch.roll(self.norms[0](x), (-1, -1), (1, 2))))
+        q, k, v = self._heads(ways.qkv(self._windows(torch.roll(self.norms[0](x), (-1, -1), (1, 2)))))
         matrix = ways.matrix(torch.softmax((q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) / 2 + self.bias, -1))
         heads = (matrix.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2)
         x = x + ways.branch(torch.roll(self._image(self.out(heads.transpose(1, 2).flatten(2))), (1, 1), (1, 2)))
-        return x + ways.branch(self.mlp(self.norms[1](x)))
+        return x + ways.branch(self.mlp(ways.mlp(self.norms[1](x))))
 
 
 MANNERS = ("sdpa", "matmul", "bmm from the right", "einsum", "talking heads", "module", "module with weights")

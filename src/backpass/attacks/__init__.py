@@ -3,12 +3,14 @@
 from backpass.attacks.apgd import APGD
 from backpass.attacks.attack import Attack
 from backpass.attacks.autoattack import AutoAttack
+from backpass.attacks.companions import Pool
 from backpass.attacks.ensemble import Ensemble
 from backpass.attacks.evaluation import evaluate
 from backpass.attacks.fab import FAB
-from backpass.attacks.fgsm import FGSM, IFGSM, MIFGSM
+from backpass.attacks.fgsm import FGSM, IFGSM
 from backpass.attacks.iterative import Iterative
 from backpass.attacks.minimum import FMN
+from backpass.attacks.momentum import MIFGSM
 from backpass.attacks.names import make_attack
 from backpass.attacks.paired import Paired
 from backpass.attacks.pgd import PGD
@@ -31,6 +33,7 @@ __all__ = [
     "Ensemble",
     "Iterative",
     "Paired",
+    "Pool",
     "Rate",
     "Report",
     "Result",

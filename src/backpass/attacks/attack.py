@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -163,6 +165,47 @@ class Attack(ABC):
         Raises:
             BackpassError: x, y, indices, mask, start or model is invalid; the message says what to do.
         """
+        with self.prepared(model, x, y, indices=indices, batch_size=batch_size, mask=mask, start=start) as found:
+            oracle, whole, capacity = found
+            y = whole.y
+            rows = torch.split(torch.arange(len(x), device=x.device), capacity)
+            parts = [self._attack(oracle, whole[some], capacity) for some in rows]
+            best = parts[0] if len(parts) == 1 else Best.concatenate(parts)
+            fooled = (best.verdict.prediction == y) == self.targeted
+            distance = torch.where(fooled, whole.threat.size(best.z.double() - whole.x.double()), torch.inf)
+            if self.minimum_norm:
+                distance = -best.score
+        return Result(
+            x_adv=best.z,
+            success=best.verdict.success,
+            loss=-best.verdict.value if self.targeted else best.verdict.value,
+            prediction=best.verdict.prediction,
+            distance=distance,
+            gradients=oracle.gradients,
+            forwards=oracle.forwards,
+            halvings=best.record,
+        )
+
+    @contextmanager
+    def prepared(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        indices: Tensor | None = None,
+        batch_size: int | None = None,
+        mask: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Iterator[tuple[Oracle, Batch, int]]:
+        """Check a call's arguments, and put the model into the state in which it is attacked.
+
+        Yields:
+            The model's oracle, the samples, and the most of them to search at a time.
+
+        Raises:
+            BackpassError: as a call does.
+        """
         check_model(model)
         check_images(x, self.bounds)
         check_labels(x, y)
@@ -184,24 +227,7 @@ class Attack(ABC):
             index = torch.arange(len(x), device=x.device) if indices is None else indices.clone().long()
             start = None if start is None else start.detach().clone()
             whole = Batch(x, y, index, self.threat(index, mask), start)
-            oracle = self.make_oracle(model)
-            rows = torch.split(torch.arange(len(x), device=x.device), capacity)
-            parts = [self._attack(oracle, whole[some], capacity) for some in rows]
-            best = parts[0] if len(parts) == 1 else Best.concatenate(parts)
-            fooled = (best.verdict.prediction == y) == self.targeted
-            distance = torch.where(fooled, whole.threat.size(best.z.double() - x.double()), torch.inf)
-            if self.minimum_norm:
-                distance = -best.score
-        return Result(
-            x_adv=best.z,
-            success=best.verdict.success,
-            loss=-best.verdict.value if self.targeted else best.verdict.value,
-            prediction=best.verdict.prediction,
-            distance=distance,
-            gradients=oracle.gradients,
-            forwards=oracle.forwards,
-            halvings=best.record,
-        )
+            yield self.make_oracle(model), whole, capacity
 
     def make_oracle(self, model: nn.Module) -> Oracle:
         """Return the model with the queries that this attack makes."""

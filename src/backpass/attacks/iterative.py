@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from backpass.attacks.checks import check_counts, check_flags, check_radius
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, uniform
 from backpass.attacks.oracle import Oracle, Pass
-from backpass.attacks.search import SearchAttack
+from backpass.attacks.search import SearchAttack, keep_finite
 from backpass.attacks.state import State
 from backpass.attacks.threat import make_threat
 from backpass.errors import BackpassError
@@ -71,6 +74,66 @@ class Iterative(SearchAttack):
         """Gradient steps."""
         return self.steps
 
+    def cost(self, steps: int) -> int:
+        """Gradients of an image that so many steps of one search take."""
+        return steps * self.eot
+
+    def within(self, gradients: int) -> Self:
+        """Return this attack with one search of as many steps as so many gradients of an image allow.
+
+        Raises:
+            BackpassError: they do not allow a step.
+        """
+        check_counts(gradients=gradients)
+        steps = bisect_right(range(1, gradients + 1), gradients, key=self.cost)
+        if not steps:
+            raise BackpassError(
+                f"a budget of {gradients} gradients is too small: a step of {type(self).__name__} takes {self.cost(1)}."
+            )
+        return replace(self, steps=steps, restarts=1)
+
+    def path(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        steps: Sequence[int],
+        indices: Tensor | None = None,
+        batch_size: int | None = None,
+        mask: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Return the images (N, ...) of one search of every sample after each of these numbers of steps.
+
+        No sample is removed early. The last images are those of `__call__` with one restart and without early stop.
+
+        Args:
+            model: as for a call of the attack, as are `x`, `y`, `indices`, `batch_size` and `mask`.
+            x: (N, ...).
+            y: (N,).
+            steps: in ascending order, each at least 1 and at most the attack's own.
+            indices: (N,).
+            batch_size: samples at a time.
+            mask: entries that may change.
+
+        Raises:
+            BackpassError: as a call of the attack does, or the steps are not as said.
+        """
+        marks = list(steps)
+        if not marks or sorted(marks) != marks or marks[0] < 1 or marks[-1] > self.steps:
+            raise BackpassError(f"steps must be numbers in ascending order, from 1 to {self.steps}; got {marks}.")
+        found: list[list[Tensor]] = [[] for _ in marks]
+        with self.prepared(model, x, y, indices=indices, batch_size=batch_size, mask=mask) as (oracle, whole, capacity):
+            for rows in torch.split(torch.arange(len(x), device=x.device), capacity):
+                jobs = whole.jobs(rows, torch.zeros_like(rows))
+                state: State = self.begin(oracle, jobs)
+                for iteration in range(marks[-1]):
+                    state = self.advance(oracle, state, iteration)
+                    for place, mark in enumerate(marks):
+                        if mark == iteration + 1:
+                            found[place].append(keep_finite(state.z.detach(), jobs))
+        return [torch.cat(parts) for parts in found]
+
     @property
     def searches(self) -> int:
         """Restarts; without a random draw each would repeat the first."""
@@ -125,6 +188,10 @@ class Iterative(SearchAttack):
         """One projected step."""
         assert isinstance(state, Ascent)  # noqa: S101 -- `begin` made it
         (logits, _, gradient), exact = self.look(oracle, state, iteration)
+        return replace(self.stepped(oracle, state, gradient), logits=logits, exact=exact)
+
+    def stepped(self, oracle: Oracle, state: Ascent, gradient: Tensor) -> Ascent:
+        """Return the state after a step along this gradient (B, ...), and a projection."""
         direction, memory = self.direction(oracle, gradient, state.memory)
         z = state.jobs.threat.project(state.jobs.x, direction.mul_(self.step).add_(state.z))
-        return replace(state, z=z, seen=state.z, logits=logits, exact=exact, memory=memory)
+        return replace(state, z=z, seen=state.z, memory=memory)

@@ -8,8 +8,9 @@ from backpass.attacks.apgd import APGD
 from backpass.attacks.attack import Attack
 from backpass.attacks.autoattack import AutoAttack
 from backpass.attacks.fab import FAB
-from backpass.attacks.fgsm import FGSM, IFGSM, MIFGSM
+from backpass.attacks.fgsm import FGSM, IFGSM
 from backpass.attacks.minimum import FMN
+from backpass.attacks.momentum import MIFGSM
 from backpass.attacks.pgd import PGD
 from backpass.attacks.square import Square
 from backpass.errors import BackpassError, UnknownNameError

@@ -42,8 +42,12 @@ class Paired:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the difference."""
+        return self.interval_at(_LEVEL)
+
+    def interval_at(self, level: float) -> tuple[float, float]:
+        """Return the interval of the difference at a confidence level; it leaves out 0 where p < 1 - level."""
         differing = self.only_first + self.only_second
-        low, high = binomial_interval(self.only_first, differing)
+        low, high = binomial_interval(self.only_first, differing, level)
         scale = min((differing + 1) / self.samples, 1.0) if self.samples else math.nan
         return scale * (2 * low - 1), scale * (2 * high - 1)
 
@@ -80,11 +84,11 @@ def binomial_test(hits: int, trials: int) -> float:
     return min(1.0, 2.0 * min(_tail(hits, trials, 0.5), _tail(trials - hits, trials, 0.5)))
 
 
-def binomial_interval(hits: int, trials: int) -> tuple[float, float]:
-    """Return Clopper and Pearson's interval of a share: those p whose two one-sided tests both have p >= .025."""
+def binomial_interval(hits: int, trials: int, level: float = _LEVEL) -> tuple[float, float]:
+    """Return Clopper and Pearson's interval of a share: those that no one-sided test at (1 - level) / 2 rejects."""
     if trials == 0:
         return 0.0, 1.0
-    return _solve(hits, trials), 1.0 - _solve(trials - hits, trials)
+    return _solve(hits, trials, level), 1.0 - _solve(trials - hits, trials, level)
 
 
 def _tail(hits: int, trials: int, share: float) -> float:
@@ -98,12 +102,12 @@ def _tail(hits: int, trials: int, share: float) -> float:
     return min(1.0, float(logs.exp().sum()))
 
 
-def _solve(hits: int, trials: int) -> float:
-    """Return the largest share at which P(X >= hits) is still at most .025; 0 without hits."""
+def _solve(hits: int, trials: int, level: float) -> float:
+    """Return the largest share at which P(X >= hits) is still at most (1 - level) / 2; 0 without hits."""
     low, high = 0.0, 1.0
     if hits == 0:
         return low
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _tail(hits, trials, middle) <= (1 - _LEVEL) / 2 else (low, middle)
+        low, high = (middle, high) if _tail(hits, trials, middle) <= (1 - level) / 2 else (low, middle)
     return low

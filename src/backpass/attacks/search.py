@@ -19,7 +19,7 @@ from backpass.attacks.restarts import Best, further_restarts
 from backpass.attacks.state import State, choose
 from backpass.preserved import preserved
 
-__all__ = ["SearchAttack"]
+__all__ = ["SearchAttack", "keep_finite"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class SearchAttack(Attack):
             threat = self.threat(indices)
             jobs = Jobs(x.detach(), y.long(), indices.long(), row, torch.zeros_like(row), threat, row)
             z = self._drive(oracle, jobs, ActiveSet(jobs, len(x), [len(x)], fixed=False, early_stop=False))["z"]
-            return _keep_finite(z.detach(), jobs)
+            return keep_finite(z.detach(), jobs)
 
     def _attack(self, oracle: Oracle, batch: Batch, capacity: int) -> Best:
         sizes = batch_sizes(capacity, compiled=oracle.fixed_sizes)
@@ -119,7 +119,7 @@ class SearchAttack(Attack):
         if fixed:
             jobs = jobs[pad(torch.arange(real, device=jobs.y.device), sizes)]
         found = self._drive(oracle, jobs, ActiveSet(jobs, real, sizes, fixed=fixed, early_stop=self.stops_early))
-        z = _keep_finite(found["z"].detach(), jobs)
+        z = keep_finite(found["z"].detach(), jobs)
         verdict = oracle.judge(z, jobs.with_targets(found.get("target")))
         return Best(z, verdict, self.score(oracle, z, jobs, verdict, found), found.get("record"))[:real]
 
@@ -135,7 +135,7 @@ class SearchAttack(Attack):
         return active.finish(state if active.done else self.end(oracle, state))
 
 
-def _keep_finite(z: Tensor, jobs: Jobs) -> Tensor:
+def keep_finite(z: Tensor, jobs: Jobs) -> Tensor:
     """Replace images (B, ...) that are not finite by the originals."""
     finite = z.flatten(1).isfinite().all(1)
     if bool(finite.all()):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
+from backpass.attacks.companions import Pool
 from backpass.attacks.oracle import Oracle
 from backpass.errors import BackpassError
 from backpass.files import write_whole
@@ -50,7 +51,7 @@ def _plain(value: Any, name: str) -> Any:
         return value
     if isinstance(value, tuple | list):
         return [_plain(part, name) for part in value]
-    if isinstance(value, torch.dtype):
+    if isinstance(value, torch.dtype | Pool):
         return str(value)
     if isinstance(value, types.FunctionType):
         cells = [_plain(cell.cell_contents, name) for cell in value.__closure__ or ()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -19,6 +19,7 @@ from backpass.attacks.columns import Columns, processes
 from backpass.attacks.data import Data, Source
 from backpass.attacks.ensemble import Ensemble
 from backpass.attacks.evaluation import Mask, _mask_of
+from backpass.attacks.iterative import Iterative
 from backpass.attacks.paired import Paired, paired
 from backpass.attacks.report import Rate
 from backpass.attacks.shards import Shards, describe, fingerprint
@@ -47,6 +48,8 @@ class TransferReport:
         correct: by target, (N,) bool: the clean samples that it classifies correctly.
         attacked: by target, (N,) bool: of those, the ones with another class to lead to.
         fooled: ``fooled[source][target]``, (N,) bool: of those, the ones that the source's image fools.
+        after: ``after[gradients][source][target]``, (N,) bool: the same of the image after so many gradients; empty
+            without a budget.
         settings: the attack's name and settings.
         versions: of torch and backpass.
     """
@@ -56,6 +59,7 @@ class TransferReport:
     fooled: dict[str, dict[str, Tensor]]
     settings: dict[str, Any]
     versions: dict[str, str]
+    after: dict[int, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         lines = ["TransferReport; success on samples that the target has right, 95 % intervals"]
@@ -65,8 +69,17 @@ class TransferReport:
     @property
     def rates(self) -> dict[str, dict[str, Rate]]:
         """``rates[source][target]``: fooled, of the samples that were attacked."""
+        return self._rates(self.fooled)
+
+    def _rates(self, fooled: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Rate]]:
         trials = {target: int(some.sum()) for target, some in self.attacked.items()}
-        return {s: {t: Rate(int(some.sum()), trials[t]) for t, some in row.items()} for s, row in self.fooled.items()}
+        return {s: {t: Rate(int(some.sum()), trials[t]) for t, some in row.items()} for s, row in fooled.items()}
+
+    @property
+    def curves(self) -> dict[str, dict[str, dict[int, Rate]]]:
+        """``curves[source][target][gradients]``: fooled after so many gradients, of the samples that were attacked."""
+        rates = {gradients: self._rates(fooled) for gradients, fooled in self.after.items()}
+        return {s: {t: {n: rates[n][s][t] for n in rates} for t in row} for s, row in self.fooled.items()}
 
     @property
     def matrix(self) -> Tensor:
@@ -81,7 +94,13 @@ class TransferReport:
     def to_dict(self) -> dict[str, Any]:
         """Return every number with its interval and settings, in JSON's types."""
         rates = {s: {t: rate.to_dict() for t, rate in row.items()} for s, row in self.rates.items()}
-        return {"success_rate": rates, "settings": self.settings, "versions": self.versions}
+        found = {"success_rate": rates, "settings": self.settings, "versions": self.versions}
+        if self.after:
+            found["after_gradients"] = {
+                s: {t: {str(n): rate.to_dict() for n, rate in curve.items()} for t, curve in row.items()}
+                for s, row in self.curves.items()
+            }
+        return found
 
 
 def transfer(
@@ -96,6 +115,7 @@ def transfer(
     mask: Mask = None,
     resume: str | PathLike[str] | None = None,
     tag: str = "",
+    gradients: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TransferReport:
     """Attack every source and judge every target on the images: the matrix of black-box success.
@@ -117,13 +137,17 @@ def transfer(
         mask: entries that may change, as in `evaluate`.
         resume: a folder for finished parts, from which a run that was killed goes on.
         tag: distinguishes parts by what cannot be seen in models, data or settings.
+        gradients: numbers of gradients of an image, increasing, after which the images are judged, the last being the
+            budget that `Iterative.within` makes steps of; random restarts are left out. Any rule's backward pass counts
+            as one gradient, an ensemble's as well.
         progress: called with (samples done by this process, samples of this process), a sample once per row.
 
     Returns:
         Every sample's outcome, and the matrix with Wilson intervals.
 
     Raises:
-        BackpassError: there is no source or no target, or a targeted attack has no classes.
+        BackpassError: there is no source or no target, a targeted attack has no classes, or a budget in gradients is
+            too small for a step, or for an attack that is no `Iterative`.
     """
     if not sources or not targets:
         raise BackpassError("transfer needs at least one source and one target, by name.")
@@ -131,7 +155,8 @@ def transfer(
         raise BackpassError(f"attack must be an attack, for instance PGD(eps=8/255); got {type(attack).__name__}.")
     if attack.targeted and classes is None:
         raise BackpassError("a targeted attack needs classes=, for instance classes='next'.")
-    attack = replace(attack, early_stop=False)
+    attack, steps = _budget(replace(attack, early_stop=False), gradients)
+    marks = list(gradients or ())
     rows = [
         _Row(name if rules is None else f"{name} {rule}", model, attached)
         for name, model in ((name, _as_one(model)) for name, model in sources.items())
@@ -152,7 +177,7 @@ def transfer(
             outcome = {"correct": correct[name], "attacked": correct[name] & ((aim != y) | (not attack.targeted))}
             columns.enter(f"target {name}", index, outcome, outcome)
         for row in rows:
-            images = _Images(row, attack, x, aim, index, batch_size, own)
+            images = _Images(row, attack, x, aim, index, batch_size, own, steps)
             for name, model in targets.items():
                 seen = shards.get(
                     f"row {row.name} on {name}",
@@ -161,20 +186,26 @@ def transfer(
                     (x, torch.stack([y, aim]), index),
                     partial(images.seen_by, model, y),
                     own,
+                    marks,
                 )
-                hit = seen == aim if attack.targeted else seen != y
-                columns.enter(f"row {row.name}/{name}", index, {"hit": hit & correct[name]}, ("hit",))
+                hit = seen == aim[:, None] if attack.targeted else seen != y[:, None]
+                columns.enter(f"row {row.name}/{name}", index, {"hit": hit & correct[name][:, None]}, ("hit",))
             done += len(x)
             if progress is not None:
                 total = source.own(rank, world)
                 progress(done, done if total is None else total * len(rows))
     table, _ = columns.collect(source.read)
-    whole = {name: value.squeeze(1).bool() for name, value in table.items()}
-    attacked = {t: whole[f"target {t}/attacked"] for t in targets}
+    whole = {name: value.bool() for name, value in table.items()}
+    attacked = {t: whole[f"target {t}/attacked"].squeeze(1) for t in targets}
+
+    def fooled(column: int) -> dict[str, dict[str, Tensor]]:
+        return {r.name: {t: whole[f"row {r.name}/{t}/hit"][:, column] & attacked[t] for t in targets} for r in rows}
+
     return TransferReport(
-        correct={t: whole[f"target {t}/correct"] for t in targets},
+        correct={t: whole[f"target {t}/correct"].squeeze(1) for t in targets},
         attacked=attacked,
-        fooled={row.name: {t: whole[f"row {row.name}/{t}/hit"] & attacked[t] for t in targets} for row in rows},
+        fooled=fooled(-1),
+        after={number: fooled(column) for column, number in enumerate(marks)},
         settings=describe(attack, strict=False),
         versions={"backpass": __version__, "torch": torch.__version__},
     )
@@ -207,27 +238,41 @@ class _Images:
     """The adversarial images of one batch, made when they are first needed."""
 
     def __init__(
-        self, row: _Row, attack: Attack, x: Tensor, aim: Tensor, index: Tensor, size: int, mask: Tensor | None
+        self,
+        row: _Row,
+        attack: Attack,
+        x: Tensor,
+        aim: Tensor,
+        index: Tensor,
+        size: int,
+        mask: Tensor | None,
+        steps: list[int],
     ) -> None:
-        self._make = (row, attack, x, aim, index, size, mask)
-        self._images: Tensor | None = None
+        self._make = (row, attack, x, aim, index, size, mask, steps)
+        self._images: list[Tensor] | None = None
 
-    def made(self) -> Tensor:
-        """Return the images (B, ...), where x is."""
+    def made(self) -> list[Tensor]:
+        """Return the images (B, ...) after each of the numbers of steps, or the final ones, where x is."""
         if self._images is None:
-            row, attack, x, aim, index, size, mask = self._make
+            row, attack, x, aim, index, size, mask, steps = self._make
             device = _device(row.model)
-            mask = None if mask is None else mask.to(device)
+            given = (row.model, x.to(device), aim.to(device))
+            settings: dict[str, Any] = {
+                "indices": index.to(device),
+                "batch_size": size,
+                "mask": None if mask is None else mask.to(device),
+            }
             with row.attached():
-                result = attack(
-                    row.model, x.to(device), aim.to(device), indices=index.to(device), batch_size=size, mask=mask
-                )
-            self._images = result.x_adv.to(x.device)
+                if isinstance(attack, Iterative) and steps:
+                    found = attack.path(*given, steps=steps, **settings)
+                else:
+                    found = [attack(*given, **settings).x_adv]
+            self._images = [one.to(x.device) for one in found]
         return self._images
 
     def seen_by(self, target: nn.Module, y: Tensor) -> Tensor:
-        """Return the target's predictions (B,)."""
-        return _predict(target, self._make[1], self.made(), y)
+        """Return the target's predictions (B, M)."""
+        return torch.stack([_predict(target, self._make[1], one, y) for one in self.made()], 1)
 
 
 class _Folders:
@@ -246,13 +291,14 @@ class _Folders:
         data: tuple[Tensor, Tensor, Tensor],
         compute: Callable[[], Tensor],
         mask: Tensor | None = None,
+        gradients: Sequence[int] = (),
     ) -> Tensor:
-        """Return the finished predictions (B,), or compute and keep them."""
+        """Return the finished predictions (B, ...), or compute and keep them."""
         if self._shards.folder is None:
             return compute()
         own: dict[str, Any] = {"name": name, "target": self._print(target, None)}
         if row is not None:
-            own |= {"source": self._print(row.model, row), "settings": self._settings}
+            own |= {"source": self._print(row.model, row), "settings": self._settings, "gradients": list(gradients)}
         key = self._shards.key(*data, own, mask)
         found = self._shards.get(key)
         if found is None:
@@ -270,6 +316,21 @@ class _Folders:
                 prints = [fingerprint(one, self._attack.make_oracle(one), x, y) for one in members]
             self._known[place] = how + " ".join(prints)
         return self._known[place]
+
+
+def _budget(attack: Attack, gradients: Sequence[int] | None) -> tuple[Attack, list[int]]:
+    """Return the attack with as many steps as its budget allows, and the numbers of steps to judge it after."""
+    if gradients is None:
+        return attack, []
+    if not isinstance(attack, Iterative):
+        raise BackpassError(
+            f"a budget in gradients needs an attack that takes steps, as ifgsm, mifgsm or pgd; got "
+            f"{type(attack).__name__}."
+        )
+    if not gradients or sorted(set(gradients)) != list(gradients):
+        raise BackpassError(f"gradients must be increasing numbers, the last being the budget; got {list(gradients)}.")
+    steps = [attack.within(number).steps for number in gradients]
+    return attack.within(gradients[-1]), steps
 
 
 def _as_one(model: nn.Module | Sequence[nn.Module]) -> nn.Module:

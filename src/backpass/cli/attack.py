@@ -86,7 +86,7 @@ def attack(
         from backpass.data.class_map import match_classes
         from backpass.lab.studies.attack.measure import measure
         from backpass.lab.studies.attack.placing import place, set_aside
-        from backpass.lab.studies.attack.plans import make_plans
+        from backpass.lab.studies.attack.plans import make_plans, mixing_pool
         from backpass.lab.studies.attack.result import describe
         from backpass.lab.studies.attack.study import Study, check_rules, order_rules
         from backpass.lab.subjects import load_subject, parse_device
@@ -97,7 +97,8 @@ def attack(
             stack.enter_context(processes(parse_device(given.device))),
         )
         radii, space, settings, in_front = given.radii(), given.space(), given.settings(), given.in_front()
-        make_plans(given.attacks, radii, settings, space)  # a mistake there is better known before the data is read
+        # A mistake there is better known before the data is read.
+        plans = make_plans(given.attacks, radii, settings, space)
         images, aside = set_aside(load_data(given.data, split=given.split), given.limit, ordered)
         subject = load_subject(model, weights, device=where, seed=given.seed, normalisation=in_front, data=images)
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
@@ -107,6 +108,7 @@ def attack(
         images = match_classes(images, given.classes, outputs or images.classes, model)
         aside = aside and match_classes(aside, given.classes, outputs or images.classes, model)
         check_rules(subject, ordered, few, given.data)
+        settings |= mixing_pool(plans, images, space)
         study = Study(
             subject=subject,
             data=images,

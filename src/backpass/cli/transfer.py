@@ -33,7 +33,11 @@ __all__ = ["transfer"]
 
 [green]backpass transfer --source my_nets:Small@small.pt --target my_nets:Large@large.pt --data cifar10
 --attack pgd:steps=100 --eps 8/255 --rule bp --rule linbp:start=layer3[/green]
-  do they transfer better when they are made with linear backpropagation?"""
+  do they transfer better when they are made with linear backpropagation?
+
+[green]backpass transfer --source my_nets:Small@small.pt --target my_nets:Large@large.pt --data cifar10 --eps 8/255
+--attack ifgsm --attack mifgsm:diversity=0.7,translation=3,scales=5 --rule bp --rule sgm --gradients 100[/green]
+  which attack and which rule transfer best, at 100 gradients of each image?"""
 )
 @o.with_attack_options
 def transfer(
@@ -51,6 +55,15 @@ def transfer(
         list[str],
         typer.Option("--target", help="A network to show the images to. Repeatable.", metavar="SPEC[@FILE]"),
     ],
+    gradients: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Gradients of each image, instead of --steps: every attack and rule gets as many steps as they allow, "
+            "without restarts.",
+            show_default="the attack's steps",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html and result.json.")] = Path("runs/transfer"),
     given: o.AttackOptions,
 ) -> None:
@@ -64,7 +77,7 @@ def transfer(
         report = stack.enter_context(working("loading torch"))
         from backpass.data import load_data
         from backpass.data.class_map import match_classes
-        from backpass.lab.studies.attack.plans import make_plans
+        from backpass.lab.studies.attack.plans import make_plans, mixing_pool
         from backpass.lab.studies.attack.study import check_rules, order_rules
         from backpass.lab.studies.transfer.measure import Study, measure
         from backpass.lab.studies.transfer.result import describe
@@ -74,7 +87,8 @@ def transfer(
         ordered, (where, first) = order_rules(given.rules), stack.enter_context(processes(parse_device(given.device)))
         radii, space, in_front = given.radii(), given.space(), given.in_front()
         settings = {**given.settings(), "early_stop": False}
-        make_plans(given.attacks, radii, settings, space)  # a mistake there is better known before the data is read
+        # A mistake there is better known before the data is read.
+        plans = make_plans(given.attacks, radii, settings, space, gradients)
         images = load_data(given.data, split=given.split).first(given.limit)
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])
@@ -88,6 +102,7 @@ def transfer(
         images = match_classes(images, given.classes, some or images.classes, sources[0])
         for spec in sources:
             check_rules(networks[spec], ordered, few, given.data)
+        settings |= mixing_pool(plans, images, space)
         names = short_names(networks)
         study = Study(
             sources={names[spec]: networks[spec] for spec in sources},
@@ -102,6 +117,7 @@ def transfer(
             device=where,
             shards=o.open_shards(out, given.resume, first),
             target=given.target_class(images.class_names),
+            gradients=gradients,
         )
         measured = measure(study, report)
         result = describe(measured)

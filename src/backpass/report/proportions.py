@@ -10,8 +10,8 @@ from torch import Tensor
 from backpass.attacks import Rate
 from backpass.attacks.paired import paired
 from backpass.errors import BackpassError
-from backpass.report.claims import Claim, verdict
-from backpass.report.statistics import Interval
+from backpass.report.claims import FEWEST_PAIRS, Claim, worded
+from backpass.report.statistics import LEVEL, Interval
 from backpass.report.wording import interval_text
 
 __all__ = ["PairedDifference", "judge_images", "paired_difference", "percent", "percent_text"]
@@ -46,8 +46,13 @@ class PairedDifference(NamedTuple):
     p: float
 
 
-def paired_difference(ours: Tensor, theirs: Tensor) -> PairedDifference:
+def paired_difference(ours: Tensor, theirs: Tensor, level: float = LEVEL) -> PairedDifference:
     """Compare two outcomes on the same images, (N,) bool each; see `backpass.attacks.Paired`.
+
+    Args:
+        ours: whether ours fools each image.
+        theirs: whether the other does.
+        level: confidence of the interval.
 
     Raises:
         BackpassError: the two differ in length, or are empty.
@@ -55,7 +60,7 @@ def paired_difference(ours: Tensor, theirs: Tensor) -> PairedDifference:
     if ours.shape != theirs.shape or ours.numel() == 0:
         raise BackpassError(f"paired outcomes must be as many, at least one; got {len(ours)} and {len(theirs)}.")
     found = paired(ours, theirs)
-    low, high = found.interval
+    low, high = found.interval_at(level)
     interval = Interval(100 * found.difference, 100 * low, 100 * high, found.samples)
     return PairedDifference(found.only_first, found.only_second, interval, found.p_value)
 
@@ -78,15 +83,17 @@ def judge_images(
         reference: where the claim comes from.
     """
     interval = difference.interval
+    decided = interval.n >= FEWEST_PAIRS and not interval.low <= 0 <= interval.high
     return Claim(
         id=id,
         statement=statement,
         quantity="images fooled, percentage points",
-        verdict=verdict(interval, "higher"),
+        verdict=worded(interval.mean > 0 if decided else None, "elsewhere"),
         estimate=interval.mean,
         interval=(interval.low, interval.high),
         n=interval.n,
         reference=reference,
         note=f"{difference.only_ours} images fooled by it only, {difference.only_theirs} by {theirs} only; exact "
         f"McNemar p = {difference.p:.2g}",
+        p=difference.p if interval.n >= FEWEST_PAIRS else 1.0,
     )

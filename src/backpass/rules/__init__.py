@@ -15,6 +15,7 @@ from backpass.rules.rule import BP, Rule
 from backpass.rules.sgm import SGM
 from backpass.rules.sibp import SIBP
 from backpass.rules.sites import Site, SiteTable
+from backpass.rules.tgr import TGR
 
 __all__ = [
     "BP",
@@ -23,6 +24,7 @@ __all__ = [
     "RULES",
     "SGM",
     "SIBP",
+    "TGR",
     "ActivationRule",
     "Attached",
     "Deconvnet",

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from backpass.errors import BackpassError
 from backpass.rules.activations import WITHOUT_ACTIVATION
-from backpass.rules.attaching.interception import ModuleCall
+from backpass.rules.attaching.interception import outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.attaching.run import ModuleCall, SiteCall
 from backpass.rules.operands import OperandAttached, OperandInterception, OperandRule, Operands, positions
 from backpass.rules.torch_internals import body_below_modes, constant_while_tracing
 
-__all__ = ["PNA"]
+__all__ = ["PNA", "AttentionAttached", "AttentionInterception"]
 
 _SDPA = F.scaled_dot_product_attention
 _SDPA_NAMES = ("query", "key", "value", "attn_mask")
@@ -51,8 +52,11 @@ _MIXES = frozenset(
 """Functions of which that is true where they keep the number of elements, as in talking heads."""
 
 
-class _AttentionInterception(OperandInterception):
+class AttentionInterception(OperandInterception):
     """An interception that follows attention matrices from their softmax to the product with the values."""
+
+    tokens_first = False
+    """Whether tensors are (tokens, samples, channels), as inside of multi-head attention."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,6 +94,23 @@ class _AttentionInterception(OperandInterception):
             for one in out if isinstance(out, list | tuple) else (out,):
                 self._note(one)
 
+    def scale(self, x: Tensor, site: SiteCall | None) -> Tensor:
+        """Return x with the rule's gradient; rules further out see it as they saw x."""
+        scaled = self.changed(x, site)
+        for outer in outer_interceptions():
+            if isinstance(outer, AttentionInterception):
+                outer.note_same(x, scaled)
+        return scaled
+
+    def changed(self, x: Tensor, site: SiteCall | None) -> Tensor:
+        """Return x with the rule's gradient, if the site so decides."""
+        return super().scale(x, site)
+
+    def note_same(self, x: Tensor, other: Tensor) -> None:
+        """Note that another tensor stands for x."""
+        if self._is_matrix(x):
+            self._note(other)
+
     def _all_matrices(self, args: tuple[Any, ...]) -> bool:
         return all(self._is_matrix(x) for x in args if isinstance(x, Tensor))
 
@@ -103,8 +124,17 @@ class _AttentionInterception(OperandInterception):
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site, and look into that of multi-head attention."""
         if func is _MULTI_HEAD:
-            with self:
-                return _multi_head_body(*args, **kwargs)
+            # Rules further out do not see this function, but only what it calls.
+            here = [self, *(mode for mode in outer_interceptions() if isinstance(mode, AttentionInterception))]
+            before = [mode.tokens_first for mode in here]
+            try:
+                for mode in here:
+                    mode.tokens_first = True
+                with self:
+                    return _multi_head_body(*args, **kwargs)
+            finally:
+                for mode, first in zip(here, before, strict=True):
+                    mode.tokens_first = first
         if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and _is_fused(str(func)):
             self.note_unreachable(
                 caller.path, f"it calls {func}; set the model's attention to \"eager\" or to PyTorch's own function"
@@ -124,8 +154,10 @@ def _is_fused(name: str) -> bool:
     return "attention" in name or "attn" in name
 
 
-class _AttentionAttached(OperandAttached):
-    interception = _AttentionInterception
+class AttentionAttached(OperandAttached):
+    """A rule for attention in force on a model."""
+
+    interception = AttentionInterception
 
     @constant_while_tracing
     def refuse_to_compile(self, path: str) -> None:
@@ -156,6 +188,6 @@ class PNA(OperandRule):
     """
 
     name: ClassVar[str] = "pna"
-    kind = _AttentionAttached
+    kind = AttentionAttached
     functions: ClassVar[Any] = {_SDPA: "scaled_dot_product_attention", **_PRODUCTS}
     skipped = WITHOUT_ACTIVATION

@@ -16,11 +16,12 @@ from backpass.rules.rule import BP, Rule
 from backpass.rules.sgm import SGM
 from backpass.rules.sibp import SIBP
 from backpass.rules.text import read_settings
+from backpass.rules.tgr import TGR
 
 __all__ = ["PLACEHOLDERS", "RULES", "parse_rule", "rule_type"]
 
 RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (BP, LinBP, ProxProp, SIBP, SGM, BPA, PNA, GuidedBackprop, Deconvnet)
+    rule.name: rule for rule in (BP, LinBP, ProxProp, SIBP, SGM, BPA, PNA, TGR, GuidedBackprop, Deconvnet)
 }
 """backpass' own rules by name."""
 

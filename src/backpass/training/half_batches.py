@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,28 @@ from backpass.preserved import preserved
 from backpass.rules import attachments, unwrap
 from backpass.sde import InnerLoop
 from backpass.sde.derivative import value_and_along
+from backpass.training.batches import Batch
+from backpass.training.objective import Evaluated
 from backpass.training.processes import summed, world
 
-__all__ = ["AttackedHalf", "Products", "half_losses", "on_halves", "products"]
+__all__ = ["AttackedHalf", "Measuring", "Products", "half_losses", "halves", "products"]
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """Scheduler that measures the objective before a step.
+
+    Attributes:
+        due: measure before the next step.
+
+    An attribute ``frozen_curvature``, if it is there and true, accepts the curvature at fixed adversarial examples
+    where they move with the parameters.
+    """
+
+    due: bool
+
+    def measure(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Measure the objective on halves of the batch."""
 
 
 class Products(NamedTuple):
@@ -27,15 +46,15 @@ class Products(NamedTuple):
     Attributes:
         first: g1, the gradient of the first half.
         second: g2, that of the second.
-        gradient: g = (g1 + g2) / 2.
-        curved: (Dg2) (w g1), the second half's curvature along the first half's step; of an `AttackedHalf` through its
-            adversary, otherwise of the loss as it is.
+        curved: H2 (w g1 + scale d), the second half's curvature along the first half's step and a direction d; of an
+            `AttackedHalf` through its adversary, otherwise of the loss as it is.
+        scale: |w g1| / |d|, 0 where d is 0.
     """
 
     first: Tensor
     second: Tensor
-    gradient: Tensor
     curved: Tensor
+    scale: float
 
 
 def half_losses(
@@ -76,14 +95,50 @@ def half_losses(
         raise BackpassError(
             f"adversary must be an InnerLoop, for instance InnerLoop(steps=3, eta=0.1), or None; got {adversary!r}."
         )
-    inner = unwrap(model)
-    if adversary is not None:
-        middle = len(x) // 2
-        first, second = (
-            AttackedHalf(inner, loss, x[rows], y[rows], adversary) for rows in (slice(0, middle), slice(middle, len(x)))
+    if adversary is None:
+        return _on_halves(model, len(x), lambda inner, rows: loss(inner(x[rows]), y[rows]))
+    first, second = (AttackedHalf(unwrap(model), loss, x[rows], y[rows], adversary) for rows in _halves(len(x)))
+    return first, second
+
+
+def halves(
+    evaluated: Evaluated,
+    batch: Batch,
+    model: nn.Module,
+    autocast: Callable[[], AbstractContextManager[object]],
+    *,
+    frozen_curvature: bool = False,
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return two functions, each the scalar objective on one half of this process's batch, with graph.
+
+    Adversarial examples are not searched again; rules are suspended; running statistics and random numbers are
+    restored.
+
+    Raises:
+        BackpassError: the objective cannot be evaluated again, its examples move with the parameters, or there is no
+            second half.
+    """
+    again = evaluated.again
+    if again is None:
+        raise BackpassError(
+            "this scheduler measures on halves of a batch, so the objective has to give Evaluated(again=...), a "
+            "function (model, rows) -> the mean loss on some rows of the batch."
         )
-        return first, second
-    return on_halves(inner, len(x), lambda rows: loss(inner(x[rows]), y[rows]))
+    if evaluated.moves and not frozen_curvature:
+        raise BackpassError(
+            "the adversarial examples of this objective move with the parameters: the curvature at fixed examples is "
+            "not that of training, and the trainer cannot differentiate through the attack. Use an l_inf attack, whose "
+            "steps are signs; or a loop with half_losses(model, loss, x, y, adversary=InnerLoop(...)); or accept the "
+            "difference by ControlledLR(..., frozen_curvature=True)."
+        )
+    if len(batch) < 2:
+        raise BackpassError("this scheduler measures on halves of a batch: batch_size must be at least 2 per process.")
+
+    def evaluate(inner: nn.Module, rows: slice) -> Tensor:
+        with autocast():
+            return again(inner, rows)
+
+    return _on_halves(model, len(batch), evaluate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,23 +201,28 @@ class AttackedHalf:
         return self.x + self.adversary.run(ascent, self.x)
 
 
-def on_halves(
-    model: nn.Module, count: int, evaluate: Callable[[slice], Tensor]
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Return functions that call ``evaluate(rows)`` on the first and on the second half of ``count`` samples.
+def _halves(count: int) -> tuple[slice, slice]:
+    return slice(0, count // 2), slice(count // 2, count)
 
-    Rules attached to the model are suspended during the call; its buffers and the generators are restored.
+
+def _on_halves(
+    model: nn.Module, count: int, evaluate: Callable[[nn.Module, slice], Tensor]
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return functions that call ``evaluate(model, rows)`` on the halves of ``count`` samples, without rules.
+
+    The model is called without its wrappers: a schedule may differentiate twice, which compiled code cannot.
     """
+    inner = unwrap(model)
 
     def on(rows: slice) -> Callable[[], Tensor]:
         def evaluated() -> Tensor:
-            with _plain(model):
-                return evaluate(rows)
+            with _plain(inner):
+                return evaluate(inner, rows)
 
         return evaluated
 
-    middle = count // 2
-    return on(slice(0, middle)), on(slice(middle, count))
+    first, second = map(on, _halves(count))
+    return first, second
 
 
 @contextmanager
@@ -190,7 +250,7 @@ def _without_running_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def products(
-    parameters: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]], weights: Sequence[Tensor]
+    parameters: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]], metric: Tensor, direction: Tensor
 ) -> Products:
     """Compute two gradients and one curvature product, by differentiating the second half twice.
 
@@ -201,7 +261,8 @@ def products(
     Args:
         parameters: all of them, on one device; those that are frozen count as zeros.
         losses: each the scalar mean over one half, with graph.
-        weights: w, one tensor per parameter, of its shape or a number.
+        metric: w, a vector over all parameters.
+        direction: d, likewise.
 
     Raises:
         BackpassError: a loss is no scalar.
@@ -211,17 +272,13 @@ def products(
     with torch.enable_grad():
         first = _vector(_gradients(losses[0](), wanted, twice=False), parameters)
         half = () if through else _gradients(losses[1](), wanted, twice=True)
-    parts = torch.split(first, [p.numel() for p in parameters])
-    step = [
-        (w * part.view_as(p)).to(p.dtype)
-        for w, part, p in zip(weights, parts, parameters, strict=True)
-        if p.requires_grad
-    ]
+    moved, length = metric * first, float(direction.norm())
+    scale = float(moved.norm()) / length if length > 0 else 0.0
+    parts = torch.split(torch.add(moved, direction, alpha=scale), [p.numel() for p in parameters])
+    step = [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True) if p.requires_grad]
     if through is not None:
         gradients, curved_along = through.product(list(zip(wanted, step, strict=True)))
-        second = _vector(gradients, parameters)
-        return Products(first, second, (first + second) / 2, _vector(curved_along, parameters))
-    second = _vector(half, parameters)
+        return Products(first, _vector(gradients, parameters), _vector(curved_along, parameters), scale)
     # A gradient that does not depend on the parameters has no graph, and no curvature.
     curved_ones = [(g, s) for g, s in zip(half, step, strict=True) if g.requires_grad]
     if curved_ones:
@@ -229,7 +286,7 @@ def products(
         curved = torch.autograd.grad(outputs, wanted, seeds, materialize_grads=True)
     else:
         curved = tuple(torch.zeros_like(p) for p in wanted)
-    return Products(first, second, (first + second) / 2, _vector(curved, parameters))
+    return Products(first, _vector(half, parameters), _vector(curved, parameters), scale)
 
 
 def _gradients(loss: Tensor, wanted: Sequence[Tensor], *, twice: bool) -> tuple[Tensor, ...]:

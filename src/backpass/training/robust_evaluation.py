@@ -14,7 +14,7 @@ from backpass.attacks.checks import NotFiniteLogitsError
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
 from backpass.preserved import preserved
-from backpass.training.adversarial_examples import local_model
+from backpass.training.processes import local_model
 
 __all__ = ["RobustEvaluation"]
 
@@ -58,15 +58,14 @@ class RobustEvaluation:
                 raise BackpassError(
                     f"robustness is judged by an untargeted attack such as PGD(eps=8/255); got {attack!r}."
                 )
-        for name, value in (("images", self.images), ("batch_size", self.batch_size)):
-            if value is None and name == "images":
-                continue
-            if not is_whole(value, 1):
-                raise BackpassError(f"{name} is a whole number of at least 1, got {value!r}.")
-        if not (is_number(self.collapse) and 0 < self.collapse < 1):
-            raise BackpassError(f"collapse is a share in (0, 1), got {self.collapse!r}.")
-        if not isinstance(self.stop, bool):
-            raise BackpassError(f"stop is True or False, got {self.stop!r}.")
+        for name, expected, right in (
+            ("images", "a whole number of at least 1, or None", self.images is None or is_whole(self.images, 1)),
+            ("batch_size", "a whole number of at least 1", is_whole(self.batch_size, 1)),
+            ("collapse", "a part in (0, 1)", is_number(self.collapse) and 0 < self.collapse < 1),
+            ("stop", "True or False", isinstance(self.stop, bool)),
+        ):
+            if not right:
+                raise BackpassError(f"{name} must be {expected}; got {getattr(self, name)!r}.")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
         """Return the metrics of a model on the first images.
@@ -102,19 +101,17 @@ class RobustEvaluation:
         return _explain(metrics["robust_accuracy"], metrics["training_attack_accuracy"])
 
     def _accuracy(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> float:
-        """Return the share that is right on x and under the attack."""
+        """Return the part that is right on x and under the attack."""
+        standing = 0
         try:
-            rows = torch.split(torch.arange(len(y), device=y.device), self.batch_size)
-            return sum(_standing(attack, model, x, y, some) for some in rows) / len(y)
+            for rows in torch.split(torch.arange(len(y), device=y.device), self.batch_size):
+                with preserved(model), torch.no_grad():
+                    right = rows[attack.make_oracle(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
+                if len(right):
+                    standing += int((~attack(model, x[right], y[right], indices=right).success).sum())
         except NotFiniteLogitsError:
             return 0.0  # a network that has diverged is right nowhere
-
-
-def _standing(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> int:
-    """Count the images at some rows that are right, and under the attack too."""
-    with preserved(model), torch.no_grad():
-        right = rows[attack.make_oracle(model).plain(x[rows], y[rows]).argmax(1) == y[rows]]
-    return int((~attack(model, x[right], y[right], indices=right).success).sum()) if len(right) else 0
+        return standing / len(y)
 
 
 def _explain(robust: float, trained: float) -> str:

@@ -1,11 +1,13 @@
 """transfer: the matrix of black-box success against a slow loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from backpass import LinBP
-from backpass.attacks import FGSM, PGD, Ensemble, transfer
+from backpass.attacks import FGSM, MIFGSM, PGD, Ensemble, transfer
 from backpass.errors import BackpassError, UnknownNameError
 
 
@@ -123,3 +125,40 @@ def test_what_cannot_be_meant_is_refused(mlp, held_out):
         transfer({}, {"mlp": mlp}, (held_out.x, held_out.y), FGSM())
     with pytest.raises(BackpassError, match="needs classes="):
         transfer({"mlp": mlp}, {"mlp": mlp}, (held_out.x, held_out.y), FGSM(targeted=True))
+
+
+def test_with_a_budget_every_rule_is_judged_after_equal_numbers_of_gradients(cnn, mlp, held_out, tmp_path):
+    data = held_out.x[:40], held_out.y[:40]
+    attack = MIFGSM(eps=0.15, step=0.04, variance=2)  # 1 gradient for the first step, 3 for each further one
+    rules = {"bp": None, "linbp": LinBP(start=-1)}
+    report = transfer({"a": cnn}, {"b": mlp}, data, attack, rules=rules, gradients=[1, 3, 4, 11], batch_size=25)
+    assert list(report.after) == [1, 3, 4, 11]
+    for gradients, steps in ((1, 1), (3, 1), (4, 2), (11, 4)):
+        short = replace(attack, steps=steps)
+        alone = transfer({"a": cnn}, {"b": mlp}, data, short, rules=rules).fooled
+        for source, row in report.after[gradients].items():
+            assert torch.equal(row["b"], alone[source]["b"]), (gradients, source)
+    assert torch.equal(report.fooled["a linbp"]["b"], report.after[11]["a linbp"]["b"])
+    curve = report.curves["a bp"]["b"]
+    assert curve[11] == report.rates["a bp"]["b"]
+    assert report.to_dict()["after_gradients"]["a bp"]["b"]["4"]["hits"] == curve[4].hits
+    assert "after_gradients" not in transfer({"a": cnn}, {"b": mlp}, data, short).to_dict()
+    kept, calls = {"resume": tmp_path, "gradients": [1, 11], "batch_size": 25}, []
+    first = transfer({"a": cnn}, {"b": mlp}, data, attack, **kept)
+    cnn.register_forward_pre_hook(lambda module, args: calls.append(1))
+    assert transfer({"a": cnn}, {"b": mlp}, data, attack, **kept).to_dict() == first.to_dict()
+    assert len(calls) < 5
+    other = transfer({"a": cnn}, {"b": mlp}, data, attack, **kept | {"gradients": [4, 11]})
+    assert torch.equal(other.after[4]["a"]["b"], report.after[4]["a bp"]["b"])
+
+
+def test_a_budget_needs_an_attack_with_steps(cnn, mlp, held_out):
+    data = held_out.x[:4], held_out.y[:4]
+    for attack, gradients, message in (
+        (FGSM(eps=0.1), [3], "needs an attack that takes steps, as ifgsm, mifgsm or pgd; got FGSM"),
+        (MIFGSM(scales=5), [2, 10], "a budget of 2 gradients is too small"),
+        (PGD(), [10, 5], r"increasing numbers, the last being the budget; got \[10, 5\]"),
+        (PGD(), [], "increasing numbers"),
+    ):
+        with pytest.raises(BackpassError, match=message):
+            transfer({"a": cnn}, {"b": mlp}, data, attack, gradients=gradients)

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from backpass import LinBP
-from backpass.attacks import PGD, evaluate, transfer
+from backpass.attacks import IFGSM, MIFGSM, PGD, Pool, evaluate, transfer
 from backpass.data import load_data
+from backpass.errors import BackpassError
 from support.command_line import call, run, words
 from support.users_network import ATTACK, BASE, net
 
@@ -277,3 +278,55 @@ def test_transfer_is_the_librarys_matrix_for_every_rule(tmp_path):
     assert written["claims"][1]["estimate"] == pytest.approx(100 * (linear["b"].value - plain["b"].value))
     assert [curve["label"] for curve in written["series"][0]["curves"]] == ["BP", "linbp:start=-1"]
     assert math.isfinite(written["tables"][0]["rows"][1][1]["mean"])
+
+
+def test_transfer_compares_attacks_and_rules_at_an_equal_number_of_gradients(tmp_path):
+    attacks = ["ifgsm", "mifgsm:mix=0.2,scales=2,mixed=2,translation=1,nesterov=true"]
+    ended = run(
+        "transfer", "--source", "mymodel:Net@net.pt", "--target", "mymodel:wide@wide.pt", "--data", "digits",
+        "--limit", "80", "--eps", "0.15", "--step", "0.03", *(w for a in attacks for w in ("--attack", a)),
+        "--rule", "bp", "--rule", "linbp:start=-1", "--gradients", "24", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    written = json.loads((tmp_path / "result.json").read_text())
+    data, a, b = load_data("digits").first(80).images, net(), net("wide", "wide.pt")
+    some = torch.linspace(0, 79, 64).round().long()
+    mixing = MIFGSM(
+        eps=0.15, step=0.03, mix=0.2, scales=2, mixed=2, translation=1, nesterov=True,
+        pool=Pool(data.x[some], data.y[some]),
+    )  # fmt: skip
+    found = {(one["attack"], one["rule"], one["gradients"]): one for one in written["numbers"]["after_gradients"]}
+    for text, attack, marks in ((attacks[0], IFGSM(eps=0.15, step=0.03), [1, 2, 5, 10, 20, 24]),
+                                (attacks[1], mixing, [5, 10, 20, 24])):  # fmt: skip
+        rules = {"bp": None, "linbp:start=-1": LinBP(start=-1)}
+        report = transfer({"a": a}, {"b": b}, (data.x, data.y), attack, rules=rules, gradients=marks)
+        for rule in rules:
+            for gradients, rate in report.curves[f"a {rule}"]["b"].items():
+                assert found[f"{text} at eps 0.15", rule, gradients]["hits"] == rate.hits
+    assert len(found) == 2 * (6 + 4)
+    (series,) = written["series"]
+    labels = [f"{text}, {rule}" for text in attacks for rule in ("BP", "linbp:start=-1")]
+    assert [curve["label"] for curve in series["curves"]] == labels
+    assert series["curves"][0]["x"] == [1, 2, 5, 10, 20, 24]
+    assert len(written["claims"]) == 2
+    assert "Holm" in written["claims_note"]
+    settings = written["settings"][f"{attacks[1]} at eps 0.15"]
+    assert "steps 6" in settings
+    assert "64 images" in settings
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        ("square", "which square does not take: give ifgsm, mifgsm or pgd"),
+        ("pgd:steps=5", "decides how many steps pgd:steps=5 has: leave out steps"),
+        ("mifgsm:scales=20", "a budget of 10 gradients is too small: a step of MIFGSM takes 20"),
+    ],
+)
+def test_a_budget_that_an_attack_cannot_use_is_refused(attack, message, tmp_path):
+    ended = run(
+        "transfer", "--source", "mymodel:Net@net.pt", "--target", "mymodel:wide@wide.pt", "--data", "digits",
+        "--eps", "0.15", "--attack", attack, "--gradients", "10", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert isinstance(ended.exception, BackpassError)
+    assert message in str(ended.exception)

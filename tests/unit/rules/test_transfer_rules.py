@@ -1,14 +1,26 @@
 """The rules of transfer attacks equal their formulas, written out by hand for blocks of common networks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from backpass import BPA, PNA, SGM, BackpassError, Deconvnet, GuidedBackprop, LinBP, NoSiteError, parse_rule
+from backpass import BPA, PNA, SGM, TGR, BackpassError, Deconvnet, GuidedBackprop, LinBP, NoSiteError, parse_rule
+from backpass.rules.tgr import attention
 from support.names import name_of
-from support.transfer import BLOCKS, Ways, clamped, decayed, silu_relu, soft_pool
+from support.transfer import (
+    BLOCKS,
+    Ways,
+    clamped,
+    decayed,
+    silu_relu,
+    soft_pool,
+    without_extreme_pairs,
+    without_extremes,
+)
 
 ATTENTION = [name for name in BLOCKS if name.startswith(("vit", "swin"))]
 RELU = [name for name in BLOCKS if name != "swin"]
@@ -18,7 +30,21 @@ def pass_through_relu(x):
     return x + (torch.relu(x) - x).detach()
 
 
+def regularized(attention=0.25, qkv=0.75, mlp=0.5, count=1):
+    return Ways(
+        matrix=without_extreme_pairs(attention, count),
+        qkv=without_extremes(qkv, count),
+        mlp=without_extremes(mlp, count),
+    )
+
+
 RULES = {
+    "tgr": (TGR(), regularized(), ATTENTION),
+    "tgr, other settings": (
+        TGR(attention=0.9, qkv=0.0, mlp=1.0, tokens=2),
+        regularized(0.9, 0.0, 1.0, 2),
+        ["swin", "vit, module"],
+    ),
     "sgm": (SGM(decay=0.3), Ways(branch=decayed(0.3)), list(BLOCKS)),
     "sgm, nothing of a branch": (SGM(decay=0), Ways(branch=decayed(0.0)), list(BLOCKS)),
     "bpa": (BPA(temperature=3), Ways(relu=silu_relu, pool=soft_pool(3)), RELU),
@@ -81,6 +107,7 @@ def test_a_rule_is_its_formula(rule, name):
     [
         (SGM(), {"resnet": 2, "densenet": 3, "mbconv": 1, "swin": 2, "vit, matmul": 2, "vit, module": 2}),
         (PNA(), dict.fromkeys(ATTENTION, 1)),
+        (TGR(), dict.fromkeys(ATTENTION, 3)),
         (BPA(), {"resnet": 6, "densenet": 5, "mbconv": 3, "vit, sdpa": 1}),
     ],
     ids=name_of,
@@ -120,6 +147,8 @@ def test_a_range_selects_blocks(range_):
         ((SGM(decay=0.3), BPA(temperature=3)), Ways(decayed(0.3), silu_relu, soft_pool(3)), "densenet"),
         ((PNA(), SGM(decay=0.3)), Ways(branch=decayed(0.3), matrix=torch.detach), "vit, matmul"),
         ((PNA(), SGM(decay=0.3)), Ways(branch=decayed(0.3), matrix=torch.detach), "vit, module"),
+        ((TGR(), SGM(decay=0.3)), replace(regularized(), branch=decayed(0.3)), "vit, sdpa"),
+        ((TGR(), LinBP()), replace(regularized(), relu=pass_through_relu), "vit, matmul"),
         ((PNA(), GuidedBackprop()), Ways(relu=clamped(torch.relu), matrix=torch.detach), "vit, module with weights"),
     ],
     ids=name_of,
@@ -139,6 +168,9 @@ def test_rules_for_different_operations_compose_in_either_order(rules, ways, nam
         ((SGM(decay=0.5), SGM(decay=0.3)), Ways(branch=decayed(0.3)), "resnet"),
         ((LinBP(), BPA(temperature=3)), Ways(relu=silu_relu, pool=soft_pool(3)), "resnet"),
         ((BPA(), GuidedBackprop()), Ways(relu=clamped(torch.relu), pool=soft_pool(10)), "resnet"),
+        *(((TGR(), PNA()), replace(regularized(), matrix=torch.detach), name) for name in ATTENTION),
+        *(((PNA(), TGR()), regularized(), name) for name in ATTENTION),
+        *(((TGR(tokens=2), TGR()), regularized(), name) for name in ("swin", "vit, matmul", "vit, module")),
     ],
     ids=name_of,
 )
@@ -168,6 +200,8 @@ class Checkpointed(nn.Module):
         ("bpa", "resnet"),
         ("pna", "swin"),
         ("pna", "vit, matmul"),
+        ("tgr", "swin"),
+        ("tgr", "vit, matmul"),
     ],
 )
 def test_checkpointing_keeps_the_gradients(rule, name, reentrant):
@@ -283,6 +317,7 @@ class Plain(nn.Module):
     [
         (SGM(), Plain(), (2, 3, 5, 5)),
         (PNA(), Plain(), (2, 3, 5, 5)),
+        (TGR(), Plain(), (2, 3, 5, 5)),
         (BPA(), nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Hardtanh()), (2, 3)),
         (GuidedBackprop(), nn.Sequential(nn.Linear(3, 3), nn.GELU()), (2, 3)),
     ],
@@ -292,13 +327,22 @@ def test_a_network_without_a_site_is_refused_by_name_and_left_plain_without_grad
     x = torch.randn(shape, requires_grad=True)
     with rule.attach(model), pytest.raises(NoSiteError, match=rule.name):
         model(x)
-    if rule.name in ("sgm", "pna"):
+    if rule.name in ("sgm", "pna", "tgr"):
         with rule.attach(model), torch.no_grad():
             model(x)
 
 
 @pytest.mark.parametrize(
-    "text", ["sgm:decay=2", "sgm:decay=true", "bpa:temperature=0", "bpa:temperature=none", "pna:start=1.5"]
+    "text",
+    [
+        "sgm:decay=2",
+        "sgm:decay=true",
+        "bpa:temperature=0",
+        "bpa:temperature=none",
+        "pna:start=1.5",
+        "tgr:qkv=-1",
+        "tgr:tokens=0",
+    ],
 )
 def test_settings_out_of_their_range_are_refused(text):
     with pytest.raises(BackpassError, match=text.split(":")[1].split("=")[0]):
@@ -307,7 +351,72 @@ def test_settings_out_of_their_range_are_refused(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["sgm", "sgm:start=layer3,decay=0.2", "bpa:start=-2,temperature=5.0", "pna", "guided", "deconvnet:gates=true"],
+    [
+        "sgm",
+        "sgm:start=layer3,decay=0.2",
+        "bpa:start=-2,temperature=5.0",
+        "pna",
+        "tgr:mlp=0.7",
+        "guided",
+        "deconvnet:gates=true",
+    ],
 )
 def test_the_text_form_is_the_rule(text):
     assert str(parse_rule(text)) == text
+
+
+@pytest.mark.parametrize("range_", [{"start": 1}, {"start": -2, "stop": -1}], ids=["from the front", "from the end"])
+@pytest.mark.parametrize("name", ["vit, sdpa", "vit, matmul", "vit, module", "swin"])
+def test_tgrs_sites_are_numbered_as_they_are_called(range_, name):
+    """Layers of queries, keys and values, the attention, and the MLP."""
+    model, x = made(name)
+    kept = ("matrix", "mlp") if range_ == {"start": 1} else ("matrix",)
+    ways = Ways(**{one: getattr(regularized(), one) for one in kept})
+    expected = gradients(model, x, lambda x: model.by_hand(x, ways))[1]
+    with TGR(**range_).attach(model) as attached:
+        for _ in range(2):
+            assert_close(gradients(model, x, model)[1], expected)
+        assert len(attached.seen) == 3
+
+
+MASKS = {
+    "none": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "float": {"attn_mask": torch.randn(4, 6, dtype=torch.float64)},
+    "bool": {"attn_mask": torch.arange(24).view(4, 6) % 5 > 0},
+    "bool, a row without a key": {"attn_mask": torch.arange(24).view(4, 6) > 6},
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_attention_that_tgr_writes_out_is_pytorchs(name):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 5, dtype=torch.float64, requires_grad=True) for n in (4, 6, 6))
+    kwargs = MASKS[name]
+    expected = F.scaled_dot_product_attention(q, k, v, **kwargs)
+    found = attention(q, k, v, **kwargs, change=lambda matrix: matrix)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for one, other in zip(
+        *(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_tgr_takes_grouped_queries_and_names_attention_that_drops_out():
+    class Grouped(nn.Module):
+        dropout = 0.0
+
+        def forward(self, x):
+            q, kv = x.unflatten(-1, (4, 2)).transpose(1, 2), x[..., :4].unflatten(-1, (2, 2)).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, kv, kv, dropout_p=self.dropout, enable_gqa=True)
+
+    x, model = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True), Grouped()
+    plain = torch.autograd.grad(model(x).square().sum(), x)[0]
+    with TGR().attach(model):
+        out = model(x)
+        assert torch.equal(out, model(x))
+        assert not torch.allclose(torch.autograd.grad(out.square().sum(), x)[0], plain)
+    model.dropout = 0.5
+    with TGR().attach(model), pytest.raises(NoSiteError, match=r"its attention drops out; call model.eval\(\)"):
+        model(x)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
-from backpass.attacks import Attack, make_attack
+import torch
+
+from backpass.attacks import MIFGSM, Attack, Iterative, Pool, make_attack
 from backpass.attacks.names import attack_type
+from backpass.data import Labelled
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.protocols import Protocol
 from backpass.numbers import fraction_text, read_number
 from backpass.rules.text import read_settings
 
-__all__ = ["Plan", "make_plans"]
+__all__ = ["Plan", "make_plans", "mixing_pool"]
 
 _ELSEWHERE = {"eps": "--eps", "seed": "--seed", "dtype": "--dtype"}  # settings with an option of their own
-_NOT_IN_TEXT = {"bounds", "logits", "targeted"}
+_NOT_IN_TEXT = {"bounds", "logits", "targeted", "pool"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ def make_plans(
     radii: Sequence[float],
     options: Mapping[str, Any],
     protocol: Protocol,
+    gradients: int | None = None,
 ) -> list[Plan]:
     """All attacks at all radii, attack by attack.
 
@@ -57,11 +61,12 @@ def make_plans(
         radii: as the user has given them.
         options: settings for every attack that has them; what is ``None`` was not given.
         protocol: adds its own settings and defaults.
+        gradients: budget of each image, of which steps are made; None for the attacks' own number of steps.
 
     Raises:
         UnknownNameError: no attack, or no setting, has that name.
-        BackpassError: an option fits none of the attacks, a radius is out of range or stands twice, or a setting
-            cannot be meant.
+        BackpassError: an option fits none of the attacks, a radius is out of range or stands twice, a setting is
+            invalid, or an attack has no steps to make of a budget.
     """
     for given, what in ((texts, "--attack"), ([fraction_text(eps) for eps in radii], "--eps")):
         twice = [one for index, one in enumerate(given) if one in given[:index]]
@@ -70,13 +75,38 @@ def make_plans(
     parsed = [(text, *_parse(text)) for text in texts]
     given_options = {name: value for name, value in options.items() if value is not None}
     for option in given_options:
-        if not any(option in attack_type(name).__dataclass_fields__ for _, name, _ in parsed):
+        if option != "pool" and not any(option in attack_type(name).__dataclass_fields__ for _, name, _ in parsed):
             raise BackpassError(f"--{option} has no meaning for {', '.join(texts)}.")
-    return [
+    made = [
         Plan(text=text, eps=eps, attack=_make(name, own, eps, given_options, protocol))
         for text, name, own in parsed
         for eps in radii
     ]
+    if gradients is None:
+        return made
+    for text, _, own in parsed:
+        twice = [setting for setting in ("steps", "restarts") if setting in own or setting in given_options]
+        if twice:
+            raise BackpassError(f"--gradients decides how many steps {text} has: leave out {' and '.join(twice)}.")
+    return [replace(plan, attack=_within(plan, gradients)) for plan in made]
+
+
+def _within(plan: Plan, gradients: int) -> Iterative:
+    if not isinstance(plan.attack, Iterative):
+        raise BackpassError(
+            f"--gradients makes steps of a budget, which {plan.text} does not take: give ifgsm, mifgsm or pgd."
+        )
+    return plan.attack.within(gradients)
+
+
+def mixing_pool(plans: Sequence[Plan], data: Labelled, protocol: Protocol) -> dict[str, Pool]:
+    """Return the setting ``pool`` for attacks that mix images, at most 64 of the data at equal distances."""
+    if not any(isinstance(plan.attack, MIFGSM) and plan.attack.mix for plan in plans):
+        return {}
+    images = data.images
+    chosen = torch.linspace(0, len(images) - 1, min(64, len(images))).round().long()
+    pixels = torch.stack([protocol.images(images.pixels[i].float() / images.white) for i in chosen.tolist()])
+    return {"pool": Pool(pixels, images.labels[chosen].long())}
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:

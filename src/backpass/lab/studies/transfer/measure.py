@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backpass.attacks import Rate, TransferReport, transfer
+from backpass.attacks import Iterative, Rate, TransferReport, transfer
 from backpass.data import Labelled
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.protocols import Protocol
@@ -43,6 +43,7 @@ class Study:
         device: where the networks are.
         shards: the folder that keeps finished parts.
         target: class that targeted attacks lead to, see `choose_targets`; None for attacks away from the label.
+        gradients: budget of each image, at which all attacks and rules are compared; None for the attacks' own steps.
     """
 
     sources: Mapping[str, Subject]
@@ -57,11 +58,20 @@ class Study:
     device: torch.device
     shards: Path | None = None
     target: str | int | None = None
+    gradients: int | None = None
 
     @property
     def plans(self) -> list[Plan]:
         """Every attack at every radius."""
-        return make_plans(self.attacks, self.radii, self.options, self.protocol)
+        return make_plans(self.attacks, self.radii, self.options, self.protocol, self.gradients)
+
+    def marks(self, plan: Plan) -> list[int] | None:
+        """Return the numbers of gradients after which an attack is judged: 1, 2, 5, 10, ... and the budget."""
+        if self.gradients is None or not isinstance(plan.attack, Iterative):
+            return None
+        least, budget = plan.attack.cost(1), self.gradients
+        series = [first * 10**power for power in range(len(str(budget))) for first in (1, 2, 5)]
+        return sorted({budget, *(mark for mark in series if least <= mark < budget)})
 
     def rules_of(self, plan: Plan) -> Sequence[str]:
         """The rules that can change an attack; for one without gradients, the first stands for all."""
@@ -132,6 +142,7 @@ def measure(study: Study, progress: Progress = lambda what, part: None) -> Measu
                 classes=study.target,
                 resume=study.shards,
                 tag=rule,
+                gradients=study.marks(plan),
                 progress=report,
             )
     return Measured(study=study, reports=reports, seconds=time.perf_counter() - began)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from backpass.attacks import Rate
 from backpass.lab.studies.attack.comparison import rule_name
@@ -12,9 +13,10 @@ from backpass.lab.studies.attack.plans import Plan
 from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text
 from backpass.lab.studies.transfer.measure import Measured
 from backpass.numbers import fraction_text
-from backpass.report.claims import Claim
+from backpass.report.claims import Claim, agreement
 from backpass.report.proportions import judge_images, paired_difference, percent, percent_text
 from backpass.report.result import Cell, Curve, Finding, Result, Series, Table, environment
+from backpass.report.statistics import holm_levels
 from backpass.report.wording import number
 from backpass.wording import listing
 
@@ -22,9 +24,10 @@ __all__ = ["describe"]
 
 _PLOTS_NOTE = "Lines are the part of the images fooled, bands their 95 % intervals (Wilson)."
 _CLAIMS_NOTE = (
-    "Both rules are judged on the same images, those that the target has right. The interval is that of Agresti and "
-    "Min (2005) for paired proportions, at 95 %; n counts images. It speaks of images drawn like these and of these "
-    "networks."
+    "Both rules are judged on the same images, those that the target has right; n counts images. The test is McNemar's "
+    "exact one. Holm's procedure corrects for the number of comparisons: that any of them is wrongly significant has a "
+    "chance of at most 5 %. Each interval has the level at which the procedure decides, so that it leaves out 0 where "
+    "the difference is significant. They speak of images drawn like these and of these networks."
 )
 _REFERENCE = "Guo, Li, Chen, NeurIPS 2020: images made with linear backpropagation transfer better"
 
@@ -58,6 +61,7 @@ def describe(measured: Measured) -> Result:
             "data": study.data.description,
             **protocol_settings(study.protocol, study.radii),
             "rules": ", ".join(study.rules),
+            **({} if study.gradients is None else {"gradients of each image": study.gradients}),
             "batch size": study.batch_size,
             **plan_settings(study.plans),
         },
@@ -71,6 +75,20 @@ def describe(measured: Measured) -> Result:
                 for (plan, rule), report in measured.reports.items()
                 for source, row in report.rates.items()
                 for target, rate in row.items()
+            ],
+            "after_gradients": [
+                {
+                    "attack": plan,
+                    "rule": rule,
+                    "source": source,
+                    "target": target,
+                    "gradients": gradients,
+                    **rate.to_dict(),
+                }
+                for (plan, rule), report in measured.reports.items()
+                for source, row in report.curves.items()
+                for target, curve in row.items()
+                for gradients, rate in curve.items()
             ],
         },
         plots_note=_PLOTS_NOTE,
@@ -114,25 +132,35 @@ def _claims(measured: Measured) -> list[Claim]:
     """That a rule's images transfer better than the first rule's, for every attack and pair."""
     study = measured.study
     base = study.rules[0]
-    made: list[Claim] = []
-    for plan in study.plans:
-        for rule in study.rules_of(plan)[1:]:
-            for source, target in study.pairs:
-                right = measured.correct[target]
-                if not right.any():
-                    continue
-                ours, theirs = (measured.reports[plan.name, r].fooled[source][target][right] for r in (rule, base))
-                made.append(
-                    judge_images(
-                        f"transfer-{len(made) + 1}",
-                        f"{rule_name(rule)} transfers better than {rule_name(base)} from {source} to {target}: "
-                        f"{plan.text}, eps {fraction_text(plan.eps)}",
-                        paired_difference(ours, theirs),
-                        theirs=rule_name(base),
-                        reference=_REFERENCE if rule.startswith("linbp") and base == "bp" else None,
-                    )
-                )
-    return made
+    compared = [
+        (plan, rule, source, target)
+        for plan in study.plans
+        for rule in study.rules_of(plan)[1:]
+        for source, target in study.pairs
+        if measured.correct[target].any()
+    ]
+
+    def fooled(plan: Plan, rule: str, source: str, target: str) -> Tensor:
+        return measured.reports[plan.name, rule].fooled[source][target][measured.correct[target]]
+
+    outcomes = [
+        (fooled(plan, rule, source, target), fooled(plan, base, source, target))
+        for plan, rule, source, target in compared
+    ]
+    levels = holm_levels([paired_difference(ours, theirs).p for ours, theirs in outcomes])
+    return [
+        judge_images(
+            f"transfer-{number}",
+            f"{rule_name(rule)} transfers better than {rule_name(base)} from {source} to {target}: "
+            f"{plan.text}, eps {fraction_text(plan.eps)}",
+            paired_difference(ours, theirs, level),
+            theirs=rule_name(base),
+            reference=_REFERENCE if rule.startswith("linbp") and base == "bp" else None,
+        )
+        for number, ((plan, rule, source, target), (ours, theirs), level) in enumerate(
+            zip(compared, outcomes, levels, strict=True), start=1
+        )
+    ]
 
 
 def _findings(measured: Measured, claims: list[Claim]) -> list[Finding]:
@@ -146,7 +174,7 @@ def _findings(measured: Measured, claims: list[Claim]) -> list[Finding]:
     ]
     found += [_average(measured, plan) for plan in study.plans if study.pairs]
     if claims:
-        counts = [sum(claim.verdict == kind for claim in claims) for kind in ("holds", "does not hold", "undecided")]
+        counts = [sum(agreement(claim.verdict) is agrees for claim in claims) for agrees in (True, False, None)]
         found.append(
             Finding(
                 "Whether a rule transfers better",
@@ -189,7 +217,46 @@ def _average(measured: Measured, plan: Plan) -> Finding:
 
 
 def _series(measured: Measured) -> list[Series]:
-    """Black-box success against eps, for every attack and pair, where there are radii enough for a line."""
+    """Black-box success against eps, and with a budget against the gradients used."""
+    return [*_against_eps(measured), *_against_gradients(measured)]
+
+
+def _against_gradients(measured: Measured) -> list[Series]:
+    """For every pair and radius, a curve for every attack and rule."""
+    study = measured.study
+    if study.gradients is None or study.gradients < 2:
+        return []
+    made: list[Series] = []
+    for eps in study.radii:
+        plans = [plan for plan in study.plans if plan.eps == eps]
+        for source, target in study.pairs:
+            curves = []
+            for plan in plans:
+                for rule in study.rules_of(plan):
+                    found = measured.reports[plan.name, rule].curves[source][target]
+                    curves.append(
+                        Curve(
+                            label=rule_name(rule) if len(plans) == 1 else f"{plan.text}, {rule_name(rule)}",
+                            x=list(map(float, found)),
+                            given=[percent(rate) for rate in found.values()],
+                        )
+                    )
+            made.append(
+                Series(
+                    id=f"gradients-{len(made) + 1}",
+                    title=f"{source} to {target}, eps {fraction_text(eps)}, success against gradients used",
+                    description=f"{measured.clean[target].hits:,} images that {target} has right. A step of an attack "
+                    "may take several gradients; between two steps the images stay as they are.",
+                    x_label="gradients of each image",
+                    y_label="images fooled (%)",
+                    curves=curves,
+                )
+            )
+    return made
+
+
+def _against_eps(measured: Measured) -> list[Series]:
+    """For every attack and pair, where there are radii enough for a line."""
     study = measured.study
     if len(study.radii) < 2:
         return []
