@@ -1,13 +1,14 @@
 """The committed results and the pages made from them say the same."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 
-from backpass.lab.experiments.catalogue import experiment_names
-from backpass.lab.reproduction.markdown import verdicts
-from backpass.lab.reproduction.overview import read_results
+from backpass.papers import experiment_names
+from backpass.report.markdown import verdicts
+from backpass.report.overview import read_results
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "docs" / "results" / "small"
@@ -15,7 +16,7 @@ SMALL = ROOT / "docs" / "results" / "small"
 
 @pytest.fixture(scope="module")
 def results():
-    return read_results(SMALL)
+    return read_results(SMALL, experiment_names())
 
 
 def test_the_page_of_verdicts_is_made_from_the_committed_results(results):
@@ -39,3 +40,10 @@ def test_the_page_of_benchmarks_is_made_from_its_committed_json(monkeypatch):
     page = importlib.import_module("page")
     found, where = page.read(ROOT / "docs" / "benchmarks" / "cpu.json")
     assert (ROOT / "docs" / "benchmarks" / "cpu.md").read_text() == page.markdown(found, where)
+
+
+def test_the_page_of_transfer_at_a_budget_is_made_from_its_committed_json(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = importlib.import_module("transfer_budget_page").page
+    found = ROOT / "docs" / "results" / "transfer-budget.json"
+    assert found.with_suffix(".md").read_text() == page(json.loads(found.read_text()))

@@ -31,7 +31,8 @@ Attacks = Annotated[
     list[str],
     typer.Option(
         "--attack",
-        help="fgsm, ifgsm, mifgsm, pgd, apgd, fab, fmn, square or autoattack; settings after a colon. Repeatable.",
+        help="fgsm, ifgsm, mifgsm, pgd, apgd, fab, fmn, square or autoattack; settings after a colon, as in "
+        "mifgsm:diversity=0.7,translation=7,scales=5. Repeatable.",
         metavar="NAME[:SETTINGS]",
     ),
 ]

@@ -18,7 +18,9 @@ from backpass.training.half_batches import half_losses, products
 __all__ = ["ControlledLR", "Measured", "half_losses"]
 
 _SHORTEST = 10
-"""Measurements in the shortest window; before there are as many the rate stays."""
+_SHORTEST_STEPS = 30
+"""Measurements in the shortest window, and steps that it spans; before there are as many the rate stays. The growth of
+1/l is held in an interval, so that noise of shorter averages would raise its mean."""
 
 
 class Measured(NamedTuple):
@@ -52,7 +54,7 @@ class ControlledLR(LRScheduler):
     spreads the parameters most where the curvature is small, so d weighs the curvatures by their inverse, as the
     excess loss does. One curvature product serves both, H2 (g1 + s d) with s of alternating sign. In adversarial
     training H is the derivative of the mean gradient through the attack (`half_losses` with an ``adversary``).
-    Averages reach over the last tenth of the measurements.
+    Averages reach over the last tenth of the measurements, at least 10 of them and 30 steps.
 
     With unequal curvatures a rate that falls faster than 1 / (2 a_min k) never reaches the flat directions, while one
     that falls too slowly by a factor c costs the factor 1 / (c (2 - c)) in excess loss: hence a slope of 1/2, for which
@@ -172,7 +174,8 @@ class ControlledLR(LRScheduler):
             return  # Adam's scales come with its first step
         parameters = self._parameters()
         n = self.measurements + 1
-        part = 1 / min(n, max(_SHORTEST, n * self.window))
+        shortest = max(_SHORTEST, math.ceil(_SHORTEST_STEPS / self.every))
+        part = 1 / min(n, max(shortest, n * self.window))
         place = _flat([p.detach() for p in parameters])
         average = self.average if self.measurements else place
         away = place - average
@@ -197,7 +200,7 @@ class ControlledLR(LRScheduler):
             self.along += part * (sign * along / found.scale - self.along)
             self.length += part * (length - self.length)
         cost = self._rate() * self._loss()
-        if n >= _SHORTEST and cost > 0:
+        if n >= shortest and cost > 0:
             pace = min(max(2 - self.progress / cost, 0.0), 2.0)
             largest = _largest_rate(self.optimizer, self._base_rates())
             self.inverse += self.every * self.slope * pace * largest * max(self._curvature(), 0.0)

@@ -50,6 +50,7 @@ class Loop:
 
     def __init__(self, settings: Trainer, attached: Sequence[Attached], interruption: Interruption) -> None:
         self._settings, self._interruption, self._begun = settings, interruption, time.perf_counter()
+        self._attached = attached
         self._device, self._alone = settings.device, world() == 1
         self._batches = Batches(
             source=settings.source,
@@ -97,6 +98,9 @@ class Loop:
         position = self._position
         try:
             self._status("running")
+            if position.epoch >= self._settings.epochs or self._ended:
+                for rule in self._attached:
+                    rule.remove()  # it would warn that nothing called the model
             self._evaluate_at_mark()
             while position.epoch < self._settings.epochs and not self._ended:
                 self._epoch()

@@ -242,7 +242,7 @@ def test_training_needs_no_gradient_mode_of_the_caller():
 @pytest.mark.parametrize("value", ["x", [], math.nan])
 def test_settings_beside_the_trainer(value):
     optimizer = torch.optim.SGD(nn.Linear(3, 1).parameters(), 0.1)
-    for name in ("lr_max", "window", "threshold", "slope", "every"):
+    for name in ("lr_max", "window", "slope", "every"):
         with pytest.raises(BackpassError, match=name):
             ControlledLR(optimizer, **{name: value})
     with pytest.raises(BackpassError, match="label_smoothing"):
