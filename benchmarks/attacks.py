@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpass.attacks import APGD, PGD
+from backpass.training import Trainer
 from side_by_side import Contestant, Options, Row, Section, milliseconds, peak_mib, processor, ratio, side_by_side
 
 STEP, STEPS, EPS = 2 / 255, 10, 8 / 255
@@ -54,12 +55,8 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
 
 def train(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """One pass over the data: enough for attacks to have something to do."""
-    optimizer = torch.optim.Adam(model.train().parameters(), 2e-3)
-    for rows in torch.split(torch.arange(len(x)), 32):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
-        optimizer.step()
-    optimizer.zero_grad()
+    Trainer(model, torch.optim.Adam(model.parameters(), 2e-3), (x, y), epochs=1, batch_size=32).fit()
+    model.zero_grad()
     model.eval()
 
 

@@ -13,7 +13,7 @@ from backpass import LinBP
 from backpass.models import build
 from backpass.rules import Rule
 from backpass.training import Trainer
-from backpass.training.orders import epoch_order
+from backpass.training.batches import epoch_order
 from side_by_side import Contestant, Options, Row, Section, milliseconds, ratio, side_by_side
 
 FAST = {"resnet18"}  # in bfloat16 and channels_last

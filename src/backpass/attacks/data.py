@@ -301,7 +301,7 @@ def _labels(labels: Any) -> Tensor:
     try:
         if not isinstance(labels, Tensor):
             labels = torch.stack([torch.as_tensor(one) for one in labels])
-        whole = labels.long()
+        whole: Tensor = labels.long()
     except (TypeError, ValueError, RuntimeError):
         raise BackpassError(f"a label must be a whole number; got {labels[0]!r}.") from None
     if whole.dim() == 2 and whole.shape[1] == 1:

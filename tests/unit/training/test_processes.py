@@ -76,7 +76,10 @@ def stop(step: int) -> None:
 
 def refusals(rank: int, folder: str) -> list[str]:
     messages = []
+    synchronized = make({})
+    synchronized.model[2] = nn.Sequential(nn.SyncBatchNorm(3, affine=False).double(), nn.Flatten())
     for trainer, resume in (
+        (synchronized, False),
         (make({"rules": (SIBP(),)}), False),
         (make({"batch_size": 1}), False),
         (make({}, f"{folder}/nothing"), True),
@@ -140,7 +143,8 @@ def test_a_signal_to_one_process_stops_all_and_they_resume_to_the_bit(by_two, fo
 
 def test_what_cannot_be_is_refused_in_every_process(by_two):
     for process in by_two:
-        rule, size, nothing = process["refusals"]
+        norm, rule, size, nothing = process["refusals"]
+        assert "SyncBatchNorm for GPUs only" in norm
         assert "2 processes contribute" in rule
         assert "cannot be shared by 2 processes" in size
         assert "no checkpoint" in nothing
