@@ -420,3 +420,21 @@ def test_tgr_takes_grouped_queries_and_names_attention_that_drops_out():
     model.dropout = 0.5
     with TGR().attach(model), pytest.raises(NoSiteError, match=r"its attention drops out; call model.eval\(\)"):
         model(x)
+
+
+class Pooled(nn.Module):
+    """A transformer block, an activation of the residual sum, and a head with an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = BLOCKS["vit, matmul"](), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.tanh(self.head(F.silu(self.block(x))[:, 0]))
+
+
+def test_activations_behind_the_sum_and_in_the_head_make_no_mlp():
+    model, x = Pooled().double(), torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    with TGR().attach(model) as attached:
+        model(x)
+    assert [site.function for site in attached.sites] == ["linear", "matmul", "linear"]
