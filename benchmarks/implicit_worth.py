@@ -1,11 +1,12 @@
-"""Worth of implicit steps: held-out loss after equal steps and after equal time, for tuned optimizers.
+"""Worth of implicit steps: held-out loss after equal steps and in equal time, for tuned optimizers.
 
-    OMP_NUM_THREADS=1 python benchmarks/implicit_worth.py [--only GPT] [--steps 200] [--seeds 5] [--out worth.json]
+    OMP_NUM_THREADS=1 python benchmarks/implicit_worth.py runs.jsonl [--only GPT] [--seeds 5] [--report]
 
-Rates are chosen on a seed and a held-out part of their own, by the held-out loss after the last step; where the best
-rate is at the end of the grid, the grid grows. The other seeds hold out other data. Time is CPU time of training steps
-on one thread; "equal time" is the time that AdamW takes for all its steps, and a run's loss then is interpolated
-between evaluations. Intervals are 95 % Student intervals of the paired difference to AdamW.
+Each run is a line of the file, so an interrupted study goes on where it was; ``--report`` prints the tables of what is
+there. Rates are chosen on a seed and a held-out part of their own, by the held-out loss after the last step; where the
+best rate is at the end of the grid, the grid grows. The other seeds hold out other data. A method's time is the median
+over seeds of its CPU time over AdamW's on one thread; "equal time" is the loss after as many steps as fit into the time
+of all of AdamW's, interpolated between evaluations. Intervals are 95 % Student intervals of the paired difference.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +29,14 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from backpass import SIBP, BackpassError, ProxProp
 from backpass.training import keep_freed_memory
-from implicit_networks import SETTINGS, Setting
+from implicit_networks import GPT, SETTINGS, Setting, of_text
 
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 EVALUATIONS = 10
+HELD = {"GPT": 64}
+TUNING = 100
 
-
-def sgd(model: nn.Module, rate: float) -> list[Optimizer]:
-    return [SGD(model.parameters(), rate, momentum=0.9)]
-
-
-def plain_sgd(model: nn.Module, rate: float) -> list[Optimizer]:
-    return [SGD(model.parameters(), rate)]
-
-
-def adamw(model: nn.Module, rate: float) -> list[Optimizer]:
-    return [AdamW(model.parameters(), rate)]
+_OUTER = ("token", "place", "head")
 
 
 def muon(model: nn.Module, rate: float) -> list[Optimizer]:
@@ -51,13 +46,14 @@ def muon(model: nn.Module, rate: float) -> list[Optimizer]:
     return [Muon(hidden, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), AdamW(others, rate)]
 
 
-_OUTER = ("token", "place", "head")
-
-
 def soap(model: nn.Module, rate: float) -> list[Optimizer]:
     from pytorch_optimizer import SOAP
 
     return [SOAP(model.parameters(), lr=rate, precondition_frequency=10)]
+
+
+def one(kind: Callable[..., Optimizer], model: nn.Module, rate: float, **settings: Any) -> list[Optimizer]:
+    return [kind(model.parameters(), rate, **settings)]
 
 
 @dataclass(frozen=True)
@@ -69,19 +65,30 @@ class Method:
     rule: ProxProp | SIBP | None = None
 
 
+ADAMW = Method(partial(one, AdamW), 3e-3)
 METHODS = {
-    "SGD": Method(sgd, 0.03),
-    "AdamW": Method(adamw, 3e-3),
-    "Muon": Method(muon, 3e-3),
+    "AdamW": ADAMW,
+    "ProxProp exact": replace(ADAMW, rule=ProxProp()),
+    "ProxProp with memory": replace(ADAMW, rule=ProxProp(solve="step", memory=0.9, refresh=10, max_side=512)),
+    "Muon": Method(muon, 6e-3),
+    "SIBP": Method(partial(one, SGD), 1.0, SIBP(eta=None)),
+    "SGD": Method(partial(one, SGD, momentum=0.9), 0.03),
     "SOAP": Method(soap, 3e-3),
-    "ProxProp exact": Method(adamw, 3e-3, ProxProp()),
-    "ProxProp with memory": Method(adamw, 3e-3, ProxProp(solve="step", memory=0.9, refresh=10)),
-    "SIBP": Method(plain_sgd, 1.0, SIBP(eta=None)),
+}
+TAUS = (0.3, 1.0, 10.0, 30.0)
+
+# The networks of `implicit_cost`, with smaller batches where a step is long, and their steps.
+WORTH: dict[str, tuple[Setting, int]] = {
+    "MLP 784-256-256-10, MNIST, batch 128": (SETTINGS["MLP 784-256-256-10, batch 128"], 200),
+    "GPT d64 L2, 1,024 tokens": (SETTINGS["GPT d64 L2, 1,024 tokens"], 150),
+    "ViT d64 L3, CIFAR-10, batch 16": (replace(SETTINGS["ViT d64 L3, batch 64"], batch=16), 100),
+    "CNN with BatchNorm, CIFAR-10, batch 32": (replace(SETTINGS["CNN with BatchNorm, batch 128"], batch=32), 80),
+    "GPT d256 L1, 1,024 tokens": (Setting(lambda: GPT(256, 1), of_text, 16), 60),
 }
 
 
-def train(setting: Setting, method: Method, rate: float, seed: int, steps: int) -> list[tuple[float, float]]:
-    """(CPU seconds, held-out loss) at every evaluation; infinite losses after a failure."""
+def train(setting: Setting, method: Method, rate: float, seed: int, steps: int, held: int) -> dict[str, Any]:
+    """Held-out losses at the evaluations, infinite after a failure, and CPU seconds per step."""
     x, y, held_x, held_y = setting.data(seed)
     torch.manual_seed(seed)
     model = setting.make()
@@ -99,49 +106,82 @@ def train(setting: Setting, method: Method, rate: float, seed: int, steps: int) 
         try:
             F.cross_entropy(model(x[rows]), y[rows]).backward()
         except BackpassError:
-            return found + [(seconds, math.inf)] * (EVALUATIONS - len(found))
+            found += [math.inf] * (EVALUATIONS - len(found))
+            break
         for optimizer in optimizers:
             optimizer.step()
         seconds += time.process_time() - start
         if step * EVALUATIONS % steps == 0:
             model.eval()
             with torch.no_grad():
-                losses = [
-                    F.cross_entropy(model(a), b).item()
-                    for a, b in zip(held_x.split(500), held_y.split(500), strict=True)
-                ]
+                loss = F.cross_entropy(model(held_x[:held]), held_y[:held]).item()
             model.train()
-            loss = statistics.fmean(losses)
-            found.append((seconds, loss if math.isfinite(loss) else math.inf))
-    return found
+            found.append(loss if math.isfinite(loss) else math.inf)
+    return {"losses": found, "seconds": seconds / step}
 
 
-def tuned(setting: Setting, method: Method, steps: int) -> tuple[float, bool]:
-    """The best rate on the seed for tuning, and whether the grid holds it inside."""
-    rates = [method.first / 3, method.first, method.first * 3]
-    losses = {rate: train(setting, method, rate, 100, steps)[-1][1] for rate in rates}
+def best(losses: dict[float, float]) -> tuple[float, bool]:
+    """The best rate, and whether the grid holds it inside."""
+    found = min(losses, key=losses.__getitem__)
+    return found, found not in (min(losses), max(losses))
+
+
+def work(known: dict[tuple, dict], name: str, method: str, seeds: int) -> Iterator[tuple[float, int, float | None]]:
+    """What is left to run: (rate, seed, tau), rates of the grid first; goes on as ``known`` grows."""
+
+    def tuned() -> dict[float, float]:
+        return {key[2]: run["losses"][-1] for key, run in known.items() if key[:2] == (name, method) and key[3] == 100}
+
+    first = METHODS[method].first
+    yield from ((rate, TUNING, None) for rate in (first / 3, first, first * 3) if rate not in tuned())
     for _ in range(4):
-        best = min(losses, key=losses.__getitem__)
-        ends = (min(losses), max(losses))
-        if best not in ends:
+        rate, inside = best(tuned())
+        if inside:
             break
-        further = best / 3 if best == ends[0] else best * 3
-        losses[further] = train(setting, method, further, 100, steps)[-1][1]
-    best = min(losses, key=losses.__getitem__)
-    return best, best not in (min(losses), max(losses))
+        yield (rate / 3 if rate == min(tuned()) else rate * 3), TUNING, None
+    rate = best(tuned())[0]
+    yield from ((rate, seed, None) for seed in range(seeds))
+    if method == "ProxProp exact":
+        yield from ((rate, seed, tau) for tau in TAUS for seed in range(3))
 
 
-def at(run: list[tuple[float, float]], seconds: float) -> float:
-    """The loss after a time, between evaluations interpolated; the last one if the run was over before."""
-    before = None
-    for point in run:
-        if point[0] >= seconds:
-            if before is None:
-                return point[1]
-            share = (seconds - before[0]) / (point[0] - before[0])
-            return before[1] + share * (point[1] - before[1])
-        before = point
-    return run[-1][1]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--only", default="", help="settings whose name holds this")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    lines = arguments.runs.read_text().splitlines() if arguments.runs.exists() else []
+    known = {tuple(run["key"]): run for run in map(json.loads, lines)}
+    if arguments.report:
+        for name in WORTH:
+            report(name, known)
+        return
+    for method, chosen in METHODS.items():
+        for name, (setting, steps) in WORTH.items():
+            if arguments.only not in name:
+                continue
+            held = HELD.get(name[:3], 500)
+            for rate, seed, tau in work(known, name, method, arguments.seeds):
+                key = (name, method, rate, seed, tau)
+                if key in known:
+                    continue
+                rule = chosen.rule if tau is None else replace(chosen.rule, tau=tau, damping="relative")
+                known[key] = train(setting, replace(chosen, rule=rule), rate, seed, steps, held)
+                with arguments.runs.open("a") as file:
+                    file.write(json.dumps({"key": key, **known[key]}) + "\n")
+
+
+def at(losses: list[float], share: float) -> float:
+    """The loss after a share of the steps, interpolated between evaluations."""
+    position = min(share, 1.0) * len(losses) - 1
+    if position <= 0:
+        return losses[0]
+    low = min(int(position), len(losses) - 2)
+    return losses[low] + (position - low) * (losses[low + 1] - losses[low])
 
 
 def interval(differences: list[float]) -> str:
@@ -152,54 +192,32 @@ def interval(differences: list[float]) -> str:
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="settings whose name holds this")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    results = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
-    for name, setting in SETTINGS.items():
-        if arguments.only not in name:
-            continue
-        known = results.setdefault(name, {"steps": arguments.steps, "rates": {}, "runs": {}})
-        if known["steps"] != arguments.steps:
-            parser.error(f"{arguments.out} holds runs of {known['steps']} steps")
-        for one in arguments.methods:
-            if one in known["runs"]:
-                continue
-            try:
-                rate = tuned(setting, METHODS[one], arguments.steps)
-            except ImportError as error:
-                print(f"{one} left out: {error}")
-                continue
-            seeds = range(arguments.seeds)
-            known["rates"][one] = rate
-            known["runs"][one] = [train(setting, METHODS[one], rate[0], seed, arguments.steps) for seed in seeds]
-            if arguments.out:
-                arguments.out.write_text(json.dumps(results) + "\n")
-        report(name, known)
-
-
-def report(name: str, known: dict) -> None:
-    base = known["runs"].get("AdamW")
-    print(f"{name}, {known['steps']} steps: held-out loss, and its difference to AdamW's")
-    for one, found in known["runs"].items():
-        rate, inside = known["rates"][one]
-        steps, cost = [run[-1][1] for run in found], statistics.median(run[-1][0] for run in found)
-        line = f"  {one:21} rate {rate:.2g}{'' if inside else ' (end of the grid)'}, {cost:.1f} s, {len(found)} seeds: "
-        line += f"equal steps {statistics.fmean(steps):.3f}"
-        if base and len(base) == len(found):
-            ends = [run[-1] for run in base]
-            times = [at(run, end[0]) for run, end in zip(found, ends, strict=True)]
-            line += f", {interval([a - end[1] for a, end in zip(steps, ends, strict=True)])}"
-            line += f"; equal time {statistics.fmean(times):.3f}, "
-            line += interval([a - end[1] for a, end in zip(times, ends, strict=True)])
-        print(line, flush=True)
+def report(name: str, known: dict[tuple, dict]) -> None:
+    """Print the table of a network, in Markdown."""
+    runs: dict[tuple, dict[int, dict]] = {}
+    grids: dict[str, dict[float, float]] = {}
+    for (network, method, rate, seed, tau), run in known.items():
+        if network == name and seed == TUNING:
+            grids.setdefault(method, {})[rate] = run["losses"][-1]
+        elif network == name:
+            runs.setdefault((method, tau), {})[seed] = run
+    base = runs.get(("AdamW", None))
+    if base is None:
+        return
+    print(f"\n**{name}**, {WORTH[name][1]} steps\n")
+    print("| method | rate | time | after equal steps | difference to AdamW | in AdamW's time | difference |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for (method, tau), found in runs.items():
+        seeds = sorted(set(found) & set(base))
+        rate, inside = best(grids[method])
+        cost = statistics.median(found[seed]["seconds"] / base[seed]["seconds"] for seed in seeds)
+        steps = [found[seed]["losses"][-1] for seed in seeds]
+        times = [at(found[seed]["losses"], 1 / cost) for seed in seeds]
+        ends = [base[seed]["losses"][-1] for seed in seeds]
+        line = f"| {method}{'' if tau is None else f', tau {tau:g}'} ({len(seeds)} seeds) | {rate:.2g}"
+        line += f"{'' if inside else ' (end of the grid)'} | {cost:.2f} | {statistics.fmean(steps):.3f} | "
+        line += f"{interval([a - b for a, b in zip(steps, ends, strict=True)])} | {statistics.fmean(times):.3f} | "
+        print(line + f"{interval([a - b for a, b in zip(times, ends, strict=True)])} |")
 
 
 if __name__ == "__main__":

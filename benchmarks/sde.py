@@ -70,7 +70,8 @@ def against_torchsde(sde: AdversarialSDE, theta: Tensor) -> dict[str, Contestant
     times, dt = torch.tensor([0.0, 4 * ETA]), ETA / 4
     runs: dict[str, Contestant] = {
         "16 steps, Euler": lambda: integrate(sde, theta, 4 * ETA, dt, "euler_maruyama", coarse=True),
-        "16 steps, predictor-corrector": lambda: integrate(sde, theta, 4 * ETA, dt),
+        "16 steps, predictor-corrector": lambda: integrate(sde, theta, 4 * ETA, dt, "predictor_corrector"),
+        "16 steps, the default": lambda: integrate(sde, theta, 4 * ETA, dt),
     }
     if torchsde is not None:
         module = sde.as_torchsde()

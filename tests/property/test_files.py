@@ -16,10 +16,10 @@ from backpass import BackpassError
 from backpass.attacks import PGD, evaluate, load, save
 from backpass.attacks.shards import read_tensors, write_tensors
 from backpass.lab.bench.pieces import Pieces
-from backpass.lab.reproduction.overview import read_results, write_overview
-from backpass.lab.reproduction.reading import read_result
 from backpass.models.weights import read_weights, save_weights
 from backpass.report.claims import judge
+from backpass.report.overview import read_results, write_overview
+from backpass.report.reading import read_result
 from backpass.report.result import Curve, Finding, Result, Series, Table
 from backpass.report.statistics import Interval
 from backpass.training.checkpoint import Checkpoints

@@ -6,15 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from backpass import SIBP
 from backpass.rules.activations import ACTIVATIONS
 from backpass.rules.implicit.calls import linear_call
 from backpass.rules.implicit.layers import Linear, LinearLayer
 from backpass.rules.implicit.uses import layer_of
 from backpass.rules.semi_implicit.elementwise import elementwise
 from backpass.rules.semi_implicit.unit_systems import ByColumns, ByRows
-from backpass.rules.semi_implicit.weight_step import SemiImplicitStep, increment
+from backpass.rules.semi_implicit.weight_step import increment
 
-STEP = SemiImplicitStep(0.1, 0.7, 0.3, 1, 40, 0, "sum", True)
+STEP = SIBP(eta=0.1, lam=0.7, lam_bias=0.3, cg_steps=40, descent_steps=0, reduction="sum")
 
 
 def layer_and_input(draw: st.DrawFn) -> tuple[LinearLayer, Tensor]:

@@ -16,6 +16,8 @@ FLOORS = (  # from the ground up; what stands side by side does not know each ot
     ("models",),
     ("report",),
     ("lab",),
+    ("experiments",),
+    ("papers",),
     ("cli",),
 )
 MAY_IMPORT = dict.fromkeys(GROUND, GROUND)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
-from backpass.attacks.autoattack import AutoAttack
 from backpass.attacks.checks import check_images, check_labels, check_mask, check_model
 from backpass.attacks.columns import Columns, processes
 from backpass.attacks.data import Data, Source
+from backpass.attacks.radii import check_radii, run, run_radii
 from backpass.attacks.report import AttackRecord, Report
-from backpass.attacks.search import SearchAttack
 from backpass.attacks.shards import Shards, describe, fingerprint
 from backpass.attacks.targets import Targets, choose_targets
 from backpass.errors import BackpassError
-from backpass.numbers import is_number
 from backpass.preserved import preserved
 from backpass.version import __version__
 
-__all__ = ["Mask", "evaluate", "name_attacks", "run_radii"]
+__all__ = ["Mask", "evaluate", "name_attacks"]
 
 Attacks = Attack | Sequence[Attack] | Mapping[str, Attack]
 Mask = Tensor | Callable[[Tensor], Tensor] | None
-
-_CONTINUED = 5  # a radius that starts from a smaller one's images has so many times fewer steps
 
 
 def evaluate(
@@ -68,8 +63,9 @@ def evaluate(
             class, or a function of y (N,). Samples whose target is their label are not attacked.
         mask: entries that may change: a bool tensor that broadcasts to one sample, or has one mask for each sample of
             the data, or a function of the images x (B, ...).
-        radii: evaluate every attack at each of these radii, from small to large, each from the images that the smaller
-            one found, with a fifth of the steps; lengths are scaled with the radius. See `Report.curve`.
+        radii: evaluate every attack at each of these radii; see `Report.curve`. A sample is searched at the largest
+            radius, then at the next smaller one from the image found, and so on until a search fails: it stands at that
+            radius and at all smaller ones. Lengths are scaled with the radius, and a success ends a search.
         class_names: names of the model's classes, for the report.
         progress: called with (samples done by this process, samples of this process).
 
@@ -84,7 +80,7 @@ def evaluate(
         raise BackpassError("a targeted attack needs targets=, for instance targets='next'.")
     if not isinstance(model, nn.Module):
         check_model(model)
-    levels = _check_radii(radii, named)
+    levels = None if radii is None else check_radii(radii, list(named.values()))
     rank, world = processes()
     source = Source(data, batch_size, several=world > 1 or resume is not None)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
@@ -115,16 +111,9 @@ def evaluate(
             part = shards.get(key)
             columns.count("reused" if part is not None else "computed", 1)
             if part is None:
-                part = run_radii(
-                    attack,
-                    model,
-                    x[rows],
-                    aim[rows],
-                    index[rows],
-                    batch_size,
-                    levels,
-                    None if own is None else own[rows],
-                )
+                some = None if own is None else own[rows]
+                samples = (model, x[rows], aim[rows], index[rows], batch_size)
+                part = run(attack, *samples, some) if levels is None else run_radii(attack, *samples, levels, some)
                 shards.put(key, part)
             columns.enter(name, index[rows], part, ("success", "loss", "prediction", "distance"))
             columns.count(name, int(part["gradients"]))
@@ -156,95 +145,6 @@ def name_attacks(attacks: Attacks) -> dict[str, Attack]:
     if not attacks:
         raise BackpassError("there is no attack to evaluate: give at least one, for instance PGD(eps=8/255).")
     return dict(attacks)
-
-
-def run_radii(
-    attack: Attack,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    index: Tensor,
-    batch_size: int,
-    radii: Sequence[float] | None = None,
-    mask: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Attack samples (B, ...) at every radius, from small to large; None for the attack's own.
-
-    Returns:
-        success, loss, prediction and distance, (B, R) each, and the number of gradients.
-    """
-    levels = [None] if radii is None else list(radii)
-    columns: dict[str, list[Tensor]] = {"success": [], "loss": [], "prediction": [], "distance": []}
-    gradients = 0
-    if len(x) == 0:
-        return {name: torch.zeros(0, len(levels)) for name in columns} | {"gradients": torch.tensor(0)}
-    if radii is not None and attack.minimum_norm:
-        once = replace(attack, eps=math.inf)
-        result = once(model, x, y, indices=index, batch_size=batch_size, mask=mask)
-        distance = result.distance[:, None]
-        within = distance <= torch.tensor(levels, device=distance.device) * (1 + 1e-6)
-        wide = {"loss": result.loss, "prediction": result.prediction, "distance": result.distance}
-        found = {name: value[:, None].expand(-1, len(levels)) for name, value in wide.items()}
-        return {"success": within, **found, "gradients": torch.tensor(result.gradients)}
-    standing = torch.arange(len(x), device=x.device)
-    start: Tensor | None = None
-    last: dict[str, Tensor] = {}
-    for number, radius in enumerate(levels):
-        now = attack if radius is None else _at_radius(attack, radius, continued=start is not None)
-        if len(standing):
-            begin = None
-            if start is not None and radius is not None and (before := levels[number - 1]):
-                begin = x[standing] + (start[standing] - x[standing]) * (radius / before)
-            result = now(
-                model,
-                x[standing],
-                y[standing],
-                indices=index[standing],
-                batch_size=batch_size,
-                mask=None if mask is None else mask[standing],
-                start=begin if isinstance(now, SearchAttack) else None,
-            )
-            gradients += result.gradients
-            found = {name: getattr(result, name) for name in columns}
-            if not last:
-                last = found
-            else:
-                last = {name: value.index_copy(0, standing, found[name]) for name, value in last.items()}
-            start = result.x_adv if start is None else start.index_copy(0, standing, result.x_adv)
-            standing = standing[~result.success]
-        for name, value in last.items():
-            columns[name].append(value)
-    return {name: torch.stack(parts, 1) for name, parts in columns.items()} | {"gradients": torch.tensor(gradients)}
-
-
-def _at_radius(attack: Attack, radius: float, *, continued: bool) -> Attack:
-    """Scale every length of the attack with the radius, and shorten a search that is continued."""
-    known = {field.name for field in fields(attack)}
-    factor = radius / attack.largest_eps if attack.largest_eps else 1.0
-    changed: dict[str, Any] = {"eps": radius}
-    for length in ("step", "start_eps"):
-        if length in known and getattr(attack, length) is not None:
-            changed[length] = getattr(attack, length) * factor
-    if continued and "steps" in known and not isinstance(attack, AutoAttack):
-        changed["steps"] = -(-getattr(attack, "steps") // _CONTINUED)  # noqa: B009 -- not every attack has steps
-        if "restarts" in known:
-            changed["restarts"] = 1
-    return replace(attack, **changed)
-
-
-def _check_radii(radii: Sequence[float] | None, named: dict[str, Attack]) -> list[float] | None:
-    if radii is None:
-        return None
-    levels = list(radii)
-    if not levels or not all(is_number(radius) and radius >= 0 for radius in levels) or len(set(levels)) < len(levels):
-        raise BackpassError(f"radii must be different numbers, at least 0; got {levels!r}.")
-    for attack in named.values():
-        if isinstance(attack.eps, tuple):
-            raise BackpassError("radii are for attacks with one eps; this one has a radius for each sample.")
-        if not attack.minimum_norm:
-            for radius in levels:
-                replace(attack, eps=radius)
-    return sorted(float(radius) for radius in levels)
 
 
 def _open(

@@ -40,7 +40,8 @@ __all__ = [
 ]
 
 _COLOURS = {
-    "holds": "green", "does not hold": "red", "undecided": "yellow",
+    "replicated": "green", "contradicted": "red", "same direction": "green", "opposite direction": "red",
+    "undecided": "yellow",
     "finished": "green", "running": "cyan", "interrupted": "yellow", "diverged": "red",
 }  # fmt: skip
 _TERMINATED = 143  # exit code after SIGTERM
@@ -190,7 +191,8 @@ def print_claims(result: Result, title: str) -> None:
 
 def print_overview(results: Sequence[Result]) -> None:
     """Print every claim of several results with its verdict, and the number of claims by verdict."""
-    from backpass.report.page import count_verdicts, estimate
+    from backpass.report.claims import count_verdicts
+    from backpass.report.page import estimate
     from backpass.report.wording import interval_text
 
     rows: list[Sequence[str] | str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from backpass.errors import BackpassError
 if TYPE_CHECKING:
     from backpass.lab.reproduction.running import Done, Failed
 
-__all__ = ["report", "reproduce"]
+__all__ = ["report", "reproduce", "verify"]
 
 
 @app.command(
@@ -37,14 +37,18 @@ def reproduce(
     jobs: Annotated[int | None, typer.Option(min=1, help="Experiments side by side.", show_default="cores")] = None,
     again: Annotated[bool, typer.Option("--again", help="Compute finished experiments anew.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Name the experiments and leave.")] = False,
+    cluster: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler whose workers run the experiments.")
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Run the papers' experiments and give a verdict on each of their claims.
 
-    A finished experiment is kept, an interrupted one goes on from its finished pieces.
+    A finished experiment is kept, an interrupted one goes on from its finished runs.
     """
     import os
     import time
+    from itertools import chain
 
     if listing:
         _list(scale)
@@ -57,25 +61,33 @@ def reproduce(
     found: list[Done] = []
     failed: list[Failed] = []
     damaged: list[BackpassError] = []
-    with working("loading torch") as show, told_when_interrupted("Finished pieces are kept: the same command goes on."):
-        from backpass.lab.experiments.catalogue import choose
-        from backpass.lab.reproduction.overview import read_results, write_overview
-        from backpass.lab.reproduction.running import Done
-        from backpass.lab.reproduction.running import reproduce as run
+    with working("loading torch") as show, told_when_interrupted("Finished runs are kept: the same command goes on."):
+        from backpass.experiments.experiment import Experiment
+        from backpass.experiments.running import Done
+        from backpass.experiments.running import run as run_tables
+        from backpass.lab.reproduction.running import reproduce as run_others
         from backpass.lab.subjects import parse_device
-        from backpass.report.page import count_verdicts
+        from backpass.papers import choose, experiment_names
+        from backpass.report.claims import count_verdicts
+        from backpass.report.overview import read_results, write_overview
 
-        total = len(choose(names))
+        chosen = choose(names)
         place = parse_device(device)
-        side_by_side = jobs or (1 if place.type == "cuda" else os.cpu_count() or 1)
-        for ended in run(
-            names,
-            scale=scale,
-            out=out,
-            device=place,
-            jobs=side_by_side,
-            again=again,
-            progress=lambda what: show(what, (len(found) + len(failed)) / total),
+        settings: dict[str, Any] = {
+            "scale": scale,
+            "out": out,
+            "device": place,
+            "jobs": jobs or (1 if place.type == "cuda" else os.cpu_count() or 1),
+            "again": again,
+            "progress": lambda what: show(what, (len(found) + len(failed)) / len(chosen)),
+        }
+        tables = [one for one in chosen if isinstance(one, Experiment)]
+        others = [one.name for one in chosen if not isinstance(one, Experiment)]
+        for one in chosen:
+            one.settings(scale)
+        for ended in chain(
+            run_tables(tables, cluster=cluster, **settings) if tables else (),
+            run_others(others, **settings) if others else (),
         ):
             if isinstance(ended, Done):
                 found.append(ended)
@@ -85,7 +97,7 @@ def reproduce(
                 failed.append(ended)
                 told = f"failed: {ended.reason}"
             say(f"{ended.name} ({time.perf_counter() - began:.0f} s): {told}", err=True)
-        page = write_overview(out, read_results(out, damaged.append)) if found else None
+        page = write_overview(out, read_results(out, experiment_names(), damaged.append)) if found else None
     if found:
         print_overview([done.result for done in found])
     kept = [done.result.experiment for done in found if done.kept]
@@ -96,7 +108,7 @@ def reproduce(
     _tell(damaged)
     if failed:
         names_of = ", ".join(one.name for one in failed)
-        raise BackpassError(f"{len(failed)} of {total} experiments failed, see above: {names_of}.")
+        raise BackpassError(f"{len(failed)} of {len(chosen)} experiments failed, see above: {names_of}.")
 
 
 @app.command()
@@ -111,16 +123,32 @@ def report(
     damaged: list[BackpassError] = []
     with working("drawing"):
         from backpass.files import write_whole
-        from backpass.lab.reproduction.markdown import verdicts
-        from backpass.lab.reproduction.overview import read_results, write_overview
+        from backpass.papers import experiment_names
+        from backpass.report.markdown import verdicts
+        from backpass.report.overview import read_results, write_overview
 
-        results = read_results(folder, damaged.append)
+        results = read_results(folder, experiment_names(), damaged.append)
         written = [write_overview(folder, results)]
         if markdown is not None:
             written.append(write_whole(markdown, verdicts(results)))
     print_overview(results)
     print_written(time.perf_counter() - began, written)
     _tell(damaged)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A result.json of backpass reproduce, or its folder.", metavar="RESULT")],
+) -> None:
+    """Recompute every verdict of a result from its stored outcomes, and compare their hashes."""
+    from backpass.experiments.verifying import verify as check
+    from backpass.papers import EXPERIMENTS
+
+    found = check(path, EXPERIMENTS)
+    basis = f"{found.outcomes} files of outcomes" if found.from_outcomes else "the numbers in the result alone"
+    if found.problems:
+        raise BackpassError(f"{len(found.problems)} of {path} do not agree: " + " ".join(found.problems))
+    say(f"{found.claims} verdicts recomputed from {basis}: all agree.")
 
 
 def _tell(damaged: Sequence[BackpassError]) -> None:
@@ -134,9 +162,10 @@ def _tell(damaged: Sequence[BackpassError]) -> None:
 
 
 def _list(scale: str) -> None:
-    from backpass.lab.experiments.catalogue import EXPERIMENTS
+    from backpass.papers import every_experiment
 
-    for experiment in EXPERIMENTS:
+    every = every_experiment()
+    for experiment in every:
         experiment.settings(scale)
-    rows = [(one.name, one.title, one.source, ", ".join(one.data) or "made") for one in EXPERIMENTS]
+    rows = [(one.name, one.title, one.source, ", ".join(one.data) or "made") for one in every]
     print_grid(f"{len(rows)} experiments", ("name", "what", "from", "data"), rows, words=(1, 2, 3))

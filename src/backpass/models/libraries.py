@@ -34,12 +34,24 @@ def library_network(name: str, *, pretrained: bool, data: str | None = None) -> 
     library, _, own = name.partition(":")
     try:
         module = import_module(library)
+    except Exception as error:  # a build for another torch raises RuntimeError or OSError
+        raise BackpassError(
+            f"{name!r} needs {library!r}, which cannot be imported: {_first_line(error)}. Install it, and what it "
+            "needs, in versions that fit your torch."
+        ) from error
+    try:
         return LIBRARIES[library](module, own, pretrained, data)
-    except ImportError as error:
-        raise BackpassError(f"{name!r} needs {library!r}, which cannot be imported: {error}.") from error
+    except BackpassError:
+        raise
     except Exception as error:  # the library may raise anything, and fail to download
-        first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise BackpassError(f"{library} does not give {own!r}: {first}") from error
+        raise BackpassError(
+            f"{library} does not give {own!r}: {_first_line(error)}"
+            + (". Weights of your own are given with --weights FILE." if pretrained else "")
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0].rstrip(".")
 
 
 def _timm(timm: Any, name: str, pretrained: bool, data: str | None) -> tuple[nn.Module, Normalisation | None]:

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
-from backpass.report.statistics import LEVEL, Interval, mean_interval, paired_interval, sign_test
+from backpass.report.statistics import LEVEL, holm, mean_interval, mean_test, paired_interval, sign_test
 
-__all__ = ["FEWEST_PAIRS", "Claim", "Direction", "Verdict", "judge", "judge_within", "verdict"]
+__all__ = [
+    "CORRECTED",
+    "FEWEST_PAIRS",
+    "Claim",
+    "Direction",
+    "Diverged",
+    "Setting",
+    "Verdict",
+    "agreement",
+    "corrected",
+    "count_verdicts",
+    "judge",
+    "judge_within",
+    "worded",
+]
 
-Verdict = Literal["holds", "does not hold", "undecided"]
+Verdict = Literal["replicated", "contradicted", "same direction", "opposite direction", "undecided"]
+Setting = Literal["the claim's", "elsewhere"]
 Direction = Literal["higher", "lower"]
+Diverged = Literal["undecided", "worse"]
+
+CORRECTED = (
+    "Verdicts are corrected for the number of claims of the experiment (Holm): with no true difference at all, the "
+    "probability of one or more false verdicts is at most 5 %."
+)
+"""A sentence for reports whose claims went through `corrected`."""
 
 FEWEST_PAIRS = 3
 """No verdict rests on fewer paired runs than this."""
@@ -20,19 +43,25 @@ FEWEST_PAIRS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A statement, what was measured of it, and what the measurement says.
+    """A statement, its measurement, and the verdict.
 
     Attributes:
         id: unique in its experiment.
         statement: the claim in words, as if it were true.
         quantity: what ``estimate`` and ``interval`` measure, with its unit.
-        verdict: ``holds``, ``does not hold`` or ``undecided``.
+        verdict: at the claim's setting ``replicated``, ``contradicted`` or ``undecided``; elsewhere ``same direction``,
+            ``opposite direction`` or ``undecided``, which is no verdict on the claim.
         estimate: the mean paired difference; ``nan`` where a run diverged.
         interval: its 95 % interval.
         n: the number of pairs.
         reference: where the claim comes from.
         published: the source's own number, in words; empty where it gives none.
         note: what a reader must know beside the numbers, for instance which runs diverged.
+        setting: ``the claim's``: the network, data and protocol that the claim speaks of, trained to within 3 points of
+            the published accuracy; or ``elsewhere``.
+        p: the p-value of the test that belongs to the interval, for this claim alone; None in results of 0.1.0.
+        p_corrected: the p-value after Holm's correction for all claims of the experiment, on which the verdict rests;
+            None where it was not corrected.
     """
 
     id: str
@@ -45,19 +74,49 @@ class Claim:
     reference: str | None = None
     published: str = ""
     note: str = ""
+    setting: Setting = "elsewhere"
+    p: float | None = None
+    p_corrected: float | None = None
 
 
-def verdict(difference: Interval, direction: Direction) -> Verdict:
-    """What an interval of a difference says of "the difference is above (or below) zero".
-
-    ``holds`` where the whole interval lies on the claimed side of zero, ``does not hold`` where it lies on
-    the other side, and ``undecided`` where it contains zero, rests on fewer than `FEWEST_PAIRS` pairs, or is
-    not finite because a run diverged.
-    """
-    low, high = difference.low, difference.high
-    if difference.n < FEWEST_PAIRS or not (math.isfinite(low) and math.isfinite(high)) or low <= 0 <= high:
+def worded(agrees: bool | None, setting: Setting) -> Verdict:
+    """Return the verdict's name: with the claim, against it, or neither, at the claim's setting or elsewhere."""
+    if agrees is None:
         return "undecided"
-    return "holds" if (low > 0) == (direction == "higher") else "does not hold"
+    if setting == "elsewhere":
+        return "same direction" if agrees else "opposite direction"
+    return "replicated" if agrees else "contradicted"
+
+
+def agreement(verdict: Verdict) -> bool | None:
+    """Return whether a verdict is with the claim, against it (False), or neither (None)."""
+    return None if verdict == "undecided" else verdict in ("replicated", "same direction")
+
+
+def count_verdicts(claims: Iterable[Claim]) -> dict[str, int]:
+    """Count the claims by verdict; verdicts that do not occur are left out."""
+    counts = Counter(claim.verdict for claim in claims)
+    return {verdict: counts[verdict] for verdict in get_args(Verdict) if counts[verdict]}
+
+
+def corrected(claims: Sequence[Claim]) -> list[Claim]:
+    """Correct the verdicts of an experiment for the number of its claims by Holm's method.
+
+    A claim whose own interval excludes zero is undecided where its corrected p-value is above 5 %, and its note says
+    so. Claims without a p-value stay as they are, but are counted.
+    """
+    p_values = holm([1.0 if claim.p is None else claim.p for claim in claims])
+    made = []
+    for claim, p in zip(claims, p_values, strict=True):
+        if claim.p is None:
+            made.append(claim)
+        elif claim.verdict == "undecided" or p <= 1 - LEVEL:
+            made.append(replace(claim, p_corrected=p))
+        else:
+            told = f"p = {claim.p:.2g} alone, {p:.2g} corrected for {len(claims)} claims"
+            note = "; ".join(filter(None, (claim.note, told)))
+            made.append(replace(claim, p_corrected=p, verdict="undecided", note=note))
+    return made
 
 
 def judge(
@@ -71,9 +130,13 @@ def judge(
     reference: str | None = None,
     published: str = "",
     seeds: Sequence[int] = (),
-    diverged: Literal["undecided", "worse"] = "undecided",
+    diverged: Diverged = "undecided",
+    setting: Setting = "elsewhere",
 ) -> Claim:
     """Measure ``ours - theirs`` over paired runs and give the verdict.
+
+    It is undecided where the 95 % interval contains zero, with fewer than `FEWEST_PAIRS` pairs, or where a run
+    diverged.
 
     Args:
         id: unique in its experiment.
@@ -87,38 +150,43 @@ def judge(
         seeds: the pairs' seeds, to name the runs that diverged.
         diverged: what becomes of a claim with diverged runs, which have no difference: it stays ``undecided``, or a
             diverged run is ``worse`` than any other and the exact sign test over the pairs decides at the same level.
+        setting: where it was measured.
 
     Raises:
         BackpassError: the two sides differ in length, or are empty.
     """
     difference = paired_interval(ours, theirs)
-    decided = verdict(difference, direction)
+    p = mean_test([a - b for a, b in zip(ours, theirs, strict=True)])
+    ahead = (difference.mean > 0) == (direction == "higher")
     names = list(seeds) or list(range(len(ours)))
     lost = [name for name, a, b in zip(names, ours, theirs, strict=True) if not (math.isfinite(a) and math.isfinite(b))]
     note = ""
     if lost:
         note = f"a run diverged in {len(lost)} of {len(ours)} pairs, seed {', '.join(map(str, lost))}"
         if diverged == "worse":
-            decided, told = _by_signs(ours, theirs, direction)
+            p, ahead, told = _by_signs(ours, theirs, direction)
             note = f"{note}; {told}"
-    elif difference.n < FEWEST_PAIRS:
-        note = f"fewer than {FEWEST_PAIRS} pairs: no verdict"
+    if difference.n < FEWEST_PAIRS:
+        p = 1.0
+        note = note or f"fewer than {FEWEST_PAIRS} pairs: no verdict"
     return Claim(
         id=id,
         statement=statement,
         quantity=quantity,
-        verdict=decided,
+        verdict=worded(ahead if p <= 1 - LEVEL else None, setting),
         estimate=difference.mean,
         interval=(difference.low, difference.high),
         n=difference.n,
         reference=reference,
         published=published,
         note=note,
+        setting=setting,
+        p=p,
     )
 
 
-def _by_signs(ours: Sequence[float], theirs: Sequence[float], direction: Direction) -> tuple[Verdict, str]:
-    """Which side is ahead in how many pairs, a diverged run being behind, and what that says."""
+def _by_signs(ours: Sequence[float], theirs: Sequence[float], direction: Direction) -> tuple[float, bool, str]:
+    """Return p, whether ours is ahead in more pairs, and this in words; a diverged run is behind."""
     sign = 1 if direction == "higher" else -1
     scores = [
         tuple(sign * value if math.isfinite(value) else -math.inf for value in pair)
@@ -127,9 +195,7 @@ def _by_signs(ours: Sequence[float], theirs: Sequence[float], direction: Directi
     ahead, behind = sum(a > b for a, b in scores), sum(a < b for a, b in scores)
     p = sign_test(ahead, behind)
     told = f"counting these as worse it is ahead in {ahead} pairs and behind in {behind}, sign test p = {p:.2g}"
-    if p > 1 - LEVEL:
-        return "undecided", told
-    return "holds" if ahead > behind else "does not hold", told
+    return p, ahead > behind, told
 
 
 def judge_within(
@@ -143,11 +209,12 @@ def judge_within(
     reference: str | None = None,
     published: str = "",
     note: str = "",
+    setting: Setting = "elsewhere",
 ) -> Claim:
-    """Measure a quantity over independent runs and say whether it lies in ``[low, high]``.
+    """Measure a quantity over independent runs and judge the claim that it lies in ``[low, high]``.
 
-    ``holds`` where the 95 % interval of the mean lies inside of the range, ``does not hold`` where the two do not meet,
-    ``undecided`` otherwise, with fewer than `FEWEST_PAIRS` runs, or where a run diverged.
+    The verdict is with the claim where the 95 % interval of the mean lies inside of the range, against it where the two
+    do not meet, and ``undecided`` otherwise, with fewer than `FEWEST_PAIRS` runs, or where a run diverged.
 
     Args:
         id: unique in its experiment.
@@ -159,30 +226,34 @@ def judge_within(
         reference: where the claim comes from.
         published: the source's own number.
         note: what a reader must know beside the numbers.
+        setting: where it was measured.
 
     Raises:
         BackpassError: there is no value.
     """
     mean = mean_interval(values)
-    decided: Verdict = "undecided"
-    if mean.n >= FEWEST_PAIRS and math.isfinite(mean.low):
-        if low <= mean.low and mean.high <= high:
-            decided = "holds"
-        elif mean.high < low or mean.low > high:
-            decided = "does not hold"
-    elif not note:
-        note = "a run diverged" if mean.n >= FEWEST_PAIRS else f"fewer than {FEWEST_PAIRS} runs: no verdict"
+    inside = low <= mean.mean <= high
+    # The interval lies inside where it contains neither end, and outside where it does not contain the nearer one.
+    ends = (low, high) if inside else (low,) if mean.mean < low else (high,)
+    p = max((mean_test(values, end) for end in ends if math.isfinite(end)), default=1.0)
+    if mean.low == mean.high:
+        p = 0.0
+    if mean.n < FEWEST_PAIRS or not math.isfinite(mean.low):
+        p = 1.0
+        note = note or ("a run diverged" if mean.n >= FEWEST_PAIRS else f"fewer than {FEWEST_PAIRS} runs: no verdict")
     return Claim(
         id=id,
         statement=statement,
         quantity=f"{quantity}; claimed: {_range(low, high)}",
-        verdict=decided,
+        verdict=worded(inside if p <= 1 - LEVEL else None, setting),
         estimate=mean.mean,
         interval=(mean.low, mean.high),
         n=mean.n,
         reference=reference,
         published=published,
         note=note,
+        setting=setting,
+        p=p,
     )
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from backpass.files import write_whole
-from backpass.report.claims import Claim
+from backpass.report.claims import Claim, count_verdicts
 from backpass.report.plots import inline_svg
 from backpass.report.result import Cell, Result, Series
 from backpass.report.statistics import Interval
 from backpass.report.wording import anchor, number, setting
 from backpass.wording import visible
 
-__all__ = ["count_verdicts", "estimate", "page", "render", "shown", "write_report"]
+__all__ = ["estimate", "page", "render", "shown", "write_report"]
 
 
 def page(result: Result) -> str:
@@ -74,12 +73,6 @@ def shown(result: Result, prefix: str = "") -> dict[str, Any]:
 def estimate(claim: Claim) -> Interval:
     """Return the measured difference of a claim with its interval."""
     return Interval(claim.estimate, *claim.interval, claim.n)
-
-
-def count_verdicts(claims: Sequence[Claim]) -> dict[str, int]:
-    """Count the claims by verdict."""
-    verdicts = [claim.verdict for claim in claims]
-    return {verdict: verdicts.count(verdict) for verdict in ("holds", "does not hold", "undecided")}
 
 
 def write_report(result: Result, out: Path) -> tuple[Path, Path]:

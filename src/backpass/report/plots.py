@@ -8,6 +8,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
@@ -73,8 +74,9 @@ def inline_svg(series: Series) -> str:
 
 
 def picture(series: Sequence[Series], *, title: str) -> str:
-    """Return plots side by side as one SVG file on white, for a README."""
-    root = _draw_svg(series, size=(4.3 * len(series), 3.6), background="white")
+    """Return plots, two in a row, as one SVG file on white, for a README."""
+    across = min(2, len(series))
+    root = _draw_svg(series, size=(4.3 * across, 3.4 * -(-len(series) // across)), background="white")
     root.set("xmlns", "http://www.w3.org/2000/svg")
     _insert(root, 0, "title", title)
     return ElementTree.tostring(root, encoding="unicode")
@@ -103,7 +105,6 @@ def _draw_svg(series: Sequence[Series], *, size: tuple[float, float], background
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     salt = "+".join(visible(one.id) for one in series)  # clip paths and markers get the same ids in every run
     style: Any = {**_STYLE, "svg.hashsalt": salt}
@@ -111,16 +112,31 @@ def _draw_svg(series: Sequence[Series], *, size: tuple[float, float], background
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's fonts have it
         figure = Figure(figsize=size, facecolor=background)
         figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
-        panels = figure.subplots(1, len(series), squeeze=False)[0]
-        for panel, one in zip(panels, series, strict=True):
+        across = min(2, len(series))
+        panels = figure.subplots(-(-len(series) // across), across, squeeze=False).flat
+        for panel, one in zip(panels, series, strict=False):
             _draw(panel, one, titled=len(series) > 1)
-        handles, _ = panels[0].get_legend_handles_labels()
-        labels = [_legend_label(curve.label) for curve in series[0].curves]
-        if background != "none":  # a page explains the crosses below its plots; a picture must by itself
-            handles.append(Line2D([], [], linestyle="none", marker="x", markeredgewidth=1.8, color=_INK))
-            labels.append("a run diverged")
-        columns = _legend_columns(labels, size[0])
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+            if len(series) > 1:
+                panel.legend(
+                    panel.get_legend_handles_labels()[0],
+                    [_legend_label(curve.label) for curve in one.curves],
+                    frameon=False,
+                    fontsize=8.5,
+                )
+        for panel in panels:
+            panel.set_axis_off()
+        if background != "none" and any(math.isnan(i.mean) for one in series for c in one.curves for i in c.intervals):
+            figure.supxlabel("\N{MULTIPLICATION SIGN}: a run diverged", fontsize=9)  # a page explains it below
+        if len(series) == 1:
+            labels = [_legend_label(curve.label) for curve in series[0].curves]
+            figure.legend(
+                figure.axes[0].get_legend_handles_labels()[0],
+                labels,
+                loc="outside lower center",
+                ncols=_legend_columns(labels, size[0]),
+                frameon=False,
+                fontsize=9,
+            )
         stream = io.StringIO()
         canvas: Any = FigureCanvasSVG(figure)
         canvas.print_svg(stream, metadata={"Date": None, "Creator": None})
@@ -165,9 +181,14 @@ def _draw(axes: Any, series: Series, *, titled: bool) -> None:
     if all(isinstance(x, int) for curve in series.curves for x in curve.x):
         axes.xaxis.get_major_locator().set_params(integer=True)
     ticks = sorted({x for curve in series.curves for x in curve.x})
-    if len(ticks) <= _MANY_POINTS:
+    if len(ticks) <= _MANY_POINTS and (series.log_x or _spaced(ticks)):
         axes.set_xticks(ticks, [f"{x:g}" if len(f"{x:g}") < 6 else f"{x:.3g}" for x in ticks])
         axes.minorticks_off()
+
+
+def _spaced(ticks: Sequence[float]) -> bool:
+    """Return True if the labels of the ticks do not overlap on a linear axis."""
+    return all(after - before >= 0.08 * (ticks[-1] - ticks[0]) for before, after in pairwise(ticks))
 
 
 def _draw_curve(axes: Any, curve: Curve, index: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from backpass.attacks import Rate
 from backpass.attacks.paired import paired
 from backpass.errors import BackpassError
-from backpass.report.claims import Claim, verdict
+from backpass.report.claims import FEWEST_PAIRS, Claim, worded
 from backpass.report.statistics import LEVEL, Interval
 from backpass.report.wording import interval_text
 
@@ -83,15 +83,17 @@ def judge_images(
         reference: where the claim comes from.
     """
     interval = difference.interval
+    decided = interval.n >= FEWEST_PAIRS and not interval.low <= 0 <= interval.high
     return Claim(
         id=id,
         statement=statement,
         quantity="images fooled, percentage points",
-        verdict=verdict(interval, "higher"),
+        verdict=worded(interval.mean > 0 if decided else None, "elsewhere"),
         estimate=interval.mean,
         interval=(interval.low, interval.high),
         n=interval.n,
         reference=reference,
         note=f"{difference.only_ours} images fooled by it only, {difference.only_theirs} by {theirs} only; exact "
         f"McNemar p = {difference.p:.2g}",
+        p=difference.p if interval.n >= FEWEST_PAIRS else 1.0,
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,7 @@ __all__ = [
     "Result",
     "Series",
     "Table",
+    "checksum",
     "environment",
     "plain",
 ]
@@ -152,7 +154,14 @@ class Result:
                 intervals = source.intervals
                 curve["mean"] = [i.mean for i in intervals]
                 curve["interval"] = [(i.low, i.high) for i in intervals]
-        return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
+        written = plain(content)
+        return json.dumps({**written, "sha256": checksum(written)}, indent=1, allow_nan=False) + "\n"
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a result's JSON without the entry that holds it."""
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Intervals over seeds: Student's t for a mean and for a mean of paired differences."""
+"""Student's intervals and tests of a mean and of paired differences, the sign test, and Holm's correction."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ __all__ = [
     "LEVEL",
     "Interval",
     "geometric_interval",
+    "holm",
     "holm_levels",
     "mean_interval",
+    "mean_test",
     "paired_interval",
     "sign_test",
-    "student_cdf",
+    "student_p",
     "student_quantile",
 ]
 
@@ -52,46 +54,26 @@ def holm_levels(p_values: Sequence[float], level: float = LEVEL) -> list[float]:
     return levels
 
 
-def student_cdf(t: float, freedom: int) -> float:
-    r"""The distribution function of Student's t for a whole number of degrees of freedom.
+def student_p(t: float, freedom: int) -> float:
+    """Return the two-sided p-value of Student's t."""
+    from scipy.special import stdtr
 
-    The finite series in :math:`\theta = \arctan(t/\sqrt\nu)` (Abramowitz and Stegun 26.7.3 and 26.7.4), exact
-    up to rounding.
-
-    Raises:
-        BackpassError: ``freedom`` is below 1.
-    """
-    if freedom < 1:
-        raise BackpassError(f"Student's t needs at least 1 degree of freedom, got {freedom}.")
-    theta = math.atan(t / math.sqrt(freedom))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    series = 0.0 if freedom == 1 else term
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        series += term
-    two_sided = 2 / math.pi * (theta + sine * series) if odd else sine * series
-    return 0.5 + 0.5 * two_sided
+    return float(2 * stdtr(freedom, -abs(t)))
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """The ``t`` with ``student_cdf(t, freedom) == probability``, by bisection to the last bits.
+    """Return the quantile of Student's t.
 
     Raises:
         BackpassError: ``probability`` is outside (0, 1) or ``freedom`` is below 1.
     """
+    from scipy.special import stdtrit
+
     if not 0 < probability < 1:
         raise BackpassError(f"a quantile's probability must lie inside (0, 1), got {probability}.")
-    if probability < 0.5:
-        return -student_quantile(1 - probability, freedom)
-    low, high = 0.0, 1.0
-    while student_cdf(high, freedom) < probability:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, freedom) < probability else (low, middle)
-    return (low + high) / 2
+    if freedom < 1:
+        raise BackpassError(f"Student's t needs at least 1 degree of freedom, got {freedom}.")
+    return float(stdtrit(freedom, probability))
 
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -142,14 +124,42 @@ def paired_interval(ours: Sequence[float], theirs: Sequence[float], level: float
     return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)], level)
 
 
-def sign_test(ours: int, theirs: int) -> float:
-    """The chance that a fair coin of ``ours + theirs`` throws is at least as uneven: the exact two-sided sign test.
+def mean_test(values: Sequence[float], center: float = 0.0) -> float:
+    """Return the two-sided p-value of Student's t test that the mean is ``center``.
 
-    On pairs of which only one side has succeeded it is McNemar's exact test.
+    It is below 1 - level exactly where the interval of `mean_interval` at that level does not contain ``center``; 1
+    with fewer than two values, or where one is not finite.
     """
+    mean, n = mean_interval(values).mean, len(values)
+    if n < 2 or not math.isfinite(mean):
+        return 1.0
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    if deviation == 0:
+        return 1.0 if mean == center else 0.0
+    return student_p((mean - center) * math.sqrt(n) / deviation, n - 1)
+
+
+def sign_test(ours: int, theirs: int) -> float:
+    """Return the p-value of the exact two-sided sign test.
+
+    It is the probability that a fair coin of ``ours + theirs`` throws is at least as uneven. On pairs of which only one
+    side has succeeded it is McNemar's exact test.
+    """
+    from scipy.special import bdtr
+
     throws = ours + theirs
-    tail = term = 1
-    for k in range(min(ours, theirs)):
-        term = term * (throws - k) // (k + 1)  # exact: binomial coefficients in whole numbers
-        tail += term
-    return float(min(1.0, 2 * tail / 2**throws))
+    return float(min(1.0, 2 * bdtr(min(ours, theirs), throws, 0.5))) if throws else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values corrected for their number by Holm's method, in the same order.
+
+    To reject where the corrected value is at most alpha makes one or more false rejections with a probability of at
+    most alpha, whatever the dependence between the tests.
+    """
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    corrected, largest = [1.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected

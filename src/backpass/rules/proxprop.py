@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import nn
-from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
-from backpass.rules import torch_internals
-from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import SiteCall
-from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS, LinearCall
-from backpass.rules.implicit.direction import ProximalStep, direction, solve_dtype
-from backpass.rules.implicit.interception import LayerAttached, LayerInterception
-from backpass.rules.implicit.memory import Memory
-from backpass.rules.implicit.step import AtStep, diverged, optimizers_of
-from backpass.rules.implicit.systems import NotFiniteError
-from backpass.rules.implicit.uses import Call, Contributions, Found, Use, implicit_layer
+from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
+from backpass.rules.implicit.direction import ProximalStep
+from backpass.rules.implicit.step import ProximalAtStep, ProximalAttached, optimizers_of
 from backpass.rules.places import Place, check_places
 from backpass.rules.rule import Rule
 from backpass.rules.sites import Site
@@ -31,6 +22,7 @@ __all__ = ["ProxProp", "ProximalAttached"]
 
 _TAU = 3.0
 _MEMORY, _REFRESH = 0.9, 10
+_SIDE, _MEMORY_SIDE = 4096, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +57,7 @@ class ProxProp(Rule):
         embeddings: whether embeddings are layers too.
         norms: whether the weights of normalizations are layers too.
         max_side: where the solve needs a Gram matrix of more columns, it is block-diagonal with blocks of at most this
-            side. Systems over rows have no limit.
+            side; None takes 512 with memory, else 4,096. Systems over rows have no limit.
         start: first site, as in `LinBP`.
         stop: one past the last site; -1 leaves the last layer plain, which is the paper's setting.
         where: which of the sites from ``start`` to ``stop`` are proximal, a function of a `Site`; None: all.
@@ -88,7 +80,7 @@ class ProxProp(Rule):
     refresh: int | None = None
     embeddings: bool = False
     norms: bool = False
-    max_side: int = 4096
+    max_side: int | None = None
     start: Place = None
     stop: Place = None
     where: Callable[[Site], bool] | None = None
@@ -128,7 +120,7 @@ class ProxProp(Rule):
             ("max_side", 1, math.inf, True),
         ):
             value = getattr(self, name)
-            if value is None and name in ("tau", "memory", "refresh"):
+            if value is None and name != "cg_steps":
                 continue
             right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not right or not least <= value < below or (name == "tau" and value == 0):
@@ -148,142 +140,31 @@ class ProxProp(Rule):
             BackpassError: ``solve="step"`` without an optimizer or the reverse; the parameters are sharded.
         """
         if self.solve == "step":
-            optimizer = optimizers_of(optimizer)
-        elif optimizer is not None:
+            return ProximalAtStep(self, model, optimizers_of(optimizer), strict)
+        if optimizer is not None:
             raise BackpassError('an optimizer is for solve="step"; without it the backward pass solves: leave it out.')
-        return ProximalAttached(self, model, optimizer or [], strict)
+        return ProximalAttached(self, model, strict)
 
     @property
     def step(self) -> ProximalStep:
-        """The settings of the solve."""
+        """Settings of the solve."""
         damping = self.damping or ("relative" if self.tau is None else "sum")
         tau = _TAU if self.tau is None else float(self.tau)
-        return ProximalStep(tau, damping, self.solver, self.cg_steps, self.max_side)
+        side = self.max_side or (_MEMORY_SIDE if self.share else _SIDE)
+        return ProximalStep(tau, damping, self.solver, self.cg_steps, side)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether each layer gets the cheaper of memory and exact step."""
+        damping = self.damping or ("relative" if self.tau is None else "sum")
+        return self.solve == "step" and self.memory is None and self.solver != "cg" and damping != "sum"
 
-class ProximalInterception(LayerInterception):
-    """An interception that gives linear layers proximal weight gradients."""
+    @property
+    def share(self) -> float:
+        """Share of the running average that a refresh keeps."""
+        return self.memory if self.memory is not None else _MEMORY if self.chooses else 0.0
 
-    rule: ProxProp
-    attached: ProximalAttached
-
-    def is_site(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call is a layer; embeddings and normalizations on request."""
-        if func in NORMALIZATIONS:
-            return self.rule.norms
-        if LINEAR.get(func) == "embedding":
-            return self.rule.embeddings
-        return super().is_site(func, args, kwargs)
-
-    def check_layer(self, layer: LinearCall) -> None:
-        """Refuse a layer in a compiled transform, of which Dynamo does not say what gradients are asked for."""
-        if is_dynamo_compiling() and torch_internals.transforms():
-            raise BackpassError(
-                "ProxProp does not work in a compiled torch.func.grad: take torch.func.grad of the compiled model, or "
-                "leave out torch.compile."
-            )
-
-    def node(
-        self,
-        layer: LinearCall,
-        func: TorchFunction,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        site: SiteCall | None,
-    ) -> Any:
-        """Return the value of a layer whose weights contribute to this attachment in the backward pass."""
-        if not self._is_due(layer):
-            return func(*args, **kwargs)
-        call = Call(layer.text, ("", ()), torch_internals.transforms(), self.attached.token, site)
-        z = implicit_layer(layer.x, layer.weight, layer.bias, layer.z, layer.compute, layer.rest, call)
-        return z if layer.batched else z.squeeze(0)
-
-    def _is_due(self, layer: LinearCall) -> bool:
-        contributions = self.attached.contributions
-        if is_dynamo_compiling() or not isinstance(contributions, AtStep) or contributions.memory is None:
-            return True
-        learning = layer.weight if layer.weight.requires_grad or layer.bias is None else layer.bias
-        named = contributions.parameter(learning)
-        return named is None or contributions.is_due(named.name)
-
-
-class InBackward(Contributions):
-    """Solves in the backward pass, which is exact for one use of each weight.
-
-    Attributes:
-        step: how to solve.
-    """
-
-    step_name = "proximal"
-    way_out = (
-        'to accumulate gradients, share a weight or use several processes, use ProxProp(solve="step").attach(model, '
-        "optimizer=optimizer)"
-    )
-
-    def __init__(self, attached: Attached, step: ProximalStep) -> None:
-        super().__init__(attached)
-        self.step = step
-
-    def gradients(self, use: Use) -> Found:
-        """The plain input gradient, and the directions of weight and bias.
-
-        Raises:
-            BackpassError: the weight has another contribution already, or several processes contribute.
-        """
-        grad = use.grad.to(solve_dtype(use.weight.dtype))
-        layer = use.layer
-        of_x = layer.input_gradient(use.x, grad, use.weight.to(grad.dtype)) if use.wants[0] else None
-        if not use.asked:
-            return of_x, None, None
-        if not use.functional:
-            self.admit(use)
-        try:
-            return of_x, *direction(layer, use.x, grad, use.wants[1:], self.step)
-        except NotFiniteError:
-            raise diverged(self.describe(use.weight)) from None
-
-
-class ProximalAttached(LayerAttached):
-    """`ProxProp` in force on a model.
-
-    Attributes:
-        contributions: what the weights' uses contributed since the last step.
-    """
-
-    interception: type[Interception] = ProximalInterception
-    rule: ProxProp
-    contributions: InBackward | AtStep
-
-    def __init__(self, rule: ProxProp, model: nn.Module, optimizers: list[Any], strict: bool) -> None:
-        super().__init__(rule, model, strict)
-        self.contribute(optimizers)
-        self.contributions.watch()
-
-    def contribute(self, optimizers: Sequence[Any] = ()) -> None:
-        """Make `contributions` anew."""
-        rule = self.rule
-        if rule.solve == "backward":
-            self.contributions = InBackward(self, rule.step)
-            return
-        share = rule.memory
-        choose = share is None and rule.solver != "cg" and rule.step.damping != "sum"
-        share = (_MEMORY if choose else 0.0) if share is None else share
-        refresh = rule.refresh or (_REFRESH if share else 1)
-        memory = Memory(share, refresh, rule.step) if share or refresh > 1 else None
-        self.contributions = AtStep(self, rule.step, optimizers, memory, choose)
-
-    def set(self, **settings: Any) -> None:
-        """Change settings of the solve from the next backward pass or step on, for schedules.
-
-        Args:
-            settings: ``tau`` and ``cg_steps``, as of `ProxProp`.
-
-        Raises:
-            BackpassError: another setting, or a value out of its range.
-        """
-        for name in settings:
-            if name not in ("tau", "cg_steps"):
-                raise UnknownNameError("setting that can change while the rule is attached", name, ("tau", "cg_steps"))
-        damping: Any = self.rule.step.damping
-        self.rule = replace(self.rule, damping=damping, **settings)
-        self.contributions.step = self.rule.step
+    @property
+    def refreshed(self) -> int:
+        """Number of steps from one refresh to the next."""
+        return self.refresh or (_REFRESH if self.share else 1)

@@ -4,8 +4,9 @@ Needs torch alone.
 """
 
 from backpass.sde.brownian import BrownianPath
-from backpass.sde.certify import Certificate, Check, Estimate, certify
+from backpass.sde.certify import Certificate, certify
 from backpass.sde.chain import Chain, run_chain
+from backpass.sde.checks import Check, Estimate
 from backpass.sde.control import LinearQuadratic, Schedule, optimal_lr
 from backpass.sde.controlled import ControlledSDE
 from backpass.sde.dynamics import AdversarialSDE

@@ -64,9 +64,10 @@ def integrate(
     (Stochastic Heun would take the noise at both ends, which is Stratonovich's calculus: not offered.)
 
     An `AdversarialSDE` of order 2 differs from that of order 1 by terms of order eta, as large as the error of
-    Euler-Maruyama at dt = eta. So for order 2 only the predictor-corrector method with dt <= eta/4 is allowed, and for
-    order 1 Euler-Maruyama with dt <= eta. Euler-Maruyama with dt = eta on mode exact, order 1, is the chain itself with
-    Gaussian noise.
+    Euler-Maruyama at dt = eta. So for order 2 only the other two methods are allowed, the predictor-corrector method
+    with dt <= eta/4 and the derivative-free method with dt <= eta; for order 1 Euler-Maruyama with dt <= eta. With
+    dt = eta the derivative-free method is the chain itself with Gaussian noise, and so is Euler-Maruyama on mode exact,
+    order 1.
 
     Args:
         sde: an `AdversarialSDE`, `ControlledSDE`, `MomentumSDE`, `ItoSDE`, or any object with their methods.
@@ -74,7 +75,7 @@ def integrate(
         t: the final time, > 0; that of k steps of the chain is k eta_outer.
         dt: no step is longer than this; steps are shortened to hit every record. None for eta_outer/4; for an SDE
             that models no chain it must be given.
-        method: see the table; None for ``"predictor_corrector"``.
+        method: see the table; None for ``"derivative_free"`` where it applies, else ``"predictor_corrector"``.
         paths: start M paths at the one theta0.
         generator: of the noise, on theta0's device; None for the global one.
         brownian: the path to follow in place of drawing one: a halved dt refines it, several SDEs can share it.
@@ -93,7 +94,8 @@ def integrate(
         UserWarning: no method was named, and noise that depends on theta and is not small lowers the order of the
             default to 1.
     """
-    named, method = method is not None, method or "predictor_corrector"
+    named = method is not None
+    method = method or ("derivative_free" if _models_a_chain_exactly(sde) else "predictor_corrector")
     if method not in METHODS:
         hint = " Stochastic Heun is for Stratonovich noise." if "heun" in str(method) else ""
         raise (
@@ -145,12 +147,21 @@ def integrate(
     return record_paths(advance, theta, times, t, observe)
 
 
+def _models_a_chain_exactly(sde: object) -> bool:
+    """Return True for the processes that the derivative-free method is for."""
+    if not isinstance(sde, Chain) or sde.order != 2:
+        return False
+    expanded = getattr(getattr(sde, "sde", sde), "mode", "exact") == "expanded"
+    return not expanded and hasattr(at_time(sde, 0.0), "leading_and_noise")  # type: ignore[arg-type]
+
+
 def _shifted_step(sde: SDE | TimeDependentSDE, theta: Tensor, xi: Tensor, t: float, h: float, scale: float) -> Tensor:
     """Take a step of the derivative-free method, with the coefficients in its middle."""
     at = at_time(sde, t + h / 2)
     leading, noise = at.leading_and_noise(theta, xi)  # type: ignore[attr-defined]
     noise = scale * noise
-    shifted = torch.add(theta, leading, alpha=(h - sde.time_step) / 2).add_(noise, alpha=0.5)  # type: ignore[union-attr]
+    eta = getattr(getattr(sde, "sde", sde), "eta_outer", 0.0)  # a tensor if gradients with respect to it are wanted
+    shifted = theta + (h - eta) / 2 * leading + noise / 2
     return torch.add(theta, at.leading_drift(shifted), alpha=h).add_(noise)  # type: ignore[attr-defined]
 
 
@@ -223,15 +234,14 @@ def _step_length(sde: SDE | TimeDependentSDE, dt: float | None, method: Method, 
         return dt
     step, euler = sde.time_step, method == "euler_maruyama"
     if method == "derivative_free":
-        expanded = getattr(getattr(sde, "sde", sde), "mode", "exact") == "expanded"
-        if expanded or sde.order != 2 or not hasattr(at_time(sde, 0.0), "leading_and_noise"):
+        if not _models_a_chain_exactly(sde):
             raise BackpassError(
                 "method='derivative_free' is for an AdversarialSDE or ControlledSDE of order 2 in mode 'exact'. Use "
                 "'predictor_corrector'."
             )
         if dt is not None and dt > step * (1 + 1e-12) and not coarse:
             raise BackpassError(f"dt must be at most eta_outer = {step:g}; got {dt:g}. Pass coarse=True to allow it.")
-        return step if dt is None else dt
+        return step / 4 if dt is None else dt
     if not coarse and euler and sde.order == 2:
         raise BackpassError(
             "Euler-Maruyama errs by as much as an SDE of order 2 adds. Use method='predictor_corrector', or order=1 "

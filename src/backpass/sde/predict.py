@@ -12,7 +12,8 @@ from torch import Tensor
 
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
-from backpass.sde.certify import OBSERVABLES, Estimate, ensemble
+from backpass.sde.certify import OBSERVABLES, ensemble
+from backpass.sde.checks import Estimate
 from backpass.sde.dynamics import AdversarialSDE
 from backpass.sde.problem import check_rate
 from backpass.sde.sampling import Sampling

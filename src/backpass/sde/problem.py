@@ -76,9 +76,10 @@ def check_data(data: object) -> int:
         BackpassError: the data are not a pair of tensors of the same, positive length, or not finite.
     """
     if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
+        got = ", ".join(type(part).__name__ for part in data) if isinstance(data, tuple | list) else type(data).__name__
         raise BackpassError(
-            f"data is a pair of tensors (x, y) with a row per sample, got {type(data).__name__}. "
-            "Without labels, pass an empty y: torch.zeros(len(x))."
+            f"data must be a pair of tensors (x, y) with a row per sample, got {got}. Use torch.from_numpy for arrays "
+            "and dataset.tensors of a TensorDataset. Without labels, pass y = torch.zeros(len(x))."
         )
     x, y = data
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) == 0:

@@ -27,15 +27,15 @@ class Products(NamedTuple):
     Attributes:
         first: g1, the gradient of the first half.
         second: g2, that of the second.
-        gradient: g = (g1 + g2) / 2.
-        curved: (Dg2) (w g1), the second half's curvature along the first half's step; of an `AttackedHalf` through its
-            adversary, otherwise of the loss as it is.
+        curved: H2 (w g1 + scale d), the second half's curvature along the first half's step and a direction d; of an
+            `AttackedHalf` through its adversary, otherwise of the loss as it is.
+        scale: |w g1| / |d|, 0 where d is 0.
     """
 
     first: Tensor
     second: Tensor
-    gradient: Tensor
     curved: Tensor
+    scale: float
 
 
 def half_losses(
@@ -190,7 +190,7 @@ def _without_running_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def products(
-    parameters: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]], weights: Sequence[Tensor]
+    parameters: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]], metric: Tensor, direction: Tensor
 ) -> Products:
     """Compute two gradients and one curvature product, by differentiating the second half twice.
 
@@ -201,7 +201,8 @@ def products(
     Args:
         parameters: all of them, on one device; those that are frozen count as zeros.
         losses: each the scalar mean over one half, with graph.
-        weights: w, one tensor per parameter, of its shape or a number.
+        metric: w, a vector over all parameters.
+        direction: d, likewise.
 
     Raises:
         BackpassError: a loss is no scalar.
@@ -211,17 +212,13 @@ def products(
     with torch.enable_grad():
         first = _vector(_gradients(losses[0](), wanted, twice=False), parameters)
         half = () if through else _gradients(losses[1](), wanted, twice=True)
-    parts = torch.split(first, [p.numel() for p in parameters])
-    step = [
-        (w * part.view_as(p)).to(p.dtype)
-        for w, part, p in zip(weights, parts, parameters, strict=True)
-        if p.requires_grad
-    ]
+    moved, length = metric * first, float(direction.norm())
+    scale = float(moved.norm()) / length if length > 0 else 0.0
+    parts = torch.split(torch.add(moved, direction, alpha=scale), [p.numel() for p in parameters])
+    step = [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True) if p.requires_grad]
     if through is not None:
         gradients, curved_along = through.product(list(zip(wanted, step, strict=True)))
-        second = _vector(gradients, parameters)
-        return Products(first, second, (first + second) / 2, _vector(curved_along, parameters))
-    second = _vector(half, parameters)
+        return Products(first, _vector(gradients, parameters), _vector(curved_along, parameters), scale)
     # A gradient that does not depend on the parameters has no graph, and no curvature.
     curved_ones = [(g, s) for g, s in zip(half, step, strict=True) if g.requires_grad]
     if curved_ones:
@@ -229,7 +226,7 @@ def products(
         curved = torch.autograd.grad(outputs, wanted, seeds, materialize_grads=True)
     else:
         curved = tuple(torch.zeros_like(p) for p in wanted)
-    return Products(first, second, (first + second) / 2, _vector(curved, parameters))
+    return Products(first, _vector(half, parameters), _vector(curved, parameters), scale)
 
 
 def _gradients(loss: Tensor, wanted: Sequence[Tensor], *, twice: bool) -> tuple[Tensor, ...]:

@@ -28,7 +28,8 @@ class Measured(NamedTuple):
     Attributes:
         progress: N, the mean of g1 . g2, an unbiased |grad|^2: what a step gains, per unit of rate.
         loss: D, the mean of (g1 . H2 g1 + a N) / 2: what noise and curvature cost, per half squared rate.
-        curvature: a, the Rayleigh quotient of Dh along the averaged gradient.
+        curvature: a, the Rayleigh quotient of Dh along the distance of the parameters from their average; 0 before
+            the second measurement.
         balance: N / (rate D): 1 where the rate is optimal, 1/2 where it is stationary and a step gains nothing.
     """
 
@@ -39,20 +40,24 @@ class Measured(NamedTuple):
 
 
 class ControlledLR(LRScheduler):
-    r"""Hold the largest rate while it pays, then let its inverse grow by half of the curvature in each step.
+    r"""Hold the largest rate while it pays, then let its inverse grow with the curvature.
 
     A step of rate l changes the expected loss by -l N + l^2 D / 2, N = |grad|^2, D = E[g . H g]. For a quadratic loss
     with noise the optimal control is l = N / D where that is below the largest rate; along its path 1/l grows by the
-    curvature a in each step. N is measured by g1 . g2, gradients of two halves of the batch, a by the Rayleigh quotient
-    of the second half's curvature H2 along the averaged gradient, and D by (g1 . H2 g1 + a N) / 2: one curvature
-    product in all. In adversarial training H is the derivative of the mean gradient through the attack (`half_losses`
-    with an ``adversary``). Averages reach over the last tenth of the measurements. Whenever N < threshold l D:
-    1/l += slope a.
+    curvature a in each step. This schedule lets 1/l grow by slope a (2 - q), q = N / (l D), held in [0, 2]: a balance
+    q >= 2 holds the rate, and with slope = 1 and equal curvatures q = 1, the optimal control, is its fixed point. The
+    growth is linear in q, so that the noise of N does not change its mean.
 
-    slope = 1 with threshold = 1 is the optimum where all curvatures are equal. With unequal ones a rate that falls
-    faster than 1 / (2 a_min k) never reaches the flat directions, while one that falls too slowly by a factor c costs
-    the factor 1 / (c (2 - c)) in excess loss: hence a slope of 1/2, which noise in N makes 1/4 at the end, and 1/2,
-    the point at which a step gains nothing. In networks and short runs smaller slopes are better.
+    N is measured by g1 . g2, gradients of two halves of the batch, and D by (g1 . H2 g1 + a N) / 2 with the second
+    half's curvature H2. a is the curvature along d, the distance of the parameters from their running average. Noise
+    spreads the parameters most where the curvature is small, so d weighs the curvatures by their inverse, as the
+    excess loss does. One curvature product serves both, H2 (g1 + s d) with s of alternating sign. In adversarial
+    training H is the derivative of the mean gradient through the attack (`half_losses` with an ``adversary``).
+    Averages reach over the last tenth of the measurements.
+
+    With unequal curvatures a rate that falls faster than 1 / (2 a_min k) never reaches the flat directions, while one
+    that falls too slowly by a factor c costs the factor 1 / (c (2 - c)) in excess loss: hence a slope of 1/2, for which
+    c = .63 and the factor is 1.15. In networks and short runs smaller slopes are better.
 
     Call `measure` before ``optimizer.step()`` whenever `due`, and ``step()`` after it, in every step of training:
     ``Trainer(scheduler=..., step_scheduler="step")`` does. A rate has to be stable to start at; no end is needed.
@@ -64,8 +69,7 @@ class ControlledLR(LRScheduler):
         every: measure before each ``every``-th step only. A measurement costs 2.3 to 3.4 plain steps, and
             with an adversary of K steps 3 to 6 training steps of K + 1 gradients.
         window: the part of all measurements so far that averages reach back, in (0, 1].
-        threshold: of N / (rate D), above 0.
-        slope: the growth of 1/l in a step, in units of the curvature; above 0.
+        slope: the growth of 1/l in a step at q = 1, in units of the curvature; above 0.
         frozen_curvature: in a `Trainer`, accept the curvature at fixed adversarial examples where the attack cannot be
             differentiated (l_2 attacks, FAB). It can be several times too small: then the rate falls too slowly.
         last_epoch: as in torch.
@@ -98,7 +102,6 @@ class ControlledLR(LRScheduler):
         lr_max: float | None = None,
         every: int = 1,
         window: float = 0.1,
-        threshold: float = 0.5,
         slope: float = 0.5,
         frozen_curvature: bool = False,
         last_epoch: int = -1,
@@ -109,7 +112,7 @@ class ControlledLR(LRScheduler):
             raise BackpassError(f"every is a whole number of steps, at least 1, got {every!r}.")
         if not (is_number(window) and 0 < window <= 1):
             raise BackpassError(f"window is a part of all measurements, in (0, 1], got {window!r}.")
-        for name, value in (("threshold", threshold), ("slope", slope), ("lr_max", 1.0 if lr_max is None else lr_max)):
+        for name, value in (("slope", slope), ("lr_max", 1.0 if lr_max is None else lr_max)):
             if not (is_number(value) and value > 0):
                 raise BackpassError(f"{name} is a finite number above 0, got {value!r}.")
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}
@@ -123,12 +126,12 @@ class ControlledLR(LRScheduler):
                 group["lr"] = lr_max
         if not isinstance(frozen_curvature, bool):
             raise BackpassError(f"frozen_curvature must be True or False, got {frozen_curvature!r}.")
-        self.every, self.window, self.threshold, self.slope = every, window, threshold, slope
+        self.every, self.window, self.slope = every, window, slope
         self.frozen_curvature = frozen_curvature
         self.inverse = 1.0  # of the control u; all rates are the largest ones times u
         self.measurements = 0
-        self.progress = self.spread = self.curvature = 0.0
-        self.gradient = self.product = torch.zeros(0)
+        self.progress = self.spread = self.along = self.length = 0.0
+        self.average = torch.zeros(0)  # of the parameters
         super().__init__(optimizer, last_epoch)
 
     @property
@@ -143,7 +146,7 @@ class ControlledLR(LRScheduler):
             return Measured(math.nan, math.nan, math.nan, math.nan)
         loss = self._loss()
         cost = self._rate() * loss
-        return Measured(self.progress, loss, self.curvature, self.progress / cost if cost else math.inf)
+        return Measured(self.progress, loss, self._curvature(), self.progress / cost if cost else math.inf)
 
     def get_lr(self) -> list[float | Tensor]:
         """The rates of the groups, their largest ones times the control."""
@@ -169,37 +172,41 @@ class ControlledLR(LRScheduler):
         if weights is None:
             return  # Adam's scales come with its first step
         parameters = self._parameters()
-        found = products(parameters, losses, weights)
-        metric = torch.cat([w.expand_as(p).reshape(-1) for w, p in zip(weights, parameters, strict=True)])
-        metric = metric.to(found.gradient.dtype)
         n = self.measurements + 1
         part = 1 / min(n, max(_SHORTEST, n * self.window))
-        mean_gradient = found.gradient if n == 1 else torch.lerp(self.gradient, found.gradient, part)
-        mean_product = found.curved if n == 1 else torch.lerp(self.product, found.curved, part)
-        turned = metric * mean_gradient
-        pairs = (
-            (found.first, metric * found.second),
-            (found.curved, metric * found.first),
-            (mean_product, turned),
-            (mean_gradient, turned),
+        place = _flat([p.detach() for p in parameters])
+        average = self.average if self.measurements else place
+        away = place - average
+        metric = _flat([w.expand_as(p) for w, p in zip(weights, parameters, strict=True)])
+        sign = 1 if n % 2 else -1
+        found = products(parameters, losses, metric, sign * away)
+        numbers = torch.stack(
+            [
+                torch.dot(found.first, metric * found.second),
+                torch.dot(found.curved, metric * found.first),
+                torch.dot(found.curved, away),
+                torch.dot(away, torch.where(metric > 0, away / metric, 0.0)),
+            ]
         )
-        numbers = torch.stack([torch.dot(u, v) for u, v in pairs])
         progress, spread, along, length = numbers.tolist()
-        if not (math.isfinite(progress) and math.isfinite(spread)):
+        if not all(map(math.isfinite, (progress, spread, along))):
             return  # the step itself will show it
-        self.measurements, self.gradient, self.product = n, mean_gradient, mean_product
+        self.measurements, self.average = n, torch.lerp(average, place, part)
         self.progress += part * (progress - self.progress)
         self.spread += part * (spread - self.spread)
-        self.curvature = along / length if length > 0 else 0.0
-        if n >= _SHORTEST and self.progress < self.threshold * self._rate() * self._loss():
+        if found.scale:
+            self.along += part * (sign * along / found.scale - self.along)
+            self.length += part * (length - self.length)
+        cost = self._rate() * self._loss()
+        if n >= _SHORTEST and cost > 0:
+            pace = min(max(2 - self.progress / cost, 0.0), 2.0)
             largest = largest_rate(self.optimizer, self._base_rates())
-            self.inverse += self.every * self.slope * largest * max(self.curvature, 0.0)
+            self.inverse += self.every * self.slope * pace * largest * max(self._curvature(), 0.0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, on the device of the parameters."""
         super().load_state_dict(state_dict)
-        device = self._parameters()[0].device
-        self.gradient, self.product = self.gradient.to(device), self.product.to(device)
+        self.average = self.average.to(self._parameters()[0].device)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -209,8 +216,17 @@ class ControlledLR(LRScheduler):
 
     def _loss(self) -> float:
         """D, from E g1 . H2 g1 = grad . H grad + 2 tr(H Cov g): half a batch has twice its variance."""
-        return (self.spread + self.curvature * max(self.progress, 0.0)) / 2
+        return (self.spread + self._curvature() * max(self.progress, 0.0)) / 2
+
+    def _curvature(self) -> float:
+        """Rayleigh quotient along the distance from the average, in the metric of the steps."""
+        return self.along / self.length if self.length > 0 else 0.0
 
     def _rate(self) -> float:
         """The largest effective rate at present."""
         return largest_rate(self.optimizer, self._base_rates()) / self.inverse
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector, in float32 at least."""
+    return torch.cat([one.reshape(-1).to(torch.promote_types(one.dtype, torch.float32)) for one in tensors])

@@ -99,11 +99,10 @@ def _controlled(
     steps: int,
     every: int = 1,
     window: float = 0.1,
-    threshold: float = 0.5,
     slope: float = 0.25,
 ) -> Schedule:
     """Follow the optimal control of SGD, measured while training."""
-    scheduler = ControlledLR(optimizer, every=every, window=window, threshold=threshold, slope=slope)
+    scheduler = ControlledLR(optimizer, every=every, window=window, slope=slope)
     return Schedule(scheduler, "step")
 
 

@@ -17,7 +17,6 @@ from backpass.cli import printing
 from backpass.data import load_data
 from backpass.data.class_map import match_classes
 from backpass.errors import BackpassError
-from backpass.lab.subjects import load_subject
 from support.command_line import run
 from support.users_network import BASE
 
@@ -218,43 +217,3 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch, capsy
         report("attack with [bp]", 0.251)
         report("attack with [bp]", 0.5)
     assert capsys.readouterr().err == "attack with [bp]: 25%\nattack with [bp]: 50%\n"
-
-
-class Library:
-    """Stands for timm, torchvision.models and robustbench.utils."""
-
-    @staticmethod
-    def create_model(name, pretrained):
-        if name != "net":
-            raise RuntimeError(f"Unknown model ({name})")
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-        torch.nn.init.constant_(model[1].bias, float(pretrained))
-        return model
-
-    @staticmethod
-    def resolve_model_data_config(model):
-        return {"mean": (0.5,), "std": (0.25,), "input_size": (1, 8, 8)}
-
-    @staticmethod
-    def load_model(model_name, dataset, threat_model):
-        assert (dataset, threat_model) == ("digits", "L2")
-        return Library.create_model(model_name, True)
-
-
-def test_networks_of_other_libraries_by_name(monkeypatch):
-    cpu = torch.device("cpu")
-    for name in ("timm", "timm.data", "robustbench", "robustbench.utils"):
-        monkeypatch.setitem(sys.modules, name, Library)
-    data = load_data("digits")
-    subject = load_subject("timm:net", None, device=cpu, data=data)
-    x = data.images.x[:3]
-    torch.testing.assert_close(subject.model(x), subject.network((x - 0.5) / 0.25))
-    assert subject.weights == "those of timm"
-    assert float(subject.network[1].bias[0]) == 1
-    own = load_subject("robustbench:net,threat=L2", None, device=cpu, data=data)
-    torch.testing.assert_close(own.model(x), own.network(x))
-    with pytest.raises(BackpassError, match=r"timm does not give 'nett': RuntimeError: Unknown model \(nett\)"):
-        load_subject("timm:nett", None, device=cpu, data=data)
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(BackpassError, match="needs 'timm', which cannot be imported"):
-        load_subject("timm:net", None, device=cpu, data=data)

@@ -17,11 +17,11 @@ from backpass import cli
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.bench.experiment import Experiment, Outcome
 from backpass.lab.experiments import catalogue
-from backpass.lab.reproduction.markdown import verdicts
-from backpass.lab.reproduction.overview import overview, read_results, write_overview
-from backpass.lab.reproduction.reading import read_result
 from backpass.lab.reproduction.running import reproduce
 from backpass.report.claims import judge
+from backpass.report.markdown import verdicts
+from backpass.report.overview import overview, read_results, write_overview
+from backpass.report.reading import read_result
 from backpass.report.result import Curve, Finding, Series, Table
 from backpass.report.statistics import mean_interval
 
@@ -97,7 +97,7 @@ def test_an_experiment_writes_the_promised_json(tmp_path):
     (claim,) = written["claims"]
     assert {"id", "statement", "verdict", "estimate", "interval", "n", "reference"} <= set(claim)
     assert (written["experiment"], written["scale"], claim["id"]) == ("one", "small", "one.more")
-    assert claim["verdict"] == "holds"
+    assert claim["verdict"] == "same direction"
 
 
 def test_a_finished_experiment_is_kept_and_run_again_when_asked(tmp_path):
@@ -152,7 +152,7 @@ def test_a_damaged_result_hides_no_other_and_is_told(tmp_path, monkeypatch, caps
         (tmp_path / "report.html").unlink(missing_ok=True)
         code, out, err = command(monkeypatch, capsys, *arguments)
         assert code == 2
-        assert "1 holds" in out
+        assert "1 same direction" in out
         assert re.search(r"not on the page: .*two/result.json.*Delete it", err)
         assert "one" in (tmp_path / "report.html").read_text()
 
@@ -235,7 +235,7 @@ def test_the_page_has_every_verdict_once_each_leading_to_its_experiment(tmp_path
         assert html.count(f'href="#{name}-small-{name}.more"') == 1
         assert html.count(f'id="{name}-small-{name}.more"') == 1
         assert f'id="{name}-small-top"' in html
-    assert "2 holds" in html
+    assert "2 same direction" in html
     assert "3 units" in html
     ids = [part.split('"')[0] for part in html.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
@@ -247,10 +247,10 @@ def test_the_page_has_every_verdict_once_each_leading_to_its_experiment(tmp_path
 def test_the_verdicts_as_markdown_have_a_row_for_every_claim(tmp_path):
     run(tmp_path, "all")
     text = verdicts(read_results(tmp_path))
-    assert text.count("| **holds** |") == 2
-    assert "| `one` | T | 1 |  |  |" in text
+    assert text.count("| **same direction** |") == 2
+    assert "| `one` | T | 1 |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in rows} == {6}
+    assert {line.count("|") for line in rows} == {4, 7}
 
 
 def test_two_claims_of_one_id_are_refused(tmp_path, monkeypatch, tiny):

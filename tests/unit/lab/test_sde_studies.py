@@ -53,14 +53,14 @@ def test_all_start_at_the_same_value_and_end_apart(measured):
 
 def test_the_verdicts_are_those_of_the_numbers(measured):
     verdicts = {claim.id: claim.verdict for claim in describe(measured).claims}
-    assert verdicts["flatter"] == "holds"
-    assert verdicts["slope"] == "holds"
+    assert verdicts["flatter"] == "same direction"
+    assert verdicts["slope"] == "same direction"
     penalty = measured.values["gradient_penalty"]
     swapped = {**penalty, "AT": penalty["SGD"], "SGD": penalty["AT"]}
     turned = replace(measured, slopes=-measured.slopes, values={**measured.values, "gradient_penalty": swapped})
     verdicts = {claim.id: claim.verdict for claim in describe(turned).claims}
-    assert verdicts["flatter"] == "does not hold"
-    assert verdicts["slope"] == "does not hold"
+    assert verdicts["flatter"] == "opposite direction"
+    assert verdicts["slope"] == "opposite direction"
 
 
 def test_a_comparison_that_cannot_be_made_is_refused():
@@ -80,7 +80,7 @@ def test_the_weak_error_page_judges_every_sde_by_its_order(tmp_path):
     assert ended.exit_code == 0, ended.output
     result = json.loads((tmp_path / "result.json").read_text())
     verdicts = {claim["id"]: claim["verdict"] for claim in result["claims"]}
-    assert verdicts == {f"order-{name}": "holds" for name in VARIANTS}
+    assert verdicts == {f"order-{name}": "same direction" for name in VARIANTS}
     assert "Weak errors" in ended.output
     assert (tmp_path / "report.html").exists()
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from backpass.report.claims import judge, judge_within, verdict
-from backpass.report.statistics import Interval
+from backpass.report.claims import agreement, corrected, judge, judge_within
+from backpass.report.statistics import holm
 
 
 def _judge(ours, theirs, direction="higher"):
@@ -17,7 +17,7 @@ def _normal(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("shift", "expected"), [(3.0, "holds"), (-3.0, "does not hold")])
+@pytest.mark.parametrize(("shift", "expected"), [(3.0, "same direction"), (-3.0, "opposite direction")])
 def test_planted_effects_are_found_with_their_sign(shift, expected):
     base, noise = _normal(200, 5, seed=0), _normal(200, 5, seed=1)
     verdicts = [_judge((b + shift + n).tolist(), b.tolist()).verdict for b, n in zip(base, noise, strict=True)]
@@ -37,7 +37,7 @@ def test_the_claim_carries_its_paired_difference():
     claim = _judge([1.0, 2.5, 3.0], [0.0, 1.0, 2.0])
     assert claim.estimate == pytest.approx(7 / 6)
     assert claim.interval[0] < claim.estimate < claim.interval[1]
-    assert (claim.n, claim.verdict, claim.note) == (3, "holds", "")
+    assert (claim.n, claim.verdict, claim.note) == (3, "same direction", "")
 
 
 def test_two_pairs_give_no_verdict_however_clear():
@@ -65,19 +65,21 @@ def test_a_diverged_run_leaves_the_claim_undecided_and_is_named():
 @pytest.mark.parametrize(
     ("ours", "theirs", "expected"),
     [
-        ([math.nan] * 6, [1.0] * 6, "does not hold"),
-        ([1.0] * 6, [math.inf] * 6, "holds"),
+        ([math.nan] * 6, [1.0] * 6, "opposite direction"),
+        ([1.0] * 6, [math.inf] * 6, "same direction"),
         ([math.nan] * 5, [1.0] * 5, "undecided"),  # 5 of 5 is p = 1/16
         ([math.nan, 0.5, 0.5, 0.5, 0.5, 0.5], [1.0] * 6, "undecided"),  # 5 of 6
         ([math.nan] * 6, [math.nan] * 6, "undecided"),
-        ([math.nan, *[0.5] * 9], [1.0] * 10, "holds"),  # 9 of 10
+        ([math.nan, *[0.5] * 9], [1.0] * 10, "same direction"),  # 9 of 10
     ],
 )
 def test_where_a_diverged_run_is_worse_the_signs_of_the_pairs_decide(ours, theirs, expected):
     claim = judge("i", "c", ours=ours, theirs=theirs, direction="lower", quantity="loss", diverged="worse")
     assert claim.verdict == expected
     opposite = judge("i", "c", ours=theirs, theirs=ours, direction="lower", quantity="loss", diverged="worse")
-    assert opposite.verdict == {"holds": "does not hold", "does not hold": "holds"}.get(expected, expected)
+    assert opposite.verdict == {"same direction": "opposite direction", "opposite direction": "same direction"}.get(
+        expected, expected
+    )
 
 
 def test_planted_nulls_with_diverged_runs_are_decided_at_most_at_the_stated_error_rate():
@@ -87,27 +89,71 @@ def test_planted_nulls_with_diverged_runs_are_decided_at_most_at_the_stated_erro
         judge("i", "c", ours=a, theirs=b, direction="lower", quantity="loss", diverged="worse").verdict
         for a, b in values.tolist()
     ]
-    assert verdicts.count("holds") + verdicts.count("does not hold") < 50 + 4 * math.sqrt(1000 * 0.05 * 0.95)
-    assert verdicts.count("holds") > 5
+    assert verdicts.count("same direction") + verdicts.count("opposite direction") < 50 + 4 * math.sqrt(
+        1000 * 0.05 * 0.95
+    )
+    assert verdicts.count("same direction") > 5
 
 
 def test_no_difference_at_all_is_undecided():
     assert _judge([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).verdict == "undecided"
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "higher", "lower"),
-    [
-        (0.1, 0.2, "holds", "does not hold"),
-        (-0.2, -0.1, "does not hold", "holds"),
-        (-0.1, 0.2, "undecided", "undecided"),
-        (0.0, 0.2, "undecided", "undecided"),
-    ],
-)
-def test_the_verdict_follows_from_where_the_interval_lies(low, high, higher, lower):
-    interval = Interval((low + high) / 2, low, high, 5)
-    assert verdict(interval, "higher") == higher
-    assert verdict(interval, "lower") == lower
+@pytest.mark.parametrize("shift", [-0.9, -0.4, 0.0, 0.4, 0.9])
+def test_the_verdict_is_that_of_the_interval(shift):
+    for row in (shift + _normal(100, 5, seed=7)).tolist():
+        claim = _judge(row, [0.0] * 5)
+        low, high = claim.interval
+        assert claim.verdict == ("same direction" if low > 0 else "opposite direction" if high < 0 else "undecided")
+        assert (claim.p <= 0.05) == (claim.verdict != "undecided")
+
+
+@pytest.mark.parametrize(("direction", "expected"), [("higher", "replicated"), ("lower", "contradicted")])
+def test_only_at_the_claims_own_setting_a_verdict_is_one_on_the_claim(direction, expected):
+    values = {"ours": [1.0, 1.1, 1.2], "theirs": [0.0] * 3, "direction": direction, "quantity": "points"}
+    assert judge("id", "a claim", **values, setting="the claim's").verdict == expected
+    assert agreement(expected) is (direction == "higher")
+
+
+def simulated_family(shifts, seed, claims=20, seeds=6):
+    """Verdicts of one experiment after the correction, where claim i has the true difference shifts[i % len]."""
+    noise = _normal(claims, seeds, seed=seed)
+    made = [
+        judge(str(i), "", ours=(noise[i] + shifts[i % len(shifts)]).tolist(), theirs=[0.0] * seeds, direction="higher",
+              quantity="", setting="the claim's")
+        for i in range(claims)
+    ]  # fmt: skip
+    return [claim.verdict for claim in corrected(made)]
+
+
+def test_a_thousand_experiments_without_effect_replicate_something_in_at_most_five_per_cent():
+    families = [simulated_family([0.0], 1000 + seed) for seed in range(1000)]
+    false = sum("replicated" in family for family in families)
+    assert false <= 50  # two-sided: 25 expected at most
+    assert 5 <= sum(set(family) != {"undecided"} for family in families) <= 50 + 4 * math.sqrt(1000 * 0.05 * 0.95)
+
+
+def test_effects_among_nulls_are_found_and_the_nulls_are_not_replicated_more_often():
+    families = [simulated_family([0.0, 8.0], 5000 + seed) for seed in range(1000)]
+    assert sum("replicated" in family[0::2] for family in families) <= 50
+    assert sum(family[1::2].count("replicated") for family in families) > 9900
+
+
+def test_holms_correction_is_the_one_written_out():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_claim_that_the_correction_undecides_says_so():
+    alone = _judge([1.0, 1.2, 0.9, 1.6], [0.0, 0.9, 0.0, 0.1])
+    assert (alone.verdict, alone.p_corrected) == ("same direction", None)
+    nothing = [_judge([1.0, -1.0, 0.5], [0.0] * 3) for _ in range(9)]
+    first, *others = corrected([alone, *nothing])
+    assert first.verdict == "undecided"
+    assert first.p_corrected == pytest.approx(10 * alone.p)
+    assert first.note.endswith("corrected for 10 claims")
+    assert {claim.note for claim in others} == {""}
 
 
 def _within(values, low, high):
@@ -116,16 +162,16 @@ def _within(values, low, high):
 
 def test_a_range_holds_only_with_the_whole_interval_inside():
     values = _normal(50, seed=4).tolist()  # an interval of about -.28 to .28 around 0
-    assert _within(values, -1.0, 1.0).verdict == "holds"
-    assert _within(values, 1.0, 2.0).verdict == "does not hold"
+    assert _within(values, -1.0, 1.0).verdict == "same direction"
+    assert _within(values, 1.0, 2.0).verdict == "opposite direction"
     assert _within(values, 0.0, 2.0).verdict == "undecided"
-    assert _within(values, -math.inf, 1.0).verdict == "holds"
+    assert _within(values, -math.inf, 1.0).verdict == "same direction"
 
 
 def test_a_planted_value_outside_of_the_range_is_found_to_hold_at_most_at_the_stated_rate():
     noise = _normal(1000, 5, seed=5)  # the mean lies exactly on the border
     verdicts = [_within((1.0 + n).tolist(), -math.inf, 1.0).verdict for n in noise]
-    for wrong in ("holds", "does not hold"):
+    for wrong in ("same direction", "opposite direction"):
         assert abs(verdicts.count(wrong) / 1000 - 0.025) < 4 * math.sqrt(0.025 * 0.975 / 1000)
 
 

@@ -26,9 +26,11 @@ def test_a_rate_in_per_cent_has_wilsons_ends_in_per_cent():
 
 def test_the_claim_counts_the_images_that_one_side_fools_alone():
     claim = judge_images("a", "ours fools more", paired_difference(*outcomes(50, 30, 5, 15)), theirs="BP")
-    assert (claim.verdict, claim.estimate, claim.n) == ("holds", 25.0, 100)
+    assert (claim.verdict, claim.estimate, claim.n) == ("same direction", 25.0, 100)
     assert claim.note.startswith("30 images fooled by it only, 5 by BP only")
-    assert judge_images("b", "", paired_difference(*outcomes(50, 5, 30, 15)), theirs="BP").verdict == "does not hold"
+    assert (
+        judge_images("b", "", paired_difference(*outcomes(50, 5, 30, 15)), theirs="BP").verdict == "opposite direction"
+    )
     assert judge_images("c", "", paired_difference(*outcomes(50, 5, 5, 40)), theirs="BP").verdict == "undecided"
 
 

@@ -196,7 +196,7 @@ def test_the_json_and_the_page_hold_the_same_numbers(result):
 def test_the_json_has_the_promised_keys_and_null_where_a_run_diverged(result):
     content = json.loads(result.as_json())
     assert content.keys() >= {"experiment", "scale", "environment", "settings", "series", "claims"}
-    assert [claim["verdict"] for claim in content["claims"]] == ["holds", "does not hold", "undecided"]
+    assert [claim["verdict"] for claim in content["claims"]] == ["same direction", "opposite direction", "undecided"]
     assert content["claims"][0].keys() >= {"id", "statement", "verdict", "estimate", "interval", "n", "reference"}
     assert content["claims"][2]["estimate"] is None
     assert content["series"][0]["curves"][1]["runs"][0] == [3.0, 1.5, None]

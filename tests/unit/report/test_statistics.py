@@ -10,8 +10,10 @@ from backpass.report.statistics import (
     geometric_interval,
     holm_levels,
     mean_interval,
+    mean_test,
     paired_interval,
-    student_cdf,
+    sign_test,
+    student_p,
     student_quantile,
 )
 
@@ -27,14 +29,32 @@ def test_quantiles_are_those_of_the_printed_table(freedom, quantile):
 
 @pytest.mark.parametrize("t", [-3.0, -0.4, 0.0, 1.3, 7.0])
 def test_one_and_two_degrees_of_freedom_have_their_closed_forms(t):
-    assert student_cdf(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi, abs=1e-14)
-    assert student_cdf(t, 2) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)), abs=1e-14)
+    assert student_p(t, 1) == pytest.approx(1 - 2 * math.atan(abs(t)) / math.pi, abs=1e-12)
+    assert student_p(t, 2) == pytest.approx(1 - abs(t) / math.sqrt(2 + t * t), abs=1e-12)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 8, 25])
 def test_quantile_inverts_the_distribution_function(freedom):
-    for probability in (0.01, 0.3, 0.5, 0.9, 0.995):
-        assert student_cdf(student_quantile(probability, freedom), freedom) == pytest.approx(probability, abs=1e-12)
+    for level in (0.02, 0.4, 0.9, 0.99):
+        assert student_p(student_quantile(0.5 + level / 2, freedom), freedom) == pytest.approx(1 - level, abs=1e-9)
+
+
+def test_a_test_and_its_interval_agree_at_every_level():
+    for values in torch.randn(200, 4, generator=torch.Generator().manual_seed(3)).tolist():
+        p = mean_test(values, 0.3)
+        for level in (1 - p - 1e-6, 1 - p + 1e-6):
+            _, low, high, _ = mean_interval(values, level)
+            assert (low <= 0.3 <= high) == (level > 1 - p)
+
+
+def test_a_mean_that_is_known_exactly_differs_or_does_not():
+    assert (mean_test([2.0] * 3), mean_test([0.0] * 3), mean_test([math.nan, 1.0]), mean_test([5.0])) == (0, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "p"), [(0, 0, 1.0), (5, 0, 1 / 16), (1, 9, 22 / 1024), (4, 4, 1.0)])
+def test_the_sign_test_counts_the_throws_of_a_coin(ours, theirs, p):
+    assert sign_test(ours, theirs) == pytest.approx(p)
+    assert sign_test(theirs, ours) == pytest.approx(p)
 
 
 def test_mean_interval_of_a_known_sample():
@@ -83,7 +103,7 @@ def test_one_value_has_a_mean_but_no_ends():
         (lambda: mean_interval([]), "at least one value"),
         (lambda: mean_interval([1, 2], level=95), "inside"),
         (lambda: paired_interval([1, 2], [1]), "2 and 1"),
-        (lambda: student_cdf(0, 0), "at least 1 degree"),
+        (lambda: student_quantile(0.9, 0), "at least 1 degree"),
         (lambda: student_quantile(1.0, 3), "inside"),
     ],
 )

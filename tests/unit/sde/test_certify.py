@@ -59,7 +59,10 @@ def test_cases_of_known_truth(case, failed):
     names = {check.name for check in found.checks if check.verdict == "failed"}
     assert failed <= names
     assert found.valid is (not failed)
-    assert ("does not" in str(found)) is bool(failed)
+    text = str(found)
+    assert ("does not" in text) is bool(failed)
+    undecided = sum(check.verdict == "undecided" for check in found.checks)
+    assert (f"{undecided} of {len(found.checks)} checks are undecided" in text) is bool(undecided and not failed)
 
 
 def test_the_amplified_gradient_has_the_mean_and_l_times_the_covariance():
@@ -150,21 +153,56 @@ def test_predictions_hold_runs_at_other_settings(explored, setting):
     assert all(predicted[name].high < 1.5 * predicted[name].low for name in OBSERVABLES)
 
 
+class Applied(nn.Module):
+    """A linear layer between two functions."""
+
+    def __init__(self, before=lambda x: x, after=lambda x: x):
+        super().__init__()
+        self.linear, self.before, self.after = nn.Linear(3, 2), before, after
+
+    def forward(self, x):
+        return self.after(self.linear(self.before(x)))
+
+
+X, Y = torch.arange(24.0).view(8, 3) / 24, torch.arange(8) % 2
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changed", "message"),
     [
         ({"amplifications": (4,)}, "increase from 1"),
+        ({"amplifications": 4}, "increase from 1"),
         ({"replicas": 2}, "replicas >= 4"),
         ({"tolerance": 0.0}, "tolerance"),
+        ({"sampling": "shuffled"}, "unknown sampling"),
+        ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"progress": None}, "progress a function"),
+        ({"batch_size": 9}, "up to their number"),
+        ({"data": (X[:1], Y[:1]), "batch_size": 1}, "at least 2 samples"),
+        ({"data": (X.numpy(), Y.numpy())}, "got ndarray, ndarray"),
+        ({"data": (X, Y.float())}, "int64 class indices"),
+        ({"data": (X, Y + 1)}, "out of bounds"),
+        ({"adversary": None}, "must be an InnerLoop"),
+        ({"model": Applied(after=lambda x: {"logits": x})}, "got dict"),
+        ({"model": Applied(after=lambda x: x * x.sum().item())}, "depends on values"),
+        ({"model": Applied(before=lambda x: x.sub_(1.0))}, "in place"),
+        ({"criterion": nn.CrossEntropyLoss()}, "one value per sample"),
+        ({"criterion": lambda output: output}, "takes the model's output and y"),
     ],
 )
-def test_mistakes_are_named(settings, message):
+def test_mistakes_are_named(changed, message):
+    settings = {"model": Applied(), "data": (X.clone(), Y), "eta": 0.1, "batch_size": 2, "steps": 2}
     with pytest.raises(BackpassError, match=message):
-        certified("small rate", **settings)
-    with pytest.raises(BackpassError, match="must be an InnerLoop"):
-        certify(Mean(), (torch.zeros(4, 4), torch.zeros(4)), 0.1, 1, None)
-    with pytest.raises(BackpassError, match="amplification"):
-        svag_weights(0)
+        certify(**{**settings, "adversary": InnerLoop(steps=2, eta=0.1), **changed})
+
+
+def test_a_model_without_input_gradient_agrees_with_itself():
+    model = Applied(before=torch.Tensor.detach)
+    found = certify(
+        model, (X, Y), 0.1, 2, InnerLoop(steps=1, eta=0.1), steps=2, replicas=4, amplifications=(1, 4), sampling="iid"
+    )
+    check = next(one for one in found.checks if one.name.startswith("input gradient"))
+    assert (check.verdict, check.estimate.value) == ("passed", 0.0)
 
 
 def test_the_model_stays_as_it_was():

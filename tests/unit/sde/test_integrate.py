@@ -60,9 +60,10 @@ def distance(eta, **settings):
     return (integrate(sde, torch.tensor([1.0], dtype=D), 0.5, **settings).theta - chain).abs().item()
 
 
-def test_the_default_keeps_order_two_where_euler_at_dt_eta_falls_back_to_one():
+def test_order_two_is_kept_where_euler_at_dt_eta_falls_back_to_one():
     etas = [0.1, 0.05, 0.025]
-    assert fit_slope(etas, [distance(eta) for eta in etas]) == pytest.approx(2.0, abs=0.1)
+    for method in (None, "predictor_corrector"):
+        assert fit_slope(etas, [distance(eta, method=method) for eta in etas]) == pytest.approx(2.0, abs=0.25)
     trapped = [distance(eta, dt=eta, method="euler_maruyama", coarse=True) for eta in etas]
     assert fit_slope(etas, trapped) == pytest.approx(1.0, abs=0.1)
 
@@ -72,7 +73,7 @@ def test_the_derivative_free_method_has_order_two_against_the_chain(part):
     etas = [0.1, 0.05, 0.025]
     errors = [distance(eta, dt=eta / part, method="derivative_free") for eta in etas]
     assert fit_slope(etas, errors) == pytest.approx(2.0, abs=0.25)
-    assert distance(0.1, method="derivative_free") == 0  # without noise and with dt = eta it is the chain
+    assert distance(0.1, dt=0.1) == 0  # without noise and with dt = eta it is the chain
 
 
 def test_the_derivative_free_method_has_the_moments_of_the_chain():
@@ -98,7 +99,7 @@ def test_the_trap_is_refused_and_the_message_says_what_to_do():
     with pytest.raises(BackpassError, match=r"Use method='predictor_corrector'.*coarse=True"):
         integrate(make(), theta, 1.0, method="euler_maruyama")
     with pytest.raises(BackpassError, match="at most eta_outer/4 = 0.05"):
-        integrate(make(), theta, 1.0, dt=0.2)
+        integrate(make(), theta, 1.0, dt=0.2, method="predictor_corrector")
     with pytest.raises(BackpassError, match="at most eta_outer = 0.2"):
         integrate(make(order=1), theta, 1.0, dt=0.4)
     integrate(make(), theta, 0.2, dt=0.2, method="euler_maruyama", coarse=True)

@@ -12,21 +12,30 @@ from backpass.training.learning_rate import ControlledLR
 from support.quadratics import F64, normal, quadratic, symmetric
 
 
-def test_a_measurement_is_what_dense_matrices_give():
+def test_two_measurements_are_what_dense_matrices_give():
     A, B, c, d = symmetric(5, 1), symmetric(5, 2), normal(5, seed=3), normal(5, seed=4)
     theta, losses = quadratic([A, B], [c, d])
     scheduler = ControlledLR(torch.optim.SGD([theta], lr=0.1))
     scheduler.measure(losses)
-    at = theta.detach()
-    g1, g2 = A @ at + c, B @ at + d
-    g = (g1 + g2) / 2
+    start, move = theta.detach().clone(), normal(5, seed=5)
+    assert (scheduler.measured.curvature, scheduler.measured.progress) == (
+        0.0,
+        pytest.approx(float((A @ start + c) @ (B @ start + d))),
+    )
+    with torch.no_grad():
+        theta += move
+    scheduler.measure(losses)
+    progress = spread = 0.0
+    for at, sign in ((start, 0), (start + move, -1)):
+        g1, g2 = A @ at + c, B @ at + d
+        scale = sign * float(g1.norm() / move.norm())
+        product = B @ (g1 + scale * move)
+        progress, spread = progress + float(g1 @ g2) / 2, spread + float(g1 @ product) / 2
+    curvature = float(move @ product) / scale / float(move @ move)
+    loss = (spread + curvature * max(progress, 0)) / 2
     found = scheduler.measured
-    assert found.progress == pytest.approx(float(g1 @ g2))
-    curvature = float(g @ B @ g1 / (g @ g))
-    loss = (float(g1 @ B @ g1) + curvature * max(float(g1 @ g2), 0)) / 2
-    assert found.curvature == pytest.approx(curvature)
-    assert found.loss == pytest.approx(loss)
-    assert found.balance == pytest.approx(float(g1 @ g2) / (0.1 * loss))
+    assert (found.progress, found.curvature, found.loss) == pytest.approx((progress, curvature, loss))
+    assert found.balance == pytest.approx(progress / (0.1 * loss))
 
 
 def test_in_the_mean_it_measures_the_gradient_and_the_curvature_of_the_population():
@@ -36,7 +45,8 @@ def test_in_the_mean_it_measures_the_gradient_and_the_curvature_of_the_populatio
     scheduler = ControlledLR(torch.optim.SGD([theta], lr=1e-9), window=1.0)
     generator = torch.Generator().manual_seed(0)
     own = []
-    for _ in range(3000):  # the targets are noise alone
+    for shift in 1e-4 * normal(3000, size, seed=1):  # the targets are noise alone
+        theta.data = 0.2 + shift
         x = torch.randn(batch, size, generator=generator, dtype=F64)
         y = torch.randn(batch, generator=generator, dtype=F64)
         scheduler.measure(
@@ -77,9 +87,16 @@ def test_groups_with_rates_of_their_own_are_measured_in_the_metric_of_their_step
     W = torch.diag(torch.tensor([1.0, 1.0, 0.25, 0.25], dtype=F64))
     g = A @ torch.cat(theta).detach() + c
     assert scheduler.measured.progress == pytest.approx(float(g @ W @ g))
-    assert scheduler.measured.loss == pytest.approx(float(g @ W @ A @ W @ g))
-    assert scheduler.measured.balance == pytest.approx(float(g @ W @ g / (0.2 * g @ W @ A @ W @ g)))
-    assert scheduler.measured.curvature == pytest.approx(float(g @ W @ A @ W @ g / (g @ W @ g)))
+    assert scheduler.measured.loss == pytest.approx(float(g @ W @ A @ W @ g) / 2)  # no curvature yet
+    move = normal(4, seed=7)
+    with torch.no_grad():
+        for part, step in zip(theta, move.split(2), strict=True):
+            part += step
+    scheduler.measure([loss, loss])
+    g = g + A @ move
+    scale = float((W @ g).norm() / move.norm())
+    along = move @ A @ (move - W @ g / scale)
+    assert scheduler.measured.curvature == pytest.approx(float(along / (move @ W.inverse() @ move)))
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
@@ -101,52 +118,54 @@ def test_adaptive_optimizers_are_measured_in_the_metric_of_their_steps(make):
     squares = metric["square_avg"] if decay is None else metric["exp_avg_sq"] / (1 - decay ** float(metric["step"]))
     W = torch.diag(1 / (squares.sqrt() + 1e-8))
     assert scheduler.measured.progress == pytest.approx(float(g @ W @ g))
-    assert scheduler.measured.loss == pytest.approx(float(g @ W @ A @ W @ g))
+    assert scheduler.measured.loss == pytest.approx(float(g @ W @ A @ W @ g) / 2)  # no curvature yet
     assert torch.equal(theta, before)
 
 
-def transcribed(streams, lr, *, every, window, threshold, slope):
-    """The rule, written down for one parameter: lists and loops."""
-    N = spread = gradient = product = 0.0
+def transcribed(streams, lr, *, every, window, slope):
+    """The rule, written down for one parameter: loops."""
+    N = spread = along = length = average = 0.0
     rates, n, inverse = [], 0, 1 / lr
-    for k, (g1, g2, curvature) in enumerate(streams):
+    for k, (theta, a, b, c) in enumerate(streams):
         if k % every == 0:
             n += 1
             part = 1 / n if n <= max(10, n * window) else 1 / max(10, n * window)
-            g = (g1 + g2) / 2
+            average = theta if n == 1 else average
+            g1, g2, d = a + c * theta, b + c * theta, theta - average
+            scale = (-1) ** (n - 1) * abs(g1 / d) if d else 0.0
+            product = c * (g1 + scale * d)
             N += part * (g1 * g2 - N)
-            spread += part * (g1 * curvature * g1 - spread)
-            gradient += part * (g - gradient)
-            product += part * (curvature * g1 - product)
-            a = product / gradient
-            if n >= 10 and threshold * (spread + a * max(N, 0)) / 2 / inverse > N:
-                inverse += every * slope * max(a, 0)
+            spread += part * (g1 * product - spread)
+            if scale:
+                along += part * (d * product / scale - along)
+                length += part * (d * d - length)
+            average += part * (theta - average)
+            curvature = along / length if length else 0.0
+            D = (spread + curvature * max(N, 0)) / 2
+            if n >= 10 and D > 0:
+                inverse += every * slope * min(max(2 - N * inverse / D, 0), 2) * max(curvature, 0)
         rates.append(1 / inverse)
     return rates
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_rule_is_the_one_that_is_written_down(every):
-    settings = {"every": every, "window": 0.2, "threshold": 0.8, "slope": 0.5}
+    settings = {"every": every, "window": 0.2, "slope": 0.5}
     theta = nn.Parameter(torch.zeros(1, dtype=F64))
     optimizer = torch.optim.SGD([theta], lr=0.5)
     scheduler = ControlledLR(optimizer, **settings)
-    g1, g2, curvature = normal(200, seed=1), normal(200, seed=2), normal(200, seed=3).abs()
+    columns = [*(normal(200, seed=seed) for seed in (0, 1, 2)), normal(200, seed=3).abs()]
+    streams = torch.stack(columns, 1).tolist()
     rates = []
-    for a, b, c in zip(g1, g2, curvature, strict=True):
+    for at, *slopes, c in streams:
+        theta.data.fill_(at)
         if scheduler.due:
-            scheduler.measure(
-                [
-                    lambda a=a, c=c: (a * theta + c * theta**2 / 2).sum(),
-                    lambda b=b, c=c: (b * theta + c * theta**2 / 2).sum(),
-                ]
-            )
+            scheduler.measure([lambda a=a, c=c: (a * theta + c * theta**2 / 2).sum() for a in slopes])
         optimizer.step()
         scheduler.step()
         rates.append(optimizer.param_groups[0]["lr"])
-    streams = list(zip(g1.tolist(), g2.tolist(), curvature.tolist(), strict=True))
     assert rates == pytest.approx(transcribed(streams, 0.5, **settings), rel=1e-9)
-    assert rates[-1] < 0.1
+    assert rates[-1] < 0.2
 
 
 def noisy_descent(start_rate=0.1, *, steps=2000, size=30, runs=6, **settings):
@@ -170,16 +189,12 @@ def noisy_descent(start_rate=0.1, *, steps=2000, size=30, runs=6, **settings):
 BEST = optimal_lr(curvature=1.0, noise=1.0, eta=0.1, start=0.5, horizon=200.0)
 
 
-def test_with_slope_and_threshold_one_it_comes_near_the_optimal_control_of_equal_curvatures():
-    risk, error = noisy_descent(slope=1.0, threshold=1.0)
-    assert BEST.value - 2 * error < risk < 1.3 * BEST.value + 2 * error
-
-
-def test_as_it_is_it_pays_the_price_of_its_caution():
-    """Where noise hides N it acts in every other step, so its slope is between 1/4 and 1/2 of the curvature."""
-    risk, error = noisy_descent()
-    dearest, cheapest = (1 / (c * (2 - c)) for c in (0.25, 0.5))
-    assert cheapest * BEST.value - 2 * error < risk < dearest * BEST.value + 2 * error
+@pytest.mark.parametrize("slope", [1.0, 0.5])
+def test_where_curvatures_are_equal_it_pays_the_price_of_its_slope(slope):
+    """The inverse rate grows by c = slope (2 - q) of the curvature with q = 1 / (2 - c): 1 and .63."""
+    c = 1 + slope - math.sqrt((1 + slope) ** 2 - 3 * slope)
+    risk, error = noisy_descent(slope=slope)
+    assert BEST.value - 2 * error < risk < 1.15 / (c * (2 - c)) * BEST.value + 2 * error
 
 
 def test_it_beats_the_best_of_ten_fixed_rates_where_curvatures_differ():

@@ -22,7 +22,7 @@ from backpass.lab.training.optimizers import make_optimizer
 from backpass.models import build
 from backpass.training import Batch, Progress, Trainer
 
-__all__ = ["DIVERGED_ABOVE", "Curves", "Run", "curves", "network"]
+__all__ = ["DIVERGED_ABOVE", "Curves", "Run", "curves", "network", "train_run"]
 
 DIVERGED_ABOVE = 100.0
 """A run has diverged where its training loss, in nats, is not finite or above this; guessing among ten has 2.3."""
@@ -56,14 +56,14 @@ class Run:
     """
 
     model: str
-    rule: str
+    rule: str = "bp"
     optimizer: str = "sgd"
-    rate: float
+    rate: float = 0.0
     schedule: str = ""
     batch: int
     marks: tuple[int, ...]
     judged: int | None = None
-    seed: int
+    seed: int = 0
     std: float | None = None
     unit: bool = False
     augment: bool = False
@@ -74,23 +74,24 @@ def curves(bench: Bench, run: Run, source: Source) -> Curves:
     """The curves of a run, from disk where it was finished before; experiments share them."""
     return bench.shared.value(
         f"{run.model}, {run.rule}, {run.optimizer} {run.rate:g}, seed {run.seed}",
-        lambda: _train(run, load_parts(source), source.data, bench.device),
+        lambda: train_run(run, source, bench.device),
         **asdict(run),
         source=asdict(source),
         device=bench.device.type,
     )
 
 
-def network(run: Run, parts: Parts, data: str) -> nn.Module:
-    """The network with the initial weights of the run's seed.
+def network(run: Run, parts: Parts, data: str, *, seed: int | None = None) -> nn.Module:
+    """Return the network with the initial weights of a seed, by default the run's.
 
     Raises:
         BackpassError: there is no such network, or it does not take such images.
     """
     normalisation = known_normalisation(data) if run.normalise else None
-    model = build(run.model, shape=parts.shape, classes=parts.classes, normalisation=normalisation, seed=run.seed)
+    seed = run.seed if seed is None else seed
+    model = build(run.model, shape=parts.shape, classes=parts.classes, normalisation=normalisation, seed=seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+        torch.manual_seed(seed)
         for module in model.modules():
             if run.std is not None and isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.normal_(module.weight, std=run.std)
@@ -101,8 +102,10 @@ def network(run: Run, parts: Parts, data: str) -> nn.Module:
     return model
 
 
-def _train(run: Run, parts: Parts, data: str, device: torch.device) -> dict[str, list[float]]:
-    model = network(run, parts, data).to(device)
+def train_run(run: Run, source: Source, device: torch.device) -> dict[str, list[float]]:
+    """Train a network and return its `Curves`."""
+    parts = load_parts(source)
+    model = network(run, parts, source.data).to(device)
     optimizer = make_optimizer(run.optimizer, model.parameters(), run.rate)
     x, y = parts.train.pixels.to(device), parts.train.labels.to(device)
     per_epoch = len(y) // run.batch

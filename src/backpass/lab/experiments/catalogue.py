@@ -1,4 +1,4 @@
-"""Every experiment by name, in the order in which a reader meets the papers."""
+"""The experiments that are not tables in `backpass.papers` yet, by name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ from backpass.lab.experiments.linbp import (
     transfer,
     white_box_conditions,
 )
-from backpass.lab.experiments.proxprop import conjugate_gradients
-from backpass.lab.experiments.proxprop import training as proxprop_training
 from backpass.lab.experiments.sde import adversarial_rates, learning_rate, theorems
-from backpass.lab.experiments.sibp import training as sibp_training
 
 __all__ = ["EXPERIMENTS", "choose", "experiment_names"]
 
@@ -37,9 +34,6 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *training.EXPERIMENTS,
     *step_sizes.EXPERIMENTS,
     *adversarial_training.EXPERIMENTS,
-    *proxprop_training.EXPERIMENTS,
-    *conjugate_gradients.EXPERIMENTS,
-    *sibp_training.EXPERIMENTS,
     *theorems.EXPERIMENTS,
     *learning_rate.EXPERIMENTS,
     *adversarial_rates.EXPERIMENTS,

@@ -6,7 +6,6 @@ import multiprocessing
 import multiprocessing.queues
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from backpass.errors import BackpassError
 from backpass.lab.bench.experiment import Bench
 from backpass.lab.bench.pieces import Pieces
 from backpass.lab.experiments.catalogue import choose
-from backpass.lab.reproduction.reading import read_result
 from backpass.report.page import write_report
+from backpass.report.reading import read_result
 from backpass.report.result import Result
 from backpass.version import __version__
 
@@ -40,14 +39,12 @@ class Done:
     Attributes:
         result: what it found.
         paths: its page and its JSON.
-        seconds: how long it took this time.
         kept: whether the result of an earlier run was kept.
     """
 
     result: Result
     paths: tuple[Path, Path]
-    seconds: float
-    kept: bool
+    kept: bool = False
 
     @property
     def name(self) -> str:
@@ -161,12 +158,11 @@ def _try(
 
 
 def _run(name: str, scale: str, out: Path, device: torch.device, again: bool, progress: Progress) -> Done:
-    began = time.perf_counter()
     (experiment,) = choose([name])
     folder = out / name
     kept = _finished(folder, scale)
     if kept is not None and not again:
-        return Done(result=kept, paths=(folder / "report.html", folder / "result.json"), seconds=0.0, kept=True)
+        return Done(result=kept, paths=(folder / "report.html", folder / "result.json"), kept=True)
     bench = Bench(
         device=device,
         pieces=Pieces(folder / "pieces", lambda piece: progress(f"{name}: {piece}")),
@@ -174,7 +170,7 @@ def _run(name: str, scale: str, out: Path, device: torch.device, again: bool, pr
     )
     result = experiment.run(scale, bench)
     paths = write_report(result, folder)
-    return Done(result=result, paths=paths, seconds=time.perf_counter() - began, kept=False)
+    return Done(result=result, paths=paths)
 
 
 def _finished(folder: Path, scale: str) -> Result | None:

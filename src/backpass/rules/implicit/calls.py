@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError
-from backpass.rules.implicit.uses import COMPUTED
 
-__all__ = ["LINEAR", "NORMALIZATIONS", "OPAQUE", "PRODUCTS", "LinearCall", "learns", "linear_call", "product_call"]
+__all__ = ["COMPUTED", "LINEAR", "NORMALIZATIONS", "OPAQUE", "PRODUCTS", "LinearCall", "linear_call", "read_call"]
 
 aten: Any = torch.ops.aten
 
@@ -49,6 +48,12 @@ OPAQUE: Mapping[Callable[..., Any], str] = {
     **{getattr(torch, f"{name}_cell"): f"{name}_cell" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
 }
 """Torch functions that hold linear layers which cannot be reached."""
+
+COMPUTED = (
+    "An implicit step for it would not be the step of the parameters that it comes from (weight_norm, spectral_norm, a "
+    "parametrization, pruning, a merged adapter, a copy in another dtype): leave the layer out by `where`, or remove "
+    "the parametrization."
+)
 
 _STATISTICS = (("input", None), ("running_mean", None), ("running_var", None), ("weight", None), ("bias", None))
 _SETTINGS = {
@@ -91,6 +96,7 @@ class LinearCall(NamedTuple):
         text: the layer (see `layers.layer_of`).
         z: the value where it is computed already, of a normalization; ``x`` is then normalized.
         batched: False if the caller's input was a convolution's without a batch dimension.
+        before: what to do first where the rule acts; it returns the call to go on with.
     """
 
     x: Tensor
@@ -101,6 +107,7 @@ class LinearCall(NamedTuple):
     text: str
     z: Tensor | None = None
     batched: bool = True
+    before: Callable[[], LinearCall] | None = None
 
     @property
     def learns(self) -> bool:
@@ -128,17 +135,22 @@ def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return _convolution(_settings(kind, args, kwargs), getattr(aten, LINEAR[func]), transposed=kind != "conv")
 
 
-def product_call(
+def read_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_parameter: Callable[[Tensor], bool]
 ) -> LinearCall | None:
-    """The call of a function of `PRODUCTS` as a layer; None if no argument, or more than one, is a parameter.
+    """The call of a torch function as a layer; None for a product of which not exactly one argument is a parameter.
 
     Args:
-        func: the function.
+        func: a function of `LINEAR`, `NORMALIZATIONS` or `PRODUCTS`.
         args: its arguments.
         kwargs: its keyword arguments.
         is_parameter: whether a tensor is a parameter of the model.
+
+    Raises:
+        BackpassError: as of `linear_call`; or a product is linear in the parameter in a way that is not supported.
     """
+    if func not in PRODUCTS:
+        return linear_call(func, args, kwargs)
 
     def weight_of(*operands: Any) -> int | None:
         found = [k for k, t in enumerate(operands) if isinstance(t, Tensor) and (is_parameter(t) or _parent_is(t))]
@@ -163,22 +175,6 @@ def product_call(
         first, second = second, first
     at = weight_of(first, second)
     return None if at is None else _matmul(first, second, at)
-
-
-def learns(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    product: LinearCall | BackpassError | None,
-) -> bool:
-    """Return whether weight or bias of a call requires a gradient; ``product`` is the call if it is a product."""
-    if func is F.linear and len(args) == 3:
-        return bool(args[1].requires_grad) or (args[2] is not None and bool(args[2].requires_grad))
-    if func in PRODUCTS:
-        return not isinstance(product, LinearCall) or product.learns
-    name = LINEAR.get(func) or NORMALIZATIONS[func]
-    given = _settings(name.rstrip("123d") if name.startswith("conv") else name, args, kwargs)
-    return any(p is not None and p.requires_grad for p in (given["weight"], given.get("bias")))
 
 
 def _matmul(first: Tensor, second: Tensor, at: int) -> LinearCall:
@@ -262,17 +258,23 @@ def _einsum_value(x: Tensor, weight: Tensor, bias: None, equation: str, at: int)
 def _embedding(given: dict[str, Any]) -> LinearCall:
     x, weight = given["input"], given["weight"]
     for setting in ("sparse", "scale_grad_by_freq"):
-        if given[setting]:
+        if given[setting] and weight.requires_grad:
             raise BackpassError(
                 "ProxProp solves for an embedding's gradient densely and divides by the counts itself: set "
                 f"{setting}=False."
             )
     padding = given["padding_idx"]
     padding = -1 if padding is None else padding % weight.shape[0]
-    if given["max_norm"] is not None:
+    call = _checked(LinearCall(x, weight, None, _embed, (padding,), f"Embedding {padding}"))
+    if given["max_norm"] is None:
+        return call
+
+    def renormalized() -> LinearCall:
         with torch.no_grad():
             aten.embedding_renorm_(weight, x.contiguous(), given["max_norm"], given["norm_type"])
-    return _checked(LinearCall(x, weight, None, _embed, (padding,), f"Embedding {padding}"))
+        return call
+
+    return call._replace(before=renormalized)
 
 
 def _embed(x: Tensor, weight: Tensor, bias: None, padding: int) -> Any:
@@ -324,17 +326,19 @@ def _normalization(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             z = aten.rms_norm(x, given["normalized_shape"], weight, eps)
         return z
 
-    if not torch.is_grad_enabled() or not any(p is not None and p.requires_grad for p in (weight, bias)):
+    if weight is None and bias is None:
         return None
-    # First without moving the running statistics, on which the second may depend.
-    normalized = compute(None, None, False)
-    with torch.no_grad():
-        value = compute(weight, bias, True)
-    if weight is None:
-        assert bias is not None  # noqa: S101  one of them learns
-        weight = torch.ones_like(bias).detach()
+    scale: Tensor = torch.ones_like(bias).detach() if weight is None else weight  # type: ignore[arg-type]
     last = int(name in ("layer_norm", "rms_norm"))
-    return _checked(LinearCall(normalized, weight, bias, aten.clone, (), f"Affine {last}", value))
+    call = _checked(LinearCall(given["input"], scale, bias, aten.clone, (), f"Affine {last}"))
+
+    def normalized() -> LinearCall:
+        # First without moving the running statistics, on which the second may depend.
+        x = compute(None, None, False)
+        with torch.no_grad():
+            return call._replace(x=x, z=compute(weight, bias, True))
+
+    return call._replace(before=normalized)
 
 
 def _transposed_parent(weight: Tensor) -> Tensor | None:
@@ -349,6 +353,8 @@ def _transposed_parent(weight: Tensor) -> Tensor | None:
 
 def _checked(call: LinearCall) -> LinearCall:
     """Refuse weights for which a step would not be that of a parameter."""
+    if not call.learns:
+        return call
     if call.weight.is_complex():
         raise BackpassError(
             f"implicit steps need real weights, got {call.weight.dtype}: leave the layer out by `where`, or store real "

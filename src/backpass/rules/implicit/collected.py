@@ -9,10 +9,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from backpass.errors import BackpassError
+from backpass.rules.implicit.attached import Named
 from backpass.rules.implicit.direction import ProximalStep, Rows, from_gradient, from_rows, gram, samples
 from backpass.rules.implicit.layers import Gradients
 from backpass.rules.implicit.systems import column_gram
-from backpass.rules.implicit.uses import Named, Use
+from backpass.rules.implicit.uses import Use
 
 __all__ = ["Collected", "Parameters", "gather"]
 
@@ -22,29 +23,15 @@ Parameters = tuple[Named | None, Named | None]
 class Collected:
     """The rows of one weight's uses while they are at most as many as the columns, or their Gram matrix A^T A.
 
-    Args:
-        use: the first use.
-        parameters: weight and bias, those that learn.
-        step: the step; it decides how the Gram matrix is built.
-        keep_rows: whether rows may be kept.
-
     Attributes:
-        name: the name of the weight, or of the bias that learns alone.
         parameters: weight and bias, those that learn.
+        name: the name of the first of them.
         layer: the layer; all uses must have the same weight matrix.
-        count: number of rows.
-        samples: number of samples.
         last_pass: the backward pass of the last use.
         gram: A^T A, (blocks, columns, columns), None while rows are kept.
     """
 
-    def __init__(
-        self,
-        use: Use,
-        parameters: Parameters,
-        step: ProximalStep,
-        keep_rows: bool,
-    ) -> None:
+    def __init__(self, use: Use, parameters: Parameters, step: ProximalStep, keep_rows: bool) -> None:
         self.text, self.layer, self.parameters = use.text, use.layer, parameters
         self.wants = (parameters[0] is not None, parameters[1] is not None)
         self.count = self.samples = 0
@@ -133,7 +120,7 @@ class Collected:
         scale = self._common_scale(rows, plain)
         if scale is not None:
             assert plain[0] is not None  # noqa: S101  there are rows
-            scaled = Rows(rows.a, rows.g * scale, rows.samples)
+            scaled = rows if scale == 1.0 else Rows(rows.a, rows.g * scale, rows.samples)
             return from_rows(self.layer, scaled, self.wants[1], self._step, out=self.layer.matrix(plain[0]))
         # The gradient was changed entry by entry (clip_grad_value_, a term of the loss), so g no longer gives it. The
         # solve from P alone loses tau |A|^2 in precision, hence float64.
@@ -141,18 +128,15 @@ class Collected:
 
     def _from_plain(self, kernel: Callable[[torch.dtype], Tensor], dtype: torch.dtype, plain: Gradients) -> Gradients:
         def system(dtype: torch.dtype) -> tuple[Tensor, Gradients]:
-            weight, bias = plain
-            return kernel(dtype), (
-                None if weight is None else weight.to(dtype),
-                None if bias is None else bias.to(dtype),
-            )
+            weight, bias = (None if one is None else one.to(dtype) for one in plain)
+            return kernel(dtype), (weight, bias)
 
         return from_gradient(self.layer, system, self.wants, (self.count, self.samples), dtype, self._step)
 
-    def _common_scale(self, rows: Rows, plain: Gradients) -> Tensor | None:
+    def _common_scale(self, rows: Rows, plain: Gradients) -> float | None:
         """The c with P = c g^T A, which unscaling, clipping by norm and averaging leave; None if none fits.
 
-        Both sides are compared on one fixed vector of random signs.
+        Both sides are compared on one fixed vector of random signs. A c that rounding cannot tell from 1 is 1.
         """
         a, g = rows.a, rows.g
         signs = torch.full((a.shape[-1] + 1, 1), 0.5).bernoulli(generator=torch.Generator().manual_seed(0))
@@ -163,10 +147,12 @@ class Collected:
         if bias is not None:
             of_rows, found = of_rows + signs[-1], found + self.layer.bias_matrix(bias) * signs[-1]
         expected = g.mT @ of_rows
-        scale = (found * expected).sum() / expected.square().sum()
+        scale = float((found * expected).sum() / expected.square().sum())
         misfit = torch.linalg.vector_norm(found - scale * expected)
-        tolerance = torch.finfo(weight.dtype).eps ** 0.5
-        return scale if bool(misfit <= tolerance * torch.linalg.vector_norm(found)) else None
+        eps = torch.finfo(weight.dtype).eps
+        if not bool(misfit <= eps**0.5 * torch.linalg.vector_norm(found)):
+            return None
+        return 1.0 if abs(scale - 1) < eps**0.7 else scale
 
 
 def gather(names: Sequence[str], collected: dict[str, Collected]) -> None:

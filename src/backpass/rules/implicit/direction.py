@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,26 +30,13 @@ _COLUMNS_FLOOR = 3e-5
 
 @dataclass(frozen=True)
 class ProximalStep:
-    """Size of the step, and how it is solved for.
-
-    Attributes:
-        tau: step size, positive.
-        damping: ``"sum"``, ``"mean"``, ``"sample_mean"`` or ``"relative"``.
-        solver: ``"exact"``, ``"cg"`` or ``"toeplitz"``.
-        cg_steps: iterations of ``"cg"``.
-        max_side: longest side of a Gram matrix of columns.
-    """
+    """Size of the step, and how it is solved for: settings of `ProxProp`, with the defaults filled in."""
 
     tau: float
     damping: str
     solver: str
     cg_steps: int
     max_side: int
-
-    @property
-    def border(self) -> bool:
-        """Whether Gram matrices of convolutions are exact at the border."""
-        return self.solver != "toeplitz"
 
     def added(self, count: float, samples: float, columns: int = 0) -> Callable[[Tensor], float]:
         """What is added to the diagonal of a Gram matrix: A^T A, or A A^T if ``columns`` of A are given."""
@@ -68,15 +56,8 @@ class ProximalStep:
         return {"sum": 1.0, "mean": float(count), "sample_mean": float(samples), "relative": added}[self.damping]
 
 
-@dataclass
-class Rows:
-    """A layer's rows, or those of several uses joined.
-
-    Attributes:
-        a: A without the column of ones, (blocks, n, d).
-        g: the gradient of Z in the precision to solve in, (blocks, n, o).
-        samples: number of samples that the rows belong to.
-    """
+class Rows(NamedTuple):
+    """A without the column of ones (blocks, n, d), dL/dZ in the precision to solve in (blocks, n, o), samples."""
 
     a: Tensor
     g: Tensor
@@ -94,17 +75,7 @@ def samples(x: Tensor) -> int:
 
 
 def direction(layer: LinearLayer, x: Tensor, grad: Tensor, wants: tuple[bool, bool], step: ProximalStep) -> Gradients:
-    """D for weight and bias of one use of a layer, on the cheaper side.
-
-    Args:
-        layer: the layer.
-        x: its input.
-        grad: dL/dZ, in the precision to solve in.
-        wants: whether D is wanted for the weight, and for the bias; what is not wanted is held fixed.
-        step: the step.
-
-    Returns:
-        (D of the weight, D of the bias), each None if not wanted.
+    """D for weight and bias of one use of a layer, on the cheaper side; what is not wanted is held fixed.
 
     Raises:
         NotFiniteError: ``x`` is not finite.
@@ -125,18 +96,14 @@ def gram(layer: LinearLayer, x: Tensor, wants: tuple[bool, bool], step: Proximal
     if not wants[0]:
         return torch.full((layer.blocks, 1, 1), float(layer.count(x)), dtype=dtype, device=x.device)
     parts = layer.parts(step.max_side)
-    return layer.gram(x, wants[1] and parts == 1, step.border, parts).to(dtype)
+    return layer.gram(x, wants[1] and parts == 1, step.solver != "toeplitz", parts).to(dtype)
 
 
 def from_rows(layer: LinearLayer, rows: Rows, ones: bool, step: ProximalStep, out: Tensor | None = None) -> Gradients:
     """D = A^T S, S = (A A^T + I/tau)^{-1} g: the plain weight gradient with S in the place of g.
 
-    Args:
-        layer: the layer.
-        rows: its rows.
-        ones: whether A has the column of ones, so that D of the bias is wanted too.
-        step: the step.
-        out: memory for D of the weight as a matrix, used if its dtype fits.
+    With ``ones`` A has the column of ones, and D of the bias is wanted too. ``out`` is memory for D of the weight as a
+    matrix, used if its dtype fits.
     """
     a, g = rows.a, rows.g
     count, columns = a.shape[1:]
@@ -175,13 +142,8 @@ def from_gradient(
 ) -> Gradients:
     """D = (A^T A + I/tau)^{-1} P from the plain gradient P.
 
-    Args:
-        layer: the layer.
-        system: `gram` and the plain gradients of weight and bias in a given precision; both may be overwritten.
-        wants: whether weight and bias are solved for.
-        counts: number of rows of A and of samples.
-        dtype: the precision to solve in.
-        step: the step.
+    ``system`` gives `gram` and P in a given precision, both of which may be overwritten. ``counts`` are the numbers of
+    rows of A and of samples.
     """
     ones = wants[0] and wants[1]
 
@@ -233,12 +195,8 @@ def as_gradients(layer: LinearLayer, solution: Tensor, wants: tuple[bool, bool])
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
-    """A product per block; a batch of one is slower than a plain product."""
-    if len(left) > 1:
-        return left @ right
-    fits = out is not None and out.dtype == left.dtype
-    return torch.mm(left[0], right[0], out=out[0] if out is not None and fits else None).unsqueeze(0)
+    return torch.bmm(left, right, out=out if out is not None and out.dtype == left.dtype else None)
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    return tensor if scale == 1.0 else tensor * scale
+    return tensor if scale == 1.0 else tensor.mul_(scale)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backpass.rules.implicit.collected import Collected
 from backpass.rules.implicit.direction import ProximalStep, as_gradients, as_matrix
-from backpass.rules.implicit.layers import Gradients, LinearLayer
+from backpass.rules.implicit.layers import Gradients
 from backpass.rules.implicit.systems import NotFiniteError, solve
 from backpass.rules.implicit.uses import layer_of
 
@@ -24,18 +24,14 @@ _FLOOR = 3e-5
 
 @dataclass
 class _Layer:
-    """Memory of one layer.
+    """Memory of one layer (see `layer_of`), with the names of weight and bias.
 
     Attributes:
-        text: the layer (see `layer_of`).
-        shape: shape of its weight.
-        names: of weight and bias, those that learn.
         mean: M, (blocks, columns, columns).
         samples: number of samples per row.
-        due: age at which M is next refreshed.
-        age: number of steps.
+        due: age in steps at which M is next refreshed.
         inverse: (M + lambda I)^{-1}, times the scale of the direction; None until it is needed.
-        of_bias: the same number for a bias alone.
+        of_bias: that number for a bias alone.
     """
 
     text: str
@@ -50,17 +46,17 @@ class _Layer:
 
 
 class Memory:
-    """The memory of all layers.
-
-    Args:
-        decay: share of the old average that a refresh keeps, in [0, 1).
-        refresh: number of steps from one refresh of a layer to the next.
-        step: how to solve.
-    """
+    """The memory of all layers: ``decay`` is the share that a refresh keeps, ``refresh`` the steps between two."""
 
     def __init__(self, decay: float, refresh: int, step: ProximalStep) -> None:
         self.decay, self.refresh, self.step = decay, refresh, step
         self.layers: dict[str, _Layer] = {}
+
+    def take(self, step: ProximalStep) -> None:
+        """Solve in another way from now on."""
+        self.step = step
+        for layer in self.layers.values():
+            layer.inverse = None
 
     def is_due(self, name: str) -> bool:
         """Whether the next step of a layer needs its Gram matrix."""
@@ -104,20 +100,12 @@ class Memory:
         if one.inverse is None:
             one.inverse = self._inverse(one)
         one.age += 1
-        inverse = one.inverse
-        weight, bias = plain
-        columns, side = layer.columns(False), inverse.shape[-1]
-        if weight is None or side < columns or len(inverse) > 1 or layer.blocks > 1:
-            right = as_matrix(layer, plain, side).to(inverse.dtype)
-            weight, found = as_gradients(layer, inverse @ right, (weight is not None, bias is not None))
-            return weight, bias * one.of_bias if found is None and bias is not None else found
-        matrix = layer.matrix(weight)[0].to(inverse.dtype)
-        if bias is None or side == columns:
-            return layer.weight((matrix @ inverse[0]).unsqueeze(0)), None
-        last = inverse[0, -1]
-        bias = bias.to(inverse.dtype)
-        of_weight = torch.mm(matrix, inverse[0, :-1, :-1]).addr_(bias, last[:-1])
-        return layer.weight(of_weight.unsqueeze(0)), torch.addmv(bias * last[-1], matrix, last[:-1])
+        right = as_matrix(layer, plain, one.inverse.shape[-1]).to(one.inverse.dtype)
+        solution = torch.bmm(right.mT, one.inverse).mT
+        weight, bias = as_gradients(layer, solution, (plain[0] is not None, plain[1] is not None))
+        if bias is None and plain[1] is not None:  # in pieces: the bias is a system of its own
+            bias = plain[1] * one.of_bias
+        return weight, bias
 
     def _inverse(self, one: _Layer) -> Tensor:
         added = self.step.added(1, one.samples)
@@ -139,11 +127,11 @@ class Memory:
         """Go on from a `state_dict`."""
         self.layers = {name: _Layer(**{**saved, "mean": saved["mean"].clone()}) for name, saved in state.items()}
 
-    @staticmethod
-    def pays(layer: LinearLayer, wants: tuple[bool, bool], rows: int, few: bool, refresh: int) -> bool:
-        """Whether memory costs fewer multiplications in a step than the exact step."""
-        d, weights = layer.columns(wants[1]), torch.Size(layer.shape).numel()
-        o = weights // layer.columns(False)
-        build = rows * d**2 + d**3
-        exact = 2 * rows**2 * (d + o) + rows**3 / 3 if few else build + 2 * d**2 * o
-        return 2 * d**2 * o + build / refresh < exact
+    def pays(self, one: Collected) -> bool:
+        """Whether memory costs a layer fewer multiplications in a step than the exact step."""
+        layer, rows = one.layer, one.count
+        d, weights = layer.columns(one.wants[1]), torch.Size(layer.shape).numel()
+        o, side = weights // layer.columns(False), d / layer.parts(self.step.max_side)
+        build = rows * d * side + d * side**2
+        exact = 2 * rows**2 * (d + o) + rows**3 / 3 if one.has_rows else build + 2 * d * side * o
+        return 2 * d * side * o + build / self.refresh < exact

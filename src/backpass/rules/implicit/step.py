@@ -1,30 +1,38 @@
-"""One proximal step over everything that contributed since the last optimizer step.
+"""`ProxProp` in force on a model: proximal steps in the backward pass, or at the optimizer's step.
 
-Backward passes leave the plain gradient P in ``.grad`` and collect what the solve needs: the rows A and their g while
-these are few, else A^T A. A hook before the optimizer's step puts D = (A^T A + I/tau)^{-1} P in the place of P.
+At the step, backward passes leave the plain gradient P in ``.grad`` and collect what the solve needs: the rows A and
+their g while these are few, else A^T A. A hook before the optimizer's step puts D = (A^T A + I/tau)^{-1} P in the place
+of P.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from backpass.errors import BackpassError
-from backpass.rules.attaching.attached import Attached
+from backpass.errors import BackpassError, UnknownNameError
+from backpass.rules import torch_internals
+from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.implicit.attached import LayerAttached, holds_something, world_size
+from backpass.rules.implicit.calls import COMPUTED, NORMALIZATIONS, LinearCall
 from backpass.rules.implicit.collected import Collected, Parameters, gather
-from backpass.rules.implicit.direction import ProximalStep, solve_dtype
+from backpass.rules.implicit.direction import direction, solve_dtype
+from backpass.rules.implicit.interception import LayerInterception
 from backpass.rules.implicit.layers import Gradients
 from backpass.rules.implicit.memory import Memory
 from backpass.rules.implicit.systems import NotFiniteError
-from backpass.rules.implicit.uses import COMPUTED, Contributions, Found, Use, holds_something, world_size
+from backpass.rules.implicit.uses import Found, Use
 
-__all__ = ["AtStep", "diverged", "optimizers_of"]
+__all__ = ["ProximalAtStep", "ProximalAttached", "optimizers_of"]
 
 _STATE = "backpass"
 
@@ -49,79 +57,154 @@ def optimizers_of(given: Any) -> list[Optimizer]:
     return found
 
 
-class AtStep(Contributions):
-    """Collects the uses of every weight, and solves before the optimizer's step.
+class ProximalInterception(LayerInterception):
+    """An interception that gives linear layers proximal weight gradients."""
 
-    Args:
-        attached: the rule in force on the model.
-        step: how to solve.
-        optimizers: whose steps solve; none in a copy of the model.
-        memory: where averages are kept; None for the exact step.
-        choose: whether layers for which memory does not pay get the exact step.
-    """
+    rule: Any
+    attached: ProximalAttached
+
+    def is_site(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call is a layer; embeddings and normalizations on request."""
+        if func in NORMALIZATIONS and not self.rule.norms:
+            return False
+        if func is F.embedding and not self.rule.embeddings:
+            return False
+        return super().is_site(func, args, kwargs)
+
+    def accepts(self, call: LinearCall) -> bool:
+        """Return whether the step needs a layer's rows.
+
+        Raises:
+            BackpassError: a compiled transform, of which Dynamo does not say what gradients are asked for.
+        """
+        if not is_dynamo_compiling():
+            return self.attached.is_due(call.weight, call.bias)
+        if torch_internals.transforms():
+            raise BackpassError(
+                "ProxProp does not work in a compiled torch.func.grad: take torch.func.grad of the compiled model, or "
+                "leave out torch.compile."
+            )
+        return True
+
+
+class ProximalAttached(LayerAttached):
+    """`ProxProp` in force on a model; it solves in the backward pass, which is exact for one use of each weight."""
 
     step_name = "proximal"
+    way_out = (
+        'to accumulate gradients, share a weight or use several processes, use ProxProp(solve="step").attach(model, '
+        "optimizer=optimizer)"
+    )
+    interception = ProximalInterception
+    rule: Any
 
-    def __init__(
-        self,
-        attached: Attached,
-        step: ProximalStep,
-        optimizers: Sequence[Optimizer],
-        memory: Memory | None,
-        choose: bool,
-    ) -> None:
-        super().__init__(attached)
-        self._step, self.memory, self._choose = step, memory, choose
-        self.optimizers = list(optimizers)
+    def is_due(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the backward pass needs the rows of a layer; else its calls can stay plain."""
+        return True
+
+    def set(self, **settings: Any) -> None:
+        """Change settings of the solve from the next backward pass or step on, for schedules.
+
+        Args:
+            settings: ``tau`` and ``cg_steps``, as of `ProxProp`.
+
+        Raises:
+            BackpassError: another setting, or a value out of its range.
+        """
+        for name in settings:
+            if name not in ("tau", "cg_steps"):
+                raise UnknownNameError("setting that can change while the rule is attached", name, ("tau", "cg_steps"))
+        self.rule = replace(self.rule, damping=self.rule.step.damping, **settings)
+        self.step = self.rule.step
+
+    def start(self) -> None:
+        """Begin without any use of a weight; for a copy of the model too."""
+        super().start()
+        self.step = self.rule.step
+
+    def gradients(self, use: Use) -> Found:
+        """Return the plain input gradient, and the directions of weight and bias.
+
+        Raises:
+            BackpassError: the weight has another contribution already, or several processes contribute.
+        """
+        use = use._replace(grad=use.grad.to(solve_dtype(use.weight.dtype)))
+        of_x = use.layer.input_gradient(use.x, use.grad, use.weight.to(use.grad.dtype)) if use.wants[0] else None
+        return of_x, *(self.directions(use) if use.asked else (None, None))
+
+    def directions(self, use: Use) -> Gradients:
+        """Return what ``.grad`` of weight and bias gets."""
+        if not use.functional:
+            self.admit(use)
+        try:
+            return direction(use.layer, use.x, use.grad, use.wants[1:], self.step)
+        except NotFiniteError:
+            raise _diverged(self.describe(use.weight)) from None
+
+
+class ProximalAtStep(ProximalAttached):
+    """`ProxProp` in force on a model; it solves at the optimizer's step.
+
+    Attributes:
+        optimizers: whose steps solve; none in a copy of the model.
+        memory: where averages are kept; None for the exact step.
+    """
+
+    transient = (*LayerAttached.transient, "optimizers", "memory", "_collected", "_exact", "_written", "_hooks")
+    _hooks: Any = ()
+
+    def __init__(self, rule: Any, model: nn.Module, optimizers: list[Optimizer], strict: bool) -> None:
+        super().__init__(rule, model, strict)
+        self.optimizers = optimizers
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        if self.memory is not None:
+            self._hooks.append(optimizers[0].register_state_dict_post_hook(self._save))
+            self._hooks.append(optimizers[0].register_load_state_dict_pre_hook(self._load))
+
+    def start(self) -> None:
+        """Begin without any use of a weight; for a copy of the model too."""
+        super().start()
+        rule, self.optimizers, self._hooks = self.rule, [], []
+        self.memory = Memory(rule.share, rule.refreshed, rule.step) if rule.share or rule.refreshed > 1 else None
         self._collected: dict[str, Collected] = {}
         self._exact: set[str] = set()
         self._written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self.optimizers]
-        if memory is not None and self.optimizers:
-            self._hooks.append(self.optimizers[0].register_state_dict_post_hook(self._save))
-            self._hooks.append(self.optimizers[0].register_load_state_dict_pre_hook(self._load))
 
-    @property
-    def step(self) -> ProximalStep:
-        """How to solve."""
-        return self._step
-
-    @step.setter
-    def step(self, step: ProximalStep) -> None:
-        self._step = step
+    def set(self, **settings: Any) -> None:
+        """Change settings of the solve from the next step on; see `ProximalAttached.set`."""
+        super().set(**settings)
         if self.memory is not None:
-            self.memory.step = step
-            for layer in self.memory.layers.values():
-                layer.inverse = None
+            self.memory.take(self.step)
 
     def remove(self) -> None:
-        """Leave the optimizers as they were."""
+        """Give the model its own backward again, and the optimizer its own step; a second call does nothing."""
         super().remove()
         for hook in self._hooks:
             hook.remove()
-        self._collected.clear()
+        self._collected = {}
 
-    def is_due(self, name: str) -> bool:
+    def is_due(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the next step needs the rows of a layer; else its calls can stay plain."""
+        if self.memory is None:
+            return True
+        named = self.parameter(weight if weight.requires_grad or bias is None else bias)
+        return named is None or self._is_due(named.name)
+
+    def _is_due(self, name: str) -> bool:
         return self.memory is None or name in self._exact or self.memory.is_due(name)
 
-    def gradients(self, use: Use) -> Found:
-        """The plain gradients, which ``.grad`` accumulates; what the solve needs is collected.
+    def directions(self, use: Use) -> Gradients:
+        """Return the plain gradients, which ``.grad`` accumulates, and collect what the solve needs.
 
         Raises:
             BackpassError: no step of an optimizer would solve for this weight.
         """
-        layer, dtype = use.layer, solve_dtype(use.weight.dtype)
-        grad = use.grad.to(dtype)
-        of_x = layer.input_gradient(use.x, grad, use.weight.to(dtype)) if use.wants[0] else None
-        if not use.asked:
-            return of_x, None, None
-        use = use._replace(grad=grad)
+        layer, grad = use.layer, use.grad
         parameters = self._learning(use)
         named = next(p for p in parameters if p is not None)
-        x = use.x.to(dtype) if use.x.is_floating_point() else use.x
-        if not self.is_due(named.name):
-            return of_x, *layer.gradients(x, grad, *use.wants[1:])
+        x = use.x.to(grad.dtype) if use.x.is_floating_point() else use.x
+        if not self._is_due(named.name):
+            return layer.gradients(x, grad, *use.wants[1:])
         now = torch._C._current_graph_task_id()
         collected = self._collected.get(named.name)
         if not holds_something(named.parameter):
@@ -134,11 +217,11 @@ class AtStep(Contributions):
                 "optimizer.zero_grad() after each step."
             )
         if collected is None:
-            keep_rows = self.memory is None or (self._choose and named.name not in self.memory.layers)
-            collected = Collected(use, parameters, self._step, keep_rows)
+            keep_rows = self.memory is None or (self.rule.chooses and named.name not in self.memory.layers)
+            collected = Collected(use, parameters, self.step, keep_rows)
             self._collected[named.name] = collected
         collected.add(use, parameters, now)
-        return of_x, *layer.gradients(x, grad, *use.wants[1:])
+        return layer.gradients(x, grad, *use.wants[1:])
 
     def _learning(self, use: Use) -> Parameters:
         """Weight and bias, those that learn."""
@@ -179,11 +262,8 @@ class AtStep(Contributions):
 
     @torch.no_grad()
     def _solve(self, optimizer: Optimizer) -> None:
-        attached = self._attached()
-        if attached is None:
-            return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        named = dict(attached.model.named_parameters())
+        named = dict(self.model.named_parameters())
         mine = {
             name: one
             for name, one in self._collected.items()
@@ -201,7 +281,7 @@ class AtStep(Contributions):
                 else:
                     self._write(one.direction, *(p and p.parameter for p in one.parameters))
             except NotFiniteError:
-                raise diverged(f"the layer of {name!r}") from None
+                raise _diverged(f"the layer of {name!r}") from None
         if self.memory is not None:
             self.memory.spread()
             for name, layer in self.memory.layers.items():
@@ -213,8 +293,7 @@ class AtStep(Contributions):
         """Whether a layer has a memory; decided at its first step."""
         if self.memory is None or name in self._exact:
             return False
-        pays = Memory.pays(one.layer, one.wants, one.count, one.has_rows, self.memory.refresh)
-        if name in self.memory.layers or not self._choose or pays:
+        if name in self.memory.layers or not self.rule.chooses or self.memory.pays(one):
             return True
         self._exact.add(name)
         return False
@@ -250,7 +329,7 @@ class AtStep(Contributions):
             self._exact = set(saved["exact"])
 
 
-def diverged(layer: str) -> NotFiniteError:
+def _diverged(layer: str) -> NotFiniteError:
     """The error of a layer whose inputs are not finite."""
     return NotFiniteError(
         f"the inputs of {layer} are not finite, so it has no proximal step: the network has diverged. Lower the "

@@ -16,8 +16,8 @@ from backpass.errors import BackpassError
 
 __all__ = ["NotFiniteError", "bordered", "column_gram", "conjugate_gradients", "row_gram", "solve"]
 
-_BLOCK = 128
-"""Size from which a CPU computes a symmetric product by blocks: half of it is enough."""
+_BLOCK = 64
+"""Size of the blocks in which a CPU computes a symmetric product: little more than half of it is enough."""
 
 # On a CPU a product with the inverse is several times as fast as substitution with many right sides. Its error is about
 # as large as long as the condition number is moderate.
@@ -33,14 +33,20 @@ class NotFiniteError(BackpassError):
 
 def row_gram(rows: Tensor, ones: bool = False) -> Tensor:
     """A A^T, (groups, n, n); a column of ones adds 1 to every entry."""
-    gram = _times_transpose(rows)
+    gram = _times_transpose(rows, rows.new_empty(*rows.shape[:2], rows.shape[1]))
     return gram.add_(1.0) if ones else gram
 
 
 def column_gram(rows: Tensor, ones: bool = False) -> Tensor:
     """A^T A, (groups, d, d), or (groups, d + 1, d + 1) with the column of ones last."""
-    gram = _times_transpose(rows.mT)
-    return bordered(gram, rows.sum(1), rows.shape[1]) if ones else gram
+    groups, count, d = rows.shape
+    if not ones:
+        return _times_transpose(rows.mT, rows.new_empty(groups, d, d))
+    gram = rows.new_empty(groups, d + 1, d + 1)
+    _times_transpose(rows.mT, gram[:, :d, :d])
+    gram[:, d, :d] = gram[:, :d, d] = rows.sum(1)
+    gram[:, d, d] = count
+    return gram
 
 
 def bordered(gram: Tensor, sums: Tensor, count: int) -> Tensor:
@@ -51,18 +57,17 @@ def bordered(gram: Tensor, sums: Tensor, count: int) -> Tensor:
     return gram
 
 
-def _times_transpose(m: Tensor) -> Tensor:
+def _times_transpose(m: Tensor, out: Tensor) -> Tensor:
     """M M^T of each (n, d) matrix; a CPU computes the lower triangle by blocks and mirrors it."""
     n = m.shape[-2]
-    if n < 2 * _BLOCK - 32 or m.device.type != "cpu":
-        return torch.mm(m[0], m[0].mT).unsqueeze(0) if len(m) == 1 else m @ m.mT
-    gram = m.new_empty(*m.shape[:-1], n)
+    if n <= 2 * _BLOCK or m.device.type != "cpu":
+        return torch.bmm(m, m.mT, out=out)
     edges = [n * i // -(-n // _BLOCK) for i in range(-(-n // _BLOCK) + 1)]
-    for product, matrix in zip(gram, m, strict=True):
+    for product, matrix in zip(out, m, strict=True):
         for start, stop in pairwise(edges):
             torch.mm(matrix[start:stop], matrix[:stop].mT, out=product[start:stop, :stop])
             product[:start, start:stop] = product[start:stop, :start].mT
-    return gram
+    return out
 
 
 def solve(
@@ -91,24 +96,19 @@ def solve(
         gram, right = system(precision)
         added = damping(gram)
         gram.diagonal(dim1=-2, dim2=-1).add_(added)
-        factor, info = torch.linalg.cholesky_ex(gram)
+        factor, info = torch.linalg.cholesky_ex(gram, upper=True)  # no copy by LAPACK's order
         low, high = map(float, torch.aminmax(factor.diagonal(dim1=-2, dim2=-1)))
         floor = pivot_floor if precision != torch.float64 else 0.0
         if low > 0 and low**2 > floor * high**2 and not bool(info.any()):
             if right is None:
-                return torch.cholesky_inverse(factor), added
+                return torch.cholesky_inverse(factor, upper=True), added
             if right.shape[-1] > _FEW * gram.shape[-1] and low**2 > _INVERTIBLE[precision] * high**2:
-                return _product(torch.cholesky_inverse(factor), right), added
-            return torch.cholesky_solve(right, factor), added
+                return torch.bmm(torch.cholesky_inverse(factor, upper=True), right), added
+            return torch.cholesky_solve(right, factor, upper=True), added
     gram, right = system(torch.float64)
     if not bool(gram.isfinite().all()):
         raise NotFiniteError("a Gram matrix is not finite: the inputs of its layer are not, or they overflow.")
     return _solve_by_eigenvalues(gram, right, added), added
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """A product per block; a batch of one is slower than a plain product."""
-    return torch.mm(left[0], right[0]).unsqueeze(0) if len(left) == 1 else left @ right
 
 
 def _solve_by_eigenvalues(gram: Tensor, right: Tensor | None, damping: float) -> Tensor:

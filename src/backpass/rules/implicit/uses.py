@@ -1,35 +1,22 @@
-"""Uses of a layer's weights in a backward pass: the autograd function, and where each use contributes."""
+"""Uses of a layer's weights in a backward pass: the autograd function, also for compiled code and transforms."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary, ref
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
-from torch import distributed as dist
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backpass.errors import BackpassError
-from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.run import SiteCall
 from backpass.rules.implicit.convolution import Convolution
 from backpass.rules.implicit.layers import Affine, Einsum, Embedding, Linear, LinearLayer, Sizes
 
-__all__ = [
-    "COMPUTED",
-    "Call",
-    "Contributions",
-    "Named",
-    "Use",
-    "holds_something",
-    "implicit_layer",
-    "layer_of",
-    "world_size",
-]
+__all__ = ["Call", "Found", "Use", "implicit_layer", "layer_of", "register"]
 
 _KINDS: dict[str, type[LinearLayer]] = {
     kind.__name__: kind for kind in (Affine, Convolution, Einsum, Embedding, Linear)
@@ -59,16 +46,11 @@ Activation = tuple[str, tuple[float, ...]]
 
 
 class Use(NamedTuple):
-    """One use of a weight in a backward pass: z = A Theta, or y = s(z).
+    """One use of a weight in a backward pass: z = A Theta, or y = s(z) where an activation follows.
 
     Attributes:
         text: the layer (see `layer_of`).
-        x: its input.
         grad: the gradient of the output.
-        weight: the weight.
-        bias: the bias, or None.
-        z: the layer's output if an activation follows.
-        activation: that activation.
         wants: whether gradients of input, weight and bias are needed.
         asked: whether this backward pass computes the gradient of weight or bias; ``autograd.grad`` may not.
         functional: whether ``torch.func`` returns the gradients instead of accumulating them.
@@ -96,144 +78,13 @@ class Use(NamedTuple):
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class Named(NamedTuple):
-    """A parameter of the model and its name there."""
-
-    name: str
-    parameter: nn.Parameter
-
-
-class Contributions(ABC):
-    """The uses of an attached model's weights, and what each passes on.
-
-    Args:
-        attached: the rule in force on the model; neither is kept alive.
-    """
-
-    step_name = "implicit"
-    way_out = ""
-
-    def __init__(self, attached: Attached) -> None:
-        self._attached = ref(attached)
-        self._named: dict[int, Named] = {}
-        self._last: dict[int, tuple[int, list[tuple[int, int]]]] = {}
-        self.active = True
-        register(attached.token, self)
-        self._early: list[Any] = []
-
-    def watch(self) -> None:
-        """Refuse gradients of graphs that were built before the rule was attached."""
-        self._early = [
-            parameter.register_post_accumulate_grad_hook(self._refuse_early)  # type: ignore[no-untyped-call]
-            for _, parameter in self.named_parameters()
-            if parameter.is_leaf and parameter.requires_grad
-        ]
-
-    @abstractmethod
-    def gradients(self, use: Use) -> Found:
-        """The gradients of input, weight and bias that are wanted."""
-
-    def _refuse_early(self, parameter: Tensor) -> None:
-        attached = self._attached()
-        while self._early:
-            self._early.pop().remove()
-        if attached is not None and self.active and not attached.seen:
-            raise BackpassError(
-                f"{self.describe(parameter)} has a gradient from a forward pass before the rule was attached, which is "
-                "plain backpropagation: attach the rule first, then call the model."
-            )
-
-    def remove(self) -> None:
-        """Forget everything; the rule is removed from the model."""
-        while self._early:
-            self._early.pop().remove()
-        self.active = False
-        self._named.clear()
-
-    def named_parameters(self) -> list[Named]:
-        """The parameters of the model."""
-        attached = self._attached()
-        return [Named(name, p) for name, p in attached.model.named_parameters()] if attached is not None else []
-
-    def parameter(self, tensor: Tensor) -> Named | None:
-        """The model's parameter in whose memory this tensor lies: compiled code knows no other identity."""
-        key = tensor.untyped_storage().data_ptr()
-        found = self._named.get(key)
-        if found is None or found.parameter.untyped_storage().data_ptr() != key:
-            self._named = {one.parameter.untyped_storage().data_ptr(): one for one in self.named_parameters()}
-            found = self._named.get(key)
-        return found
-
-    def describe(self, weight: Tensor) -> str:
-        """The weight's name, for errors."""
-        named = self.parameter(weight)
-        return f"the layer of {named.name!r}" if named else f"the layer with a weight of shape {tuple(weight.shape)}"
-
-    def admit(self, use: Use) -> None:
-        """Admit the one use of a weight whose step is exact.
-
-        Raises:
-            BackpassError: the weight has another contribution already, or several processes contribute.
-        """
-        step = self.step_name
-        if world_size() > 1:
-            raise BackpassError(
-                f"{world_size()} processes contribute to {self.describe(use.weight)}, and the average of their {step} "
-                f"steps is not the step of the whole batch: {self.way_out}."
-            )
-        learning = use.weight if use.wants[1] or use.bias is None else use.bias
-        named = self.parameter(learning)
-        leaf = named.parameter if named else learning
-        if named is None and not (leaf.is_leaf and leaf.requires_grad):
-            raise BackpassError(f"{self.describe(learning)} is computed from other parameters. {COMPUTED}")
-        now = torch._C._current_graph_task_id()
-        task, before = self._last.get(id(leaf), (-1, []))
-        before = before if task == now and now >= 0 else []
-        begin, end = _extent(learning)
-        twice = any(begin < stop and start < end for start, stop in before)
-        if twice or holds_something(leaf):
-            how = "is used twice in one backward pass" if twice else "has a gradient from a backward pass before"
-            raise BackpassError(
-                f"{named.name if named else 'a weight'!r} {how}, and the sum of two {step} steps is not the step of "
-                f"both: call optimizer.zero_grad() after each step, or {self.way_out}."
-            )
-        self._last[id(leaf)] = (now, [*before, (begin, end)])
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First and one past the last entry of a tensor in its storage."""
-    begin = int(tensor.storage_offset())
-    if tensor.is_contiguous():
-        return begin, begin + tensor.numel()
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return begin, begin + int(reach) + 1
-
-
-COMPUTED = (
-    "An implicit step for it would not be the step of the parameters that it comes from (weight_norm, spectral_norm, a "
-    "parametrization, pruning, a merged adapter, a copy in another dtype): leave the layer out by `where`, or remove "
-    "the parametrization."
-)
-
-
-def world_size() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def holds_something(parameter: Tensor) -> bool:
-    """Whether a parameter's gradient is there and not zero."""
-    return parameter.grad is not None and bool(parameter.grad.any())
-
-
 class Call(NamedTuple):
     """The call of a layer as its backward pass needs to know it.
 
     Attributes:
         text: the layer (see `layer_of`).
-        activation: the activation that follows.
         functional: whether ``torch.func`` takes the gradients.
-        key: of the contributions.
+        key: of the attached rule.
         site: asked in the backward pass whether the rule acts; None: it does.
     """
 
@@ -244,17 +95,17 @@ class Call(NamedTuple):
     site: SiteCall | None = None
 
 
-_BY_KEY: WeakValueDictionary[str, Contributions] = WeakValueDictionary()
+_BY_KEY: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
-def register(key: str, contributions: Contributions) -> None:
-    """Let calls find their contributions; a graph of compiled code carries the key as a string."""
-    _BY_KEY[key] = contributions
+def register(key: str, attached: Any) -> None:
+    """Let calls find the rule in force on their model; a graph of compiled code carries the key as a string."""
+    _BY_KEY[key] = attached
 
 
 def _take(key: str, use: Use) -> Found:
-    contributions = _BY_KEY.get(key)
-    if contributions is None or not contributions.active:
+    attached = _BY_KEY.get(key)
+    if attached is None or not attached.active:
         raise BackpassError(
             "the backward pass came after the rule, or the model it was attached to, was gone: call backward() while "
             "the rule is attached."
@@ -265,9 +116,9 @@ def _take(key: str, use: Use) -> Found:
         found = (torch.zeros_like(use.x), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias))
     elif torch.is_autocast_enabled(weight.device.type):
         with torch.autocast(weight.device.type, enabled=False):
-            found = contributions.gradients(use)
+            found = attached.gradients(use)
     else:
-        found = contributions.gradients(use)
+        found = attached.gradients(use)
     of_x, of_weight, of_bias = (_like(one, tensor) for one, tensor in zip(found, (use.x, weight, bias), strict=True))
     return of_x if use.wants[0] else None, of_weight if use.wants[1] else None, of_bias if use.wants[2] else None
 
@@ -333,7 +184,7 @@ def _(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[in
 
 
 class _Eager(torch.autograd.Function):
-    """f(x, w, b) or s(z) forward; backward what the contributions say."""
+    """f(x, w, b) or s(z) forward; backward what the attached rule says."""
 
     @staticmethod
     def forward(
@@ -427,14 +278,7 @@ def implicit_layer(
 ) -> Tensor:
     """The layer's value, or that of the activation after it, with an implicit backward.
 
-    Args:
-        x: the layer's input.
-        weight: its weight.
-        bias: its bias.
-        z: None, or the layer's output without its graph.
-        compute: the value as a function of x, weight, bias and ``rest``, or of z.
-        rest: other arguments of ``compute``.
-        call: what the backward pass needs.
+    The value is ``compute(x, weight, bias, *rest)``, or ``compute(z)`` with the layer's output z without its graph.
     """
     function = _UnderTransforms if call.functional or torch.compiler.is_dynamo_compiling() else _Eager
     apply: Callable[..., Tensor] = function.apply

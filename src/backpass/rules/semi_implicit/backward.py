@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backpass.errors import BackpassError
-from backpass.rules.attaching.attached import Attached
+from backpass.errors import BackpassError, UnknownNameError
+from backpass.rules.implicit.attached import LayerAttached
 from backpass.rules.implicit.direction import samples, solve_dtype
 from backpass.rules.implicit.layers import Gradients
 from backpass.rules.implicit.systems import NotFiniteError
-from backpass.rules.implicit.uses import Contributions, Found, Use
+from backpass.rules.implicit.uses import Found, Use
 from backpass.rules.semi_implicit.elementwise import Elementwise
+from backpass.rules.semi_implicit.interception import SemiImplicitInterception
 from backpass.rules.semi_implicit.unit_systems import unit_system
-from backpass.rules.semi_implicit.weight_step import Curved, SemiImplicitStep, increment
+from backpass.rules.semi_implicit.weight_step import Curved, increment
 
-__all__ = ["DivergedError", "SemiImplicitContributions"]
+__all__ = ["DivergedError", "SemiImplicitAttached"]
 
 _JUMP = 1e3
 """Steps outgrow their weights by a factor near 1 in any training that learns, and by 1e5 where one explodes."""
@@ -29,14 +30,16 @@ class DivergedError(BackpassError):
     """A semi-implicit step is not finite, or so long that the network has diverged."""
 
 
-class SemiImplicitContributions(Contributions):
-    """Semi-implicit steps, exact for one use of each weight per optimizer step.
+class SemiImplicitAttached(LayerAttached):
+    """`SIBP` in force on a model; its steps are exact for one use of each weight per optimizer step.
 
-    Args:
-        attached: the rule in force on the model.
-        step: gives the settings; asked for in every pass, because eta may depend on the depth of the last call.
+    Attributes:
         scaler: the GradScaler that scales the loss, or None.
     """
+
+    interception = SemiImplicitInterception
+    transient = (*LayerAttached.transient, "scaler", "_longest")
+    rule: Any
 
     step_name = "semi-implicit"
     way_out = (
@@ -44,10 +47,30 @@ class SemiImplicitContributions(Contributions):
         'processes use ProxProp(solve="step")'
     )
 
-    def __init__(self, attached: Attached, step: Callable[[], SemiImplicitStep], scaler: Any) -> None:
-        super().__init__(attached)
-        self.step, self._scaler = step, scaler
+    def __init__(self, rule: Any, model: nn.Module, scaler: Any, strict: bool) -> None:
+        super().__init__(rule, model, strict)
+        self.scaler: Any = scaler
+
+    def start(self) -> None:
+        """Begin without any use of a weight; for a copy of the model too."""
+        super().start()
+        self.scaler = None
         self._longest: dict[str, float] = {}
+
+    def set(self, **settings: Any) -> None:
+        """Change settings of the step from the next backward pass on, for schedules.
+
+        Args:
+            settings: of `SIBP`, all but ``where``.
+
+        Raises:
+            BackpassError: another setting, or a value out of its range.
+        """
+        known = [field.name for field in fields(self.rule) if field.name != "where"]
+        for name in settings:
+            if name not in known:
+                raise UnknownNameError("setting that can change while the rule is attached", name, known)
+        self.rule = replace(self.rule, **settings)
 
     def gradients(self, use: Use) -> Found:
         """The input gradient through the updated weights, and the negative steps of weight and bias.
@@ -58,10 +81,11 @@ class SemiImplicitContributions(Contributions):
         """
         if use.asked and not use.functional:
             self.admit(use)
-        step, layer, weight = self.step(), use.layer, use.weight
+        rule, layer, weight = self.rule, use.layer, use.weight
+        eta = 1 / max(len(self.sites), 1) if rule.eta is None else rule.eta
         dtype = solve_dtype(weight.dtype)
         x, grad = use.x.to(dtype), use.grad.to(dtype)
-        scale = step.loss_scale * (self._scaler.get_scale() if self._scaler is not None else 1.0)
+        scale = rule.loss_scale * (self.scaler.get_scale() if self.scaler is not None else 1.0)
         of_z, weighting, s = grad, None, None
         if use.z is not None:
             s = Elementwise(*use.activation)
@@ -69,26 +93,26 @@ class SemiImplicitContributions(Contributions):
             of_z, weighting = grad * slope, slope.square_()
         of_weight = of_bias = None
         if use.wants[1] or use.wants[2]:
-            if self._scaler is not None and not bool(grad.isfinite().all()):
+            if self.scaler is not None and not bool(grad.isfinite().all()):
                 return grad.new_full(use.x.shape, math.nan), grad.new_full(weight.shape, math.nan), None
-            system = unit_system(layer, x, use.wants[1:], step.ratio, direct=s is None)
+            system = unit_system(layer, x, use.wants[1:], rule.ratio, direct=s is None)
             curved = None
             if s is not None and use.z is not None and weighting is not None:
                 curved = Curved(s, system.arrange(use.z.to(dtype)), system.arrange(grad))
                 weighting = system.arrange(weighting)
             # For a loss that is a sum, -eta D g is -length * of_z.
-            length = step.eta / scale * (samples(x) if step.reduction == "mean" else 1)
+            length = eta / scale * (samples(x) if rule.reduction == "mean" else 1)
             try:
-                found = increment(system, system.arrange(of_z), weighting, curved, length, step)
+                found = increment(system, system.arrange(of_z), weighting, curved, length, rule)
             except NotFiniteError:
-                raise self._not_finite(weight, step.eta) from None
+                raise self._not_finite(weight, eta) from None
             # Negated while it is small: the weight's own size may be much larger.
             of_weight, of_bias = system.weights(found.neg_())
-            self._check_length(use, (of_weight, of_bias), step.eta)
+            self._check_length(use, (of_weight, of_bias), eta)
         of_x = None
         if use.wants[0]:
             through = weight.to(dtype)
-            if of_weight is not None and step.updated_weights:
+            if of_weight is not None and rule.updated_weights:
                 through = through - of_weight.reshape(weight.shape)
             of_x = layer.input_gradient(x, of_z, through)
         if scale != 1.0:

@@ -7,8 +7,7 @@ with the bias's part of d under lam_bias instead. Everything is solved for the i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,44 +15,10 @@ from torch import Tensor
 from backpass.rules.semi_implicit.elementwise import Elementwise
 from backpass.rules.semi_implicit.unit_systems import UnitSystem
 
-__all__ = ["Curved", "SemiImplicitStep", "increment"]
+if TYPE_CHECKING:
+    from backpass.rules.sibp import SIBP
 
-
-@dataclass(frozen=True)
-class SemiImplicitStep:
-    """How far targets lie, and how the sub-problem is solved.
-
-    Attributes:
-        eta: step size of the neurons, for a loss that is a sum.
-        lam: penalty on the weights' increment, positive.
-        lam_bias: penalty on the biases' increment, positive.
-        newton_steps: Gauss-Newton steps where s is not the identity.
-        cg_steps: conjugate-gradient iterations in each.
-        descent_steps: of the last of these iterations, how many descend on the sub-problem itself where s has kinks;
-            from 1 on no unit's objective rises.
-        reduction: ``"mean"`` or ``"sum"``: how the loss combines the samples.
-        updated_weights: whether the input gradient is propagated through the updated weights.
-        loss_scale: factor of the loss.
-    """
-
-    eta: float
-    lam: float
-    lam_bias: float
-    newton_steps: int = 1
-    cg_steps: int = 5
-    descent_steps: int = 1
-    reduction: str = "mean"
-    updated_weights: bool = True
-    loss_scale: float = 1.0
-
-    def descends(self, s: Elementwise) -> int:
-        """How many iterations descend on the sub-problem itself; the first stays with the Gauss-Newton model."""
-        return min(self.descent_steps, self.cg_steps - 1) if s.has_kinks else 0
-
-    @property
-    def ratio(self) -> float:
-        """Penalty on weights over penalty on biases."""
-        return self.lam / self.lam_bias
+__all__ = ["Curved", "increment"]
 
 
 class Curved(NamedTuple):
@@ -76,7 +41,7 @@ def increment(
     weighting: Tensor | None,
     curved: Curved | None,
     scale: float,
-    step: SemiImplicitStep,
+    step: SIBP,
 ) -> Tensor:
     """The increment d of all units.
 
@@ -88,14 +53,14 @@ def increment(
         weighting: the diagonal of D^2, overwritten; None for the identity, which one direct solve does.
         curved: the activation, arranged alike; None for the identity.
         scale: eta for the loss as it is given, -eta D g = -scale * ``of_z``.
-        step: the settings.
+        step: the rule, of which ``eta`` is not used.
 
     Returns:
         d in the system's coordinates.
     """
     if weighting is None:
         return system.solve(of_z * -scale, step.lam)
-    descents = 0 if curved is None else step.descends(curved.s)
+    descents = 0 if curved is None else _descents(curved.s, step)
     iterations = [step.cg_steps] * (step.newton_steps - 1) + [step.cg_steps - descents]
     right = system.adjoint(of_z * (-scale / step.lam))
     found = _conjugate_gradients(system, weighting.div_(step.lam), right, iterations[0])
@@ -115,9 +80,12 @@ def increment(
     return found
 
 
-def _descend(
-    system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor, scale: float, step: SemiImplicitStep
-) -> None:
+def _descents(s: Elementwise, step: SIBP) -> int:
+    """Number of iterations that descend on the sub-problem itself; the first stays with the Gauss-Newton model."""
+    return min(step.descent_steps, step.cg_steps - 1) if s.has_kinks else 0
+
+
+def _descend(system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor, scale: float, step: SIBP) -> None:
     """Drop ``found`` for units whose objective it raises, then add steps of steepest descent on the sub-problem.
 
     The Gauss-Newton model does not see the kinks that A d crosses: where targets lie far it may overshoot without
@@ -125,7 +93,7 @@ def _descend(
     gradient where the unit now stands, and a unit takes it if its objective does not rise.
     """
     s, lam, at = curved.s, step.lam, system.apply(found)
-    descents = step.descends(s)
+    descents = _descents(s, step)
     moved = curved.z + at
     misfit = s.value(moved).sub_(targets)
     before = system.square(misfit) / lam

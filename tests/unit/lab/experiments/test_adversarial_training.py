@@ -80,10 +80,10 @@ def test_claims_are_paired_over_seeds(monkeypatch):
     outcome = EXPERIMENTS[0].measure(TINY, Bench())
     verdicts = {claim.id: claim.verdict for claim in outcome.claims}
     assert verdicts == {
-        "first-over-second": "holds",
-        "second-overfits": "holds",
-        "second-worse": "holds",
-        "first-over-plain": "holds",
+        "first-over-second": "same direction",
+        "second-overfits": "same direction",
+        "second-worse": "same direction",
+        "first-over-plain": "same direction",
         "both-over-plain": "undecided",
     }
     assert all(claim.n == 3 for claim in outcome.claims)

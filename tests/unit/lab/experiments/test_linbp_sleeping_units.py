@@ -51,8 +51,8 @@ def test_linbp_is_ahead_where_units_sleep_and_the_ball_is_wide_and_behind_where_
     settings = Sleep(thresholds=(0.0, 3.0), radii=(0.05, 0.5), networks=4, images=80)
     found = replace(EXPERIMENTS[0], scales={"small": settings}).run("small", Bench())
     verdicts = {claim.id.partition(".")[2]: claim.verdict for claim in found.claims}
-    assert verdicts["b3-eps0.5"] == "holds"
-    assert verdicts["b0-eps0.05"] == "does not hold"
+    assert verdicts["b3-eps0.5"] == "same direction"
+    assert verdicts["b0-eps0.05"] == "opposite direction"
     assert "b3-eps0.5" in found.findings[0].text
 
 

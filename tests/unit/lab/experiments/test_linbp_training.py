@@ -61,9 +61,9 @@ def test_large_steps_find_the_rule_that_fails():
     )
     result = run(step_sizes.EXPERIMENTS, "linbp-fig9", settings)
     verdicts = {claim.id.partition(".")[2]: (claim.estimate, claim.verdict) for claim in result.claims}
-    assert verdicts["wild-x2-linbp-fails"] == (1, "holds")
-    assert verdicts["wild-x2-bp-converges"] == (0, "holds")
-    assert verdicts["same-x2-alike"] == (0, "holds")
+    assert verdicts["wild-x2-linbp-fails"] == (1, "same direction")
+    assert verdicts["wild-x2-bp-converges"] == (0, "same direction")
+    assert verdicts["same-x2-alike"] == (0, "same direction")
     assert "wild-unit-steps-no-better" in verdicts
     assert "Wild x2 (3 of 3 runs)" in result.findings[0].text
     result.as_json()

@@ -19,7 +19,7 @@ def test_weak_orders_are_those_of_the_derivation_over_all_problems(tmp_path):
         order = 2 if claim.id in ("order-B", "order-C") else 1
         assert claim.n == 6
         assert claim.estimate == pytest.approx(order, abs=0.15)
-        assert claim.verdict == "holds"
+        assert claim.verdict == "same direction"
 
 
 def test_an_adversary_that_is_left_out_of_the_sde_costs_an_order(monkeypatch):
@@ -27,8 +27,8 @@ def test_an_adversary_that_is_left_out_of_the_sde_costs_an_order(monkeypatch):
     monkeypatch.setattr(theorems, "_slopes", lambda study: slopes)
     found = BY_NAME["sde-weak-error"].measure(Orders(), Bench())
     verdicts = {claim.id: claim.verdict for claim in found.claims}
-    assert verdicts["order-B"] == "does not hold"
-    assert verdicts["order-C"] == "holds"
+    assert verdicts["order-B"] == "opposite direction"
+    assert verdicts["order-C"] == "same direction"
 
 
 @pytest.mark.parametrize(

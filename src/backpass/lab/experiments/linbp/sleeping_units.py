@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backpass.attacks import PGD
 from backpass.lab.bench.experiment import Bench, Experiment, Outcome
-from backpass.report.claims import Claim, judge
+from backpass.report.claims import Claim, agreement, judge
 from backpass.report.result import Cell, Curve, Finding, Series, Table
 from backpass.report.statistics import mean_interval, paired_interval
 from backpass.report.wording import interval_text
@@ -156,8 +156,8 @@ def _finding(settings: Sleep, found: Found, claims: list[Claim]) -> Finding:
             paired_interval(_rates(found, b, "linbp", place), _rates(found, b, "bp", place)), signed=True
         )
 
-    ahead = [claim.id for claim in claims if claim.verdict == "holds"]
-    behind = sum(claim.verdict == "does not hold" for claim in claims)
+    ahead = [claim.id for claim in claims if agreement(claim.verdict) is True]
+    behind = sum(agreement(claim.verdict) is False for claim in claims)
     return Finding(
         "Sleeping units and a wide ball",
         f"With threshold {last:g} only {told(last, 'awake')} % of the units are awake at an input, and at "

@@ -198,7 +198,7 @@ def _findings(
             f"{listing([both(name) for name in alike])}. The paper: with larger steps LeNet-5 failed to converge with "
             "LinBP and could still converge with BP, while on the MLP both were similar. Its factors are missing in "
             "the text that this was made from, so several are tried; where one of them is too small for the effect, "
-            "the claim about it does not hold.",
+            "the measured direction is the opposite.",
         ),
         Finding(
             "Steps of unit length",

@@ -12,7 +12,7 @@ from backpass.lab.experiments.linbp.published import published
 from backpass.lab.experiments.linbp.trials import Outcomes, Trial, run_trial
 from backpass.lab.experiments.linbp.victims import Training, Victim, data_text, victims
 from backpass.numbers import fraction_text
-from backpass.report.claims import Claim, judge
+from backpass.report.claims import Claim, agreement, judge
 from backpass.report.proportions import paired_difference
 from backpass.report.result import Cell, Curve, Finding, Series, Table
 from backpass.report.statistics import mean_interval, paired_interval
@@ -196,7 +196,7 @@ def _finding(settings: Success, found: dict[str, Found], claims: Sequence[Claim]
             f"{interval_text(mean_interval(theirs))} %, a difference of "
             f"{interval_text(paired_interval(ours, theirs), signed=True)}"
         )
-    counts = [sum(claim.verdict == verdict for claim in claims) for verdict in ("holds", "does not hold", "undecided")]
+    counts = [sum(agreement(claim.verdict) is agrees for claim in claims) for agrees in (True, False, None)]
     return Finding(
         "The paper's numbers and ours",
         f"With {trial}, of the correctly classified images: {'; '.join(sides)}. Of all {len(claims)} comparisons "

@@ -18,7 +18,7 @@ from backpass.lab.experiments.linbp.success import (
 )
 from backpass.lab.experiments.linbp.trials import Trial, run_trial
 from backpass.lab.experiments.linbp.victims import Training, data_text, victims
-from backpass.report.claims import Claim, judge
+from backpass.report.claims import Claim, agreement, judge
 from backpass.report.result import Cell, Curve, Finding, Series, Table
 from backpass.report.statistics import Interval, mean_interval, paired_interval
 from backpass.report.wording import interval_text
@@ -136,8 +136,8 @@ def _claim(settings: WhiteBox, one: _Measured) -> Claim:
 
 def _finding(found: Sequence[_Measured], claims: Sequence[Claim]) -> Finding:
     groups = {
-        verdict: [one.name for one, claim in zip(found, claims, strict=True) if claim.verdict == verdict]
-        for verdict in ("holds", "does not hold", "undecided")
+        agrees: [one.name for one, claim in zip(found, claims, strict=True) if agreement(claim.verdict) is agrees]
+        for agrees in (True, False, None)
     }
     base = found[0]
     best = max(found, key=lambda one: one.difference.mean)
@@ -147,8 +147,8 @@ def _finding(found: Sequence[_Measured], claims: Sequence[Claim]) -> Finding:
         f"{base.condition.training.model}, LinBP ({base.condition.rule}) fools "
         f"{interval_text(mean_interval(base.ours))} % and BP {interval_text(mean_interval(base.theirs))} %: "
         f"{interval_text(base.difference, signed=True)} points. Of {len(found)} conditions LinBP is ahead in "
-        f"{len(groups['holds'])}{_named(groups['holds'])}, behind in {len(groups['does not hold'])}"
-        f"{_named(groups['does not hold'])}, and {len(groups['undecided'])} are undecided. The most favourable is "
+        f"{len(groups[True])}{_named(groups[True])}, behind in {len(groups[False])}"
+        f"{_named(groups[False])}, and {len(groups[None])} are undecided. The most favourable is "
         f"{best.name}, with {interval_text(best.difference, signed=True)}.",
     )
 

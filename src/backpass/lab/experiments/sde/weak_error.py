@@ -13,7 +13,7 @@ from torch import Tensor
 from backpass.errors import BackpassError
 from backpass.lab.experiments.sde.regression import choose, squared_loss
 from backpass.lab.threads import one_thread
-from backpass.report.claims import Claim, Direction, judge
+from backpass.report.claims import Claim, Direction, agreement, judge
 from backpass.report.result import Curve, Finding, Result, Series, Table, environment
 from backpass.report.statistics import Interval
 from backpass.sde import VARIANTS, AdversarialSDE, WeakErrors, weak_error
@@ -209,11 +209,11 @@ def _findings(measured: Measured, claims: list[Claim]) -> list[Finding]:
     found = measured.errors
     slopes = {name: list(row.values()) for name, row in found.slopes.items()}
     ranges = "; ".join(f"{name} {min(values):.2f} to {max(values):.2f}" for name, values in slopes.items())
-    held = sum(claim.verdict == "holds" for claim in claims)
+    agree = sum(agreement(claim.verdict) is True for claim in claims)
     worst = max(value for row in found.resolution.values() for value in row.values())
     smallest = found.errors["C"]["|theta|^2"][-1], found.errors["B"]["|theta|^2"][-1]
     return [
-        Finding("Weak orders", f"Slopes over the test functions: {ranges}. {held} of {len(claims)} claims hold."),
+        Finding("Weak orders", f"Slopes over the test functions: {ranges}. {agree} of {len(claims)} claims agree."),
         Finding(
             "Exact or expanded",
             f"At eta {found.etas[-1]:g} the error of E |theta|^2 is {smallest[0]:.1e} with the attack kept exact and "

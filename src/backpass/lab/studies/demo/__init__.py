@@ -1,1 +1,1 @@
-"""The demo: the same network learns and is attacked with another backward pass."""
+"""The demo: the rules of four papers at work on real handwritten digits, one page."""

@@ -13,7 +13,7 @@ from backpass.lab.studies.attack.plans import Plan
 from backpass.lab.studies.attack.settings import plan_settings, protocol_settings, subject_text
 from backpass.lab.studies.transfer.measure import Measured
 from backpass.numbers import fraction_text
-from backpass.report.claims import Claim
+from backpass.report.claims import Claim, agreement
 from backpass.report.proportions import judge_images, paired_difference, percent, percent_text
 from backpass.report.result import Cell, Curve, Finding, Result, Series, Table, environment
 from backpass.report.statistics import holm_levels
@@ -174,7 +174,7 @@ def _findings(measured: Measured, claims: list[Claim]) -> list[Finding]:
     ]
     found += [_average(measured, plan) for plan in study.plans if study.pairs]
     if claims:
-        counts = [sum(claim.verdict == kind for claim in claims) for kind in ("holds", "does not hold", "undecided")]
+        counts = [sum(agreement(claim.verdict) is agrees for claim in claims) for agrees in (True, False, None)]
         found.append(
             Finding(
                 "Whether a rule transfers better",

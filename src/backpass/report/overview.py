@@ -7,9 +7,9 @@ from pathlib import Path
 
 from backpass.errors import BackpassError
 from backpass.files import write_whole
-from backpass.lab.experiments.catalogue import experiment_names
-from backpass.lab.reproduction.reading import read_result
-from backpass.report.page import count_verdicts, render, shown
+from backpass.report.claims import count_verdicts
+from backpass.report.page import render, shown
+from backpass.report.reading import read_result
 from backpass.report.result import Result
 
 __all__ = ["overview", "read_results", "write_overview"]
@@ -26,11 +26,14 @@ def overview(results: Sequence[Result]) -> str:
     )
 
 
-def read_results(folder: Path, damaged: Callable[[BackpassError], None] | None = None) -> list[Result]:
-    """Read every ``result.json`` at most two folders below, in the catalogue's order.
+def read_results(
+    folder: Path, names: Sequence[str] = (), damaged: Callable[[BackpassError], None] | None = None
+) -> list[Result]:
+    """Read every ``result.json`` at most two folders below.
 
     Args:
         folder: where to look.
+        names: of experiments, in the order of the results; others follow.
         damaged: called with what is wrong with a file that cannot be read, which is then left out; None: it is raised.
 
     Raises:
@@ -49,7 +52,7 @@ def read_results(folder: Path, damaged: Callable[[BackpassError], None] | None =
             damaged(error)
     if not results:
         raise BackpassError(f"no result.json in {folder} or its folders can be read.")
-    order = {name: place for place, name in enumerate(experiment_names())}
+    order = {name: place for place, name in enumerate(names)}
     return sorted(results, key=lambda result: (order.get(result.experiment, len(order)), result.scale))
 
 

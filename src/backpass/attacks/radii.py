@@ -1,0 +1,118 @@
+"""Robustness curves: an attack at several radii, from large to small."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backpass.attacks.attack import Attack
+from backpass.attacks.search import SearchAttack
+from backpass.errors import BackpassError
+from backpass.numbers import is_number
+
+__all__ = ["check_radii", "run", "run_radii"]
+
+_COLUMNS = ("success", "loss", "prediction", "distance")
+_LENGTHS = ("step", "start_eps")  # settings that are lengths, as the radius is
+
+
+def check_radii(radii: Sequence[float], attacks: Sequence[Attack]) -> list[float]:
+    """Return the radii in order.
+
+    Raises:
+        BackpassError: they are no different numbers, or an attack cannot be run at them.
+    """
+    levels = list(radii)
+    if not levels or not all(is_number(radius) and radius >= 0 for radius in levels) or len(set(levels)) < len(levels):
+        raise BackpassError(f"radii must be different numbers, at least 0; got {levels!r}.")
+    for attack in attacks:
+        if isinstance(attack.eps, tuple):
+            raise BackpassError("radii are for attacks with one eps; this one has a radius for each sample.")
+        if not attack.minimum_norm:
+            for radius in levels:
+                replace(attack, eps=radius)
+    return sorted(float(radius) for radius in levels)
+
+
+def run(
+    attack: Attack, model: nn.Module, x: Tensor, y: Tensor, index: Tensor, batch_size: int, mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Attack samples (B, ...) and return success, loss, prediction and distance, (B, 1) each, and `gradients`."""
+    if len(x) == 0:
+        return _table(x, 1)
+    result = attack(model, x, y, indices=index, batch_size=batch_size, mask=mask)
+    return {
+        **{name: getattr(result, name)[:, None] for name in _COLUMNS},
+        "gradients": torch.tensor(result.gradients),
+    }
+
+
+def run_radii(
+    attack: Attack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    index: Tensor,
+    batch_size: int,
+    radii: Sequence[float],
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Attack samples (B, ...) at ascending radii and return the columns of `run`, (B, R) each.
+
+    A sample is searched at the largest radius, then at the next smaller one, and so on until a search fails. It falls
+    at the radii at which a search succeeded, and stands at the smaller ones. Every search has the steps and restarts of
+    the attack; the first restart begins at the image found at the larger radius, scaled to the smaller ball. So a
+    sample costs one search that fails, and short ones that succeed.
+
+    Where a sample falls, its columns are those of the nearest image found. Where it stands, they are those of the
+    search that failed, and at smaller radii loss NaN, the prediction y and distance inf.
+    """
+    if attack.minimum_norm:
+        found = run(replace(attack, eps=math.inf), model, x, y, index, batch_size, mask)
+        found |= {name: found[name].expand(-1, len(radii)) for name in _COLUMNS}
+        return found | {"success": found["distance"] <= torch.tensor(radii, device=x.device) * (1 + 1e-6)}
+    table, gradients = _table(x, len(radii), y), 0
+    rows, image, before = torch.arange(len(x), device=x.device), x, 0.0
+    for level in reversed(range(len(radii))):
+        radius = radii[level]
+        if len(rows) == 0 or radius == 0:
+            break
+        now, own = _at_radius(attack, radius), x[rows]
+        start = own + (image - own) * (radius / before) if before and isinstance(now, SearchAttack) else None
+        some = None if mask is None else mask[rows]
+        result = now(model, own, y[rows], indices=index[rows], batch_size=batch_size, mask=some, start=start)
+        gradients += result.gradients
+        for name in _COLUMNS:
+            value = getattr(result, name)
+            table[name][rows, level] = value.to(table[name].dtype)
+            fallen = rows[result.success]  # the nearer image counts at the larger radii too
+            table[name][fallen, level:] = value[result.success, None].to(table[name].dtype)
+        rows, image, before = rows[result.success], result.x_adv[result.success], radius
+    return table | {"gradients": torch.tensor(gradients)}
+
+
+def _table(x: Tensor, width: int, y: Tensor | None = None) -> dict[str, Tensor]:
+    """Columns of samples (B, ...) that stand everywhere."""
+    shape = (len(x), width)
+    prediction = torch.zeros(shape, dtype=torch.int64, device=x.device)
+    return {
+        "success": torch.zeros(shape, dtype=torch.bool, device=x.device),
+        "loss": torch.full(shape, torch.nan, dtype=torch.float64, device=x.device),
+        "prediction": prediction if y is None else prediction + y[:, None],
+        "distance": torch.full(shape, torch.inf, dtype=torch.float64, device=x.device),
+        "gradients": torch.tensor(0),
+    }
+
+
+def _at_radius(attack: Attack, radius: float) -> Attack:
+    """Return the attack at a radius, all its lengths scaled."""
+    known = {field.name for field in fields(attack)}
+    factor = radius / attack.largest_eps if attack.largest_eps else 1.0
+    lengths = {name: getattr(attack, name) for name in _LENGTHS if name in known}
+    scaled: dict[str, Any] = {name: value * factor for name, value in lengths.items() if value is not None}
+    return replace(attack, eps=radius, early_stop=True, **scaled)

@@ -1,0 +1,218 @@
+"""From judged outcomes to the content of a page: findings, tables and plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import torch
+
+from backpass.experiments.experiment import Arm, Experiment, Plot, Runs, Scale
+from backpass.experiments.judging import Found, arm_label, judge_all, pairs_of
+from backpass.experiments.outcomes import Store, Task
+from backpass.report.claims import CORRECTED, Claim
+from backpass.report.result import Cell, Curve, Finding, Result, Series, Table, environment
+from backpass.report.statistics import geometric_interval, mean_interval, paired_interval
+from backpass.report.wording import anchor, interval_text
+from backpass.wording import listing
+
+__all__ = ["describe", "device_text"]
+
+
+def describe(
+    experiment: Experiment, scale: str, found: Found, tasks: Sequence[Task], store: Store, device: torch.device
+) -> Result:
+    """Judge an experiment and return its page's content.
+
+    Args:
+        experiment: the experiment.
+        scale: its size.
+        found: every run.
+        tasks: the tasks behind the runs.
+        store: where their outcomes are.
+        device: where it was computed.
+    """
+    table = experiment.settings(scale)
+    claims = judge_all(experiment, scale, found)
+    chosen = {" ".join(filter(None, key)): runs.chosen for key, runs in found.items() if len(runs.by_candidate) > 1}
+    return Result(
+        experiment=experiment.name,
+        title=experiment.title,
+        question=experiment.question,
+        scale=scale,
+        findings=[*_findings(table, found, claims), *experiment.remarks],
+        environment={
+            **environment(
+                device=device_text(device), threads=torch.get_num_threads(), data=table.data(), seeds=table.seeds
+            ),
+            "seconds": round(math.fsum(_wall(found)), 1),
+        },
+        settings={**_settings(table), **({"chosen": chosen} if chosen else {})},
+        series=[series for plot in table.plots for series in _plots(plot, table, found)],
+        claims=claims,
+        tables=[_table(group, arms, table, found) for group, arms in table.groups()],
+        numbers={
+            "pairs": {one.id: pairs_of(one, found) for one in table.comparisons},
+            "outcomes": {name: digest for task in tasks for name, digest in store.hashes(task).items()},
+        },
+        plots_note=experiment.plots_note,
+        claims_note=f"{experiment.claims_note} {CORRECTED}",
+        source=experiment.source,
+    )
+
+
+def device_text(device: torch.device) -> str:
+    """Return a device with its name, where it has one."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _wall(found: Found) -> Iterator[float]:
+    """Seconds of every run, wherever it ran."""
+    for runs in found.values():
+        for outcomes in runs.by_candidate.values():
+            yield from (one["wall seconds"] for one in outcomes)
+
+
+def _findings(table: Scale, found: Found, claims: Sequence[Claim]) -> list[Finding]:
+    """Return a paragraph for every pair of arms, and for every arm with a claimed range."""
+    parts: dict[tuple[tuple[str, ...], str, str], list[str]] = {}
+    for one, claim in zip(table.comparisons, claims, strict=True):
+        pairs, label = pairs_of(one, found), one.measurement.label
+        key = (one.groups or (one.group,), one.ours, one.theirs)
+        mean = interval_text(mean_interval(pairs["ours"]))
+        if not one.theirs:
+            parts.setdefault(key, []).append(f"{label} {mean} ({claim.verdict})")
+            continue
+        other = interval_text(mean_interval(pairs["theirs"]))
+        gap = interval_text(paired_interval(pairs["ours"], pairs["theirs"]), signed=True)
+        parts.setdefault(key, []).append(f"{label} {mean} against {other}, difference {gap} ({claim.verdict})")
+    made = []
+    for (groups, ours, theirs), texts in parts.items():
+        text = f"{'; '.join(texts)}."
+        if len(groups) == 1:
+            names = [arm_label(found[groups[0], name]) for name in (ours, theirs) if name]
+            if theirs and table.cost is not None:
+                text += f" {_cost(table, found[groups[0], ours], found[groups[0], theirs])}"
+        else:
+            names = [name for name in (ours, theirs) if name]
+            text = f"Over {listing(list(groups))}: {text}"
+        topic = " against ".join(names)
+        made.append(Finding(f"{groups[0]}: {topic}" if len(groups) == 1 and groups[0] else topic, text))
+    return made
+
+
+def _cost(table: Scale, ours: Runs, theirs: Runs) -> str:
+    assert table.cost is not None  # noqa: S101
+    first, second = table.cost.both(ours, theirs)
+    ratio = [a / b if b else math.nan for a, b in zip(first, second, strict=True)]
+    return f"{table.cost.label.capitalize()}: {interval_text(mean_interval(ratio))} times as much."
+
+
+def _table(group: str, arms: Sequence[Arm], table: Scale, found: Found) -> Table:
+    several = any(len(arm.candidates) > 1 for arm in arms)
+    rows: list[list[Cell]] = []
+    outcomes = [one for arm in arms for runs in found[group, arm.name].by_candidate.values() for one in runs]
+    columns = [one for one in table.measurements if not one.key or all(one.key in outcome for outcome in outcomes)]
+    for arm in arms:
+        runs = found[group, arm.name]
+        for label in arm.candidates:
+            here = Runs(arm=arm, by_candidate=runs.by_candidate, chosen=label)
+            values = [one.values(here) for one in columns]
+            lost = sum(any(not math.isfinite(v) for v in row) for row in zip(*values, strict=False))
+            rows.append([
+                arm.name,
+                *([label, _chosen(runs, label)] if several else []),
+                *map(mean_interval, values),
+                f"{lost} of {len(values[0])}",
+            ])  # fmt: skip
+    heads = ["setting", ""] if several else []
+    return Table(
+        id=anchor(f"{group}-arms".lower().replace(" ", "-")),
+        title=f"{group}: every arm" if group else "Every arm",
+        columns=["arm", *heads, *(one.quantity for one in columns), "diverged"],
+        rows=rows,
+        note="Means with 95 % intervals."
+        + (f" A setting is chosen by its mean {table.choice.label}." if several and table.choice else ""),
+    )
+
+
+def _chosen(runs: Runs, label: str) -> str:
+    labels = list(runs.by_candidate)
+    if label != runs.chosen or len(labels) == 1:
+        return ""
+    return "chosen, at the edge" if label in (labels[0], labels[-1]) else "chosen"
+
+
+def _plots(plot: Plot, table: Scale, found: Found) -> list[Series]:
+    made = []
+    for group, arms in table.groups():
+        if plot.groups and group not in plot.groups:
+            continue
+        if plot.lines:
+            curves = [_line(plot, label, [found[group, name] for name in names]) for label, names in plot.lines.items()]
+        else:
+            shown = [found[group, arm.name] for arm in arms if not plot.arms or arm.name in plot.arms]
+            curves = [curve for runs in shown if (curve := _curve(plot, runs)) is not None]
+        title = f"{group}: {plot.title}" if group else plot.title
+        made.append(
+            Series(
+                id=anchor(f"{title}-{plot.x_label}".lower().replace(" ", "-")),
+                title=title,
+                description=f"{plot.y_label} against {plot.x_label}: {listing([curve.label for curve in curves])}.",
+                x_label=plot.x_label,
+                y_label=plot.y_label,
+                curves=curves,
+                log_x=plot.log_x,
+                log_y=plot.log_y,
+            )
+        )
+    return made
+
+
+def _curve(plot: Plot, runs: Runs) -> Curve | None:
+    """Return an arm's line; None where a run diverged, so that the places are not known."""
+    rows = [one[plot.key] for one in runs.runs]
+    x = plot.x
+    if isinstance(x, str):
+        x = [mean_interval(places).mean for places in zip(*(one[x] for one in runs.runs), strict=True)]
+        if not all(map(math.isfinite, x)):
+            return None
+    if plot.draws:  # every step of every draw would be megabytes
+        interval = geometric_interval if plot.log_y else mean_interval
+        columns = zip(*(row for one in rows for row in one), strict=True)
+        return Curve(label=arm_label(runs), x=x, given=[interval(column) for column in columns])
+    return Curve(label=arm_label(runs), x=x, runs=rows, geometric=plot.log_y)
+
+
+def _line(plot: Plot, label: str, arms: Sequence[Runs]) -> Curve:
+    assert plot.measurement is not None  # noqa: S101
+    assert not isinstance(plot.x, str)  # noqa: S101
+    columns = [plot.measurement.values(runs) for runs in arms]
+    return Curve(label=label, x=plot.x, runs=[list(row) for row in zip(*columns, strict=True)], geometric=plot.log_y)
+
+
+def _settings(table: Scale) -> dict[str, Any]:
+    """Return the settings that all candidates share, and what differs by arm."""
+    flat = {
+        (arm.group, arm.name, label): _flat(settings)
+        for arm in table.arms
+        for label, settings in arm.candidates.items()
+    }
+    first = next(iter(flat.values()))
+    shared = {name: value for name, value in first.items() if all(one.get(name) == value for one in flat.values())}
+    made: dict[str, Any] = {name.replace("_", " "): value for name, value in shared.items()}
+    for (group, arm, label), settings in flat.items():
+        own = {name: value for name, value in settings.items() if name not in shared}
+        if own:
+            made[" ".join(filter(None, (group, arm, label)))] = own
+    return made
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    content = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else dict(settings)
+    made: dict[str, Any] = {}
+    for name, value in content.items():
+        made.update(value if isinstance(value, Mapping) else {name: value})
+    return made

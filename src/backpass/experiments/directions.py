@@ -1,0 +1,107 @@
+"""Directions of proximal steps as arms: distance from the exact direction, and angle to the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backpass.experiments.experiment import Outcome, Place
+from backpass.lab.bench.images import Parts, Source, load_parts
+from backpass.lab.bench.training import Run, network
+from backpass.lab.training.optimizers import make_optimizer
+from backpass.rules import Rule, parse_rule
+
+__all__ = ["Directions", "directions", "measure_directions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions:
+    """Settings of the measurement.
+
+    Attributes:
+        run: plain training before the measurement; its own seed is not used.
+        source: of the images.
+        rule: text form with ``{tau}`` in the place of tau.
+        exact: text form of the rule whose direction it is compared with.
+        taus: at which directions are measured.
+        warm: steps of training before.
+    """
+
+    run: Run
+    source: Source
+    rule: str
+    exact: str
+    taus: tuple[float, ...]
+    warm: int = 5
+
+
+def measure_directions(settings: Directions, seed: int, place: Place) -> Outcome:
+    """Measure a rule's directions after some steps of plain training.
+
+    Returns:
+        For each tau, ``cosine`` and ``error`` of `directions`.
+    """
+    parts, run = load_parts(settings.source), settings.run
+    model = network(run, parts, settings.source.data, seed=seed).to(place.device)
+    optimizer = make_optimizer(run.optimizer, model.parameters(), run.rate)
+    batches = _batches(parts, run.batch, seed, place.device)
+    for step in range(settings.warm):
+        x, y = batches[step % len(batches)]
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+    x, y = batches[settings.warm % len(batches)]
+    found = []
+    for tau in settings.taus:
+        texts = {"exact": settings.exact, "own": settings.rule}
+        rules = {name: parse_rule(text.replace("{tau}", f"{tau:g}")) for name, text in texts.items()}
+        found.append(directions(model, x, y, rules)["own"])
+    return {name: [at[name] for at in found] for name in ("cosine", "error")}
+
+
+def _batches(parts: Parts, size: int, seed: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    order = torch.randperm(len(parts.train), generator=torch.Generator().manual_seed(seed))
+    train = parts.train
+    rows = torch.split(order[: len(order) // size * size], size)
+    return [((train.pixels[r].float() / train.white).to(device), train.labels[r].to(device)) for r in rows[:32]]
+
+
+def directions(model: nn.Module, x: Tensor, y: Tensor, rules: Mapping[str, Rule]) -> dict[str, dict[str, float]]:
+    """Beside the gradient G and the first rule's direction D, the direction of each rule.
+
+    Args:
+        model: a ``Sequential`` whose last layer stays plain.
+        x: (N, C, H, W), images in [0, 1].
+        y: (N,), labels.
+        rules: by name.
+
+    Returns:
+        By rule, ``cosine``, the least cosine with G of all layers (weight and bias as one vector), and ``error``, the
+        greatest distance from D, relative to D.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][:-1]
+
+    def vectors() -> list[Tensor]:
+        model.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(x), y))
+        return [
+            torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None]).double() for one in layers
+        ]
+
+    plain = vectors()
+    found: dict[str, list[Tensor]] = {}
+    for name, rule in rules.items():
+        with rule.attach(model):
+            found[name] = vectors()
+    first = next(iter(found.values()))
+    return {
+        name: {
+            "cosine": min(float(torch.cosine_similarity(d, g, dim=0)) for d, g in zip(own, plain, strict=True)),
+            "error": max(float((d - e).norm() / e.norm()) for d, e in zip(own, first, strict=True)),
+        }
+        for name, own in found.items()
+    }

@@ -1,0 +1,103 @@
+"""From outcomes to chosen candidates and judged claims."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from backpass.errors import BackpassError
+from backpass.experiments.experiment import Arm, Comparison, Experiment, Outcome, Runs, Scale
+from backpass.experiments.outcomes import Store, Task, tasks_of
+from backpass.report.claims import Claim, corrected, judge, judge_within
+
+__all__ = ["Found", "collect", "judge_all", "pairs_of", "verdict_of"]
+
+Found = Mapping[tuple[str, str], Runs]
+"""By group and name of the arm."""
+
+
+def collect(scale: Scale, store: Store, device: str) -> tuple[Found, list[Task]]:
+    """Read every outcome of a scale and choose each arm's candidate.
+
+    Returns:
+        The runs, and the tasks that they were read from.
+
+    Raises:
+        BackpassError: an outcome is not there, or damaged.
+    """
+    outcomes: dict[tuple[str, str], dict[str, list[Outcome]]] = {}
+    tasks = []
+    for key, label, task in tasks_of(scale, device):
+        outcome = store.read(task)
+        if outcome is None:
+            raise BackpassError(f"the outcome of {task.label} is not in {store.folder}, or damaged: run it again.")
+        outcomes.setdefault(key, {}).setdefault(label, []).append(outcome)
+        tasks.append(task)
+    arms = {(arm.group, arm.name): arm for arm in scale.arms}
+    found = {key: Runs(arm=arms[key], by_candidate=of, chosen=_choose(scale, of)) for key, of in outcomes.items()}
+    return found, tasks
+
+
+def _choose(scale: Scale, outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+    """Return the label of the candidate with the fewest diverged runs and the highest mean."""
+    if scale.choice is None or len(outcomes) == 1:
+        return next(iter(outcomes))
+
+    def merit(label: str) -> tuple[int, float]:
+        assert scale.choice is not None  # noqa: S101
+        values = scale.choice.of(outcomes[label])
+        kept = [value for value in values if math.isfinite(value)]
+        return len(kept) - len(values), math.fsum(kept) / max(len(kept), 1)
+
+    return max(outcomes, key=merit)
+
+
+def pairs_of(one: Comparison, found: Found) -> dict[str, list[float]]:
+    """Return the numbers that a claim is judged by: ``ours``, and ``theirs`` where it compares two arms."""
+
+    def both(group: str) -> dict[str, list[float]]:
+        ours = found[group, one.ours]
+        if not one.theirs:
+            return {"ours": one.measurement.values(ours)}
+        return dict(zip(("ours", "theirs"), one.measurement.both(ours, found[group, one.theirs]), strict=True))
+
+    if not one.groups:
+        return both(one.group)
+    each = [both(group) for group in one.groups]
+    return {side: [math.fsum(values[side]) / len(values[side]) for values in each] for side in each[0]}
+
+
+def verdict_of(one: Comparison, pairs: Mapping[str, Sequence[float]], seeds: Sequence[int], prefix: str = "") -> Claim:
+    """Judge one claim by its numbers, alone."""
+    told: dict[str, Any] = {
+        "quantity": one.measurement.quantity,
+        "reference": one.reference or None,
+        "published": one.published,
+        "setting": one.setting,
+    }
+    if "theirs" not in pairs:
+        return judge_within(prefix + one.id, one.statement, values=pairs["ours"], low=one.low, high=one.high, **told)
+    return judge(
+        prefix + one.id,
+        one.statement,
+        ours=pairs["ours"],
+        theirs=pairs["theirs"],
+        direction=one.direction,
+        seeds=seeds if len(seeds) == len(pairs["ours"]) else (),
+        diverged=one.diverged,
+        **told,
+    )
+
+
+def judge_all(experiment: Experiment, scale: str, found: Found) -> list[Claim]:
+    """Judge every claim of an experiment, corrected for their number by Holm's method."""
+    table = experiment.settings(scale)
+    claims = [verdict_of(one, pairs_of(one, found), table.seeds, f"{experiment.name}.") for one in table.comparisons]
+    return corrected(claims)
+
+
+def arm_label(runs: Runs) -> str:
+    """Return an arm's name with its chosen candidate, where it had several."""
+    arm: Arm = runs.arm
+    return f"{arm.name}, {runs.chosen}" if len(runs.by_candidate) > 1 else arm.name

@@ -1,0 +1,131 @@
+"""Outcomes on disk: one file for each arm, candidate and seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from backpass.experiments.experiment import Outcome, Place, Scale, Work
+from backpass.files import write_whole
+from backpass.version import __version__
+
+__all__ = ["CLOCK", "Store", "Task", "tasks_of"]
+
+CLOCK = ("seconds", "wall seconds")
+"""The entries of an outcome that are measured by a clock: they stand in a file of their own, so that the other files of
+a repeated run are the same to the byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One run of an arm.
+
+    Attributes:
+        label: group, arm, candidate and seed, for people.
+        work: function that runs it.
+        settings: of the candidate.
+        seed: of the run.
+        device: kind of device.
+    """
+
+    label: str
+    work: Work
+    settings: Any
+    seed: int
+    device: str
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All that the outcome depends on, of JSON's types."""
+        asked: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    "work": f"{self.work.__module__}.{self.work.__qualname__}",
+                    "settings": asdict(self.settings),
+                    "seed": self.seed,
+                    "device": self.device,
+                    "version": __version__,
+                }
+            )
+        )
+        return asked
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending; tasks that ask for the same work have the same name."""
+        digest = hashlib.sha256(json.dumps(self.asked, sort_keys=True).encode()).hexdigest()[:16]
+        work = re.sub(r"[^a-z0-9]+", "-", self.work.__qualname__.lower()).strip("-")
+        return f"{work}-{self.seed}-{digest}"
+
+    def run(self, place: Place) -> Outcome:
+        """Run it."""
+        return self.work(self.settings, self.seed, place)
+
+
+def tasks_of(scale: Scale, device: str) -> Iterator[tuple[tuple[str, str], str, Task]]:
+    """Every task of a scale with its arm's group and name, and its candidate's label."""
+    for arm in scale.arms:
+        for label, settings in arm.candidates.items():
+            for seed in scale.seeds:
+                words = " ".join(filter(None, (arm.group, arm.name, label)))
+                task = Task(label=f"{words}, seed {seed}", work=arm.work, settings=settings, seed=seed, device=device)
+                yield (arm.group, arm.name), label, task
+
+
+class Store:
+    """Outcomes in a folder, each file written whole or not at all.
+
+    Args:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, task: Task) -> Outcome | None:
+        """Return the outcome of a task; None where it is not there or damaged, so that it is computed."""
+        found = [self._entry(self.path(task, kind), task) for kind in ("json", "clock.json")]
+        if any(one is None for one in found):
+            return None
+        return {name: value for one in found if one is not None for name, value in one.items()}
+
+    def write(self, task: Task, outcome: Outcome) -> None:
+        """Store the outcome of a task. The file without the clock's values comes last: it stands for both."""
+        clock = {name: value for name, value in outcome.items() if name in CLOCK}
+        rest = {name: value for name, value in outcome.items() if name not in CLOCK}
+        for kind, values in (("clock.json", clock), ("json", rest)):
+            content = {"asked": task.asked, "values": values, "sha256": _sum(values)}
+            write_whole(self.path(task, kind), json.dumps(content, sort_keys=True) + "\n")
+
+    def path(self, task: Task, kind: str = "json") -> Path:
+        """Return the path of the outcome's file, or with ``clock.json`` of what the clock measured."""
+        return self.folder / f"{task.name}.{kind}"
+
+    def hashes(self, task: Task) -> dict[str, str]:
+        """Return the SHA-256 of a task's files, by name."""
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (self.path(task), self.path(task, "clock.json"))
+        }
+
+    @staticmethod
+    def _entry(path: Path, task: Task) -> dict[str, Any] | None:
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return None
+        whole = (
+            isinstance(kept, dict)
+            and kept.get("asked") == task.asked
+            and kept.get("sha256") == _sum(kept.get("values"))
+        )
+        return kept["values"] if whole and isinstance(kept["values"], dict) else None
+
+
+def _sum(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,184 @@
+"""Arms x seeds on one machine or a cluster, and a result of every experiment whose outcomes are complete."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import torch
+
+from backpass.allocator import keep_freed_memory
+from backpass.data import load_data
+from backpass.errors import BackpassError
+from backpass.experiments.describing import describe
+from backpass.experiments.experiment import Experiment, Outcome, Place
+from backpass.experiments.judging import collect
+from backpass.experiments.outcomes import Store, Task, tasks_of
+from backpass.lab.reproduction.running import Done, Failed
+from backpass.report.page import write_report
+from backpass.report.reading import read_result
+from backpass.report.result import Result, plain
+from backpass.version import __version__
+
+__all__ = ["OUTCOMES", "Done", "Failed", "run"]
+
+OUTCOMES = "outcomes"
+"""The folder of all outcomes, beside the experiments' own."""
+
+
+def run(
+    experiments: Sequence[Experiment],
+    *,
+    scale: str,
+    out: Path,
+    device: torch.device | None = None,
+    jobs: int = 1,
+    cluster: str | None = None,
+    again: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Iterator[Done | Failed]:
+    """Run experiments and yield each as its last outcome is there, or as it fails; that does not stop the others.
+
+    Outcomes are stored one by one in ``out/outcomes`` and are found again by every experiment that needs them, so that
+    an interrupted run goes on where it stopped.
+
+    Args:
+        experiments: what to run.
+        scale: ``small`` or ``paper``.
+        out: the folder; each experiment gets one below, with ``report.html`` and ``result.json``.
+        device: where to compute; the CPU by default.
+        jobs: arms side by side on this machine, each in a process with an equal share of the cores.
+        cluster: address of a Dask scheduler, whose workers run the arms instead. They need the same packages and data;
+            trained networks are shared where they see the same ``out``.
+        again: compute outcomes that are there anew.
+        progress: called with what is being computed.
+
+    Raises:
+        UnknownNameError: there is no such scale.
+        BackpassError: the data that an experiment needs is not there; nothing has been run then.
+    """
+    device = device or torch.device("cpu")
+    if jobs < 1:
+        raise BackpassError(f"jobs must be at least 1, got {jobs}.")
+    for name in sorted({name for experiment in experiments for name in experiment.data}):
+        load_data(name, split="train")  # before any work: hours later would be a bad moment to miss it
+    store = Store(out / OUTCOMES)
+    needed: dict[str, dict[str, Task]] = {}  # by experiment and file: what is not there
+    for experiment in experiments:
+        tasks = {task.name: task for *_, task in tasks_of(experiment.settings(scale), device.type)}
+        needed[experiment.name] = {name: task for name, task in tasks.items() if again or store.read(task) is None}
+    waiting = {experiment.name: experiment for experiment in experiments}
+    for name in [name for name, missing in needed.items() if not missing]:
+        yield _conclude(waiting.pop(name), scale, out, store, device, computed=False)
+    missing = {key: task for one in needed.values() for key, task in one.items()}
+    place, failed = Place(device=device, folder=out.resolve() / "shared"), {}
+    with closing(_compute(list(missing.values()), place, jobs, cluster, progress)) as outcomes:
+        for task, outcome in outcomes:
+            if isinstance(outcome, str):
+                failed[task.name] = f"{task.label}: {outcome}"
+            else:
+                store.write(task, outcome)
+            for name in [name for name in waiting if task.name in needed[name]]:
+                del needed[name][task.name]
+                if task.name in failed:
+                    del waiting[name]
+                    yield Failed(name=name, reason=failed[task.name])
+                elif not needed[name]:
+                    yield _conclude(waiting.pop(name), scale, out, store, device, computed=True)
+
+
+def _compute(
+    tasks: Sequence[Task], place: Place, jobs: int, cluster: str | None, progress: Callable[[str], None]
+) -> Generator[tuple[Task, Outcome | str]]:
+    """Yield tasks with their outcomes, or with why there is none, in the order in which they end."""
+    if jobs == 1 and cluster is None:
+        for task in tasks:
+            progress(task.label)
+            yield _try(task, place, None)
+        return
+    import joblib
+
+    with ExitStack() as stack:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        if cluster is not None:
+            threads = 1
+            stack.enter_context(_connected(cluster))
+        else:
+            stack.enter_context(joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads))
+        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
+        ended = parallel(joblib.delayed(_try)(task, place, threads) for task in tasks)
+        with closing(ended):  # closed early, as by Ctrl-C, it ends the workers
+            for done, (task, outcome) in enumerate(ended, 1):
+                progress(f"{task.label}, {done} of {len(tasks)}")
+                yield task, outcome
+
+
+def _connected(address: str) -> ExitStack:
+    """Return a context in which joblib runs on a Dask cluster.
+
+    Raises:
+        BackpassError: dask.distributed is missing, or no scheduler answers.
+    """
+    import joblib
+
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise BackpassError(
+            "--cluster needs dask.distributed. Install it with: pip install 'backpass[cluster]'"
+        ) from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(Client(address))
+        except OSError as error:
+            raise BackpassError(f"no Dask scheduler answers at {address}: {error}.") from error
+        stack.enter_context(joblib.parallel_config("dask"))
+        return stack.pop_all()
+
+
+def _try(task: Task, place: Place, threads: int | None) -> tuple[Task, Outcome | str]:
+    """Run a task; its failure is a text, so that it stops no other."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+    began = time.perf_counter()
+    try:
+        return task, {**task.run(place), "wall seconds": time.perf_counter() - began}
+    except BackpassError as error:
+        return task, str(error)
+    except Exception as error:
+        return task, f"{type(error).__name__}: {error}"
+
+
+def _conclude(
+    experiment: Experiment, scale: str, out: Path, store: Store, device: torch.device, *, computed: bool
+) -> Done | Failed:
+    """Judge an experiment whose outcomes are all there, and write its page."""
+    try:
+        found, tasks = collect(experiment.settings(scale), store, device.type)
+        folder = out / experiment.name
+        result = describe(experiment, scale, found, tasks, store, device)
+        kept = None if computed else _kept(folder, result)
+        if kept is not None:
+            return Done(result=kept, paths=(folder / "report.html", folder / "result.json"), kept=True)
+        return Done(result=result, paths=write_report(result, folder))
+    except Exception as error:
+        words = str(error) if isinstance(error, BackpassError) else f"{type(error).__name__}: {error}"
+        return Failed(name=experiment.name, reason=words)
+
+
+def _kept(folder: Path, result: Result) -> Result | None:
+    """Return an earlier result with the same outcomes and verdicts, whose page is there."""
+    try:
+        earlier = read_result(folder / "result.json")
+    except BackpassError:
+        return None
+    same = (
+        earlier.numbers == plain(result.numbers)
+        and [claim.verdict for claim in earlier.claims] == [claim.verdict for claim in result.claims]
+        and (earlier.scale, earlier.environment["versions"].get("backpass")) == (result.scale, __version__)
+    )
+    return earlier if same and (folder / "report.html").exists() else None

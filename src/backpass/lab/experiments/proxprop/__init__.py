@@ -1,1 +1,0 @@
-"""ProxProp: Frerix, Moellenhoff, Moeller, Cremers, Proximal Backpropagation."""

@@ -1,1 +1,0 @@
-"""SIBP: Liu, Zhang, Semi-Implicit Back Propagation."""

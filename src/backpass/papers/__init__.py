@@ -1,0 +1,44 @@
+"""The papers as data: tables of arms, seeds, measurements and comparisons with the published values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from backpass.errors import UnknownNameError
+from backpass.experiments.experiment import Experiment
+from backpass.lab.bench import experiment as bench
+from backpass.lab.experiments import catalogue
+from backpass.papers import proxprop, sibp
+
+__all__ = ["EXPERIMENTS", "choose", "every_experiment", "experiment_names"]
+
+EXPERIMENTS: tuple[Experiment, ...] = (*proxprop.EXPERIMENTS, *sibp.EXPERIMENTS)
+"""Those that are tables."""
+
+_ORDER = ("linbp", "proxprop", "sibp", "sde")
+
+
+def every_experiment() -> list[Experiment | bench.Experiment[Any]]:
+    """Return every experiment, paper by paper."""
+    every: list[Experiment | bench.Experiment[Any]] = [*EXPERIMENTS, *catalogue.EXPERIMENTS]
+    places = {name: place for place, name in enumerate(_ORDER)}
+    return sorted(every, key=lambda one: places.get(one.name.partition("-")[0], len(places)))
+
+
+def experiment_names() -> list[str]:
+    """Return the names, in order."""
+    return [experiment.name for experiment in every_experiment()]
+
+
+def choose(names: Sequence[str]) -> list[Experiment | bench.Experiment[Any]]:
+    """Return the experiments of these names, each once, in order; ``all`` stands for all.
+
+    Raises:
+        UnknownNameError: there is no experiment of a name.
+    """
+    known = experiment_names()
+    for name in names:
+        if name != "all" and name not in known:
+            raise UnknownNameError("experiment", name, [*known, "all"])
+    return [experiment for experiment in every_experiment() if "all" in names or experiment.name in names]

@@ -1,0 +1,131 @@
+"""Calls of layers and activations under `SIBP`: an activation on a layer's output takes over the layer's backward."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from backpass.errors import BackpassError
+from backpass.rules import torch_internals
+from backpass.rules.activations import ACTIVATIONS
+from backpass.rules.attaching.interception import Interception, ModuleCall
+from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.attaching.run import SiteCall
+from backpass.rules.implicit.calls import LinearCall
+from backpass.rules.implicit.interception import LayerInterception
+from backpass.rules.implicit.uses import Call, implicit_layer
+from backpass.rules.semi_implicit.elementwise import elementwise
+
+__all__ = ["SemiImplicitInterception"]
+
+
+class SemiImplicitInterception(LayerInterception):
+    """An interception that gives layers their semi-implicit backward, together with the activation that follows.
+
+    Attributes:
+        outputs: of the layers no activation was called on so far, with the layer and where it was called.
+        recomputed: outputs that a checkpoint will compute again, with the place of it.
+    """
+
+    attached: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.outputs: list[tuple[Tensor, LinearCall, Any]] = []
+        self.recomputed: list[tuple[ref[Tensor], Any]] = []
+
+    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that is no layer; an activation on a layer's output takes over its backward."""
+        if func in ACTIVATIONS and (self.outputs or self.recomputed) and not _is_overridden(func):
+            found = elementwise(func, args, kwargs)
+            if found is not None:
+                self._refuse_parted(found[1], found[0].name)
+                for at, (z, layer, _) in enumerate(self.outputs):
+                    if z is found[1] and torch.is_grad_enabled():
+                        self.outputs.pop(at)
+                        return self._activate(layer, *found)
+        return super().other(caller, func, args, kwargs)
+
+    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a layer; without gradients, note where a checkpoint will call it again."""
+        z = super().at(site, func, args, kwargs)
+        if not torch.is_grad_enabled() and site.selected:
+            place = _checkpointed_without_gradients(self.running)
+            if place is not None:
+                self.recomputed.append((ref(z), place))
+        return z
+
+    def accepts(self, call: LinearCall) -> bool:
+        """Return True.
+
+        Raises:
+            BackpassError: float16 without a scaler that is known.
+        """
+        kind = call.weight.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        if (autocast or call.weight.dtype == torch.float16) and self.attached.scaler is None:
+            raise BackpassError(
+                "float16 needs a scaled loss, and a semi-implicit step is no linear function of the loss's scale: "
+                "attach the rule with attach(model, scaler=scaler), or use bfloat16 (torch.autocast with "
+                "dtype=torch.bfloat16), which needs none."
+            )
+        return True
+
+    def node(self, layer: LinearCall, site: SiteCall | None) -> Any:
+        """Return the value of a layer; its input gradient is used unless an activation follows."""
+        z = super().node(layer, site)
+        if layer.batched:
+            self.outputs.append((z, layer, None if is_dynamo_compiling() else torch_internals.checkpoint_hooks()))
+        return z
+
+    def _refuse_parted(self, z: Tensor, name: str) -> None:
+        """Refuse an activation that a recomputation would find without its layer, or its layer without it."""
+        if is_dynamo_compiling():
+            return
+        here = _checkpointed_without_gradients(self.running)
+        parted = any(one() is z and place is not here for one, place in self.recomputed)
+        for output, _, hooks in self.outputs:
+            if output is z:
+                now = torch_internals.checkpoint_hooks()
+                parted |= here is not None or (now is not None and now is not hooks)
+        if parted:
+            raise BackpassError(
+                f"{name!r} in module {self.running[-1].path or '(model)'!r} and the layer it is called on lie on two "
+                "sides of a checkpoint's border: recomputed apart, they would not be one sub-problem. Checkpoint them "
+                "in the same block."
+            )
+
+    def _activate(self, layer: LinearCall, s: Any, z: Tensor, in_place: bool) -> Tensor:
+        before = z.detach().clone() if in_place else z.detach()
+        call = Call(layer.text, (s.name, s.numbers), torch_internals.transforms(), self.attached.token)
+        y = implicit_layer(layer.x, layer.weight, layer.bias, before, s.value, (), call)
+        # Cut off from the layer's own node, which no longer acts.
+        return z.detach_().copy_(y) if in_place else y
+
+
+def _is_overridden(func: TorchFunction) -> bool:
+    """Whether a rule around this one overrides the function."""
+    modes = torch_internals.function_modes()
+    return any(isinstance(mode, Interception) and func in mode.rule.functions for mode in modes)
+
+
+def _checkpointed_without_gradients(running: Sequence[ModuleCall]) -> ModuleCall | None:
+    """Return the call whose module a reentrant checkpoint runs without gradients now, to run it again later.
+
+    Args:
+        running: the chain of module calls, the outermost first.
+    """
+    if torch.is_grad_enabled() or not running[0].grad_enabled:
+        return None
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return next((call for call in running if not call.grad_enabled), None)
+    return None
