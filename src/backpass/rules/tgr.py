@@ -20,6 +20,7 @@ from backpass.rules.attaching.run import SiteCall
 from backpass.rules.blocks import SUMS
 from backpass.rules.operands import OperandRule, Operands
 from backpass.rules.pna import PNA, AttentionAttached, AttentionInterception
+from backpass.rules.torch_internals import constant_while_tracing
 
 __all__ = ["TGR"]
 
@@ -162,11 +163,17 @@ class _TokenInterception(AttentionInterception):
     def _traced(
         self, caller: ModuleCall, name: str | None, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        raise BackpassError(f"{self.rule} does not work under torch.compile: attach it to the model without it.")
+        attached: Any = self.attached
+        attached.refuse_to_compile(caller.path)
 
 
 class _TokenAttached(AttentionAttached):
     interception = _TokenInterception
+
+    @constant_while_tracing
+    def refuse_to_compile(self, path: str) -> None:
+        """Raise the error of compiled code, in which no layer's role is known before the backward pass."""
+        raise BackpassError(f"{self.rule} does not work under torch.compile: use the model without it.")
 
 
 @dataclass(frozen=True, kw_only=True)
