@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpass import SIBP, ProxProp
-from implicit_networks import SETTINGS
+from implicit_networks import SETTINGS, Setting
 
 RULES: dict[str, ProxProp | SIBP | None] = {
     "AdamW": None,
@@ -64,6 +64,31 @@ def peak(work: Callable[[], None]) -> float:
     return int(os.read(read, 64)) / 1024
 
 
+def measured(setting: Setting, arms: list[str], rounds: int) -> dict:
+    """Milliseconds of AdamW, ratios to it, and peak memory."""
+    x, y = setting.data(0)[:2]
+
+    def run(step: Callable[[Tensor, Tensor], None], first: int, count: int) -> None:
+        for k in range(first, first + count):
+            rows = (torch.arange(setting.batch) + k * setting.batch) % len(x)
+            step(x[rows], y[rows])
+
+    memory = {one: peak(lambda one=one: run(arm(setting.make, RULES[one]), 0, STEPS + 2)) for one in arms}
+    steps = {one: arm(setting.make, RULES[one]) for one in arms}
+    times: dict[str, list[float]] = {one: [] for one in arms}
+    for turn in range(rounds + 1):
+        for one, step in steps.items():
+            start = time.process_time()
+            run(step, turn * STEPS, STEPS)
+            if turn:
+                times[one].append((time.process_time() - start) / STEPS)
+    ratios = {
+        one: statistics.median(a / b for a, b in zip(values, times["AdamW"], strict=True))
+        for one, values in times.items()
+    }
+    return {"ms of AdamW": 1e3 * statistics.median(times["AdamW"]), "ratio": ratios, "peak MB": memory}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -72,35 +97,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    arms = list(dict.fromkeys(["AdamW", *arguments.arms]))
     found = {}
     for name, setting in SETTINGS.items():
-        if arguments.only not in name:
-            continue
-        x, y = setting.data(0)[:2]
-
-        def steps(one: str, count: int, first: int = 0, step: Callable | None = None) -> None:
-            step = step or arm(setting.make, RULES[one])
-            for k in range(first, first + count):
-                rows = (torch.arange(setting.batch) + k * setting.batch) % len(x)
-                step(x[rows], y[rows])
-
-        memory = {one: peak(lambda one=one: steps(one, STEPS + 2)) for one in ["AdamW", *arguments.arms]}
-        arms = {one: arm(setting.make, RULES[one]) for one in ["AdamW", *arguments.arms]}
-        times: dict[str, list[float]] = {one: [] for one in arms}
-        for turn in range(arguments.rounds + 1):
-            for one, step in arms.items():
-                start = time.process_time()
-                steps(one, STEPS, turn * STEPS, step)
-                if turn:
-                    times[one].append((time.process_time() - start) / STEPS)
-        ratios = {
-            one: statistics.median(a / b for a, b in zip(values, times["AdamW"], strict=True))
-            for one, values in times.items()
-        }
-        found[name] = {"ms of AdamW": 1e3 * statistics.median(times["AdamW"]), **ratios, "peak MB": memory}
-        print(f"{name}: AdamW {found[name]['ms of AdamW']:.1f} ms;", end=" ")
-        line = "; ".join(f"{one} {ratio:.2f}, {memory[one]:.0f} MB" for one, ratio in ratios.items() if one != "AdamW")
-        print(f"{memory['AdamW']:.0f} MB; {line}", flush=True)
+        if arguments.only in name:
+            one = found[name] = measured(setting, arms, arguments.rounds)
+            listing = "; ".join(f"{arm} {one['ratio'][arm]:.2f}, {one['peak MB'][arm]:.0f} MB" for arm in arms)
+            print(f"{name}: AdamW {one['ms of AdamW']:.1f} ms; {listing}", flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 

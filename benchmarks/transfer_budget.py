@@ -1,6 +1,7 @@
 """Rules for transfer attacks at an equal number of gradients, on pretrained EfficientNet-Lite networks.
 
-python benchmarks/transfer_budget.py pieces 100    (goes on where an interrupted run stopped)
+python benchmarks/transfer_budget.py run pieces 100    (goes on where an interrupted run stopped)
+python benchmarks/transfer_budget.py report pieces docs/results/transfer-budget.json    (and the page beside it)
 
 Images are made against lite0 and shown to lite1 and lite2. The photographs are those of foolbox, scikit-image,
 scikit-learn and matplotlib that the three networks agree on; see `photographs` and `agreed`. The first
@@ -9,7 +10,9 @@ ten gradients of all runs come first, then rule by rule the others; every ten ar
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import sys
 import time
 from importlib import import_module
@@ -24,6 +27,8 @@ from backpass.attacks.iterative import Ascent
 from backpass.attacks.jobs import Jobs
 from backpass.files import write_whole
 from backpass.rules.registry import parse_rule
+from backpass.version import __version__
+from transfer_budget_page import page
 
 RULES = {
     "BP": "bp",
@@ -133,14 +138,16 @@ def advance(path: Path, run: tuple[str, str], nets: dict[str, nn.Module], x: Ten
         write_whole(path, file.getvalue())
 
 
-def main(folder: str, gradients: str = "100") -> None:
+def run(folder: str, gradients: str = "100") -> None:
     """Advance all runs, to ten gradients first."""
     torch.set_num_threads(1)
-    nets = networks()
-    names, x, y = agreed(nets, photographs())
+    nets, found = networks(), photographs()
+    names, x, y = agreed(nets, found)
     pieces = Path(folder)
     pieces.mkdir(parents=True, exist_ok=True)
-    torch.save({"names": names, "labels": y.tolist()}, pieces / "images.pt")
+    images = {"digest": _digest([x]), "of": len(found), "names": names, "labels": y.tolist()}
+    weights = {name: _digest([tensor for _, tensor in sorted(net.state_dict().items())]) for name, net in nets.items()}
+    torch.save({"images": images, "weights": weights}, pieces / "images.pt")
     for upto in (10, int(gradients)):
         for rule in RULES:
             for attack in ATTACKS:
@@ -148,5 +155,41 @@ def main(folder: str, gradients: str = "100") -> None:
                 print(f"{attack}, {rule}: {upto} gradients, {time.process_time():.0f} CPU seconds in all", flush=True)
 
 
+def report(folder: str, path: str) -> None:
+    """Write the outcomes of the finished runs, image by image, and the page made of them."""
+    common = torch.load(Path(folder) / "images.pt")
+    labels, runs = common["images"]["labels"], []
+    for attack in ATTACKS:
+        for rule, text in RULES.items():
+            piece = Path(folder) / f"{attack} {rule}.pt"
+            if piece.exists():
+                found = torch.load(piece)
+                fooled = {
+                    str(mark): {
+                        net: [int(a != b) for a, b in zip(one, labels, strict=True)] for net, one in seen.items()
+                    }
+                    for mark, seen in found["predicted"].items()
+                }
+                one = {"attack": attack, "rule": rule, "text": text, "cpu seconds": round(found["seconds"])}
+                runs.append({**one, "fooled": fooled})
+    result = {
+        "command": "python benchmarks/transfer_budget.py run pieces 100",
+        "settings": {"eps": "8/255", "step": "2/255", "source": "lite0", "targets": ["lite1", "lite2"], "least": LEAST},
+        **common,
+        "environment": {"torch": torch.__version__, "backpass": __version__},
+        "planned": [[attack, rule] for attack in ATTACKS for rule in RULES],
+        "runs": runs,
+    }
+    write_whole(Path(path), json.dumps(result) + "\n")
+    write_whole(Path(path).with_suffix(".md"), page(result))
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    words = hashlib.sha256()
+    for tensor in tensors:
+        words.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return words.hexdigest()[:16]
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"run": run, "report": report}[sys.argv[1]](*sys.argv[2:])

@@ -83,6 +83,7 @@ class _Module:
     def __init__(self, module: nn.Module, *, sharded: bool) -> None:
         self.module, self.training = module, module.training
         own = vars(module)
+        self.own = dict(own)
         hooks = [one for name, one in own.items() if "_hooks" in name and isinstance(one, dict)]
         self.hooks = [(one, frozenset(one) if one else _NONE) for one in hooks]
         # A scripted module keeps its members in C++, where none can be added. Under FSDP2, parameters come and go.
@@ -101,6 +102,9 @@ class _Module:
             if len(table) != len(members) or any(table.get(name) is not one for name, one in members.items()):
                 table.clear()
                 table.update(members)
+        # An attribute that became a member, as in `if self.head is None: self.head = Linear(...)`, was removed here.
+        for name in self.own.keys() - vars(self.module).keys():
+            vars(self.module)[name] = self.own[name]
 
 
 class _Parameter:

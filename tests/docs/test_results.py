@@ -1,6 +1,7 @@
 """The committed results and the pages made from them say the same."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,10 @@ def test_the_page_of_benchmarks_is_made_from_its_committed_json(monkeypatch):
     page = importlib.import_module("page")
     found, where = page.read(ROOT / "docs" / "benchmarks" / "cpu.json")
     assert (ROOT / "docs" / "benchmarks" / "cpu.md").read_text() == page.markdown(found, where)
+
+
+def test_the_page_of_transfer_at_a_budget_is_made_from_its_committed_json(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = importlib.import_module("transfer_budget_page").page
+    found = ROOT / "docs" / "results" / "transfer-budget.json"
+    assert found.with_suffix(".md").read_text() == page(json.loads(found.read_text()))

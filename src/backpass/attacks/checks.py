@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ __all__ = [
     "check_logits",
     "check_model",
     "check_radius",
-    "warn_probabilities",
+    "fields_of",
+    "warn_of_probabilities",
 ]
 
 logger = logging.getLogger(__name__)
@@ -219,13 +222,24 @@ def check_labels(x: Tensor, y: Tensor, name: str = "y") -> None:
         raise BackpassError(f"labels must be at least 0; the least of {name} is {int(y.min())}.")
 
 
+def fields_of(one: Any) -> dict[str, Any] | None:
+    """Return what a mapping, a named tuple, a dataclass or another object of attributes holds by name, or None."""
+    if isinstance(one, Mapping):
+        return {str(key): value for key, value in one.items()}
+    if hasattr(one, "_fields"):
+        return dict(zip(one._fields, one, strict=True))
+    if is_dataclass(one):
+        return {field.name: getattr(one, field.name) for field in fields(one)}
+    return None if isinstance(one, tuple | list | Tensor) else getattr(one, "__dict__", None)
+
+
 def check_logits(output: object, batch: int) -> Tensor:
     """Check that the model's output is a tensor of logits (N, C); a field ``logits`` of it is used by itself."""
     if not isinstance(output, Tensor):
-        fields = dict(output) if isinstance(output, dict) else getattr(output, "__dict__", {})
-        output = fields.get("logits", output)
+        named = fields_of(output) or {}
+        output = named.get("logits", output)
     if not isinstance(output, Tensor):
-        names = sorted(map(str, fields))
+        names = sorted(named)
         keys = f" with keys {names}" if names else ""
         raise BackpassError(
             f"the model must return a tensor of logits (N, C); got {type(output).__name__}{keys}. "
@@ -253,10 +267,9 @@ def check_first_logits(logits: Tensor, y: Tensor) -> None:
             f"label {int(y.max())} is out of range: the model has {logits.shape[1]} classes, "
             f"0 to {logits.shape[1] - 1}."
         )
-    warn_probabilities(logits)
 
 
-def warn_probabilities(logits: Tensor) -> None:
+def warn_of_probabilities(logits: Tensor) -> None:
     """Warn where the outputs look like the result of a softmax, which hides gradients."""
     if bool(((logits >= 0).all(1) & ((logits.sum(1) - 1).abs() < 1e-4)).all()):
         logger.warning(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from backpass.attacks.checks import check_counts
+from backpass.attacks.checks import check_counts, fields_of
 from backpass.errors import BackpassError
 
 __all__ = ["Data", "Source"]
@@ -29,12 +29,13 @@ _RANDOM = ("RandomSampler", "SubsetRandomSampler", "WeightedRandomSampler")
 class Source:
     """Reads any form of data in batches of one size, and numbers the samples in the order in which they arrive.
 
-    A data set or a loader may give pairs (image, label), longer tuples, of which the first two are used, or mappings
-    with names such as image and label. Images may be tensors, arrays, or PIL images, which become floats in [0, 1].
+    Samples and batches may be pairs (image, label), longer tuples, of which the first two are used, or mappings, named
+    tuples and dataclasses with names such as image and label. Images may be tensors, arrays, or PIL images, which
+    become floats in [0, 1]; labels may be whole numbers of any type.
 
     Args:
-        data: (x, y) tensors; a map-style data set; an iterable of samples or of batches, for instance a DataLoader
-            with any sampler, batch sampler and collate function.
+        data: (x, y) tensors or arrays, also by name in a mapping; a map-style data set; an iterable of samples or of
+            batches, for instance a DataLoader with any sampler, batch sampler and collate function.
         batch_size: samples per batch; only the last one is smaller.
         several: whether every process, or every later run, has to read the same order again.
 
@@ -44,14 +45,14 @@ class Source:
 
     def __init__(self, data: Any, batch_size: int, *, several: bool = False) -> None:
         check_counts(batch_size=batch_size)
-        self.data: Any = data
+        data = self.data = _as_tensors(data)
         self.batch_size = batch_size
         self.read = 0
         self.head = (torch.empty(0), torch.empty(0))  # the first batch, once it was read
         if self._is_pair():
             if not isinstance(data[1], Tensor) or len(data[0]) != len(data[1]):
                 raise BackpassError(f"data must be a pair (x, y) of tensors of equal length, or {_FORMS}.")
-        elif isinstance(data, tuple) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        elif isinstance(data, tuple | str | Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
             raise BackpassError(f"data must be {_FORMS}; got {_name(data)}.")
         if isinstance(data, DataLoader):
             _check_order(data, several)
@@ -111,7 +112,7 @@ class Source:
         data, size = self.data, self.batch_size
         if self._is_pair():
             for first in range(0, len(data[0]), size):
-                yield data[0][first : first + size], data[1][first : first + size]
+                yield data[0][first : first + size], _labels(data[1][first : first + size])
         elif not isinstance(data, DataLoader | IterableDataset) and self._is_samples():
             count = _length(data)
             for number, first in enumerate(range(0, count, size)):
@@ -119,8 +120,7 @@ class Source:
                 if number and number % world != rank:
                     yield torch.empty(0), torch.empty(last - first)
                     continue
-                pairs = [_pair(data[row]) for row in range(first, last)]
-                yield _stack([x for x, _ in pairs]), _labels([y for _, y in pairs])
+                yield from _collate([data[row] for row in range(first, last)])
         else:
             yield from self._cut(self._chunks())
 
@@ -128,40 +128,30 @@ class Source:
         return isinstance(self.data, tuple | list) and len(self.data) == 2 and isinstance(self.data[0], Tensor)
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches as the data gives them."""
-        data = self.data
-        if self._is_samples() or (isinstance(data, DataLoader) and data.batch_size is None):
-            yield from self._collected(iter(data))
-            return
-        for batch in data:
-            if batch is None:
+        """Batches as the data gives them; single samples are collected."""
+        rows: list[Any] = []
+        for one in self.data:
+            if one is None:
                 continue  # a collate function found nothing to keep
-            x, y = _pair(batch)
-            if isinstance(x, Tensor) and x.dim() < 2 and not isinstance(y, Tensor):
-                raise BackpassError(f"data must be {_FORMS}; this iterable gives {_name(x)} of shape {_shape(x)}.")
-            x = x if isinstance(x, Tensor) else _stack(list(x))
-            yield x, y if isinstance(y, Tensor) else _labels(list(y))
-
-    def _collected(self, samples: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        rows: list[tuple[Any, Any]] = []
-        for sample in samples:
-            x, y = _pair(sample)
-            if isinstance(y, Tensor) and y.dim():
-                yield x, y  # a loader without batch_size passes on the batches of its data set
-                continue
-            rows.append((x, y))
-            if len(rows) == self.batch_size:
-                yield _stack([x for x, _ in rows]), _labels([y for _, y in rows])
+            if _is_sample(one):
+                rows.append(one)
+            elif isinstance(one, tuple | list) and one and all(map(_is_sample, one)):
+                rows += one  # a collate function that leaves the samples as they are
+            else:
+                yield from _collate(rows)
                 rows = []
-        if rows:
-            yield _stack([x for x, _ in rows]), _labels([y for _, y in rows])
+                yield _batch(*_pair(one))
+            if len(rows) >= self.batch_size:
+                yield from _collate(rows)
+                rows = []
+        yield from _collate(rows)
 
     def _cut(self, chunks: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Cut the batches anew, so that only `batch_size` decides which samples go together."""
         xs: list[Tensor] = []
         ys: list[Tensor] = []
         for x, y in chunks:
-            if not isinstance(y, Tensor) or y.dim() == 0 or len(x) != len(y):
+            if len(x) != len(y):
                 raise BackpassError(
                     f"a batch must hold one label per image; got images of shape {_shape(x)} and labels of shape "
                     f"{_shape(y)}."
@@ -196,16 +186,17 @@ def _check_order(loader: DataLoader[Any], several: bool) -> None:
         raise BackpassError(
             "every process must be given the whole data, which is shared out here: leave out the DistributedSampler."
         )
-    random = names & set(_RANDOM) or any(isinstance(one, DistributedSampler) and one.shuffle for one in samplers)
+    random = bool(names & set(_RANDOM)) or not getattr(loader, "in_order", True)
+    random |= any(isinstance(one, DistributedSampler) and one.shuffle for one in samplers)
     if random and several:
         raise BackpassError(
-            "the DataLoader's sampler draws a random order, so that another process or a resumed run would see other "
-            "samples: use torch.utils.data.Subset(data, indices) and no sampler."
+            "the DataLoader's order is random, so that another process or a resumed run would see other samples: use "
+            "torch.utils.data.Subset(data, indices), no sampler, and in_order=True."
         )
     if random:
         _LOG.warning(
-            "the DataLoader's sampler draws a random order: samples are numbered as they arrive, and another run will "
-            "number them differently."
+            "the DataLoader has a random order: samples are numbered as they arrive, and another run will number them "
+            "differently."
         )
     known = (SequentialSampler, DistributedSampler)
     if several and not all(isinstance(one, known) or one is None for one in samplers[:1]):
@@ -219,26 +210,65 @@ def _length(data: Any) -> int:
         raise BackpassError(f"data of type {_name(data)} has no length: give {_FORMS}.") from None
 
 
+def _as_tensors(data: Any) -> Any:
+    """Return a pair of arrays, or a mapping of them, as a pair of tensors; other data as it is."""
+    if isinstance(data, Mapping) and not hasattr(data, "features"):
+        data = _pair(data)
+    if isinstance(data, tuple | list) and len(data) == 2 and any(type(one).__module__ == "numpy" for one in data):
+        return tuple(map(torch.as_tensor, data))
+    return data
+
+
 def _pair(one: Any) -> tuple[Any, Any]:
-    """Image and label of a sample or of a batch."""
-    if isinstance(one, Mapping):
-        lower = {str(key).lower(): key for key in one}
-        image, label = (next((lower[k] for k in known if k in lower), None) for known in (_IMAGES, _LABELS))
-        if image is None or label is None:
-            raise BackpassError(
-                f"the data gives mappings with keys {sorted(map(str, one))}: expected one of {', '.join(_IMAGES)} and "
-                f"one of {', '.join(_LABELS)}. Rename them, or give pairs (image, label)."
-            )
-        return one[image], one[label]
+    """Image and label of a sample or of a batch: by their names, else the first two entries."""
+    named = fields_of(one)
+    lower = {key.lower(): key for key in named or ()}
+    image, label = (next((lower[k] for k in known if k in lower), None) for known in (_IMAGES, _LABELS))
+    if named and image is not None and label is not None:
+        return named[image], named[label]
     if isinstance(one, tuple | list) and len(one) >= 2:
         return one[0], one[1]
-    if hasattr(one, "_fields") or hasattr(one, "__dict__"):
-        found = vars(one) if hasattr(one, "__dict__") else one._asdict()
-        if found:
-            return _pair(dict(found))
+    if named:
+        raise BackpassError(
+            f"the data gives a {_name(one)} with keys {sorted(named)}: expected one of {', '.join(_IMAGES)} and one of "
+            f"{', '.join(_LABELS)}. Rename them, or give pairs (image, label)."
+        )
     raise BackpassError(
         f"the data must give pairs (image, label); got {_name(one)}. Use a DataLoader with collate_fn=."
     )
+
+
+def _is_sample(one: Any) -> bool:
+    """True for one image with its label, False for a batch or anything else."""
+    if not isinstance(one, tuple | list) and fields_of(one) is None:
+        return False
+    if isinstance(one, tuple | list) and len(one) < 2:
+        return False
+    image, label = _pair(one)
+    return _is_scalar(label) and not _is_scalar(image)
+
+
+def _is_scalar(one: Any) -> bool:
+    return isinstance(one, int | float | str) or getattr(one, "shape", None) == ()
+
+
+def _collate(samples: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    if samples:
+        pairs = [_pair(one) for one in samples]
+        yield _stack([x for x, _ in pairs]), _labels([y for _, y in pairs])
+
+
+def _batch(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch as tensors."""
+    if isinstance(x, str | bytes) or not hasattr(x, "__len__"):
+        raise BackpassError(f"data must be {_FORMS}; got a batch of {_name(x)} and {_name(y)}.")
+    x = x if isinstance(x, Tensor) else _image(x) if hasattr(x, "shape") else _stack(list(x))
+    if x.dim() < 2:
+        raise BackpassError(
+            f"the first entry of a batch must be its images, the second its labels; got shape {_shape(x)} first. "
+            "Name them in a dict, or reorder them with collate_fn=."
+        )
+    return x, _labels(y)
 
 
 def _stack(images: list[Any]) -> Tensor:
@@ -263,11 +293,28 @@ def _image(one: Any) -> Tensor:
         raise BackpassError(f"an image must be a tensor, an array or a PIL image; got {_name(one)}.") from None
 
 
-def _labels(labels: list[Any]) -> Tensor:
+def _labels(labels: Any) -> Tensor:
+    """Labels (N,) or (N, 1) of any number type as int64.
+
+    Raises:
+        BackpassError: they are no whole numbers.
+    """
     try:
-        return torch.as_tensor([int(label) for label in labels])
+        if not isinstance(labels, Tensor):
+            labels = torch.stack([torch.as_tensor(one) for one in labels])
+        whole: Tensor = labels.long()
     except (TypeError, ValueError, RuntimeError):
         raise BackpassError(f"a label must be a whole number; got {labels[0]!r}.") from None
+    if whole.dim() == 2 and whole.shape[1] == 1:
+        labels, whole = labels.squeeze(1), whole.squeeze(1)
+    if whole.dim() != 1:
+        raise BackpassError(
+            f"labels must have shape (N,); got {tuple(whole.shape)}. One-hot labels and probabilities need argmax(1)."
+        )
+    if labels.is_floating_point() and not torch.equal(whole.to(labels.dtype), labels):
+        wrong = labels[whole.to(labels.dtype) != labels][0]
+        raise BackpassError(f"a label must be a whole number; got {wrong.item():g}.")
+    return whole
 
 
 def _name(one: object) -> str:

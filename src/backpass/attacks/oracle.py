@@ -11,7 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from backpass.attacks.checks import check_first_logits, check_logits
+from backpass.attacks.checks import check_first_logits, check_logits, warn_of_probabilities
 from backpass.attacks.ensemble import Ensemble
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.losses import Objective, ce
@@ -187,7 +187,15 @@ class Oracle:
         given = z.clone() if self._copies else z
         version = given._version
         with precision:
-            output = model(given)
+            try:
+                output = model(given)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise BackpassError(
+                    "the model computes batch statistics, which a batch of one sample does not have. Give it running "
+                    "statistics: BatchNorm with track_running_stats=True, in eval mode."
+                ) from error
         if not self._seen:
             self._copies = given._version != version or not torch.equal(given, z)
         if isinstance(model, Ensemble):
@@ -199,6 +207,9 @@ class Oracle:
         if not self._seen:
             check_first_logits(logits.detach(), y)
             self._seen = True
+            if model not in _looked_at:
+                _looked_at.add(model)
+                warn_of_probabilities(logits.detach())
             if self.looks_at_batches:
                 warn_of_batch_statistics(model, self.select, z.detach(), logits.detach())
         return logits
@@ -209,7 +220,8 @@ def _mean_size(gradient: Tensor) -> Tensor:
     return per_sample(size, gradient)
 
 
-_known: WeakSet[nn.Module] = WeakSet()  # models that were looked at already
+_looked_at: WeakSet[nn.Module] = WeakSet()  # models whose first logits were looked at
+_known: WeakSet[nn.Module] = WeakSet()  # models whose batches were looked at
 
 
 def warn_of_batch_statistics(model: nn.Module, select: LogitsSelector, z: Tensor, logits: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Every kind of data source: what arrives is counted, or refused with a remedy."""
 
 import logging
+from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +10,21 @@ import torch
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
+    ChainDataset,
     ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
+    StackDataset,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
     default_collate,
+    get_worker_info,
 )
 from torch.utils.data.distributed import DistributedSampler
 
@@ -44,6 +49,31 @@ class Linear(nn.Module):
 class Stream(IterableDataset):
     def __iter__(self):
         yield from zip(X, Y, strict=True)
+
+
+class Sharded(IterableDataset):
+    """Every worker reads its own samples; the length is wrong."""
+
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        yield from ((X[i], int(Y[i])) for i in range(first, 50, step))
+
+
+class Lying(Sampler):
+    """A sampler of twenty samples that claims another number."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return iter(range(20))
 
 
 class Batched(IterableDataset):
@@ -79,10 +109,14 @@ class HuggingFace:
         return {"image": X[row], "label": int(Y[row])}
 
 
-@dataclass
+@dataclass(slots=True)
 class Batch:
     image: torch.Tensor
     label: torch.Tensor
+
+
+Reversed = namedtuple("Reversed", "label image")
+Nameless = namedtuple("Nameless", "first second")
 
 
 def some(batch):
@@ -100,7 +134,14 @@ def named(x, y):
     return {"pixel_values": x, "labels": y, "id": 7}
 
 
+def triples():
+    for rows in torch.arange(50).split(7):
+        yield X[rows], Y[rows], rows
+
+
 EVERY = list(range(50))
+# Two workers take turns, with four samples of theirs at a time.
+IN_TURNS = [i for k in range(0, 25, 4) for first in (0, 1) for i in range(first, 50, 2)[k : k + 4]]
 BRIGHT = [i for i in EVERY if X[i, 0, 0, 0] > 0.3]
 KINDS = {
     "tensors": (lambda: (X, Y), EVERY),
@@ -147,6 +188,36 @@ KINDS = {
         lambda: DataLoader(Rows(pil), batch_size=7, collate_fn=lambda b: tuple(zip(*b, strict=True))),
         EVERY,
     ),
+    "arrays instead of tensors": (lambda: (X.numpy(), Y.numpy()), EVERY),
+    "a dict of tensors": (lambda: {"label": Y, "image": X}, EVERY),
+    "StackDataset": (lambda: StackDataset(X, Y), EVERY),
+    "StackDataset of names": (lambda: DataLoader(StackDataset(label=Y, image=X), batch_size=7), EVERY),
+    "ChainDataset": (lambda: ChainDataset([Stream(), Stream()]), [*EVERY, *EVERY]),
+    "stream of a wrong length": (Sharded, EVERY),
+    "stream in shards": (lambda: DataLoader(Sharded(), batch_size=4, num_workers=2), IN_TURNS),
+    "sampler that claims too much": (lambda: DataLoader(PAIRS, batch_size=3, sampler=Lying(90)), EVERY[:20]),
+    "sampler that claims too little": (lambda: DataLoader(PAIRS, batch_size=3, sampler=Lying(2)), EVERY[:20]),
+    "batch sampler as a generator": (
+        lambda: DataLoader(PAIRS, batch_sampler=([i, i + 1] for i in range(0, 20, 2))),
+        EVERY[:20],
+    ),
+    "named tuples, the label first": (lambda: Rows(lambda x, y: Reversed(y, x)), EVERY),
+    "loader of named tuples": (lambda: DataLoader(Rows(lambda x, y: Reversed(y, x)), batch_size=7), EVERY),
+    "named tuples of other names": (lambda: Rows(lambda x, y: Nameless(x, y)), EVERY),
+    "dataclasses": (lambda: Rows(lambda x, y: Batch(x, y)), EVERY),
+    "generator of batches with more": (triples, EVERY),
+    "generator of samples": (lambda: ((X[i], int(Y[i])) for i in EVERY), EVERY),
+    "list of samples": (lambda: [(X[i], Y[i]) for i in EVERY], EVERY),
+    "collate that changes nothing": (lambda: DataLoader(PAIRS, batch_size=2, collate_fn=lambda b: b), EVERY),
+    "collate to two lists": (
+        lambda: DataLoader(PAIRS, batch_size=4, collate_fn=lambda b: [list(t) for t in zip(*b, strict=True)]),
+        EVERY,
+    ),
+    "empty batches": (lambda: [(X[:4], Y[:4]), (X[:0], Y[:0]), None, (X[4:8], Y[4:8])], EVERY[:8]),
+    "labels of shape (N, 1)": (lambda: DataLoader(TensorDataset(X, Y[:, None]), batch_size=4), EVERY),
+    "labels as floats": (lambda: (X, Y.float()), EVERY),
+    "labels as int8": (lambda: TensorDataset(X, Y.to(torch.int8)), EVERY),
+    "labels as uint16": (lambda: (X, Y.to(torch.uint16)), EVERY),
     "DistributedSampler": (
         lambda: DataLoader(PAIRS, batch_size=8, sampler=DistributedSampler(PAIRS, 2, 1, shuffle=False)),
         EVERY[1::2],
@@ -209,6 +280,13 @@ REFUSED = {
     "images of different sizes": (lambda: Rows(lambda x, y: (x[:, : y + 1], y)), "one shape; got .*: resize them"),
     "labels that are words": (lambda: Rows(lambda x, y: (x, "cat")), "a label must be a whole number; got 'cat'"),
     "images that are none": (lambda: Rows(lambda x, y: ("file.png", y)), "a PIL image; got str"),
+    "labels that are no whole numbers": (lambda: TensorDataset(X, Y + 0.5), "a whole number; got 0.5"),
+    "one-hot labels": (lambda: TensorDataset(X, torch.eye(3)[Y]), r"One-hot labels and probabilities need argmax\(1\)"),
+    "labels of missing classes": (lambda: (X, Y + 5), "label 7 is out of range: the model has 3 classes"),
+    "samples without a label": (lambda: (X, Y - 1), "labels must be at least 0; the least of y is -1"),
+    "the index first": (lambda: ((i, x, y) for x, y, i in triples()), "the first entry of a batch must be its images"),
+    "more images than labels": (lambda: [(X[:4], Y[:3])], "one label per image"),
+    "a name": (lambda: "digits", "data must be .*; got str"),
     "uint8 images": (lambda: ((X * 255).byte(), Y), r"x\.float\(\) / 255"),
     "a number": (lambda: 5, "data must be .*; got int"),
 }

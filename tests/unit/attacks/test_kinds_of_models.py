@@ -3,11 +3,13 @@
 import logging
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from backpass.attacks import APGD, FAB, FMN, PGD, AutoAttack, Square, evaluate, transfer
 from backpass.errors import BackpassError
@@ -47,12 +49,43 @@ class Output:
     hidden: torch.Tensor
 
 
+@dataclass(slots=True)
+class Slotted:
+    logits: torch.Tensor
+
+
+class Named(NamedTuple):
+    hidden: torch.Tensor
+    logits: torch.Tensor
+
+
+class Late(nn.Module):
+    """A network that makes its layer in the first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def forward(self, x):
+        if self.net is None:
+            self.net = Net()
+        return self.net(x)
+
+
 SAME = {
     "writes into its input": Net(before=lambda x: x.sub_(0.25).mul_(4).div_(4).add_(0.25)),
     "writes through data": Net(before=lambda x: (x, x.data.mul_(1.0), x.data.add_(0.0))[0]),
     "clamps its input in place": Net(before=lambda x: x.clamp_(0, 1)),
     "returns a dict with logits": Net(after=lambda z: {"logits": z, "loss": None}),
     "returns a dataclass with logits": Net(after=lambda z: Output(z, z)),
+    "returns a dataclass with slots": Net(after=lambda z: Slotted(z)),
+    "returns a named tuple with logits": Net(after=lambda z: Named(z, z)),
+    "makes its layer in the first call": Late(),
+    "is scripted": torch.jit.trace(Net(), torch.zeros(1, 1, 4, 4)),
+    "is compiled": torch.compile(Net(), backend="eager"),
+    "is wrapped in DataParallel": nn.DataParallel(Net()),
+    "is checkpointed": Net(after=lambda z: checkpoint(torch.mul, z, 1.0, use_reentrant=False)),
+    "has frozen weights": Net().requires_grad_(False),
 }
 
 
@@ -98,6 +131,11 @@ REFUSED = {
     "its input is rounded": (Net(before=lambda x: x.round().detach() + 0 * x.detach()), "detaches its input"),
     "lazy modules": (nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), "call it once on a batch"),
     "plus infinity": (Net(after=lambda z: z + torch.tensor([torch.inf, 0, 0, 0])), "not finite"),
+    "NaN": (Net(after=lambda z: z * torch.tensor([1.0, torch.nan, 1.0, 1.0])), "not finite"),
+    "one class": (Net(after=lambda z: z[:, :1]), r"with C >= 2; got \(24, 1\)"),
+    "a tuple": (Net(after=lambda z: (z, z)), "got tuple. Select it with logits="),
+    "half precision": (Net().half(), r"pass dtype=torch\.bfloat16 to the attack"),
+    "under no_grad": (Net(after=torch.no_grad()(lambda z: z.detach())), "works under no_grad"),
     "every class masked": (Net(after=lambda z: z - torch.inf), "not finite"),
     "an own key": (Net(after=lambda z: {"scores": z}), r"keys \['scores'\]. Select it with logits="),
     "an own attribute": (
@@ -159,6 +197,19 @@ def test_batch_statistics_are_warned_of_once(make, data, caplog):
         evaluate(model, data, attack, batch_size=8)
         attack(model, *data)
     assert caplog.text.count("depends on the other samples of its batch") == 1
+
+
+def test_batch_statistics_of_one_sample_are_refused(data):
+    x, y = data
+    with pytest.raises(BackpassError, match="batch of one sample does not have. Give it running statistics"):
+        PGD(steps=2)(Tracking(), x[:1], y[:1])
+
+
+def test_probabilities_are_warned_of_once(data, caplog):
+    model = Net(after=lambda z: z.softmax(1))
+    with caplog.at_level(logging.WARNING, logger="backpass"):
+        evaluate(model, data, PGD(steps=2), batch_size=8)
+    assert caplog.text.count("look like probabilities") == 1
 
 
 @pytest.mark.parametrize(

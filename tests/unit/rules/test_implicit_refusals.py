@@ -8,6 +8,7 @@ from torch.nn.utils import parametrizations, prune
 
 from backpass import SIBP, BackpassError, ProxProp
 from backpass.rules import Rule
+from support.processes import in_processes
 from support.proximal import relative
 
 RULES = (ProxProp(tau=0.5), SIBP(eta=0.1))
@@ -221,14 +222,30 @@ def test_sibp_with_a_grad_scaler_in_float16_skips_what_overflows() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_sharded_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    model = nn.Sequential(nn.Linear(3, 2))
+def _refused_when_sharded(rank: int) -> list[str]:
+    from torch.distributed.fsdp import fully_shard
 
-    class FSDPLinear(fsdp.FSDPModule, nn.Linear):
-        pass
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    fully_shard(model[0])
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    found = []
+    for attach in (
+        lambda: ProxProp().attach(model),
+        lambda: ProxProp(solve="step").attach(model, optimizer=optimizer),
+        lambda: SIBP().attach(model),
+    ):
+        with pytest.raises(BackpassError) as error:
+            attach()
+        found.append(str(error.value))
+    model(torch.randn(5, 3)).sum().backward()  # the model is as it was
+    optimizer.step()
+    return found
 
-    model[0].__class__ = FSDPLinear
-    for rule in RULES:
-        with pytest.raises(BackpassError, match=r"sharded.*DistributedDataParallel"):
-            rule.attach(model)
+
+def test_a_model_sharded_over_processes() -> None:
+    for messages in in_processes(2, _refused_when_sharded):
+        for message, name in zip(messages, ("ProxProp", "ProxProp", "SIBP"), strict=True):
+            assert "sharded (FSDP" in message
+            assert f"{name} solves with whole weight matrices" in message
+            assert "DistributedDataParallel" in message

@@ -113,8 +113,8 @@ def test_toeplitz_descends_and_is_shorter_where_it_is_cheaper_and_else_exact():
     for make, shape, cheaper in (
         (lambda: nn.Linear(4, 3), (12, 4), False),
         (lambda: nn.Conv2d(4, 2, 3), (2, 4, 5, 4), False),
-        (lambda: nn.Conv2d(3, 2, 5, padding=2), (32, 3, 12, 12), True),
-        (lambda: nn.ConvTranspose2d(3, 2, 5), (32, 3, 12, 12), True),
+        (lambda: nn.Conv2d(3, 2, 5, padding=2), (8, 3, 12, 12), True),
+        (lambda: nn.ConvTranspose2d(3, 2, 5), (8, 3, 12, 12), True),
     ):
         model, x = make().double(), torch.randn(*shape, dtype=torch.float64)
         g = torch.randn(model(x).shape, dtype=torch.float64)

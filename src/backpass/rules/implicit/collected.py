@@ -10,8 +10,8 @@ from torch import distributed as dist
 
 from backpass.errors import BackpassError
 from backpass.rules.implicit.attached import Named
-from backpass.rules.implicit.direction import ProximalStep, Rows, from_gradient, from_rows, gram, samples
 from backpass.rules.implicit.layers import Gradients
+from backpass.rules.implicit.proximal import ProximalStep, Rows, from_gradient, from_rows, gram, samples
 from backpass.rules.implicit.systems import column_gram
 from backpass.rules.implicit.uses import Use
 
@@ -23,29 +23,15 @@ Parameters = tuple[Named | None, Named | None]
 class Collected:
     """The rows of one weight's uses while they are at most as many as the columns, or their Gram matrix A^T A.
 
-    Args:
-        use: the first use.
-        parameters: weight and bias, those that learn.
-        step: the step; it decides how the Gram matrix is built.
-        keep_rows: whether rows may be kept.
-
     Attributes:
-        name: the name of the weight, or of the bias that learns alone.
         parameters: weight and bias, those that learn.
+        name: the name of the first of them.
         layer: the layer; all uses must have the same weight matrix.
-        count: number of rows.
-        samples: number of samples.
         last_pass: the backward pass of the last use.
         gram: A^T A, (blocks, columns, columns), None while rows are kept.
     """
 
-    def __init__(
-        self,
-        use: Use,
-        parameters: Parameters,
-        step: ProximalStep,
-        keep_rows: bool,
-    ) -> None:
+    def __init__(self, use: Use, parameters: Parameters, step: ProximalStep, keep_rows: bool) -> None:
         self.text, self.layer, self.parameters = use.text, use.layer, parameters
         self.wants = (parameters[0] is not None, parameters[1] is not None)
         self.count = self.samples = 0
@@ -142,11 +128,8 @@ class Collected:
 
     def _from_plain(self, kernel: Callable[[torch.dtype], Tensor], dtype: torch.dtype, plain: Gradients) -> Gradients:
         def system(dtype: torch.dtype) -> tuple[Tensor, Gradients]:
-            weight, bias = plain
-            return kernel(dtype), (
-                None if weight is None else weight.to(dtype),
-                None if bias is None else bias.to(dtype),
-            )
+            weight, bias = (None if one is None else one.to(dtype) for one in plain)
+            return kernel(dtype), (weight, bias)
 
         return from_gradient(self.layer, system, self.wants, (self.count, self.samples), dtype, self._step)
 

@@ -1,15 +1,16 @@
 # ruff: noqa: D102  the methods' docstrings are at LinearLayer
 """Convolutions as linear layers: each row of A is the patch of the input under the kernel at one output position.
 
-The Gram matrix A^T A over columns (channel, kernel position) is computed by writing the patches out in chunks. For
-patches that lie densely, the entry of kernel positions i and j depends on j - i alone up to the border: `toeplitz_gram`
-ignores that and gives all entries by one Fourier transform.
+The Gram matrix A^T A over columns (channel, kernel position) is computed in two exact ways: *unfolded*, by writing the
+patches out in chunks; and by *correlation*: for patches that lie densely, the entry of kernel positions i and j depends
+on j - i alone up to windows at the border, so that one Fourier transform gives all entries at once.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.functional import pad
 from backpass.rules.implicit.layers import Gradients, LinearLayer, Sizes
 from backpass.rules.implicit.systems import bordered, column_gram
 
-__all__ = ["Convolution", "patch_count", "patch_gram", "patch_rows", "patch_sums", "toeplitz_gram", "unfolded_gram"]
+__all__ = ["Convolution", "correlated_gram", "patch_count", "patch_gram", "patch_rows", "patch_sums", "unfolded_gram"]
 
 aten = torch.ops.aten
 
@@ -200,43 +201,99 @@ def unfolded_gram(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, grou
 
 
 def patch_gram(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups: int, border: bool = True) -> Tensor:
-    """A^T A, (groups, columns, columns); without ``border`` that of `toeplitz_gram` where it is cheaper."""
-    dense = all(s == 1 and (d == 1 or k == 1) for s, d, k in zip(stride, dilation, kernel, strict=True))
-    if border or not dense or not _transform_pays(x, kernel, groups):
+    """A^T A, (groups, columns, columns), in the cheaper of the two ways.
+
+    Without ``border`` the correlation may leave out its windows (see `correlated_gram`), which makes it cheaper.
+    """
+    if any(d != 1 and k != 1 for d, k in zip(dilation, kernel, strict=True)):
         return unfolded_gram(x, kernel, stride, dilation, groups)
-    return toeplitz_gram(x, kernel, groups)
+    counts = patch_count(x, kernel, stride, dilation)
+    if _unfolded_cost(x, kernel, counts, groups) < _correlated_cost(x, kernel, counts, stride, groups, border):
+        return unfolded_gram(x, kernel, stride, dilation, groups)
+    return correlated_gram(x, kernel, stride, groups, border)
 
 
 # Nanoseconds on one core of a current server processor; only their ratios matter.
-_COPY, _MULTIPLY, _TRANSFORM, _COMPLEX_MULTIPLY, _TRANSFORM_BACK = 0.5, 0.013, 10.0, 0.1, 12.0
+_COPY, _MULTIPLY, _TRANSFORM, _COMPLEX_MULTIPLY, _TRANSFORM_BACK = 1.0, 0.015, 10.0, 0.1, 12.0
 
 
-def _transform_pays(x: Tensor, kernel: Sizes, groups: int) -> bool:
-    n, channels = x.shape[0], x.shape[1] // groups
-    columns = channels * math.prod(kernel)
-    grid = math.prod(size + k - 1 for size, k in zip(x.shape[2:], kernel, strict=True))
-    positions = math.prod(patch_count(x, kernel, (1,) * len(kernel), (1,) * len(kernel)))
-    by_transform = grid * channels * (n * _TRANSFORM + channels * (n * _COMPLEX_MULTIPLY + _TRANSFORM_BACK))
-    return by_transform < n * positions * columns * (_COPY + columns * _MULTIPLY)
+def _unfolded_cost(x: Tensor, kernel: Sizes, counts: Sizes, groups: int) -> float:
+    columns = x.shape[1] // groups * math.prod(kernel)
+    return x.shape[0] * math.prod(counts) * groups * columns * (_COPY + columns * _MULTIPLY)
 
 
-def toeplitz_gram(x: Tensor, kernel: Sizes, groups: int) -> Tensor:
-    """R of the same shape as A^T A for stride and dilation 1, R - A^T A positive semi-definite, by Fourier transforms.
+def _correlated_cost(x: Tensor, kernel: Sizes, counts: Sizes, stride: Sizes, groups: int, border: bool) -> float:
+    reach = [-(-k // s) for k, s in zip(kernel, stride, strict=True)]
+    n, channels, cost = x.shape[0], x.shape[1] // groups * math.prod(stride), 0.0
+    for in_strip in product((False, True) if border else (False,), repeat=len(kernel)):
+        strips = [a - 1 for a, there in zip(reach, in_strip, strict=True) if there]
+        wide = channels * math.prod(strips)
+        grid = math.prod(o + 2 * (a - 1) for o, a, there in zip(counts, reach, in_strip, strict=True) if not there)
+        by_transform = grid * wide * (n * _TRANSFORM + wide * (n * _COMPLEX_MULTIPLY + _TRANSFORM_BACK))
+        cost += 2 ** len(strips) * (n * wide**2 * _MULTIPLY if all(in_strip) else by_transform)
+    return groups * cost
 
-    With i, j kernel positions, A^T A[i, j] sums x[p + i] x[p + j] over output positions p. R[i, j] sums
-    x[q] x[q + j - i] over all q, which is the correlation of x at the lag j - i.
+
+def correlated_gram(x: Tensor, kernel: Sizes, stride: Sizes, groups: int, border: bool = True) -> Tensor:
+    """A^T A by Fourier transforms, for dilation 1.
+
+    With i, j kernel positions and p output positions, G[i, j] = sum_p x[p + i] x[p + j] is the correlation
+    R[j - i] = sum_q x[q] x[q + j - i] over all of x, minus the q outside the window that belongs to i. Per dimension
+    these lie in a strip of k - 1 at the low or at the high end; by inclusion and exclusion over the dimensions each
+    combination of strips is a small problem of the same kind, with the strips' positions as channels.
+
+    Without ``border`` the windows are left out: R itself, a larger Gram matrix (R - G is positive semi-definite).
+
+    Returns:
+        (groups, columns, columns), in the order of `patch_rows`.
     """
-    channels = x.shape[1] // groups
+    if any(s != 1 for s in stride):
+        return _strided(x, kernel, stride, groups, border)
     dims = len(kernel)
-    full = _autocorrelation(x.reshape(len(x), groups, channels, *x.shape[2:]).transpose(0, 1), list(kernel))
-    # (groups, C, C, then i and j of each dimension) -> (groups, C, *i, C, *j)
-    order = (0, 1, *range(3, 3 + 2 * dims, 2), 2, *range(4, 3 + 2 * dims, 2))
-    columns = channels * math.prod(kernel)
-    return full.permute(order).reshape(groups, columns, columns)
+    counts = patch_count(x, kernel, stride, (1,) * dims)
+    for d, (o, k) in enumerate(zip(counts, kernel, strict=True)):
+        x = x.narrow(2 + d, 0, o + k - 1)
+    columns = x.shape[1] // groups * math.prod(kernel)
+    gram = x.new_zeros(groups, *(x.shape[1] // groups, *kernel) * 2)
+    for ends in product((None, "low", "high") if border else (None,), repeat=dims):
+        if all(end is None or k > 1 for end, k in zip(ends, kernel, strict=True)):
+            sign = (-1) ** sum(end is not None for end in ends)
+            gram += sign * _correlation(x, kernel, counts, ends, groups)
+    return gram.reshape(groups, columns, columns)
+
+
+def _correlation(x: Tensor, kernel: Sizes, counts: Sizes, ends: tuple[str | None, ...], groups: int) -> Tensor:
+    """The part of the correlation whose q lie in the given strips: (groups, C, *kernel, C, *kernel)."""
+    dims = range(len(kernel))
+    strips = [d for d in dims if ends[d]]
+    part = x
+    for d in strips:
+        part = part.narrow(2 + d, 0 if ends[d] == "low" else counts[d], kernel[d] - 1)
+    free = [d for d in dims if not ends[d]]
+    n, channels = part.shape[0], part.shape[1] // groups
+    sizes = [kernel[d] - 1 for d in strips]
+    part = part.reshape(n, groups, channels, *part.shape[2:])
+    part = part.permute(1, 0, 2, *(3 + d for d in strips), *(3 + d for d in free))
+    part = part.reshape(groups, n, channels * math.prod(sizes), *(x.shape[2 + d] for d in free))
+    lags = [kernel[d] for d in free]
+    full = _autocorrelation(part, lags)
+    full = full.reshape(groups, channels, *sizes, channels, *sizes, *(k for k in lags for _ in "ij"))
+    # Now (groups, C, strips i, C, strips j, then i and j of each free dimension): bring all to i's and j's of dims.
+    strip_at = {d: position for position, d in enumerate(strips)}
+    free_at = {d: position for position, d in enumerate(free)}
+    behind = 3 + 2 * len(strips)
+    of_i = [2 + strip_at[d] if d in strip_at else behind + 2 * free_at[d] for d in dims]
+    of_j = [3 + len(strips) + strip_at[d] if d in strip_at else behind + 2 * free_at[d] + 1 for d in dims]
+    full = full.permute(0, 1, *of_i, 2 + len(strips), *of_j)
+    for d in strips:
+        full = _window(full, 2 + d, 3 + len(kernel) + d, kernel[d], ends[d] == "low")
+    return full
 
 
 def _autocorrelation(part: Tensor, lags: list[int]) -> Tensor:
     """Sum over n and q of part[a, q] part[b, q + j - i]: (groups, a, b, then i and j of each dimension)."""
+    if not lags:
+        return column_gram(part)
     groups, channels = part.shape[0], part.shape[2]
     dims = tuple(range(3, part.dim()))
     sizes = [_smooth(size + k - 1) for size, k in zip(part.shape[3:], lags, strict=True)]
@@ -258,6 +315,43 @@ def _autocorrelation(part: Tensor, lags: list[int]) -> Tensor:
         full = full.index_select(3 + 2 * d, lag.flatten())
         full = full.reshape(*full.shape[: 3 + 2 * d], k, k, *full.shape[4 + 2 * d :])
     return full
+
+
+def _window(strip: Tensor, i: int, j: int, k: int, low: bool) -> Tensor:
+    """From pairs (q, q + j - i) of positions in a strip to sums over the strip's q outside the window of i.
+
+    Low end: q < i, so W[i, j] = W[i - 1, j - 1] + S[i - 1, j - 1]; high end: W[i, j] = S[i, j] + W[i + 1, j + 1].
+    """
+    strip = strip.movedim((i, j), (-2, -1))
+    window = strip.new_zeros(*strip.shape[:-2], k, k)
+    for at in range(1, k) if low else range(k - 2, -1, -1):
+        if low:
+            window[..., at, 1:] = window[..., at - 1, :-1] + strip[..., at - 1, :]
+        else:
+            window[..., at, :-1] = window[..., at + 1, 1:] + strip[..., at, :]
+    return window.movedim((-2, -1), (i, j))
+
+
+def _strided(x: Tensor, kernel: Sizes, stride: Sizes, groups: int, border: bool) -> Tensor:
+    """Stride s as stride 1: x[s p + i] with i = s a + b is position p + a of the b-th of s interleaved images."""
+    dims = len(kernel)
+    n, channels = x.shape[0], x.shape[1]
+    counts = patch_count(x, kernel, stride, (1,) * dims)
+    reach = tuple(-(-k // s) for k, s in zip(kernel, stride, strict=True))
+    lengths = [(o + a - 1) * s for o, a, s in zip(counts, reach, stride, strict=True)]
+    ends = [length - size for length, size in zip(lengths, x.shape[2:], strict=True)]
+    x = pad(x, [end for tail in reversed(ends) for end in (0, tail)])
+    x = x.reshape(n, channels, *(part for length, s in zip(lengths, stride, strict=True) for part in (length // s, s)))
+    x = x.permute(0, 1, *(3 + 2 * d for d in range(dims)), *(2 + 2 * d for d in range(dims)))
+    x = x.reshape(n, channels * math.prod(stride), *(length // s for length, s in zip(lengths, stride, strict=True)))
+    gram = correlated_gram(x, reach, (1,) * dims, groups, border)
+    # Columns are (channel, b of each dimension, a of each dimension); wanted is (channel, i = s a + b) below k.
+    index = torch.arange(channels // groups * math.prod(stride) * math.prod(reach), device=x.device)
+    index = index.reshape(channels // groups, *stride, *reach)
+    index = index.permute(0, *(axis for d in range(dims) for axis in (1 + dims + d, 1 + d)))
+    index = index.reshape(channels // groups, *(a * s for a, s in zip(reach, stride, strict=True)))
+    index = index[(slice(None), *(slice(0, k) for k in kernel))].flatten()
+    return gram.index_select(1, index).index_select(2, index)
 
 
 def _smooth(size: int) -> int:

@@ -49,7 +49,7 @@ class LinearLayer(ABC):
     def gram(self, x: Tensor, ones: bool, border: bool = True, parts: int = 1) -> Tensor:
         """A^T A, (blocks, columns, columns), with the column of ones or without.
 
-        Without ``border`` a convolution's Gram matrix is the larger one of `convolution.toeplitz_gram` where that is
+        Without ``border`` a convolution's Gram matrix is the larger one of `convolution.correlated_gram` where that is
         cheaper. With ``parts`` above 1 the columns are cut into so many equal pieces, each a block of its own.
         """
 

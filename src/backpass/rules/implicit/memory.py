@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from backpass.rules.implicit.collected import Collected
-from backpass.rules.implicit.direction import ProximalStep, as_gradients, as_matrix
 from backpass.rules.implicit.layers import Gradients
+from backpass.rules.implicit.proximal import ProximalStep, as_gradients, as_matrix
 from backpass.rules.implicit.systems import NotFiniteError, solve
 from backpass.rules.implicit.uses import layer_of
 
@@ -24,18 +24,14 @@ _FLOOR = 3e-5
 
 @dataclass
 class _Layer:
-    """Memory of one layer.
+    """Memory of one layer (see `layer_of`), with the names of weight and bias.
 
     Attributes:
-        text: the layer (see `layer_of`).
-        shape: shape of its weight.
-        names: of weight and bias, those that learn.
         mean: M, (blocks, columns, columns).
         samples: number of samples per row.
-        due: age at which M is next refreshed.
-        age: number of steps.
+        due: age in steps at which M is next refreshed.
         inverse: (M + lambda I)^{-1}, times the scale of the direction; None until it is needed.
-        of_bias: the same number for a bias alone.
+        of_bias: that number for a bias alone.
     """
 
     text: str
@@ -50,13 +46,7 @@ class _Layer:
 
 
 class Memory:
-    """The memory of all layers.
-
-    Args:
-        decay: share of the old average that a refresh keeps, in [0, 1).
-        refresh: number of steps from one refresh of a layer to the next.
-        step: how to solve.
-    """
+    """The memory of all layers: ``decay`` is the share that a refresh keeps, ``refresh`` the steps between two."""
 
     def __init__(self, decay: float, refresh: int, step: ProximalStep) -> None:
         self.decay, self.refresh, self.step = decay, refresh, step

@@ -46,16 +46,11 @@ Activation = tuple[str, tuple[float, ...]]
 
 
 class Use(NamedTuple):
-    """One use of a weight in a backward pass: z = A Theta, or y = s(z).
+    """One use of a weight in a backward pass: z = A Theta, or y = s(z) where an activation follows.
 
     Attributes:
         text: the layer (see `layer_of`).
-        x: its input.
         grad: the gradient of the output.
-        weight: the weight.
-        bias: the bias, or None.
-        z: the layer's output if an activation follows.
-        activation: that activation.
         wants: whether gradients of input, weight and bias are needed.
         asked: whether this backward pass computes the gradient of weight or bias; ``autograd.grad`` may not.
         functional: whether ``torch.func`` returns the gradients instead of accumulating them.
@@ -88,7 +83,6 @@ class Call(NamedTuple):
 
     Attributes:
         text: the layer (see `layer_of`).
-        activation: the activation that follows.
         functional: whether ``torch.func`` takes the gradients.
         key: of the attached rule.
         site: asked in the backward pass whether the rule acts; None: it does.
@@ -284,14 +278,7 @@ def implicit_layer(
 ) -> Tensor:
     """The layer's value, or that of the activation after it, with an implicit backward.
 
-    Args:
-        x: the layer's input.
-        weight: its weight.
-        bias: its bias.
-        z: None, or the layer's output without its graph.
-        compute: the value as a function of x, weight, bias and ``rest``, or of z.
-        rest: other arguments of ``compute``.
-        call: what the backward pass needs.
+    The value is ``compute(x, weight, bias, *rest)``, or ``compute(z)`` with the layer's output z without its graph.
     """
     function = _UnderTransforms if call.functional or torch.compiler.is_dynamo_compiling() else _Eager
     apply: Callable[..., Tensor] = function.apply

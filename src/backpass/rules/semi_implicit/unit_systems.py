@@ -1,3 +1,4 @@
+# ruff: noqa: D102  the methods' docstrings are at UnitSystem
 """The unknowns of a layer's sub-problem, in the rows of its input or in its columns.
 
 Every output unit j has its own problem in its weights w_j, with the same rows A. A bias with another penalty than
@@ -100,30 +101,24 @@ class ByRows(UnitSystem):
         return gram.add_(self.ratio) if self.ratio else gram
 
     def arrange(self, outputs: Tensor) -> Tensor:
-        """As (blocks, n, units)."""
         return self.layer.output_rows(outputs)
 
     def apply(self, unknown: Tensor, out: Tensor | None = None) -> Tensor:
-        """K u."""
         return self.gram @ unknown if out is None else torch.bmm(self.gram, unknown, out=out)
 
     def adjoint(self, outputs: Tensor) -> Tensor:
-        """V itself."""
         return outputs
 
     def damped(self, weighting: Tensor, applied: Tensor, unknown: Tensor, out: Tensor) -> Tensor:
-        """diag(weighting) K u + u."""
         return torch.addcmul(unknown, weighting, applied, out=out)
 
     def inner(self, first: Tensor, second: Tensor, applied: Tensor) -> Tensor:
-        """Sum over n of u K u'."""
         # In one piece of memory for all calls: fresh pages cost more than the products.
         if self._products is None:
             self._products = torch.empty_like(first)
         return torch.mul(first, applied, out=self._products).sum(-2, keepdim=True)
 
     def square(self, outputs: Tensor) -> Tensor:
-        """Sum over n."""
         return self.inner(outputs, outputs, outputs)
 
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
@@ -135,7 +130,6 @@ class ByRows(UnitSystem):
         return solve(system, lambda gram: lam, outputs.dtype, _ROWS_FLOOR)[0].to(outputs.dtype)
 
     def weights(self, unknown: Tensor) -> Gradients:
-        """U^T A and c times the sum of u."""
         weight = self.layer.weight(unknown.mT @ self.rows) if self.wants[0] else None
         return weight, self.ratio * unknown.sum(-2).flatten() if self.wants[1] else None
 
@@ -150,11 +144,9 @@ class ByColumns(UnitSystem):
         self._rows = layer.rows(x) if self._by_rows else x
 
     def arrange(self, outputs: Tensor) -> Tensor:
-        """As (blocks, n, units); of a convolution as it is."""
         return self.layer.output_rows(outputs) if self._by_rows else outputs
 
     def apply(self, unknown: Tensor, out: Tensor | None = None) -> Tensor:
-        """The layer itself."""
         if self._by_rows:
             columns = unknown.shape[-1] - self.wants[1]
             if not self.wants[0]:
@@ -166,7 +158,6 @@ class ByColumns(UnitSystem):
         return self.layer.outputs(self.x, weight, bias)
 
     def adjoint(self, outputs: Tensor) -> Tensor:
-        """The layer's weight gradient."""
         if self._by_rows:
             parts = [outputs.mT @ self._rows] if self.wants[0] else []
             parts += [outputs.sum(-2).unsqueeze(-1) * self._root] if self.wants[1] else []
@@ -177,15 +168,12 @@ class ByColumns(UnitSystem):
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def inner(self, first: Tensor, second: Tensor, applied: Tensor) -> Tensor:
-        """Sum over columns of w w'."""
         return (first * second).sum(-1, keepdim=True)
 
     def over_outputs(self, per_unit: Tensor) -> Tensor:
-        """Along the last dimension, of a convolution along its channels."""
         return per_unit.mT if self._by_rows else per_unit.reshape(-1, *[1] * (len(self.layer.shape) - 2))
 
     def square(self, outputs: Tensor) -> Tensor:
-        """Sum over all dimensions but that of the units."""
         if self._by_rows:
             return outputs.square().sum(-2).unsqueeze(-1)
         return outputs.movedim(1, -1).square().flatten(0, -2).sum(0).reshape(self.layer.blocks, -1, 1)
@@ -210,7 +198,6 @@ class ByColumns(UnitSystem):
         return gram
 
     def weights(self, unknown: Tensor) -> Gradients:
-        """w, and sqrt(c) times its last column."""
         weight, bias = self.wants
         of_weight = self.layer.weight(unknown[..., :-1] if bias else unknown) if weight else None
         return of_weight, unknown[..., -1].flatten() * self._root if bias else None
