@@ -81,7 +81,9 @@ def _series(content: Mapping[str, Any]) -> Series:
 
 
 def _curve(content: Mapping[str, Any]) -> Curve:
-    given = content["given"]
+    given, points = content["given"], len(content["x"])
+    if any(len(values) != points for values in (*content["runs"], *([] if given is None else [given]))):
+        raise ValueError(f"a curve has {points} places and another number of values")
     return Curve(
         **{
             **_known(Curve, content),
