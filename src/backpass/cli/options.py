@@ -42,7 +42,7 @@ Eps = Annotated[
 ]
 Step = Annotated[str | None, typer.Option(help="Length of a step.", show_default="2/255", metavar="NUMBER")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Gradient steps.", show_default="pgd 10, apgd 100")]
-Restarts = Annotated[int | None, typer.Option(min=1, help="Searches of each image.", show_default="1; paper 5")]
+Restarts = Annotated[int | None, typer.Option(min=1, help="Random restarts per image.", show_default="1; paper 5")]
 Target = Annotated[
     str | None,
     typer.Option(
@@ -56,13 +56,13 @@ Target = Annotated[
 Classes = Annotated[
     Path | None,
     typer.Option(
-        help="Which output of the network is which class of the data: names of all outputs, one a line in their order; "
-        "or numbers, the output of each class of the data; or JSON.",
+        help="File that maps outputs of the network to classes of the data: names of all outputs, one a line in their "
+        "order; or numbers, the output of each class of the data; or JSON.",
         show_default="classes are outputs, in the order of their names",
         metavar="FILE",
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the finished parts in the folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the finished parts in the folder.")]
 Norm = Annotated[str | None, typer.Option(help="linf, l2 or l1.", show_default="linf")]
 Loss = Annotated[
     str | None, typer.Option(help="ce, dlr or margin; for apgd also dlr-targeted.", show_default="the attack's own")
@@ -71,8 +71,8 @@ Rules = Annotated[
     list[str],
     typer.Option(
         "--rule",
-        help="Whose gradients, as in bp or linbp:start=layer4. Repeatable; the others are compared with bp, or with "
-        "the first.",
+        help="Backward rule(s), e.g. bp or linbp:start=layer4. Repeatable: each is compared with bp, or else with the "
+        "first.",
         metavar="NAME[:SETTINGS]",
     ),
 ]
@@ -89,14 +89,12 @@ Mean = Annotated[
     typer.Option(help="Mean of the pixels by channel, as in 0.49,0.48,0.45.", show_default="known for named data"),
 ]
 Std = Annotated[str | None, typer.Option(help="Their standard deviation.", show_default="known for named data")]
-Normalize = Annotated[
-    bool, typer.Option("--normalize", help="The network expects (pixel - mean) / std: do that in front of it.")
-]
+Normalize = Annotated[bool, typer.Option("--normalize", help="Put (pixel - mean) / std in front of the network.")]
 Logits = Annotated[
     str | None,
-    typer.Option(help="Where the logits are in the network's output: a key or an index.", show_default="the output"),
+    typer.Option(help="Key or index of the logits in the network's output.", show_default="the output"),
 ]
-Seed = Annotated[int, typer.Option(help="Of random starts and initial weights.")]
+Seed = Annotated[int, typer.Option(help="Seed of random starts and initial weights.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images searched at a time.")]
 Dtype = Annotated[
@@ -107,7 +105,7 @@ Dtype = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The attacks' common options as given; ``None`` for what was not."""
+    """Common options of the attacks; ``None`` for those not given."""
 
     step: str | None
     steps: int | None
@@ -180,7 +178,7 @@ def read_normalisation(mean: str | None, std: str | None) -> Normalisation | Non
 def normalisation_in_front(
     wanted: bool, mean: str | None, std: str | None, *, data: str, protocol: str
 ) -> Normalisation | None:
-    """What ``--normalize`` puts in front of a network; nothing where it is not wanted.
+    """Return the normalisation that ``--normalize`` puts in front of a network, or None without it.
 
     Raises:
         BackpassError: it is wanted, and not known; or it is given, and nothing uses it.
