@@ -93,8 +93,9 @@ def by_trainer(setting: Setting, rule: Rule | None) -> Contestant:
 
 PAIRS = (
     ("trainer / by hand", "trainer", "by hand", 1.03),
+    ("trainer with LinBP / by hand with LinBP", "trainer, LinBP", "by hand, LinBP", 1.03),
+    ("by hand with LinBP / by hand", "by hand, LinBP", "by hand", None),  # the rule's own part of the next row
     ("trainer with LinBP / trainer", "trainer, LinBP", "trainer", 1.03),
-    ("trainer with LinBP / by hand with LinBP", "trainer, LinBP", "by hand, LinBP", None),
 )
 
 
