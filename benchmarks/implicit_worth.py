@@ -1,12 +1,13 @@
 """Worth of implicit steps: held-out loss after equal steps and in equal time, for tuned optimizers.
 
-    OMP_NUM_THREADS=1 python benchmarks/implicit_worth.py runs.jsonl [--only GPT] [--seeds 5] [--report]
+    OMP_NUM_THREADS=1 python benchmarks/implicit_worth.py runs.jsonl [--only GPT] [--seeds 5] [--report table.json]
 
 Each run is a line of the file, so an interrupted study goes on where it was; ``--report`` prints the tables of what is
-there. Rates are chosen on a seed and a held-out part of their own, by the held-out loss after the last step; where the
-best rate is at the end of the grid, the grid grows. The other seeds hold out other data. A method's time is the median
-over seeds of its CPU time over AdamW's on one thread; "equal time" is the loss after as many steps as fit into the time
-of all of AdamW's, interpolated between evaluations. Intervals are 95 % Student intervals of the paired difference.
+there and writes them. Rates are chosen on a seed and a held-out part of their own, by the held-out loss after the last
+step; where the best rate is at the end of the grid, the grid grows. The other seeds hold out other data. The time of a
+method is the median over seeds of its CPU time over AdamW's on one thread; "equal time" is the loss after as many steps
+as fit into the time of all of AdamW's, interpolated between evaluations. Intervals are 95 % Student intervals of the
+paired difference.
 """
 
 from __future__ import annotations
@@ -150,15 +151,17 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--only", default="", help="settings whose name holds this")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     lines = arguments.runs.read_text().splitlines() if arguments.runs.exists() else []
     known = {tuple(run["key"]): run for run in map(json.loads, lines)}
     if arguments.report:
-        for name in WORTH:
-            report(name, known)
+        tables = {name: table(name, known) for name in WORTH}
+        for name, rows in tables.items():
+            show(name, rows)
+        arguments.report.write_text(json.dumps(tables, indent=1) + "\n")
         return
     for method, chosen in METHODS.items():
         for name, (setting, steps) in WORTH.items():
@@ -192,8 +195,8 @@ def interval(differences: list[float]) -> str:
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-def report(name: str, known: dict[tuple, dict]) -> None:
-    """Print the table of a network, in Markdown."""
+def table(name: str, known: dict[tuple, dict]) -> list[dict[str, Any]]:
+    """One row for each method of a network: held-out losses of the seeds after equal steps and in AdamW's time."""
     runs: dict[tuple, dict[int, dict]] = {}
     grids: dict[str, dict[float, float]] = {}
     for (network, method, rate, seed, tau), run in known.items():
@@ -201,23 +204,34 @@ def report(name: str, known: dict[tuple, dict]) -> None:
             grids.setdefault(method, {})[rate] = run["losses"][-1]
         elif network == name:
             runs.setdefault((method, tau), {})[seed] = run
-    base = runs.get(("AdamW", None))
-    if base is None:
-        return
+    base, rows = runs.get(("AdamW", None), {}), []
+    for (method, tau), found in runs.items():
+        seeds = sorted(set(found) & set(base))
+        if not seeds:
+            continue
+        rate, inside = best(grids[method])
+        cost = statistics.median(found[seed]["seconds"] / base[seed]["seconds"] for seed in seeds)
+        row = {"method": method, "tau": tau, "rate": rate, "inside": inside, "cost": round(cost, 2), "seeds": seeds}
+        row["steps"] = [round(found[seed]["losses"][-1], 4) for seed in seeds]
+        row["time"] = [round(at(found[seed]["losses"], 1 / cost), 4) for seed in seeds]
+        row["AdamW"] = [round(base[seed]["losses"][-1], 4) for seed in seeds]
+        rows.append(row)
+    return rows
+
+
+def show(name: str, rows: list[dict[str, Any]]) -> None:
+    """Print the table of a network, in Markdown."""
     print(f"\n**{name}**, {WORTH[name][1]} steps\n")
     print("| method | rate | time | after equal steps | difference to AdamW | in AdamW's time | difference |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for (method, tau), found in runs.items():
-        seeds = sorted(set(found) & set(base))
-        rate, inside = best(grids[method])
-        cost = statistics.median(found[seed]["seconds"] / base[seed]["seconds"] for seed in seeds)
-        steps = [found[seed]["losses"][-1] for seed in seeds]
-        times = [at(found[seed]["losses"], 1 / cost) for seed in seeds]
-        ends = [base[seed]["losses"][-1] for seed in seeds]
-        line = f"| {method}{'' if tau is None else f', tau {tau:g}'} ({len(seeds)} seeds) | {rate:.2g}"
-        line += f"{'' if inside else ' (end of the grid)'} | {cost:.2f} | {statistics.fmean(steps):.3f} | "
-        line += f"{interval([a - b for a, b in zip(steps, ends, strict=True)])} | {statistics.fmean(times):.3f} | "
-        print(line + f"{interval([a - b for a, b in zip(times, ends, strict=True)])} |")
+    for row in rows:
+        title = row["method"] + ("" if row["tau"] is None else f", tau {row['tau']:g}")
+        cells = [f"{title} ({len(row['seeds'])})", f"{row['rate']:.2g}{'' if row['inside'] else ' (end of the grid)'}"]
+        cells.append(f"{row['cost']:.2f}")
+        for losses in (row["steps"], row["time"]):
+            differences = [a - b for a, b in zip(losses, row["AdamW"], strict=True)]
+            cells += [f"{statistics.fmean(losses):.3f}", interval(differences) if any(differences) else ""]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -65,9 +65,14 @@ def locked(folder: Path) -> Iterator[None]:
     processes.
 
     Raises:
-        BackpassError: another run holds it; the message names the process.
+        BackpassError: another run holds it, with the name of the process; or the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackpassError(
+            f"the folder {folder} cannot be made: {error.strerror}. Give another path, or make room for it."
+        ) from error
     key, thread = str(folder.resolve()), threading.get_ident()
     holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     with _GUARD:

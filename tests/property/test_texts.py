@@ -19,7 +19,7 @@ from backpass.models import MODELS
 from backpass.models.shapes import parse_shape
 from backpass.models.text import read_model
 from backpass.numbers import read_number, read_numbers
-from backpass.training.averaging import Average
+from backpass.training.averaging import read_average
 from backpass.training.schedules import make_schedule
 
 
@@ -53,7 +53,7 @@ FORMS = {
         lambda text: make_schedule(text, optimizer(), 100),
         ["cosine:epochs=10", "step:every=3,gamma=.5", "exponential:gamma=0.9", "linear", "controlled:every=2"],
     ),
-    "average": (Average.parse, ["ema:0.999", "polyak:0.5"]),
+    "average": (read_average, ["ema:0.999", "polyak:0.5"]),
     "augmentation": (Augmentation.parse, ["crop,flip", "crop=2", "flip"]),
     "data": (read_name, ["mnist", "owner/name:config=a,image=img,label=y", "cifar10"]),
     "shape": (parse_shape, ["3x224x224", "1,28,28"]),

@@ -35,6 +35,7 @@ def settings(case: str) -> tuple[str, str, dict]:
         "adversarial with BatchNorm": ("adversarial", "momentum", {}),
         "EMA and bfloat16": ("BP", "momentum", {"average": "ema:0.9", "dtype": "bfloat16"}),
         "two processes": ("BP", "momentum", {"average": "ema:0.9"}),
+        "sharded in two processes": ("BP", "adamw", {"sharded": True, "scheduler": "cosine:warmup=0.2"}),
     }
     return cases[case]
 
@@ -57,7 +58,7 @@ class Started:
     """The processes of a run, from the moment that they begin, and where their outcome will be."""
 
     def __init__(self, case: str, folder: Path) -> None:
-        size = 2 if case == "two processes" else 1
+        size = 2 if "two processes" in case else 1
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -110,6 +111,7 @@ CASES = (
     "adversarial with BatchNorm",
     "EMA and bfloat16",
     "two processes",
+    "sharded in two processes",
 )
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 from backpass import LinBP, ProxProp
 from backpass.attacks import PGD
@@ -49,8 +51,13 @@ def jitter(x: Tensor, batch: Any) -> Tensor:
 
 
 def trainer(kind: str, folder: Path | None, optimizer: str = "momentum", **changed: Any) -> Trainer:
-    """Return a run of 3 epochs of 5 steps; ``data`` may replace the images."""
+    """Return a run of 3 epochs of 5 steps; ``data`` may replace the images, and ``sharded=True`` asks for FSDP2."""
     model = network()
+    if changed.pop("sharded", False):
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        fully_shard(model[5])
+        fully_shard(model)
     if optimizer == "momentum":
         made: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True)
     else:
@@ -79,7 +86,8 @@ def trainer(kind: str, folder: Path | None, optimizer: str = "momentum", **chang
 def outcome(trainer: Trainer, result: TrainingResult) -> dict[str, bytes]:
     """Everything that a run ends with, to the bit."""
     named = {**trainer.model.state_dict(), **{f"averaged {k}": v for k, v in (result.averaged or {}).items()}}
-    ended = {name: one.contiguous().numpy().tobytes() for name, one in named.items()}
+    whole = {name: getattr(one, "full_tensor", lambda one=one: one)() for name, one in named.items()}
+    ended = {name: one.contiguous().numpy().tobytes() for name, one in whole.items()}
     if trainer.path is not None:
         ended["log"] = (trainer.path / "log.jsonl").read_bytes()
     return ended

@@ -11,6 +11,8 @@ import typer
 from backpass.cli import options as o
 from backpass.cli.entry import app
 from backpass.cli.printing import say, working
+from backpass.cli.processes import processes
+from backpass.errors import BackpassError
 
 if TYPE_CHECKING:
     from backpass.lab.training.training_run import Trained
@@ -123,32 +125,40 @@ def _run(
     given: dict[str, Any],
 ) -> None:
     """Carry out a run with the settings that were given."""
-    with working("loading torch") as report:
-        from backpass.lab.subjects import parse_device
+    from backpass.lab.subjects import parse_device
+
+    with processes(parse_device(device)) as (where, first), working("loading torch") as report:
         from backpass.lab.training.recipe import Recipe, read_recipe
-        from backpass.lab.training.training_run import check_folder, device_of_this_process, is_first_process
         from backpass.lab.training.training_run import train as carry_out
         from backpass.training import Interrupted
 
-        check_folder(out, resume)
+        _check_folder(out, resume)
         file = recipe or (out / "recipe.toml" if resume else None)
         values = read_recipe(file) if file else {}
         every = given.get("checkpoint_every", "")
         if every.isdigit():
             given["checkpoint_every"] = int(every)
         wanted = Recipe.of({**values, **given}, str(file) if file else "the command line")
-        where = device_of_this_process(parse_device(device))
         try:
             trained = carry_out(wanted, out, device=where, resume=resume, report=report, tell=say)
         except Interrupted as stopped:
-            if is_first_process():
+            if first:
                 what = str(stopped).partition(":")[0]
                 say(f"backpass: {what}. Continue: backpass train --resume --out {out}", err=True)
             raise typer.Exit(130) from None
-    if is_first_process():
+    if first:
         _print(trained, out)
     if trained.result.diverged:
         raise typer.Exit(_DIVERGED)
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    """Check, before the data is read, that a run can begin, or continue, in a folder."""
+    there = any((folder / "checkpoints").glob("step-*.pt"))
+    if resume and not there:
+        raise BackpassError(f"there is no run in {folder} to continue: leave out --resume, or give its --out.")
+    if there and not resume:
+        raise BackpassError(f"{folder} holds a run already: continue it with --resume, or give another --out.")
 
 
 def _print(trained: Trained, out: Path) -> None:

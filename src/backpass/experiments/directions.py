@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from backpass.experiments.experiment import Outcome, Place
 from backpass.lab.bench.images import Parts, Source, load_parts
 from backpass.lab.bench.training import Run, network
 from backpass.lab.training.optimizers import make_optimizer
 from backpass.rules import Rule, parse_rule
+from backpass.training import Trainer
 
 __all__ = ["Directions", "directions", "measure_directions"]
 
@@ -49,11 +51,9 @@ def measure_directions(settings: Directions, seed: int, place: Place) -> Outcome
     model = network(run, parts, settings.source.data, seed=seed).to(place.device)
     optimizer = make_optimizer(run.optimizer, model.parameters(), run.rate)
     batches = _batches(parts, run.batch, seed, place.device)
-    for step in range(settings.warm):
-        x, y = batches[step % len(batches)]
-        optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(model(x), y))
-        optimizer.step()
+    x, y = map(torch.cat, zip(*batches, strict=True))
+    loader = DataLoader(TensorDataset(x, y), batch_size=run.batch)  # in this order
+    Trainer(model, optimizer, loader, epochs=settings.warm, max_steps=settings.warm).fit()
     x, y = batches[settings.warm % len(batches)]
     found = []
     for tau in settings.taus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,24 +13,33 @@ from torch.utils._pytree import tree_leaves
 
 from backpass.rules import torch_internals
 from backpass.rules.activations import ACTIVATIONS, read_call, writes_in_place
-from backpass.rules.attaching.interception import Interception, ModuleCall, outer_interceptions
+from backpass.rules.attaching.interception import Interception, outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.run import Asked, ModuleCall, SiteCall
 from backpass.rules.compositions import (
     BENT,
     ELEMENTWISE,
+    JOINS,
+    LAYERS,
+    MATRIX_PRODUCTS,
     MIXES,
     POWERS,
     PRODUCTS,
     REDUCTIONS,
+    UNNAMED,
     VIEWS,
     Origin,
     Origins,
+    clamps_from_zero,
     common_path,
     composes,
     constants,
     gates,
+    guarded,
+    is_of_parameters,
     is_query,
+    limits,
+    rectifies,
 )
 
 __all__ = ["ActivationInterception"]
@@ -58,6 +68,9 @@ class ActivationInterception(Interception):
 
     In the first call of a model everything is looked at, and the backward pass decides; later calls follow the plan and
     look only into modules that compose activations. Compiled code follows the plan and does not look.
+
+    Attributes:
+        unnamed: calls that may be activations unless a composition explains them: the layer's value, path, function.
     """
 
     follows = True
@@ -65,6 +78,7 @@ class ActivationInterception(Interception):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.watched: list[_Watched] = []
+        self.unnamed: list[tuple[Tensor, str, str]] = []
         self.compositions = self.rule.compositions
 
     def _looks(self, caller: ModuleCall) -> bool:
@@ -84,13 +98,16 @@ class ActivationInterception(Interception):
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an activation as its site is decided, and remember the origin of its value."""
-        if not self.rule.covers(func, args, kwargs):
-            site.counted = False
+        if self.partial and not self.rule.covers(func, args, kwargs):
+            site.covered = site.counted = False
             return func(*args, **kwargs)
         if not self._looks(self.running[-1]):
             return super().at(site, func, args, kwargs)
         x = args[0] if args else kwargs["input"]
         origin = self._origins(self.running[-1]).of(x)
+        if is_of_parameters(x, origin):
+            site.counted = False
+            return func(*args, **kwargs)
         out = super().at(site, func, args, kwargs)
         self._bend()
         _adopt(out)
@@ -108,7 +125,7 @@ class ActivationInterception(Interception):
         return self.rule.replace_call(func, args, kwargs, site)
 
     def replace_planned(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
     ) -> Any:
         """Call an activation with the rule's backward, where surely or most likely the rule acts."""
         if site is None:
@@ -145,24 +162,48 @@ class ActivationInterception(Interception):
         if func not in ELEMENTWISE and func not in MIXES:
             if func in REDUCTIONS and args and isinstance(args[0], Tensor):
                 _recount_power(self._origins(caller).of(args[0]))
-            return super().other(caller, func, args, kwargs)
+            out = super().other(caller, func, args, kwargs)
+            if func in LAYERS and isinstance(out, Tensor):
+                self._origins(caller).note(out, Origin(out, "", (), out.numel(), path=(out,), layer=True))
+            elif func in JOINS:
+                self._joined(func, args, out)
+            return out
         if func in BENT:
             self._bend()
         operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         origins = [self._origins(caller).of(x) for x in operands]
-        fixed = constants(operands, origins)
+        fixed = constants(func, operands, origins)
         parameters = [
             x for x, constant in zip(operands, fixed, strict=True) if constant and isinstance(x, nn.Parameter)
         ]
         learns = any(x.requires_grad for x in parameters)
+        _discount(guarded(func, operands, origins))
         origins = [origin for origin, constant in zip(origins, fixed, strict=True) if not constant]
         source = origins[0].source if origins and all(one.source is origins[0].source for one in origins) else None
-        if source is not None and composes(func, origins, bool(parameters)):
-            return self._compose(caller, source, origins, learns, func, args, kwargs)
+        if source is not None and not isinstance(source, nn.Parameter):
+            between = limits(func, args, kwargs)
+            layer = len(origins) == 1 and not origins[0].bent and self._is_layer(origins[0])
+            if composes(func, origins, bool(parameters)) or (layer and rectifies(between)):
+                return self._compose(caller, source, origins, learns, func, args, kwargs)
+            if layer and (func in UNNAMED or clamps_from_zero(between)) and not caller.x:
+                self.unnamed.append((source, caller.path, func.__name__))
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and origins:
+            if func in MATRIX_PRODUCTS:
+                origins = [
+                    origin
+                    for x, origin in zip(operands, map(self._origins(caller).of, operands), strict=True)
+                    if x.requires_grad and not is_of_parameters(x, origin)
+                ]
             self._follow(func, source, origins, learns, out)
         return out
+
+    def _is_layer(self, origin: Origin) -> bool:
+        """Return whether a tensor is the value of a layer, also of one that a module further out called."""
+        source = origin.source
+        return origin.layer or (
+            source is not None and any(call.origins.of(source).layer for call in self.running if call.origins)
+        )
 
     def _follow(
         self, func: TorchFunction, source: Tensor | None, origins: list[Origin], learns: bool, out: Tensor
@@ -173,10 +214,14 @@ class ActivationInterception(Interception):
             bent = func.__name__ if func in BENT else next((one.bent for one in origins if one.bent), "")
             learns = learns or any(origin.learns for origin in origins)
             path = common_path(origins) if bent else (*common_path(origins), out)
-            origin = Origin(source, bent, sites, min(origins[0].numel, out.numel()), learns=learns, path=path)
+            layer = not bent and any(one.layer for one in origins)
+            numel = min(origins[0].numel, out.numel())
+            origin = Origin(source, bent, sites, numel, learns=learns, path=path, layer=layer)
             self._origins(self.running[-1]).note(out, origin)
+        elif func not in PRODUCTS and func not in MIXES and any(origin.layer for origin in origins):
+            self._origins(self.running[-1]).note(out, Origin(out, "", (), out.numel(), path=(out,), layer=True))
         elif (func in PRODUCTS or func in MIXES) and not self.rule.gates:
-            for origin in gates(origins, out):
+            for origin in gates(func, origins, out):
                 _discount(origin.sites)
 
     def _compose(
@@ -197,9 +242,11 @@ class ActivationInterception(Interception):
         if site is None:
             parts = [site for origin in origins for site in origin.sites]
             _discount(parts)
-            site = self.meet(caller, f"{bent}**n" if func in POWERS else f"x*{bent}", begin)
+            site = self.meet(caller, _name(func, bent), begin)
             if func in POWERS:
                 site.power_of = parts
+            site.by_hand = len(origins) == 1 and not origins[0].bent
+        self.unnamed = [one for one in self.unnamed if one[0] is not source]
         self._bend()
         self.run.composing.update((caller.path, *(one.module for origin in origins for one in origin.sites)))
         learns = learns or any(origin.learns for origin in origins)
@@ -228,11 +275,25 @@ class ActivationInterception(Interception):
 
     def _arranged(self, args: tuple[Any, ...], out: Any) -> None:
         origin = self._origins(self.running[-1]).of(args[0]) if args and isinstance(args[0], Tensor) else None
-        if origin is not None and origin.sites:
+        if origin is not None and (origin.sites or origin.layer):
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):
                     numel = min(origin.numel, leaf.numel())
-                    self._origins(self.running[-1]).note(leaf, Origin(None, origin.bent, origin.sites, numel))
+                    if origin.layer:
+                        one = Origin(leaf, "", (), numel, path=(leaf,), layer=True)
+                    else:
+                        one = Origin(None, origin.bent, origin.sites, numel)
+                    self._origins(self.running[-1]).note(leaf, one)
+
+    def _joined(self, func: TorchFunction, args: tuple[Any, ...], out: Any) -> None:
+        known = [self._origins(self.running[-1]).of(x) for x in tree_leaves(args) if isinstance(x, Tensor)]
+        sites = tuple(site for origin in known for site in origin.sites)
+        if isinstance(out, Tensor) and (sites or any(origin.layer for origin in known)):
+            # A mean is smaller than what it is taken of, without being a gate for that.
+            one = Origin(None, "", sites, sys.maxsize if func.__name__ == "mean" else out.numel())
+            if not sites:
+                one = Origin(out, "", (), out.numel(), path=(out,), layer=True)
+            self._origins(self.running[-1]).note(out, one)
 
     def _bend(self) -> None:
         for watched in self.watched:
@@ -273,6 +334,9 @@ class ActivationInterception(Interception):
             planned = self.attached.planned(f"{call.key}:{type(module).__name__}")
             self.traced += 1
             return self.rule.replace_value(call.x, output.detach(), None) if planned else output
+        if len(self.running) == 1:
+            for _, path, name in self.unnamed:
+                self.note_unreachable(path, f"it calls {name} as an activation, or for another purpose")
         if not (self.watched or call.hidden or call.origins):
             return output
         watched = self.watched.pop() if self.watched and self.watched[-1].call is call else None
@@ -315,6 +379,13 @@ class ActivationInterception(Interception):
             return False  # the model itself
         alone = len(sites) == 1 and origin.base is watched.given and origin.direct is sites[0]
         return origin.product or not alone  # compiled code sees a composed activation only as a module
+
+
+def _name(func: TorchFunction, bent: str) -> str:
+    """Return the name of a composed activation in a table of sites."""
+    if func in PRODUCTS:
+        return f"x*{bent}"
+    return f"{bent}**n" if func in POWERS else func.__name__.strip("_")
 
 
 def _adopt(out: Any) -> None:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError
 from backpass.rules import torch_internals
@@ -16,6 +15,7 @@ from backpass.rules.activation_calls import ActivationInterception
 from backpass.rules.activations import (
     ACTIVATIONS,
     FUSED_ACTIVATIONS,
+    SIMPLE,
     WITHOUT_ACTIVATION,
     learned_value,
     read_call,
@@ -23,12 +23,13 @@ from backpass.rules.activations import (
 )
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.interception import Interception
-from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.run import Asked
+from backpass.rules.kernels import computed, corrected, eager_kernel, replaced
 from backpass.rules.places import Place, check_places
 from backpass.rules.rule import Rule
 from backpass.rules.sites import Site
 
-__all__ = ["ActivationRule", "kernel"]
+__all__ = ["ActivationRule"]
 
 
 class ActivationAttached(Attached):
@@ -87,10 +88,6 @@ class ActivationRule(Rule):
         """Whether a plain call can be given this rule's backward afterwards: if the input is not needed."""
         return not self.needs_input
 
-    def covers(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call of one of the functions is a site; its parameters may decide that."""
-        return True
-
     def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
         """Override the backward of ``model``; see `Rule.attach`."""
         kind = type(self)
@@ -112,18 +109,31 @@ class ActivationRule(Rule):
 
     def replace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the activation's value with this rule's backward; learned parameters keep their own gradients."""
+        return self.replace_planned(func, args, kwargs, None) if torch.is_grad_enabled() else func(*args, **kwargs)
+
+    def replace_planned(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        site: Asked | None,
+    ) -> Any:
+        """Return the activation's value with this rule's backward, or, should ``site`` say so, with the plain one."""
+        if len(args) == 1 and func in SIMPLE and not kwargs.get("inplace") and torch_internals.eager_without_modes():
+            return eager_kernel(args[0], None, None, (self, site, func, (), kwargs))
         activation, x, parameters, in_place = read_call(func, args, kwargs)
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        z = x.clone() if in_place and self.needs_input else x  # the backward pass needs the input as it was
-        if parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
+        learns = parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters)
+        if site is not None and (learns or activation.name == "rrelu" or torch_internals.transforms()):
+            return self.replace_call(func, args, kwargs, site)
+        z = x.clone() if in_place and (self.needs_input or site is not None) else x
+        if learns:
             y = self.replace_value(z, activation.compute(z.detach(), *parameters), None)
         else:
-            y = kernel(self).apply(z, (activation.compute, parameters, self, None))
+            y = computed(self, site, z, activation.compute, parameters)
         return x.copy_(y) if in_place else y
 
     def replace_call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
     ) -> Any:
         """Return the activation's value with the plain graph and this rule's backward; see `replace_value`."""
         if not args:
@@ -135,35 +145,17 @@ class ActivationRule(Rule):
         out = self.replace_value(before, plain, site, learned_value(func, before, args, kwargs))
         return x.copy_(out) if writes else out
 
-    def replace_planned(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall
-    ) -> Any:
-        """Return the activation's value with this rule's backward, or, should ``site`` say so, with the plain one."""
-        activation, x, parameters, in_place = read_call(func, args, kwargs)
-        learns = parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters)
-        if learns or torch_internals.transforms():
-            return self.replace_call(func, args, kwargs, site)
-        z = x.clone() if in_place else x
-        apply: Callable[..., Any] = _EagerKernel.apply
-        y = apply(z, (activation.compute, parameters, self, site))
-        return x.copy_(y) if in_place else y
+    def replace_value(self, x: Tensor, value: Tensor, site: Asked | None, learned: Tensor | None = None) -> Any:
+        """Return ``value``, computed from x, with this rule's backward; see `kernels.replaced`."""
+        return replaced(self, site, x, value, learned)
 
-    def replace_value(self, x: Tensor, value: Tensor, site: SiteCall | None, learned: Tensor | None = None) -> Any:
-        """Return ``value``, computed from x, with this rule's backward.
+    def replace_learned(self, x: Tensor, value: Tensor, site: Asked | None) -> Any:
+        """Return ``value``, computed from x and from parameters of the model; see `kernels.corrected`."""
+        return corrected(self, site, x, value)
 
-        Args:
-            x: the input.
-            value: the value; with the plain graph, or, if the rule surely acts, with that of learned parameters.
-            site: asked in the backward pass whether the rule acts; None: it does.
-            learned: the value as a function of learned parameters alone, where ``site`` is given.
-        """
-        apply: Callable[..., Any] = _Replaced.apply
-        return apply(x, value, learned, self, site)
-
-    def replace_learned(self, x: Tensor, value: Tensor, site: SiteCall) -> Any:
-        """Return ``value``, computed from x and from parameters that keep their own gradients."""
-        apply: Callable[..., Any] = _Learned.apply
-        return apply(x, value, self, site)
+    def adjusted(self, of_x: Tensor, plain: Tensor) -> Tensor:
+        """Return the gradient of x, given what `backward` makes of it, and the plain one; see `replace_learned`."""
+        return of_x
 
     def on_node(self, grad_inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> Any:
         """Return the gradients that a plain activation's graph node passes on in the place of its own."""
@@ -171,122 +163,3 @@ class ActivationRule(Rule):
         if of_x is None or grads[0] is None:
             return None
         return self.backward(grads[0], grads[0]).to(of_x.dtype), *others
-
-
-class _EagerKernel(torch.autograd.Function):
-    """y = s(x) forward; dL/dx = rule.backward(dL/dy, x). In eager calls it is faster to set up the context at once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: tuple[Any, ...]) -> Any:
-        compute, parameters, rule, site = ctx.call = call
-        ctx.rule, ctx.dtype, ctx.site = rule, x.dtype, site
-        if site is not None or rule.needs_input:
-            ctx.save_for_backward(x)
-        return compute(x, *parameters)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plain = ctx.site is not None and not ctx.site.active()
-        return _plain_gradient(ctx, grad) if plain else _gradient(ctx, grad), None
-
-
-class _Kernel(torch.autograd.Function):
-    """`_EagerKernel` for torch.func and torch.compile, which need the context set up separately."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, call: tuple[Any, ...]) -> Any:
-        compute, parameters, _, _ = call
-        return compute(x, *parameters)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, (_, _, ctx.rule, _) = inputs
-        ctx.dtype = x.dtype
-        if ctx.rule.needs_input:
-            ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, grad), None
-
-
-class _ForwardModeKernel(_Kernel):
-    """`_Kernel` with a forward-mode derivative, for rules without x; Dynamo refuses a Function that has one."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:
-        return ctx.rule.backward(tangent, tangent)
-
-
-def kernel(rule: Any) -> Any:
-    """Return the autograd function (x, (compute, parameters, rule, site)) -> y for the mode of the running call."""
-    if is_dynamo_compiling():
-        return _Kernel
-    if torch_internals.forward_mode() and not rule.needs_input:
-        return _ForwardModeKernel
-    return _Kernel if torch_internals.transforms() else _EagerKernel
-
-
-class _Replaced(torch.autograd.Function):
-    """(x, value, learned) -> value; backward gives x the rule's gradient, or the value its own, as decided."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, value: Tensor, learned: Tensor | None, rule: Any, site: SiteCall | None) -> Tensor:
-        # Without a view of the value, so that later calls may write into the result.
-        return value.clone() if is_dynamo_compiling() or torch_internals.transforms() else value.data
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, learned, ctx.rule, ctx.site = inputs
-        ctx.dtype, ctx.learns = x.dtype, learned is not None
-        if ctx.rule.needs_input:
-            ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.site is not None and not ctx.site.active():
-            return None, grad, None, None, None
-        return _gradient(ctx, grad), grad if ctx.site is None else None, grad if ctx.learns else None, None, None
-
-
-class _Learned(torch.autograd.Function):
-    """(x, value) -> value; backward adds to x what turns the value's gradient of x into the rule's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, rule: Any, site: SiteCall) -> Tensor:
-        ctx.rule, ctx.site, ctx.dtype = rule, site, x.dtype
-        edge = torch.autograd.graph.get_gradient_edge
-        ctx.way = ([edge(value)], [edge(x)]) if x.requires_grad else None
-        if rule.needs_input:
-            ctx.save_for_backward(x)
-        return value.data
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.way is None or not ctx.site.active():
-            return None, grad, None, None
-        again = torch.is_grad_enabled()
-        outputs, inputs = ctx.way
-        (plain,) = torch.autograd.grad(outputs, inputs, [grad], retain_graph=True, create_graph=again)
-        return _gradient(ctx, grad) - plain, grad, None, None
-
-
-def _gradient(ctx: Any, grad: Tensor) -> Tensor:
-    x = ctx.saved_tensors[0] if ctx.rule.needs_input else grad
-    of_x: Tensor = ctx.rule.backward(grad, x)
-    return of_x if of_x.dtype == ctx.dtype else of_x.to(ctx.dtype)
-
-
-def _plain_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    (x,) = ctx.saved_tensors
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        z = x if again else x.detach().requires_grad_()
-        compute, parameters, *_ = ctx.call
-        y = compute(z, *parameters)
-    of_x: Tensor = torch.autograd.grad(y, z, grad, create_graph=again)[0]
-    return of_x

@@ -15,6 +15,7 @@ from backpass.errors import UnknownNameError
 __all__ = [
     "ACTIVATIONS",
     "FUSED_ACTIVATIONS",
+    "SIMPLE",
     "WITHOUT_ACTIVATION",
     "Activation",
     "activations",
@@ -141,6 +142,13 @@ FUSED_ACTIVATIONS: Mapping[Callable[..., Any], str] = {
 """Torch functions that call activations out of reach, and the name of each."""
 
 _IN_PLACE = frozenset(function for function in _BY_FUNCTION if function.__name__.endswith("_"))
+
+SIMPLE = frozenset(
+    function
+    for function, activation in _BY_FUNCTION.items()
+    if function not in _IN_PLACE and activation.name not in ("prelu", "rrelu")
+)
+"""Functions that compute an activation of their first argument alone, without a random number."""
 
 
 def read_call(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from backpass.errors import BackpassError
-from backpass.rules.activation_rule import ActivationRule, kernel
+from backpass.rules.activation_rule import ActivationRule
 from backpass.rules.activations import WITHOUT_ACTIVATION, activations, is_relu
-from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.run import Asked
+from backpass.rules.kernels import computed, replaced
 from backpass.rules.pooling import MAX_POOLS, OPAQUE_MAX_POOLS, read_pool
 
 __all__ = ["BPA"]
@@ -65,12 +66,8 @@ class BPA(ActivationRule):
         s = torch.sigmoid(x)
         return grad * (s * (1 + x * (1 - s)))
 
-    def replace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the value with this rule's backward."""
-        return self._pool(func, args, kwargs, None) if func in MAX_POOLS else super().replace(func, args, kwargs)
-
     def replace_call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
     ) -> Any:
         """Return the value with the plain graph and this rule's backward; see `ActivationRule.replace_call`."""
         if func in MAX_POOLS:
@@ -78,21 +75,18 @@ class BPA(ActivationRule):
         return super().replace_call(func, args, kwargs, site)
 
     def replace_planned(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
     ) -> Any:
         """Return the value with this rule's backward, or, should ``site`` say so, with the plain one."""
         if func in MAX_POOLS:
             return self._pool(func, args, kwargs, site)
         return super().replace_planned(func, args, kwargs, site)
 
-    def _pool(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
-    ) -> Any:
+    def _pool(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None) -> Any:
         read = read_pool(func, args, kwargs, self.temperature)
         if read is None or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         x, pool = read
         if site is None:
-            return kernel(pool).apply(x, (pool.compute, (), pool, None))
-        override: Any = pool
-        return ActivationRule.replace_value(override, x, func(*args, **kwargs), site)
+            return computed(pool, None, x, pool.compute)
+        return replaced(pool, site, x, func(*args, **kwargs))

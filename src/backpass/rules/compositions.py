@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,18 +21,27 @@ from backpass.rules.attaching.run import SiteCall
 __all__ = [
     "BENT",
     "ELEMENTWISE",
+    "JOINS",
+    "LAYERS",
+    "MATRIX_PRODUCTS",
     "MIXES",
     "POWERS",
     "PRODUCTS",
     "REDUCTIONS",
+    "UNNAMED",
     "VIEWS",
     "Origin",
     "Origins",
+    "clamps_from_zero",
     "common_path",
     "composes",
     "constants",
     "gates",
+    "guarded",
+    "is_of_parameters",
     "is_query",
+    "limits",
+    "rectifies",
 ]
 
 
@@ -46,7 +56,7 @@ PRODUCTS = _functions("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__") |
 )
 """Functions that multiply or divide."""
 
-CHOICES = _functions("maximum minimum max min where")
+CHOICES = _functions("maximum minimum max min where masked_fill masked_fill_")
 """Functions that choose between tensors; of functions of one tensor they make another, such as a leaky ReLU."""
 
 BENT = _functions(
@@ -67,11 +77,34 @@ _SMOOTH = POWERS | _functions(
     "negative __neg__ abs __abs__ sqrt rsqrt reciprocal clone contiguous to float half bfloat16 double type type_as"
 )
 
-ELEMENTWISE = PRODUCTS | CHOICES | BENT | _SMOOTH
+ELEMENTWISE = PRODUCTS | CHOICES | BENT | _SMOOTH | _functions("fmax logaddexp")
 """Functions of which each output element depends on the input elements in its place."""
 
-MIXES = _functions("lerp lerp_ addcmul addcmul_ einsum")
+MATRIX_PRODUCTS = _functions("matmul __matmul__ __rmatmul__ bmm einsum")
+"""Functions that sum products."""
+
+MIXES = MATRIX_PRODUCTS | _functions("lerp lerp_ addcmul addcmul_")
 """Further functions that multiply tensors, and so may multiply by a gate."""
+
+LAYERS = _functions(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d bilinear addmm mm baddbmm "
+    "batch_norm layer_norm group_norm instance_norm rms_norm"
+)
+"""Functions whose value an activation follows."""
+
+JOINS = _functions("cat concat concatenate stack hstack vstack dropout dropout1d dropout2d mean")
+"""Functions after which a gate is still one."""
+
+SOFTPLUS = _functions("log log1p")
+"""Functions that make a softplus of an exponential."""
+
+UNNAMED = _functions("sin cos sinh cosh atan asinh erf expm1")
+"""Functions that are activations of a layer's value, of which the package does not know more, but for a composition."""
+
+_GREATER = _functions("maximum max fmax logaddexp")
+_CLAMPS = _functions("clamp clamp_ clip clip_ clamp_min clamp_min_")
+_DOMAINS = _functions("sqrt rsqrt log log1p log2 log10 reciprocal")
+_DIVISIONS = _functions("div div_ divide true_divide __truediv__ __itruediv__ __rtruediv__")
 
 VIEWS = frozenset((F.interpolate, F.upsample)) | _functions(
     "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split "
@@ -79,6 +112,7 @@ VIEWS = frozenset((F.interpolate, F.upsample)) | _functions(
 )
 """Functions that arrange the same elements anew, or resample them."""
 
+_PARAMETER_LIMIT = 32
 _SIGMOIDS = frozenset(("sigmoid", "hardsigmoid", "hsigmoid", "expit"))
 _QUERIES = frozenset(
     ("__get__", "__set__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "__len__")
@@ -102,9 +136,10 @@ class Origin:
         product: whether that activation is composed.
         learns: whether a parameter of the model is on the way.
         path: the last tensors on the way before it bends; an activation begins at one of them.
+        layer: whether it is the value of a layer, before it bends.
     """
 
-    __slots__ = ("bent", "direct", "learns", "numel", "path", "product", "sites", "source")
+    __slots__ = ("bent", "direct", "layer", "learns", "numel", "path", "product", "sites", "source")
 
     _LIMIT = 8
 
@@ -118,6 +153,7 @@ class Origin:
         product: bool = False,
         learns: bool = False,
         path: tuple[Tensor, ...] = (),
+        layer: bool = False,
     ) -> None:
         self.source = source
         self.bent = bent
@@ -126,6 +162,7 @@ class Origin:
         self.direct = direct
         self.product = product
         self.learns = learns
+        self.layer = layer
         self.path = path[-self._LIMIT :]
 
     @property
@@ -165,7 +202,7 @@ class Origins:
         for x in outputs:
             if isinstance(x, Tensor):
                 origin = self.of(x)
-                if origin.source is not x:
+                if origin.source is not x or origin.layer:
                     to.note(x, origin)
 
 
@@ -185,6 +222,8 @@ def composes(func: Callable[..., Any], origins: list[Origin], parametrised: bool
     """
     if func in CHOICES:
         return len(origins) > 1
+    if func in SOFTPLUS:
+        return origins[0].bent == "exp"
     if func in POWERS:
         return len(origins) == 1 and origins[0].direct is not None
     if func not in PRODUCTS or not any(origin.bent for origin in origins):
@@ -192,8 +231,69 @@ def composes(func: Callable[..., Any], origins: list[Origin], parametrised: bool
     return len(origins) > 1 or (origins[0].product and not parametrised)
 
 
-def gates(factors: list[Origin], product: Tensor) -> list[Origin]:
+def limits(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Return the limits between which a call clamps its tensor, or None if it does not clamp."""
+    if func not in _CLAMPS:
+        if func in _GREATER and len(args) == 2 and not kwargs and all(isinstance(x, Tensor) for x in args):
+            return (0, None) if any(_is_zero(x) for x in args) else None
+        return None
+    low, high = (*args[1:], None, None)[:2]
+    return kwargs.get("min", low), kwargs.get("max", high)
+
+
+def _is_zero(x: Any) -> bool:
+    """Return whether a limit is zero; tensors without a gradient count too."""
+    if isinstance(x, Tensor):
+        with suppress(RuntimeError):  # a tensor without a value, as vmap maps
+            return not x.requires_grad and not bool(x.any())
+        return False
+    return x is not None and bool(x == 0)
+
+
+def rectifies(limits: tuple[Any, Any] | None) -> bool:
+    """Return whether a clamp between these limits is a ReLU."""
+    return limits is not None and _is_zero(limits[0]) and limits[1] is None
+
+
+def clamps_from_zero(limits: tuple[Any, Any] | None) -> bool:
+    """Return whether a clamp between these limits may be a ReLU with an upper limit, or that of a pixel."""
+    return limits is not None and _is_zero(limits[0]) and limits[1] is not None
+
+
+def guarded(func: Callable[..., Any], operands: list[Tensor], origins: list[Origin]) -> list[SiteCall]:
+    """Return the clamps that only keep the operand of a root, a logarithm or a division in its domain."""
+    if func in _DIVISIONS:
+        origins = origins[1:] if len(operands) == 2 else []
+    elif func not in _DOMAINS:
+        return []
+    return [site for origin in origins for site in origin.sites if site.by_hand]
+
+
+def is_of_parameters(x: Tensor, origin: Origin) -> bool:
+    """Return whether a tensor is a function of the model's parameters alone, as far as it shows."""
+    if isinstance(origin.source, nn.Parameter) or isinstance(x._base, nn.Parameter):
+        return True
+    nodes, seen = [x.grad_fn], {x.grad_fn}
+    if x.grad_fn is None:
+        return False
+    while nodes:
+        node: Any = nodes.pop()
+        if not node.next_functions and not isinstance(getattr(node, "variable", None), nn.Parameter):
+            return False
+        for following, _ in node.next_functions:
+            if following is None or len(seen) > _PARAMETER_LIMIT:
+                return False  # a tensor without a gradient, as the model's input may be
+            if following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return True
+
+
+def gates(func: Callable[..., Any], factors: list[Origin], product: Tensor) -> list[Origin]:
     """Return the factors that gate a product of different tensors: sigmoids, and activations that are expanded."""
+    if func in MATRIX_PRODUCTS:
+        sigmoids = [factor for factor in factors if any(_is_sigmoid(site) for site in factor.sites)]
+        return sigmoids if len(factors) > 1 else []
     whole = [factor.numel >= product.numel() for factor in factors]
     return [
         factor
@@ -206,15 +306,18 @@ def _is_sigmoid(site: SiteCall) -> bool:
     return site.function.lower().replace("_", "") in _SIGMOIDS
 
 
-def constants(operands: list[Tensor], origins: list[Origin]) -> list[bool]:
+def constants(func: Callable[..., Any], operands: list[Tensor], origins: list[Origin]) -> list[bool]:
     """Return which operands only parametrise a function of another: single numbers, and the model's own parameters.
+
+    So do zeros that a function compares with.
 
     A tensor that another operand is a function of is no constant, whatever its size.
     """
+    choice = func in CHOICES or func in _GREATER
     sources = [origin.source for x, origin in zip(operands, origins, strict=True) if origin.source is not x]
     found = [
         origin.source is x
-        and (isinstance(x, nn.Parameter) or (x.numel() == 1 and x.grad_fn is None))
+        and (isinstance(x, nn.Parameter) or (x.numel() == 1 and x.grad_fn is None) or (choice and _is_zero(x)))
         and not any(x is source for source in sources)
         for x, origin in zip(operands, origins, strict=True)
     ]

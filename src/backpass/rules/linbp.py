@@ -7,15 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.activation_rule import ActivationAttached, ActivationRule
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.run import SiteCall
-from backpass.rules.residual import PerActivation, ResidualInterception
+from backpass.rules.attaching.run import Asked
+from backpass.rules.residual import ResidualInterception, ratio
 from backpass.rules.torch_internals import constant_while_tracing
 
 __all__ = ["LinBP"]
@@ -94,25 +93,22 @@ class LinBP(ActivationRule):
         # With dynamic=True, Dynamo would take the attribute for a symbol, which no backward pass of its can compare.
         return self.slope
 
-    def replace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the activation's value with a linear backward."""
-        if self.residual != "per_activation" or not torch.is_grad_enabled():
-            return super().replace(func, args, kwargs)
-        return self.replace_call(func, args, kwargs, None)
-
     def replace_planned(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
     ) -> Any:
         """Return the activation's value with a linear backward, or, should ``site`` say so, with the plain one."""
         if self.residual == "per_activation":
             return self.replace_call(func, args, kwargs, site)
         return super().replace_planned(func, args, kwargs, site)
 
-    def replace_value(self, x: Tensor, value: Tensor, site: SiteCall | None, learned: Tensor | None = None) -> Any:
+    def replace_value(self, x: Tensor, value: Tensor, site: Asked | None, learned: Tensor | None = None) -> Any:
         """Return ``value``, computed from x, with a linear backward; see `ActivationRule.replace_value`."""
         if self.residual != "per_activation":
             return super().replace_value(x, value, site, learned)
         if is_dynamo_compiling():
             raise BackpassError('residual="per_activation" does not work under torch.compile: use residual="plain".')
-        apply: Callable[..., Any] = PerActivation.apply
-        return apply(x, value, learned, self, site)
+        return self.replace_learned(x, value, site)
+
+    def adjusted(self, of_x: Tensor, plain: Tensor) -> Tensor:
+        """Return the gradient of x, with ``residual="per_activation"`` of the norm of the plain one."""
+        return of_x * ratio(plain, of_x) if self.residual == "per_activation" else of_x

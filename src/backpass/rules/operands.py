@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from backpass.errors import BackpassError
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.interception import Interception, ModuleCall
+from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.run import ModuleCall, SiteCall
 from backpass.rules.places import Place, check_places
 from backpass.rules.rule import Rule
 from backpass.rules.sites import Site

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from backpass.errors import BackpassError
 from backpass.rules.activations import WITHOUT_ACTIVATION
-from backpass.rules.attaching.interception import ModuleCall, outer_interceptions
+from backpass.rules.attaching.interception import outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.run import ModuleCall, SiteCall
 from backpass.rules.operands import OperandAttached, OperandInterception, OperandRule, Operands, positions
 from backpass.rules.torch_internals import body_below_modes, constant_while_tracing
 

@@ -12,8 +12,8 @@ from torch import nn
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
-from backpass.rules.implicit.direction import ProximalStep
-from backpass.rules.implicit.step import ProximalAtStep, ProximalAttached, optimizers_of
+from backpass.rules.implicit.proximal import ProximalAttached, ProximalStep
+from backpass.rules.implicit.step import ProximalAtStep, optimizers_of
 from backpass.rules.places import Place, check_places
 from backpass.rules.rule import Rule
 from backpass.rules.sites import Site

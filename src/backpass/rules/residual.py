@@ -20,19 +20,17 @@ from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError
 from backpass.rules.activation_calls import ActivationInterception
-from backpass.rules.attaching.interception import ModuleCall
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.run import ModuleCall, SiteCall
 from backpass.rules.blocks import SUMS, Block, Blocks, writes_sum
 
-__all__ = ["PerActivation", "ResidualInterception"]
+__all__ = ["ResidualInterception", "ratio"]
 
 
 class ResidualInterception(ActivationInterception):
     """An interception that scales the gradients of residual branches."""
 
     follows = False
-    unattended = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -118,33 +116,10 @@ class _Renormalized(torch.autograd.Function):
         with block.plain():
             plain = block.gradient(grad)
         # The branch itself brings l; this adds what is lacking to decay alpha l.
-        return grad, (ctx.decay * _ratio(plain, linear) - 1) * linear, None, None
+        return grad, (ctx.decay * ratio(plain, linear) - 1) * linear, None, None
 
 
-class PerActivation(torch.autograd.Function):
-    """(x, value, learned) -> value; backward scales the rule's gradient of x to the norm of the plain one."""
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any, x: Tensor, value: Tensor, learned: Tensor | None, rule: Any, site: SiteCall | None
-    ) -> Tensor:
-        ctx.rule, ctx.site, ctx.dtype, ctx.learns = rule, site, x.dtype, learned is not None
-        edge = torch.autograd.graph.get_gradient_edge
-        ctx.way = ([edge(value)], [edge(x)]) if x.requires_grad and value.requires_grad else None
-        return value.data
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        if ctx.way is None or (ctx.site is not None and not ctx.site.active()):
-            return None, grad, None, None, None
-        again = torch.is_grad_enabled()
-        outputs, inputs = ctx.way
-        (plain,) = torch.autograd.grad(outputs, inputs, [grad], retain_graph=True, create_graph=again)
-        of_x = ctx.rule.backward(grad, grad).to(ctx.dtype)
-        return of_x * _ratio(plain, of_x), None, grad if ctx.learns else None, None, None
-
-
-def _ratio(goal: Tensor, x: Tensor) -> Tensor:
+def ratio(goal: Tensor, x: Tensor) -> Tensor:
     """Return |goal|_2 / |x|_2 per sample, and 1 where x vanishes."""
     norm = _norm(x)
     return torch.where(norm > 0, _norm(goal) / norm.where(norm > 0, torch.ones_like(norm)), 1.0)

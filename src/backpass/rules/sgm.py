@@ -11,9 +11,8 @@ from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError, NoSiteError
 from backpass.rules.activations import WITHOUT_ACTIVATION
-from backpass.rules.attaching.interception import ModuleCall
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.run import ModuleCall, SiteCall
 from backpass.rules.blocks import SUMS, writes_sum
 from backpass.rules.branches import branch_of_sum, new_features
 from backpass.rules.operands import OperandAttached, OperandInterception, OperandRule, Operands

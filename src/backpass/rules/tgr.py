@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
 from backpass.rules.activations import ACTIVATIONS, WITHOUT_ACTIVATION
-from backpass.rules.attaching.interception import ModuleCall, choose, outer_interceptions
+from backpass.rules.attaching.interception import choose, outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.run import ModuleCall, SiteCall
 from backpass.rules.blocks import SUMS
 from backpass.rules.operands import OperandRule, Operands
 from backpass.rules.pna import PNA, AttentionAttached, AttentionInterception

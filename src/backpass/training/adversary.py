@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
+from weakref import finalize, ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpass.attacks import FAB, Attack, AutoAttack
+from backpass.attacks.checks import NotFiniteLogitsError
+from backpass.attacks.losses import Loss
 from backpass.attacks.search import SearchAttack
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
 from backpass.preserved import preserved
-from backpass.rules import Rule
-from backpass.training.adversarial_examples import AdversarialExamples, local_model
+from backpass.rules import Attached, Rule, unwrap
 from backpass.training.batches import Batch
 from backpass.training.objective import CrossEntropy, Evaluated, Plain, select
+from backpass.training.processes import local_model
+from backpass.training.randomness import mixed
 
-__all__ = ["AdversarialTraining", "divergence"]
+__all__ = ["AdversarialExamples", "AdversarialTraining", "divergence"]
+
+_LENGTHS = ("eps", "step", "start_eps", "noise")
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class AdversarialTraining:
                     f"TRADES maximises a divergence, and {type(self.attack).__name__} with loss {self.attack.loss!r} "
                     "chooses its losses itself: use PGD, IFGSM, MIFGSM, FGSM, APGD or Square."
                 )
-        self._cross_entropy  # noqa: B018  it checks label_smoothing
+        self.evaluation  # noqa: B018  it checks label_smoothing
 
     @cached_property
     def examples(self) -> AdversarialExamples:
@@ -94,21 +102,9 @@ class AdversarialTraining:
         return AdversarialExamples(self.attack, self.rule, self.warmup)
 
     @cached_property
-    def _cross_entropy(self) -> CrossEntropy:
+    def evaluation(self) -> CrossEntropy:
+        """Objective of the evaluation set: cross-entropy of the clean samples."""
         return CrossEntropy(label_smoothing=self.label_smoothing, logits=self.attack.logits)
-
-    @property
-    def logits(self) -> Any:
-        """Selector of the logits in the model's output: the attack's."""
-        return self.attack.logits
-
-    def losses(self, output: Any, y: Tensor) -> Tensor:
-        """Return the cross-entropy of each sample, (B,): the loss of an evaluation set."""
-        return self._cross_entropy.losses(output, y)
-
-    def correct(self, output: Any, y: Tensor) -> Tensor | None:
-        """Compare predictions with labels, (B,) bool."""
-        return self._cross_entropy.correct(output, y)
 
     def check_targets(self, y: Tensor, output: Any, where: str) -> None:
         """Compare all labels with the output's number of classes.
@@ -118,7 +114,7 @@ class AdversarialTraining:
         """
         if y.is_floating_point():
             raise BackpassError(f"adversarial training needs integer labels{where}, got {y.dtype} {tuple(y.shape)}.")
-        self._cross_entropy.check_targets(y, output, where)
+        self.evaluation.check_targets(y, output, where)
 
     def close(self) -> None:
         """Remove the rule of the examples from the model."""
@@ -126,35 +122,32 @@ class AdversarialTraining:
 
     def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
         """Evaluate the objective; `Evaluated.correct` and its metric are about x', of TRADES `correct` about x."""
-        reference: Tensor | None = None
+        chosen = self.attack.logits
+        against: Loss | None = None
         if self.trades is not None:
             inside = local_model(model)
             with preserved(inside), torch.no_grad():
-                reference = select(inside(batch.x), self.logits)
+                reference = select(inside(batch.x), chosen)
 
-        def against(logits: Tensor, row: Tensor) -> Tensor:
-            assert reference is not None  # noqa: S101  TRADES alone calls this
-            return divergence(reference[row].to(logits.dtype), logits)
+            def against(logits: Tensor, row: Tensor) -> Tensor:
+                return divergence(reference[row].to(logits.dtype), logits)
 
-        x_adv = self.examples(model, batch, plain, None if reference is None else against)
+        x_adv = self.examples(model, batch, plain, against)
 
         def evaluate(model: nn.Module, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             """Return losses (B,), and the logits at x (for TRADES) and x'."""
             y = batch.y[rows]
             if self.trades is None:
-                output = model(x_adv[rows])
-                losses = self.losses(output, y)
-                logits = select(output, self.logits)
-                return losses, logits, logits
-            clean, near = select(model(torch.cat([batch.x[rows], x_adv[rows]])), self.logits).chunk(2)
-            losses = self._cross_entropy.with_logits(clean, y) + self.trades * divergence(clean, near)
+                logits = select(model(x_adv[rows]), chosen)
+                return self.evaluation.with_logits(logits, y, "none"), logits, logits
+            clean, near = select(model(torch.cat([batch.x[rows], x_adv[rows]])), chosen).chunk(2)
+            losses = self.evaluation.with_logits(clean, y, "none") + self.trades * divergence(clean, near)
             return losses, clean, near
 
         losses, clean, near = evaluate(model, slice(None))
         right = near.detach().argmax(1) == batch.y
         return Evaluated(
             loss=losses.mean(),
-            losses=losses.detach(),
             correct=clean.detach().argmax(1) == batch.y,
             metrics={"adversarial_accuracy": right.float().mean()},
             again=lambda model, rows: evaluate(model, rows)[0].mean(),
@@ -175,3 +168,88 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """
     log_p, log_q = F.log_softmax(reference.float(), 1), F.log_softmax(logits.float(), 1)
     return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+class AdversarialExamples:
+    """Compute x_adv of a batch, the end of one search of the attack.
+
+    The model is in eval mode meanwhile: BatchNorm uses its running statistics and does not move them, and nothing is
+    dropped out. The random draws for a sample are made from (attack.seed, batch.seed, batch.epoch, its position in the
+    data), so that a resumed run, and any number of processes, get the same examples.
+
+    Args:
+        attack: inner maximiser; its `restarts` and `early_stop` have no effect, because each sample is searched once
+            and to the end. AutoAttack, which is no single search, is run as it is.
+        rule: rule for its gradients; None for plain backpropagation.
+        warmup: epochs in which eps, and every other length of the attack, rises in equal parts, as in `scaled`.
+    """
+
+    def __init__(self, attack: Attack, rule: Rule | None, warmup: int) -> None:
+        self.attack, self.rule, self.warmup = attack, rule, warmup
+        self._attached: Attached | None = None
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._rest = ExitStack()  # outside of searches the rule is attached and suspended
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        plain: Plain,
+        value: Loss | None = None,
+    ) -> Tensor:
+        """Return x_adv (B, ...) for ``batch.x``, or x itself where outputs are not finite, which the loss shows.
+
+        Args:
+            model: the network; a DDP wrapper is removed.
+            batch: samples to perturb.
+            plain: returns a context without the rules that update the weights.
+            value: function to maximise instead of the attack's loss, (logits (B, C), row (B,)) -> (B,).
+
+        Raises:
+            BackpassError: as the attack does.
+        """
+        inside = local_model(model)
+        attack = replace(
+            scaled(self.attack, min(1.0, (batch.epoch + 1) / (self.warmup + 1))),
+            seed=mixed(self.attack.seed, batch.seed, batch.epoch),
+        )
+        with plain(), self._ruled(inside):
+            try:
+                if isinstance(attack, SearchAttack):
+                    return attack.search(inside, batch.x, batch.y, indices=batch.index, value=value)
+                return attack(inside, batch.x, batch.y, indices=batch.index).x_adv
+            except NotFiniteLogitsError:
+                x: Tensor = batch.x
+                return x
+
+    def close(self) -> None:
+        """Remove the rule from the model; a later call attaches it again."""
+        if self._attached is not None:
+            self._rest.close()
+            self._attached.remove()
+            self._attached = None
+
+    @contextmanager
+    def _ruled(self, model: nn.Module) -> Iterator[None]:
+        if self.rule is None:
+            yield
+            return
+        if self._attached is None or self._model() is not unwrap(model):
+            self.close()
+            self._attached, self._model = self.rule.attach(model), ref(unwrap(model))
+            finalize(self, self._attached.remove)
+        self._rest.close()
+        try:
+            yield
+        finally:
+            self._rest.enter_context(self._attached.suspended())
+
+
+def scaled(attack: Attack, factor: float) -> Attack:
+    """Return the attack with its eps, step, start and noise multiplied by a factor in (0, 1]."""
+    lengths: dict[str, Any] = {
+        field.name: tuple(one * factor for one in value) if isinstance(value, tuple) else value * factor
+        for field in fields(attack)
+        if field.name in _LENGTHS and (value := getattr(attack, field.name)) is not None
+    }
+    return attack if factor == 1.0 else replace(attack, **lengths)

@@ -9,7 +9,7 @@ from torch import nn
 
 from backpass.errors import BackpassError
 from backpass.sde import svag_weights
-from backpass.training.batches import Batch
+from backpass.training.batches import Batch, chosen
 from backpass.training.objective import Evaluated, Objective, Plain
 
 __all__ = ["Amplified"]
@@ -40,6 +40,11 @@ class Amplified:
     def __post_init__(self) -> None:
         svag_weights(self.amplification)
 
+    @property
+    def evaluation(self) -> Objective:
+        """Objective of the evaluation set."""
+        return getattr(self.objective, "evaluation", self.objective)
+
     def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
         """Evaluate the objective on both halves; losses and metrics other than ``loss`` are plain means.
 
@@ -54,11 +59,12 @@ class Amplified:
                 "and drop_last=True."
             )
         middle = len(batch) // 2
-        halves = [
-            self.objective(model, replace(batch, x=batch.x[rows], y=batch.y[rows], index=batch.index[rows]), plain)
-            for rows in (slice(0, middle), slice(middle, None))
-        ]
-        first, second = halves
+
+        def on(rows: slice) -> Evaluated:
+            part = replace(batch, x=chosen(batch.x, rows), y=batch.y[rows], index=batch.index[rows])
+            return self.objective(model, part, plain)
+
+        first, second = halves = [on(slice(0, middle)), on(slice(middle, None))]
         plus, minus = svag_weights(self.amplification)
         answers = [one.correct for one in halves if one.correct is not None]
         return Evaluated(

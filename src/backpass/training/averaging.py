@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,41 +12,32 @@ from torch import Tensor, nn
 from backpass.errors import BackpassError
 from backpass.training.processes import like, whole
 
-__all__ = ["Average", "Averaging"]
+__all__ = ["Averaging", "read_average"]
 
 
-@dataclass(frozen=True)
-class Average:
-    """Average of the weights theta_k over the steps k.
+def read_average(text: str) -> tuple[Literal["ema", "polyak"], float]:
+    """Return kind and amount of an average of the weights theta_k over the steps k, from its text form.
 
     ``"ema:d"``: a_1 = theta_1, a_k = d a_{k-1} + (1 - d) theta_k, 0 < d < 1.
     ``"polyak:f"``: the mean over the last part f of all steps, 0 < f <= 1.
     Source: Polyak and Juditsky, Acceleration of stochastic approximation by averaging (1992).
+
+    Raises:
+        BackpassError: the text has another form.
     """
-
-    kind: Literal["ema", "polyak"]
-    amount: float
-
-    @classmethod
-    def parse(cls, text: str) -> Average:
-        """Read the text form.
-
-        Raises:
-            BackpassError: the text has another form.
-        """
-        kind, _, number = text.partition(":") if isinstance(text, str) else ("", "", "")
-        try:
-            amount = float(number)
-        except ValueError:
-            amount = -1.0
-        if kind == "ema" and 0 < amount < 1:
-            return cls("ema", amount)
-        if kind == "polyak" and 0 < amount <= 1:
-            return cls("polyak", amount)
-        raise BackpassError(
-            f'average is "ema:d" with 0 < d < 1, or "polyak:f" with 0 < f <= 1 (the last part f of the steps), '
-            f"for instance ema:0.999; got {text!r}."
-        )
+    kind, _, number = text.partition(":") if isinstance(text, str) else ("", "", "")
+    try:
+        amount = float(number)
+    except ValueError:
+        amount = -1.0
+    if kind == "ema" and 0 < amount < 1:
+        return "ema", amount
+    if kind == "polyak" and 0 < amount <= 1:
+        return "polyak", amount
+    raise BackpassError(
+        f'average is "ema:d" with 0 < d < 1, or "polyak:f" with 0 < f <= 1 (the last part f of the steps), for '
+        f"instance ema:0.999; got {text!r}."
+    )
 
 
 class Averaging:
@@ -56,15 +46,17 @@ class Averaging:
     It is kept in float32 at least. Other buffers are those of the model.
 
     Args:
-        average: kind of average.
+        average: text form of the average.
         model: model whose weights are averaged.
         steps: optimizer steps of the whole run.
     """
 
-    def __init__(self, average: Average, model: nn.Module, steps: int) -> None:
-        self._average = average
-        self._names, self._tensors = _averaged(model)
-        self._skip = steps - max(1, round(average.amount * steps)) if average.kind == "polyak" else 0
+    def __init__(self, average: str, model: nn.Module, steps: int) -> None:
+        kind, self._amount = read_average(average)
+        self._decays = kind == "ema"
+        self._skip = 0 if self._decays else steps - max(1, round(self._amount * steps))
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._of = {name: tensor for name, tensor in named if tensor.is_floating_point()}
         self.count = 0
         self.values: list[Tensor] = []
 
@@ -74,22 +66,16 @@ class Averaging:
         if step <= self._skip:
             return
         self.count += 1
-        now = [tensor.detach().to(_wide(tensor)) for tensor in self._tensors]
+        now = [one.detach().to(torch.promote_types(one.dtype, torch.float32)) for one in self._of.values()]
         if self.count == 1:
             self.values = [tensor.clone() for tensor in now]
             return
-        weight = 1 - self._average.amount if self._average.kind == "ema" else 1 / self.count
-        torch._foreach_lerp_(self.values, now, weight)
-
-    @property
-    def begun(self) -> bool:
-        """Return whether there is an average yet."""
-        return self.count > 0
+        torch._foreach_lerp_(self.values, now, 1 - self._amount if self._decays else 1 / self.count)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Give the model the averaged weights, and its own again afterwards."""
-        own = [tensor.detach().clone() for tensor in self._tensors]
+        own = [tensor.detach().clone() for tensor in self._of.values()]
         try:
             self._write(self.values)
             yield
@@ -98,25 +84,14 @@ class Averaging:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {"count": self.count, "values": dict(zip(self._names, map(whole, self.values), strict=False))}
+        return {"count": self.count, "values": dict(zip(self._of, map(whole, self.values), strict=False))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.count, values = state["count"], state["values"]
-        pairs = zip(self._names, self._tensors, strict=True)
-        self.values = [like(values[name], tensor) for name, tensor in pairs] if values else []
+        self.values = [like(values[name], tensor) for name, tensor in self._of.items()] if values else []
 
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
-        for tensor, value in zip(self._tensors, values, strict=True):
+        for tensor, value in zip(self._of.values(), values, strict=True):
             tensor.copy_(value)
-
-
-def _averaged(model: nn.Module) -> tuple[list[str], list[Tensor]]:
-    named = [*model.named_parameters(), *model.named_buffers()]
-    chosen = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
-    return [name for name, _ in chosen], [tensor for _, tensor in chosen]
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

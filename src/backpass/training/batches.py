@@ -1,20 +1,33 @@
-"""Batches of a training run: samples, order, and the part of each process."""
+"""Batches of a training run: order of the samples, and the part of each process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backpass.errors import BackpassError
-from backpass.training.orders import Order, mixed
+from backpass.training.randomness import mixed, seeded
 from backpass.training.sources import Source
 
-__all__ = ["Batch", "Batches", "Prepare", "to_unit_interval", "unit_interval"]
+_LOG = logging.getLogger(__name__)
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Order",
+    "Prepare",
+    "chosen",
+    "epoch_order",
+    "forward",
+    "to_unit_interval",
+    "unit_interval",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,7 +35,8 @@ class Batch:
     """Samples that a process computes at once; with several processes or parts, one slice of a step's samples.
 
     Attributes:
-        x: (B, ...) inputs, prepared, on the model's device.
+        x: (B, ...) inputs, prepared, on the model's device; or a dict of these, with which the model is called by
+            keyword.
         y: (B,) labels, or (B, ...) targets.
         index: (B,) int64, the samples' positions in the training data.
         epoch: counted from 0.
@@ -30,7 +44,7 @@ class Batch:
         seed: the run's seed; random draws for a sample are made from (seed, index, epoch).
     """
 
-    x: Tensor
+    x: Any
     y: Tensor
     index: Tensor
     epoch: int
@@ -41,18 +55,181 @@ class Batch:
         return len(self.y)
 
 
-Prepare = Callable[[Tensor, Batch], Tensor]
+Prepare = Callable[[Any, Batch], Any]
 """(x, batch) -> x, on the model's device: augmentation, normalization. ``batch.x`` is the same x."""
 
 
-def to_unit_interval(x: Tensor, batch: Batch) -> Tensor:
-    """Convert uint8 images to floats in [0, 1]; leave other tensors as they are."""
+def to_unit_interval(x: Any, batch: Batch) -> Any:
+    """Convert uint8 images to floats in [0, 1]; leave other inputs as they are."""
     return unit_interval(x)
 
 
-def unit_interval(x: Tensor) -> Tensor:
-    """Convert uint8 images to floats in [0, 1]; leave other tensors as they are."""
-    return x.to(torch.get_default_dtype()).div_(255) if x.dtype == torch.uint8 else x
+def unit_interval(x: Any) -> Any:
+    """Convert uint8 images to floats in [0, 1]; leave other inputs as they are."""
+    if isinstance(x, Tensor) and x.dtype == torch.uint8:
+        return x.to(torch.get_default_dtype()).div_(255)
+    return x
+
+
+def forward(model: nn.Module, x: Any) -> Any:
+    """Call the model; with a dict of inputs by keyword."""
+    return model(**x) if isinstance(x, Mapping) else model(x)
+
+
+def chosen(x: Any, rows: slice | Tensor) -> Any:
+    """Return some rows of the inputs."""
+    return {name: one[rows] for name, one in x.items()} if isinstance(x, Mapping) else x[rows]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the trainer's own order of an epoch: a permutation of 0..count-1 for (seed, epoch), int64 on the CPU."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed(seed, epoch)))
+
+
+class Order:
+    """Batches of positions in the data, epoch by epoch.
+
+    A sampler of a ``DataLoader`` is asked once per epoch, with the generators of torch, Python and NumPy seeded by
+    (seed, epoch); ``set_epoch`` is called where it exists. To resume, the state of its ``generator`` (or its own
+    ``state_dict``) is restored; a sampler without either is iterated once for each epoch that went before. The hash
+    of the order proves that the resumed epoch is the interrupted one.
+
+    Args:
+        source: the data.
+        size: samples of a batch; None where the sampler yields batches.
+        seed: seed of the order.
+        drop_last: drop an incomplete last batch.
+
+    Raises:
+        BackpassError: a batch is larger than the data, or the sampler has no length.
+    """
+
+    def __init__(self, source: Source, size: int | None, seed: int, drop_last: bool) -> None:
+        self._source, self._size, self._seed, self._drop_last = source, size, seed, drop_last
+        self._drawn: tuple[int, list[Tensor]] | None = None
+        self._before: dict[str, Any] = {}
+        sampler = source.sampler
+        self._name = type(sampler).__name__
+        try:
+            self._count = len(source if sampler is None else sampler)
+        except (TypeError, NotImplementedError) as error:
+            raise BackpassError(
+                f"{self._name} has no __len__, so the steps of the run are not known: define it."
+            ) from error
+        if size is not None and size > self._count:
+            raise BackpassError(f"batch_size={size} is more than the {self._count} samples of the data: lower it.")
+
+    def __len__(self) -> int:
+        """Batches of an epoch, as the sampler announces them."""
+        return self._count if self._size is None else len(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes of the batches where they are known before the sampler is asked; else empty."""
+        if self._size is None:
+            return []
+        whole, rest = divmod(self._count, self._size)
+        return [self._size] * whole + [rest] * (rest > 0 and not self._drop_last)
+
+    def draw(self, epoch: int) -> list[Tensor]:
+        """Return the batches of an epoch, each (B,) int64 positions.
+
+        Raises:
+            BackpassError: the sampler yields nothing, or something else than positions.
+        """
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._before = self.states()
+            self._drawn = epoch, self._iterate(epoch)
+        return self._drawn[1]
+
+    def _iterate(self, epoch: int) -> list[Tensor]:
+        source, count = self._source, len(self._source)
+        if source.sampler is None:
+            return self._cut(epoch_order(count, self._seed, epoch))
+        for one in self._stateful():
+            if hasattr(one, "set_epoch"):
+                one.set_epoch(epoch)
+        with seeded(mixed(self._seed, epoch)):
+            found = list(source.sampler)
+        try:
+            lists = found if source.in_batches else [found]
+            batches = [torch.tensor([int(one) for one in batch], dtype=torch.int64) for batch in lists]
+        except (TypeError, ValueError) as error:
+            raise BackpassError(f"a sampler must yield positions of samples, whole numbers: {error}.") from error
+        if not batches or not all(map(len, batches)):
+            raise BackpassError(f"{self._name} yields {'an empty batch' if len(batches) > 1 else 'no sample'}.")
+        samples = torch.cat(batches)
+        if self._count not in (len(found), len(samples)):
+            _LOG.warning(
+                "%s announces %d and yields %d in epoch %d: the steps of the run and its schedule are those announced.",
+                self._name, self._count, len(found), epoch + 1,
+            )  # fmt: skip
+        if int(samples.min()) < 0 or int(samples.max()) >= count:
+            raise BackpassError(
+                f"{self._name} yields positions {int(samples.min())} to {int(samples.max())} of a data set of {count}."
+            )
+        return batches if source.in_batches else self._cut(samples)
+
+    def _cut(self, samples: Tensor) -> list[Tensor]:
+        assert self._size is not None  # noqa: S101  only batch samplers have none
+        batches = [one for one in torch.split(samples, self._size) if len(one) == self._size or not self._drop_last]
+        if not batches:
+            raise BackpassError(f"{self._name} yields {len(samples)} samples, fewer than batch_size={self._size}.")
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the last epoch drawn, its hash, and the sampler's state before it."""
+        if self._source.sampler is None or self._drawn is None:
+            return {}
+        epoch, batches = self._drawn
+        return {"epoch": epoch, "digest": _digest(batches), "before": self._before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Bring the sampler to where it was.
+
+        Raises:
+            BackpassError: the sampler yields another order than before.
+        """
+        self._drawn = None
+        if not state:
+            return
+        if state["before"]:
+            self.restore(state["before"])
+        for epoch in range(state["epoch"] if state["before"] else 0, state["epoch"] + 1):
+            drawn = self.draw(epoch)
+        if _digest(drawn) != state["digest"]:
+            raise BackpassError(
+                f"{self._name} yields another order in epoch {state['epoch'] + 1} than in the interrupted run, so it "
+                "cannot be resumed exactly. Make the sampler anew, as for the first start, and give it a generator "
+                "(torch.Generator), or state_dict and load_state_dict."
+            )
+
+    def _stateful(self) -> list[Any]:
+        outer = self._source.sampler
+        return [one for one in (outer, getattr(outer, "sampler", None)) if one is not None]
+
+    def states(self) -> dict[str, Any]:
+        """Return the states of the sampler's generators, or its own."""
+        states: dict[str, Any] = {}
+        for place, one in enumerate(self._stateful()):
+            if hasattr(one, "state_dict") and hasattr(one, "load_state_dict"):
+                states[f"state {place}"] = one.state_dict()
+            elif isinstance(getattr(one, "generator", None), torch.Generator):
+                states[f"generator {place}"] = one.generator.get_state()
+        return states
+
+    def restore(self, states: dict[str, Any]) -> None:
+        """Set the sampler to states that `states` returned."""
+        for place, one in enumerate(self._stateful()):
+            if f"state {place}" in states:
+                one.load_state_dict(states[f"state {place}"])
+            elif f"generator {place}" in states:
+                one.generator.set_state(states[f"generator {place}"])
+
+
+def _digest(batches: Sequence[Tensor]) -> str:
+    content = torch.cat(list(batches)).numpy().tobytes() + repr(list(map(len, batches))).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +251,7 @@ class Batches:
         channels_last: convert images (B, C, H, W) to this memory format.
 
     Raises:
-        BackpassError: a batch would be larger than the data, or smaller than the number of processes.
+        BackpassError: a batch has fewer samples than there are processes.
     """
 
     source: Source
@@ -106,21 +283,17 @@ class Batches:
             BackpassError: a batch of the sampler has fewer samples than there are processes.
         """
         drawn = self.order.draw(epoch)
-        sizes = [b - a for a, b in pairwise(drawn.cuts)]
-        self._check(sizes)
-        rows = [self._slices(a, b) for a, b in pairwise(drawn.cuts)]
-        flat = [drawn.samples[one] for parts in rows for one in parts]
-        before = sum(len(parts) for parts in rows[:start])
-        there = drawn.samples.to(self.device)  # one transfer per epoch: one in each step would wait for the device
-        reader = self.source.read(flat, before, self.device, mixed(self.seed, epoch, self.rank))
-        for place in range(start, len(sizes)):
-            parts = [
-                self._batch(
-                    *next(reader), there[one], {"epoch": epoch, "step": step + place - start, "seed": self.seed}
-                )
-                for one in rows[place]
-            ]
-            yield parts, sizes[place], place + 1 == len(sizes)
+        self._check(list(map(len, drawn)))
+        steps = [self._parts(batch) for batch in drawn]
+        rows = [part for parts in steps for part in parts]
+        before = sum(map(len, steps[:start]))
+        # One transfer per epoch: one in each step would wait for the device.
+        placed = iter(torch.split(torch.cat(rows).to(self.device), list(map(len, rows)))[before:])
+        reader = self.source.read(rows, before, self.device, mixed(self.seed, epoch, self.rank))
+        for place in range(start, len(drawn)):
+            numbers = {"epoch": epoch, "step": step + place - start, "seed": self.seed}
+            parts = [self._batch(*next(reader), next(placed), numbers) for _ in steps[place]]
+            yield parts, len(drawn[place]), place + 1 == len(drawn)
 
     def _check(self, sizes: Sequence[int]) -> None:
         least = min(sizes, default=self.processes)
@@ -131,16 +304,17 @@ class Batches:
                 f"batch_size{last}."
             )
 
-    def _batch(self, x: Tensor, y: Tensor, index: Tensor, numbers: dict[str, Any]) -> Batch:
+    def _parts(self, batch: Tensor) -> Sequence[Tensor]:
+        """Return the parts of a batch that this process computes."""
+        if self.processes == self.parts == 1:
+            return [batch]
+        own = batch.tensor_split(self.processes)[self.rank]
+        return own.tensor_split(min(self.parts, len(own)))
+
+    def _batch(self, x: Any, y: Tensor, index: Tensor, numbers: dict[str, Any]) -> Batch:
         prepared = self.prepare(x, Batch(x=x, y=y, index=index, **numbers))
-        if self.channels_last and prepared.dim() == 4:
+        if not isinstance(prepared, Tensor | Mapping):
+            raise BackpassError(f"prepare must return the inputs of the model, got {type(prepared).__name__}.")
+        if self.channels_last and isinstance(prepared, Tensor) and prepared.dim() == 4:
             prepared = prepared.contiguous(memory_format=torch.channels_last)
         return Batch(x=prepared, y=y, index=index, **numbers)
-
-    def _slices(self, first: int, end: int) -> list[slice]:
-        """Return the parts of one batch that this process computes, as slices of the epoch's samples."""
-        count = end - first
-        begin, stop = (first + count * rank // self.processes for rank in (self.rank, self.rank + 1))
-        parts = min(self.parts, stop - begin)
-        cuts = [begin + (stop - begin) * part // parts for part in range(parts + 1)]
-        return [slice(a, b) for a, b in pairwise(cuts)]

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
 from backpass.errors import BackpassError
 from backpass.preserved import preserved
-from backpass.training.batches import Batch, unit_interval
-from backpass.training.objective import correct, select
-from backpass.training.orders import Order
+from backpass.training.batches import Batch, Order, forward, unit_interval
+from backpass.training.objective import CrossEntropy, correct, select
 from backpass.training.processes import from_all, from_first, is_sharded, rank, summed, world
 from backpass.training.sources import Source
 
@@ -47,8 +46,8 @@ class Evaluation:
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._settings, self._model, self._plain, self._autocast = settings, model, plain, autocast
-        objective = settings.objective
-        self._loss = getattr(objective, "losses", _cross_entropy)
+        objective = getattr(settings.objective, "evaluation", settings.objective)
+        self._loss = getattr(objective, "losses", CrossEntropy().losses)
         self._correct = getattr(objective, "correct", correct)
         self._logits = getattr(objective, "logits", None)
 
@@ -63,13 +62,13 @@ class Evaluation:
             _share_buffers(self._model)
             sums = torch.zeros(4, dtype=torch.float64, device=self._settings.device)
             for x, y, counted in self._read(source):
-                output = self._model(x)
+                output = forward(self._model, x)
                 if not counted:
                     continue
                 right = self._correct(output, y)
-                losses = self._loss(output, y).double().sum()
-                known = torch.zeros_like(sums[1]) if right is None else right.sum()
-                sums += torch.stack([losses, known, losses.new_tensor(right is not None), losses.new_tensor(len(y))])
+                sums[0] += self._loss(output, y).sum(dtype=torch.float64)
+                sums[1] += 0 if right is None else right.sum()
+                sums[2:] += torch.tensor([right is not None, len(y)], device=sums.device)
                 if self._settings.metrics:
                     outputs.append(tree_map(_on_cpu, (select(output, self._logits), y)))
             loss, hits, classified, count = summed(sums).tolist()
@@ -112,7 +111,7 @@ class Evaluation:
                 )
             )
 
-    def _read(self, source: Source) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    def _read(self, source: Source) -> Iterator[tuple[Any, Tensor, bool]]:
         """Yield this process's batches, each to be counted or, to keep sharded processes in step, only computed."""
         own_size = source.batch_size if source.batch_size not in (None, 1) else self._settings.batch_size
         size = -(-(own_size or 256) // world())
@@ -123,10 +122,9 @@ class Evaluation:
         for place, (x, y) in enumerate(source.read(rows, 0, self._settings.device, 0)):
             yield self._prepare(x), y, place < len(own)
 
-    def _prepare(self, x: Tensor) -> Tensor:
-        prepare = self._settings.prepare_evaluation or unit_interval
-        x = prepare(x)
-        if self._settings.channels_last and x.dim() == 4:
+    def _prepare(self, x: Any) -> Any:
+        x = (self._settings.prepare_evaluation or unit_interval)(x)
+        if self._settings.channels_last and isinstance(x, Tensor) and x.dim() == 4:
             return x.contiguous(memory_format=torch.channels_last)
         return x
 
@@ -143,7 +141,7 @@ def check_targets(settings: Trainer, model: nn.Module) -> None:
     if check is None or is_sharded(model):
         return
 
-    def prepare(x: Tensor, y: Tensor) -> Tensor:
+    def prepare(x: Tensor, y: Tensor) -> Any:
         index = torch.arange(len(x), device=x.device)
         return settings.prepare(x, Batch(x=x, y=y, index=index, epoch=0, step=0, seed=settings.seed))
 
@@ -158,10 +156,9 @@ def check_targets(settings: Trainer, model: nn.Module) -> None:
             images = prepared(x, y)
             try:
                 output = model(images)
-            except RuntimeError as error:
-                raise BackpassError(
-                    f"the model does not take x{where}, for two samples {images.dtype} {tuple(images.shape)}: {error}"
-                ) from error
+            except (RuntimeError, TypeError) as error:
+                got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else f"{images!r}"
+                raise BackpassError(f"the model does not take x{where}, for two samples {got}: {error}") from error
         check(source.tensors[1], output, where)
 
 
@@ -174,15 +171,11 @@ def _rows(source: Source, size: int) -> Iterator[Tensor]:
     states = order.states()
     drawn = order.draw(0)
     order.restore(states)
-    yield from torch.split(drawn.samples, size)
+    yield from torch.split(torch.cat(drawn), size)
 
 
 def _on_cpu(value: Any) -> Any:
     return value.detach().float().cpu() if isinstance(value, Tensor) and value.is_floating_point() else value.cpu()
-
-
-def _cross_entropy(output: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(output, y, reduction="none")
 
 
 def _numbers(measured: object, expected: str) -> dict[str, float]:
@@ -191,7 +184,7 @@ def _numbers(measured: object, expected: str) -> dict[str, float]:
             return {str(name): float(value) for name, value in measured.items()}
         except (TypeError, ValueError, RuntimeError):
             pass
-    raise BackpassError(f"{expected}; got {measured!r}.")
+    raise BackpassError(f"{expected}; got {reprlib.repr(measured)}.")
 
 
 def _share_buffers(model: nn.Module) -> None:

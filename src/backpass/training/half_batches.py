@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,28 @@ from backpass.preserved import preserved
 from backpass.rules import attachments, unwrap
 from backpass.sde import InnerLoop
 from backpass.sde.derivative import value_and_along
+from backpass.training.batches import Batch
+from backpass.training.objective import Evaluated
 from backpass.training.processes import summed, world
 
-__all__ = ["AttackedHalf", "Products", "half_losses", "on_halves", "products"]
+__all__ = ["AttackedHalf", "Measuring", "Products", "half_losses", "halves", "products"]
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """Scheduler that measures the objective before a step.
+
+    Attributes:
+        due: measure before the next step.
+
+    An attribute ``frozen_curvature``, if it is there and true, accepts the curvature at fixed adversarial examples
+    where they move with the parameters.
+    """
+
+    due: bool
+
+    def measure(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Measure the objective on halves of the batch."""
 
 
 class Products(NamedTuple):
@@ -76,14 +95,50 @@ def half_losses(
         raise BackpassError(
             f"adversary must be an InnerLoop, for instance InnerLoop(steps=3, eta=0.1), or None; got {adversary!r}."
         )
-    inner = unwrap(model)
-    if adversary is not None:
-        middle = len(x) // 2
-        first, second = (
-            AttackedHalf(inner, loss, x[rows], y[rows], adversary) for rows in (slice(0, middle), slice(middle, len(x)))
+    if adversary is None:
+        return _on_halves(model, len(x), lambda inner, rows: loss(inner(x[rows]), y[rows]))
+    first, second = (AttackedHalf(unwrap(model), loss, x[rows], y[rows], adversary) for rows in _halves(len(x)))
+    return first, second
+
+
+def halves(
+    evaluated: Evaluated,
+    batch: Batch,
+    model: nn.Module,
+    autocast: Callable[[], AbstractContextManager[object]],
+    *,
+    frozen_curvature: bool = False,
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return two functions, each the scalar objective on one half of this process's batch, with graph.
+
+    Adversarial examples are not searched again; rules are suspended; running statistics and random numbers are
+    restored.
+
+    Raises:
+        BackpassError: the objective cannot be evaluated again, its examples move with the parameters, or there is no
+            second half.
+    """
+    again = evaluated.again
+    if again is None:
+        raise BackpassError(
+            "this scheduler measures on halves of a batch, so the objective has to give Evaluated(again=...), a "
+            "function (model, rows) -> the mean loss on some rows of the batch."
         )
-        return first, second
-    return on_halves(inner, len(x), lambda rows: loss(inner(x[rows]), y[rows]))
+    if evaluated.moves and not frozen_curvature:
+        raise BackpassError(
+            "the adversarial examples of this objective move with the parameters: the curvature at fixed examples is "
+            "not that of training, and the trainer cannot differentiate through the attack. Use an l_inf attack, whose "
+            "steps are signs; or a loop with half_losses(model, loss, x, y, adversary=InnerLoop(...)); or accept the "
+            "difference by ControlledLR(..., frozen_curvature=True)."
+        )
+    if len(batch) < 2:
+        raise BackpassError("this scheduler measures on halves of a batch: batch_size must be at least 2 per process.")
+
+    def evaluate(inner: nn.Module, rows: slice) -> Tensor:
+        with autocast():
+            return again(inner, rows)
+
+    return _on_halves(model, len(batch), evaluate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,23 +201,28 @@ class AttackedHalf:
         return self.x + self.adversary.run(ascent, self.x)
 
 
-def on_halves(
-    model: nn.Module, count: int, evaluate: Callable[[slice], Tensor]
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Return functions that call ``evaluate(rows)`` on the first and on the second half of ``count`` samples.
+def _halves(count: int) -> tuple[slice, slice]:
+    return slice(0, count // 2), slice(count // 2, count)
 
-    Rules attached to the model are suspended during the call; its buffers and the generators are restored.
+
+def _on_halves(
+    model: nn.Module, count: int, evaluate: Callable[[nn.Module, slice], Tensor]
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return functions that call ``evaluate(model, rows)`` on the halves of ``count`` samples, without rules.
+
+    The model is called without its wrappers: a schedule may differentiate twice, which compiled code cannot.
     """
+    inner = unwrap(model)
 
     def on(rows: slice) -> Callable[[], Tensor]:
         def evaluated() -> Tensor:
-            with _plain(model):
-                return evaluate(rows)
+            with _plain(inner):
+                return evaluate(inner, rows)
 
         return evaluated
 
-    middle = count // 2
-    return on(slice(0, middle)), on(slice(middle, count))
+    first, second = map(on, _halves(count))
+    return first, second
 
 
 @contextmanager

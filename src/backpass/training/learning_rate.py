@@ -14,12 +14,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
 from backpass.training.half_batches import half_losses, products
-from backpass.training.step_metric import largest_rate, step_weights
 
 __all__ = ["ControlledLR", "Measured", "half_losses"]
 
 _SHORTEST = 10
-"""Measurements in the shortest window; before there are as many the rate stays."""
+_SHORTEST_STEPS = 30
+"""Measurements in the shortest window, and steps that it spans; before there are as many the rate stays. The growth of
+1/l is held in an interval, so that noise of shorter averages would raise its mean."""
 
 
 class Measured(NamedTuple):
@@ -53,7 +54,7 @@ class ControlledLR(LRScheduler):
     spreads the parameters most where the curvature is small, so d weighs the curvatures by their inverse, as the
     excess loss does. One curvature product serves both, H2 (g1 + s d) with s of alternating sign. In adversarial
     training H is the derivative of the mean gradient through the attack (`half_losses` with an ``adversary``).
-    Averages reach over the last tenth of the measurements.
+    Averages reach over the last tenth of the measurements, at least 10 of them and 30 steps.
 
     With unequal curvatures a rate that falls faster than 1 / (2 a_min k) never reaches the flat directions, while one
     that falls too slowly by a factor c costs the factor 1 / (c (2 - c)) in excess loss: hence a slope of 1/2, for which
@@ -168,12 +169,13 @@ class ControlledLR(LRScheduler):
             raise BackpassError(
                 f"measure takes the losses of the two halves of a batch, two functions as half_losses gives; got {got}."
             )
-        weights = step_weights(self.optimizer, self._base_rates())
+        weights = _step_weights(self.optimizer, self._base_rates())
         if weights is None:
             return  # Adam's scales come with its first step
         parameters = self._parameters()
         n = self.measurements + 1
-        part = 1 / min(n, max(_SHORTEST, n * self.window))
+        shortest = max(_SHORTEST, math.ceil(_SHORTEST_STEPS / self.every))
+        part = 1 / min(n, max(shortest, n * self.window))
         place = _flat([p.detach() for p in parameters])
         average = self.average if self.measurements else place
         away = place - average
@@ -198,9 +200,9 @@ class ControlledLR(LRScheduler):
             self.along += part * (sign * along / found.scale - self.along)
             self.length += part * (length - self.length)
         cost = self._rate() * self._loss()
-        if n >= _SHORTEST and cost > 0:
+        if n >= shortest and cost > 0:
             pace = min(max(2 - self.progress / cost, 0.0), 2.0)
-            largest = largest_rate(self.optimizer, self._base_rates())
+            largest = _largest_rate(self.optimizer, self._base_rates())
             self.inverse += self.every * self.slope * pace * largest * max(self._curvature(), 0.0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,9 +226,60 @@ class ControlledLR(LRScheduler):
 
     def _rate(self) -> float:
         """The largest effective rate at present."""
-        return largest_rate(self.optimizer, self._base_rates()) / self.inverse
+        return _largest_rate(self.optimizer, self._base_rates()) / self.inverse
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """One vector, in float32 at least."""
     return torch.cat([one.reshape(-1).to(torch.promote_types(one.dtype, torch.float32)) for one in tensors])
+
+
+def _largest_rate(optimizer: Optimizer, rates: list[float]) -> float:
+    """The largest effective rate of the groups, lr / (1 - momentum): a heavy ball takes that many gradients each.
+
+    Args:
+        optimizer: whose groups.
+        rates: a learning rate for each.
+    """
+    return max(rate * _momentum(group) for rate, group in zip(rates, optimizer.param_groups, strict=True))
+
+
+@torch.no_grad()
+def _step_weights(optimizer: Optimizer, rates: list[float]) -> list[Tensor] | None:
+    """The w >= 0 with mean step -s w g, s the `_largest_rate`: one tensor per parameter, of its shape or a number.
+
+    w is the group's rate relative to s, and for Adam and its kin (a state ``exp_avg_sq``) and RMSprop
+    (``square_avg``) also divided by their root mean square gradient. Other optimizers count as descent along g.
+
+    Returns:
+        The weights of all parameters in order; None before the first step of an optimizer that has yet to see
+        gradients.
+    """
+    largest = _largest_rate(optimizer, rates)
+    weights = []
+    for rate, group in zip(rates, optimizer.param_groups, strict=True):
+        relative = rate * _momentum(group) / largest if largest > 0 else 1.0
+        for parameter in group["params"]:
+            root = _root_mean_square(optimizer.state.get(parameter, {}), group)
+            if root is not None:
+                weights.append(relative / (root + group["eps"]))
+            elif "eps" in group and parameter.requires_grad and not optimizer.state.get(parameter):
+                return None
+            else:
+                weights.append(parameter.new_tensor(relative))
+    return weights
+
+
+def _momentum(group: dict[str, Any]) -> float:
+    momentum = float(group.get("momentum", 0.0))
+    dampening = float(group.get("dampening", 0.0)) if momentum else 0.0
+    return (1 - dampening) / (1 - momentum) if momentum < 1 else 1.0
+
+
+def _root_mean_square(state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
+    if "exp_avg_sq" in state:
+        squares: Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+        decay: float = group["betas"][1]
+        unbiased: Tensor = squares / (1 - decay ** float(state["step"]))
+        return unbiased.sqrt()
+    return state["square_avg"].sqrt() if "square_avg" in state else None

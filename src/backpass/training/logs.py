@@ -9,10 +9,10 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -41,13 +41,11 @@ class Logger(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self) -> None:
+    def open(self, folder: Path | None, settings: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter
-
-    def open(self, folder: Path | None, settings: dict[str, Any], step: int) -> None:
-        self._writer = self._writer(str(Path(folder or ".") / "tensorboard"), purge_step=step + 1)
+        writer: Any = SummaryWriter
+        self._writer = writer(str(Path(folder or ".") / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -58,14 +56,11 @@ class _TensorBoard:
 
 
 class _WandB:
-    def __init__(self) -> None:
+    def open(self, folder: Path | None, settings: dict[str, Any], step: int) -> None:
         import wandb
 
-        self._wandb: Any = wandb
-
-    def open(self, folder: Path | None, settings: dict[str, Any], step: int) -> None:
-        name = (folder or Path("run")).name
-        self._run = self._wandb.init(dir=folder, name=name, id=_identifier(folder), resume="allow", config=settings)
+        known = _note(folder, "wandb-run", lambda: os.urandom(8).hex())
+        self._run = wandb.init(dir=folder, name=_name(folder), id=known, resume="allow", config=settings)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
@@ -75,24 +70,37 @@ class _WandB:
 
 
 class _MLflow:
-    def __init__(self) -> None:
+    def open(self, folder: Path | None, settings: dict[str, Any], step: int) -> None:
         import mlflow
 
         self._mlflow: Any = mlflow
-
-    def open(self, folder: Path | None, settings: dict[str, Any], step: int) -> None:
-        note = None if folder is None else folder / "mlflow-run"
-        known = note.read_text() if note is not None and note.exists() else None
-        run = self._mlflow.start_run(run_id=known, run_name=(folder or Path("run")).name)
-        if note is not None and known is None:
-            note.write_text(run.info.run_id)
-            self._mlflow.log_dict(settings, "settings.json")
+        known = _note(folder, "mlflow-run", lambda: None)
+        run = mlflow.start_run(run_id=known, run_name=_name(folder))
+        if folder is not None and known is None:
+            _note(folder, "mlflow-run", lambda: run.info.run_id)
+            mlflow.log_dict(settings, "settings.json")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._mlflow.log_metrics({name: float(value) for name, value in numbers.items()}, step=step)
+        self._mlflow.log_metrics(dict(numbers), step=step)
 
     def close(self) -> None:
         self._mlflow.end_run()
+
+
+def _name(folder: Path | None) -> str:
+    return (folder or Path("run")).name
+
+
+def _note(folder: Path | None, name: str, make: Callable[[], str | None]) -> str | None:
+    """Return the identifier in a file of the folder, written if needed, so that a resumed run continues its record."""
+    if folder is None:
+        return None
+    if (folder / name).exists():
+        return (folder / name).read_text()
+    made = make()
+    if made is not None:
+        write_whole(folder / name, made)
+    return made
 
 
 _LOGGERS: dict[str, type[Any]] = {"mlflow": _MLflow, "tensorboard": _TensorBoard, "wandb": _WandB}
@@ -107,36 +115,41 @@ class Logs:
     Args:
         folder: folder to write to; None writes nothing.
         loggers: further loggers, or their names.
-
-    Raises:
-        BackpassError: the package of a logger is not installed.
     """
 
     def __init__(self, folder: Path | None, loggers: Sequence[str | Logger]) -> None:
-        self._folder, self._stream = folder, None
-        self._length = 0
+        self._folder, self._content = folder, bytearray()  # of log.jsonl
         self._run: dict[str, Any] = {}
-        self._loggers = [_logger(one) for one in loggers]
-
-    _stream: BinaryIO | None
+        self._loggers: list[Logger] = [_LOGGERS[one]() if isinstance(one, str) else one for one in loggers]
+        self._opened: list[Logger] = []
 
     def open(self, offset: int, step: int, settings: dict[str, Any]) -> None:
-        """Begin, or continue after ``offset`` bytes of the log and ``step`` steps."""
+        """Begin, or continue after ``offset`` bytes of the log and ``step`` steps.
+
+        Raises:
+            BackpassError: the package of a logger is not installed.
+        """
         for logger in self._loggers:
-            logger.open(self._folder, settings, step)
+            try:
+                logger.open(self._folder, settings, step)
+            except ImportError as error:
+                name = type(logger).__name__.strip("_").lower()
+                extra = "'backpass[lab]'" if name == "tensorboard" else name
+                raise BackpassError(
+                    f"the logger {name} needs its package, which is not installed: pip install {extra}, or leave it "
+                    "out; log.jsonl has the same numbers."
+                ) from error
+            self._opened.append(logger)
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "log.jsonl"
-        self._stream = path.open("a+b", buffering=0)
-        there = path.stat().st_size
-        if there < offset:
-            _LOG.warning(
-                "%s has lost %d bytes since the checkpoint: records are missing from it.", path, offset - there
-            )
-        self._length = min(offset, there)
-        self._stream.truncate(self._length)
-        self._run = {"settings": settings, "environment": _environment()}
+        path, self._run = self._folder / "log.jsonl", {"settings": settings, "environment": _environment()}
+        self._content[:] = path.read_bytes()[:offset] if path.exists() else b""
+        if len(self._content) < offset:
+            lost = offset - len(self._content)
+            _LOG.warning("%s has lost %d bytes since the checkpoint: records are missing from it.", path, lost)
+        if path.exists():  # with records of steps that are taken again
+            with _reported():
+                write_whole(path, bytes(self._content))
 
     def record(self, record: dict[str, Any], seconds: float) -> None:
         """Write one record, and the seconds since the run was started or resumed.
@@ -148,69 +161,67 @@ class Logs:
         numbers = dict(_scalars(record, record["kind"]))
         for logger in self._loggers:
             logger.log(record["step"], numbers)
-        if self._folder is None or self._stream is None:
+        if self._folder is None:
             return
-        line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
         timing = {"kind": record["kind"], "step": record["step"], "seconds": round(seconds, 6), "time": time.time()}
-        path = self._folder / "log.jsonl"
-        try:
-            self._restore(path)
-            _append(self._stream, line)
-            self._length += len(line)
-            path = self._folder / "timing.jsonl"
-            with path.open("ab", buffering=0) as stream:
-                _append(stream, (json.dumps(timing) + "\n").encode())
-        except OSError as error:
-            raise BackpassError(
-                f"{path} cannot be written: {error.strerror}. The checkpoints are kept: make room, and continue by "
-                "fit(resume=True) or --resume."
-            ) from error
+        with _reported():
+            path = self._mended(self._folder)
+            self._content += _line(record)
+            _append(path, _line(record))
+            _append(self._folder / "timing.jsonl", _line(timing))
 
-    def _restore(self, path: Path) -> None:
-        """Put the log back where it was deleted or replaced; its records are still in the open file."""
-        assert self._stream is not None  # noqa: S101  the caller has checked
-        ours = os.fstat(self._stream.fileno())
-        if ours.st_size != self._length:
-            _LOG.warning(
-                "%s was changed by another program: it has %d bytes, not %d.", path, ours.st_size, self._length
-            )
-            self._length = ours.st_size
-        with suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), ours):
-                return
-        _LOG.warning("%s was deleted or replaced during the run: its records are written again.", path)
-        self._stream.seek(0)
-        content = self._stream.read()
-        self._stream.close()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
-        self._stream = path.open("a+b", buffering=0)
+    def _mended(self, folder: Path) -> Path:
+        """Return the log's path, after writing all records again where another program has deleted or changed it."""
+        path = folder / "log.jsonl"
+        if (path.stat().st_size if path.exists() else 0) != len(self._content):
+            _LOG.warning("%s was deleted or changed by another program: its records are written again.", path)
+            write_whole(path, bytes(self._content))
+        return path
 
     def offset(self) -> int:
         """Return the length of the log in bytes; it is on the disk when this returns."""
-        if self._stream is None:
-            return 0
-        os.fsync(self._stream.fileno())
-        return self._length
+        if self._folder is not None and self._content:
+            with _reported(), self._mended(self._folder).open("rb") as stream:
+                os.fsync(stream.fileno())
+        return len(self._content)
 
     def status(self, status: Status, numbers: dict[str, Any]) -> None:
         """Write ``run.json``."""
-        if self._folder is not None and self._stream is not None:
+        if self._folder is not None:
             content = {"status": status, **numbers, "updated": time.time(), **self._run}
-            write_whole(self._folder / "run.json", (json.dumps(_finite(content), indent=2) + "\n").encode())
+            with _reported():
+                write_whole(self._folder / "run.json", json.dumps(_finite(content), indent=2) + "\n")
 
     def close(self) -> None:
-        """Close all files and loggers."""
-        if self._stream is not None:
-            self._stream.close()
-        for logger in self._loggers:
+        """Close all loggers."""
+        for logger in self._opened:
             logger.close()
 
 
-def _append(stream: BinaryIO, content: bytes) -> None:
-    """Write all bytes without a buffer, so that nothing half-written is tried again later."""
-    while content:
-        content = content[stream.write(content) :]
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Append all bytes without a buffer, so that nothing half-written is tried again later."""
+    try:
+        with path.open("ab", buffering=0) as stream:
+            while content:
+                content = content[stream.write(content) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Report a full disk with the file, and how to continue."""
+    try:
+        yield
+    except OSError as error:
+        raise BackpassError(
+            f"{error.filename} cannot be written: {error.strerror}. The checkpoints are kept: make room, and continue "
+            "by fit(resume=True) or --resume."
+        ) from error
 
 
 def check_loggers(loggers: Sequence[str | Logger]) -> None:
@@ -226,31 +237,6 @@ def check_loggers(loggers: Sequence[str | Logger]) -> None:
             raise UnknownNameError("logger", one, _LOGGERS)
         if not isinstance(one, str) and not all(callable(getattr(one, m, None)) for m in ("open", "log", "close")):
             raise BackpassError(f"a logger must have the methods open, log and close; got {one!r}.")
-
-
-def _logger(one: str | Logger) -> Logger:
-    if not isinstance(one, str):
-        return one
-    try:
-        made: Logger = _LOGGERS[one]()
-    except ImportError as error:
-        extra = "'backpass[lab]'" if one == "tensorboard" else one
-        raise BackpassError(
-            f"the logger {one} needs its package, which is not installed: pip install {extra}, or leave it out; "
-            "log.jsonl has the same numbers."
-        ) from error
-    return made
-
-
-def _identifier(folder: Path | None) -> str | None:
-    """Return one identifier per folder, so that a resumed run continues its record."""
-    if folder is None:
-        return None
-    note = folder / "wandb-run"
-    if not note.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(os.urandom(8).hex())
-    return note.read_text()
 
 
 def _environment() -> dict[str, Any]:

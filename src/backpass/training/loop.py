@@ -16,14 +16,13 @@ from backpass.errors import BackpassError
 from backpass.rules import Attached, unwrap
 from backpass.rules.implicit.systems import NotFiniteError
 from backpass.rules.semi_implicit.backward import DivergedError
-from backpass.training.averaging import Average, Averaging
+from backpass.training.averaging import Averaging
 from backpass.training.batches import Batches
 from backpass.training.checkpoint import Checkpoints
-from backpass.training.divergence import Divergence
 from backpass.training.evaluation import Evaluation
 from backpass.training.interruption import Interrupted, Interruption
 from backpass.training.logs import Logs, Status
-from backpass.training.meter import Meter, Totals
+from backpass.training.meter import Divergence, Meter
 from backpass.training.processes import any_process, distributed, from_first, is_sharded, rank, whole, world
 from backpass.training.progress import Progress, TrainingResult
 from backpass.training.settings import seconds_between
@@ -51,6 +50,7 @@ class Loop:
 
     def __init__(self, settings: Trainer, attached: Sequence[Attached], interruption: Interruption) -> None:
         self._settings, self._interruption, self._begun = settings, interruption, time.perf_counter()
+        self._attached = attached
         self._device, self._alone = settings.device, world() == 1
         self._batches = Batches(
             source=settings.source,
@@ -64,13 +64,16 @@ class Loop:
             channels_last=settings.channels_last,
         )
         self._steps = min(settings.epochs * len(self._batches), settings.max_steps or 2**62)
-        core = unwrap(settings.model)
-        called = _compiled(settings)
+        called = settings.model
+        if settings.compile:
+            if is_sharded(called):
+                raise BackpassError("a model sharded by fully_shard cannot be compiled: leave out compile.")
+            called = cast(nn.Module, torch.compile(called, **({} if settings.compile is True else settings.compile)))
         meter = Meter(self._device)
         self._update = Update(settings, distributed(called, self._device), attached, meter)
         self._evaluate = Evaluation(settings, called, self._update.plain, self._update.autocast)
-        average = None if settings.average is None else Average.parse(settings.average)
-        self._averaging = None if average is None else Averaging(average, core, self._steps)
+        average = settings.average
+        self._averaging = None if average is None else Averaging(average, unwrap(called), self._steps)
         self._scheduler = cast(LRScheduler | None, settings.scheduler)
         self._position = Position()
         self._state = RunState(
@@ -80,7 +83,6 @@ class Loop:
             attached=attached,
             averaging=self._averaging,
             meter=meter,
-            totals=Totals(),
             divergence=Divergence(settings.diverged_above),
         )
         folder = settings.path
@@ -96,6 +98,9 @@ class Loop:
         position = self._position
         try:
             self._status("running")
+            if position.epoch >= self._settings.epochs or self._ended:
+                for rule in self._attached:
+                    rule.remove()  # it would warn that nothing called the model
             self._evaluate_at_mark()
             while position.epoch < self._settings.epochs and not self._ended:
                 self._epoch()
@@ -131,7 +136,7 @@ class Loop:
     def _open(self, resume: Resume) -> None:
         """Restore a checkpoint, or write the first one, so that there is always one to resume from."""
         settings, checkpoints = self._settings, self._checkpoints
-        description = {**settings.description, "epochs": settings.epochs, "processes": world()}
+        description = self._state.description()
         settings.order.load_state_dict({})
         if checkpoints is None:
             if resume is True:
@@ -199,15 +204,10 @@ class Loop:
             self._stop_if_asked()
 
     def _record_steps(self) -> None:
-        reading, position = self._state.meter.read(), self._position
-        norm = self._update.gradient_norm()
-        self._state.totals.add(reading)
-        record = {"kind": "step", "step": position.step, "epoch": position.epoch + 1, "loss": reading.loss}
-        if reading.accuracy is not None:
-            record["accuracy"] = reading.accuracy
-        record |= {**reading.metrics, "lr": self._rates(), "gradient_norm": norm}
-        self._record(record)
-        diverged = self._state.divergence.check(reading.losses, position.step, norm)
+        (numbers, losses), norm, position = self._state.meter.read(), self._update.gradient_norm(), self._position
+        record = {"kind": "step", "step": position.step, "epoch": position.epoch + 1, **numbers}
+        self._record({**record, "lr": self._rates(), "gradient_norm": norm})
+        diverged = self._state.divergence.check(losses, position.step, norm)
         if diverged is not None:
             self._end_as_diverged(diverged)
 
@@ -229,7 +229,7 @@ class Loop:
 
     def _evaluations(self) -> dict[str, Any]:
         found = {"evaluation": self._evaluate()}
-        if self._averaging is not None and self._averaging.begun:
+        if self._averaging is not None and self._averaging.count:
             with self._averaging.applied():
                 found["averaged"] = self._evaluate()
         return found
@@ -238,8 +238,8 @@ class Loop:
         settings, position = self._settings, self._position
         position.epoch, position.within = position.epoch + 1, 0
         record: dict[str, Any] = {"kind": "epoch", "epoch": position.epoch, "step": position.step}
-        record |= {**self._state.totals.means(), "lr": self._rates()}
-        self._state.totals.clear()
+        record |= {**self._state.meter.epoch(), "lr": self._rates()}
+        self._state.meter.forget_epoch()
         final, every = position.epoch == settings.epochs, settings.evaluate_every
         if settings.evaluated and every is not None and (final or position.epoch % every == 0):
             record |= self._evaluations()
@@ -305,16 +305,10 @@ class Loop:
         numbers: dict[str, Any] = {"epoch": position.epoch, "step": position.step, "diverged": self._diverged}
         if self._stopped is not None:
             numbers["stopped"] = self._stopped
-        try:
-            self._logs.status(status, {**numbers, "last": position.history[-1] if position.history else None})
-        except OSError as error:
-            raise BackpassError(
-                f"{error.filename} cannot be written: {error.strerror}. The checkpoints are kept: make room, and "
-                "continue by fit(resume=True) or --resume."
-            ) from error
+        self._logs.status(status, {**numbers, "last": position.history[-1] if position.history else None})
 
     def _averaged(self) -> dict[str, torch.Tensor] | None:
-        if self._averaging is None or not self._averaging.begun:
+        if self._averaging is None or not self._averaging.count:
             return None
         with self._averaging.applied():
             state = unwrap(self._settings.model).state_dict()
@@ -322,18 +316,3 @@ class Loop:
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._begun
-
-
-def _compiled(settings: Trainer) -> nn.Module:
-    """Return the model as one process calls it.
-
-    Raises:
-        BackpassError: it is sharded, and to be compiled.
-    """
-    model = settings.model
-    if not settings.compile:
-        return model
-    if is_sharded(model):
-        raise BackpassError("a model sharded by fully_shard cannot be compiled by the trainer: leave out compile.")
-    options = {} if settings.compile is True else dict(settings.compile)
-    return cast(nn.Module, torch.compile(model, **options))

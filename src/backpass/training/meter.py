@@ -1,10 +1,9 @@
-"""Numbers of the steps since the last record, read from the device once per record."""
+"""Numbers of a run's steps: losses, accuracy, metrics, and the criterion for divergence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,83 +11,11 @@ from torch import Tensor
 
 from backpass.training.processes import summed, world
 
-__all__ = ["Meter", "Reading", "Totals"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Numbers of the steps since the last record, over all processes.
-
-    Attributes:
-        losses: mean loss of each step's batch.
-        counts: samples of each step.
-        correct: number of samples classified correctly, before their step; None without classification.
-        metrics: metrics of the objective, each the mean over the steps.
-    """
-
-    losses: list[float]
-    counts: list[int]
-    correct: int | None
-    metrics: dict[str, float]
-
-    @property
-    def loss(self) -> float:
-        """Mean loss over the steps."""
-        return math.fsum(self.losses) / len(self.losses)
-
-    @property
-    def accuracy(self) -> float | None:
-        """Accuracy in [0, 1], or None."""
-        return None if self.correct is None else self.correct / sum(self.counts)
-
-
-class Totals:
-    """The readings of an epoch, added up."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Reset all sums."""
-        self._sums: dict[str, float] = {"loss": 0.0}
-        self._samples, self._steps, self._correct, self._classified = 0, 0, 0, False
-
-    def add(self, reading: Reading) -> None:
-        """Add one reading."""
-        losses = zip(reading.losses, reading.counts, strict=True)
-        self._sums["loss"] += math.fsum(loss * count for loss, count in losses)
-        for name, value in reading.metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value * len(reading.losses)
-        self._samples += sum(reading.counts)
-        self._steps += len(reading.losses)
-        self._correct += reading.correct or 0
-        self._classified = self._classified or reading.correct is not None
-
-    def means(self) -> dict[str, float]:
-        """Return the means of loss and accuracy over samples, and of metrics over steps."""
-        means = {name: value / self._steps for name, value in self._sums.items()}
-        means["loss"] = self._sums["loss"] / self._samples
-        return {**means, "accuracy": self._correct / self._samples} if self._classified else means
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
-        return {
-            "sums": dict(self._sums),
-            "samples": self._samples,
-            "steps": self._steps,
-            "correct": self._correct,
-            "classified": self._classified,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self._sums = dict(state["sums"])
-        self._samples, self._steps = state["samples"], state["steps"]
-        self._correct, self._classified = state["correct"], state["classified"]
+__all__ = ["Divergence", "Meter"]
 
 
 class Meter:
-    """Keeps each step's numbers on the device until they are read, so that no step waits for the device.
+    """Keep each step's numbers on the device until they are read, so that no step waits for it; add up an epoch's.
 
     Args:
         device: where the numbers are.
@@ -96,6 +23,7 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.forget_epoch()
         self._clear()
 
     def _clear(self) -> None:
@@ -103,72 +31,119 @@ class Meter:
         self._scalars: list[Tensor] = []  # of all steps, one after the other, in the order of the names
         self._correct: list[Tensor] = []
         self._counts: list[int] = []
-        self._restored: tuple[Tensor, int] | None = None  # scalars (steps, names) and correct answers
 
-    def __len__(self) -> int:
-        return len(self._counts)
+    def forget_epoch(self) -> None:
+        """Begin the sums of an epoch anew."""
+        self._sums: dict[str, float] = {}
+        self._samples, self._steps = 0, 0
 
     def add(self, scalars: Mapping[str, Tensor], correct: Sequence[Tensor], samples: int) -> None:
         """Add one step.
 
         Args:
-            scalars: ``loss`` and the objective's metrics; their mean over the processes is that of the batch.
+            scalars: ``loss`` and the objective's metrics, detached; their mean over the processes is the batch's.
             correct: (B,) bool of this process's parts, or nothing.
             samples: of the step, over all processes.
         """
         self._names = list(scalars)
-        self._scalars += [value.detach() for value in scalars.values()]
+        self._scalars += scalars.values()
         self._correct += correct
         self._counts.append(samples)
 
-    def read(self) -> Reading:
-        """Return the numbers of all steps since the last reading. Every process calls this after the same steps."""
-        scalars, correct, classified = self._local()
-        everything = summed(torch.cat([scalars.flatten(), correct[None]])).tolist()
-        right, steps = int(everything.pop()), len(scalars)
-        columns = {name: everything[place :: len(self._names)] for place, name in enumerate(self._names)}
-        means = {name: [value / world() for value in column] for name, column in columns.items()}
-        reading = Reading(
-            losses=means.pop("loss"),
-            counts=self._counts,
-            correct=right if classified else None,
-            metrics={name: math.fsum(column) / steps for name, column in means.items()},
-        )
+    def read(self) -> tuple[dict[str, float], list[float]]:
+        """Return the numbers of the steps since the last reading, and the loss of each.
+
+        Loss and metrics are means over the steps; accuracy, of a classifier, over the samples. Every process calls
+        this after the same steps.
+        """
+        numbers = summed(torch.cat([self._stacked(), self._hits()[None]])).tolist()
+        hits, steps, samples = numbers.pop(), len(self._counts), sum(self._counts)
+        columns = {
+            name: [value / world() for value in numbers[place :: len(self._names)]]
+            for place, name in enumerate(self._names)
+        }
+        losses = columns.pop("loss")
+        means = {name: math.fsum(column) / steps for name, column in columns.items()}
+        sums = {"loss": math.fsum(map(float.__mul__, losses, map(float, self._counts)))}
+        sums |= {name: math.fsum(column) for name, column in columns.items()}
+        record = {"loss": math.fsum(losses) / steps}
+        if self._correct:
+            sums["accuracy"] = hits
+            record["accuracy"] = hits / samples
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._samples, self._steps = self._samples + samples, self._steps + steps
         self._clear()
-        return reading
+        return {**record, **means}, losses
+
+    def epoch(self) -> dict[str, float]:
+        """Return the means of the epoch: of loss and accuracy over samples, of metrics over steps."""
+        over = {"loss": self._samples, "accuracy": self._samples}
+        return {name: value / over.get(name, self._steps) for name, value in self._sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this process's steps that were not read yet."""
-        if not self._counts:
-            return {}
-        scalars, correct, classified = self._local()
+        """Return the epoch's sums, and this process's steps that were not read yet."""
         return {
+            "epoch": [self._sums, self._samples, self._steps],
             "names": self._names,
-            "scalars": scalars.cpu(),
-            "correct": int(correct) if classified else None,
+            "scalars": self._stacked().cpu(),
+            "correct": self._hits().cpu() if self._correct else None,
             "counts": self._counts,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self._clear()
-        if state:
-            self._names, self._counts = list(state["names"]), list(state["counts"])
-            self._restored = state["scalars"], state["correct"]
+        sums, self._samples, self._steps = state["epoch"]
+        self._sums, self._names, self._counts = dict(sums), list(state["names"]), list(state["counts"])
+        self._scalars = list(state["scalars"].to(self._device))
+        self._correct = [] if state["correct"] is None else [state["correct"].to(self._device)[None]]
 
-    def _local(self) -> tuple[Tensor, Tensor, bool]:
-        """Scalars (steps, names) and the number of correct answers, in float64; whether there are answers."""
-        rows = torch.zeros(0, len(self._names), dtype=torch.float64, device=self._device)
-        correct = torch.zeros((), dtype=torch.float64, device=self._device)
-        classified = bool(self._correct)
-        if self._restored is not None:
-            before, right = self._restored
-            rows, classified = before.to(self._device), classified or right is not None
-            correct = correct + (right or 0)
-        if self._scalars:
-            kinds = {one.dtype for one in self._scalars}
-            scalars = self._scalars if len(kinds) == 1 else [one.double() for one in self._scalars]
-            rows = torch.cat([rows, torch.stack(scalars).double().view(-1, len(self._names))])
-        if self._correct:
-            correct = correct + torch.cat(self._correct).sum()
-        return rows, correct, classified
+    def _stacked(self) -> Tensor:
+        if len({one.dtype for one in self._scalars}) > 1:
+            self._scalars = [one.double() for one in self._scalars]
+        return torch.stack(self._scalars).double() if self._scalars else self._zeros(0)
+
+    def _hits(self) -> Tensor:
+        return torch.cat(self._correct).sum(dtype=torch.float64) if self._correct else self._zeros()
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self._device)
+
+
+class Divergence:
+    """A run has diverged where a loss or gradient is not finite, or the mean loss is far above the first one.
+
+    Far above is more than ``factor`` times the larger of the first step's loss and 1, in the mean over one record of
+    the log. The floor of 1 keeps a run that starts near 0 (fine-tuning) from being stopped by noise.
+
+    Args:
+        factor: factor above 1; None checks only that numbers are finite.
+    """
+
+    def __init__(self, factor: float | None) -> None:
+        self._factor = factor
+        self.first: float | None = None
+
+    def check(self, losses: Sequence[float], last_step: int, gradient_norm: float | None) -> str | None:
+        """Return the reason for which the run has diverged, or None.
+
+        Args:
+            losses: losses of the steps since the last check, at least one.
+            last_step: number of the last of them, counted from 1.
+            gradient_norm: gradient norm of the last of them, where it is known.
+        """
+        first_step = last_step - len(losses) + 1
+        for step, loss in enumerate(losses, first_step):
+            if not math.isfinite(loss):
+                return f"the loss of step {step} is {loss}"
+        if gradient_norm is not None and not math.isfinite(gradient_norm):
+            return f"the gradient of step {last_step} is not finite"
+        if self.first is None:
+            self.first = losses[0]
+        mean = math.fsum(losses) / len(losses)
+        if self._factor is not None and mean > self._factor * max(self.first, 1.0):
+            return (
+                f"the mean loss of steps {first_step} to {last_step} is {mean:.4g}, more than {self._factor:g} times "
+                f"max(1, first loss {self.first:.4g})"
+            )
+        return None

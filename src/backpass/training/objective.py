@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from backpass.attacks.oracle import LogitsSelector
 from backpass.errors import BackpassError
 from backpass.numbers import is_number
-from backpass.training.batches import Batch
+from backpass.training.batches import Batch, chosen, forward
 
 __all__ = [
     "BinaryCrossEntropy",
@@ -41,7 +41,6 @@ class Evaluated:
 
     Attributes:
         loss: scalar with graph, the mean over the batch. The trainer differentiates it.
-        losses: (B,) detached, one per sample, where the objective has them.
         correct: (B,) bool, where the prediction is the label; None without classification.
         metrics: further scalars to log, each a mean over the batch, detached.
         again: ``again(model, rows)`` evaluates the loss once more on some rows of the batch, with graph. Adversarial
@@ -51,7 +50,6 @@ class Evaluated:
     """
 
     loss: Tensor
-    losses: Tensor | None = None
     correct: Tensor | None = None
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     again: Callable[[nn.Module, slice], Tensor] | None = None
@@ -66,6 +64,7 @@ class Objective(Protocol):
     - ``state_dict()`` and ``load_state_dict(state)``: saved in checkpoints; tensors, numbers, strings, lists, dicts.
     - ``losses(output, y) -> (B,)``: loss of the evaluation set; without it, cross-entropy.
     - ``correct(output, y) -> (B,) bool or None``: accuracy of the evaluation set; without it, that of `correct`.
+    - ``evaluation``: another objective, whose ``losses``, ``correct`` and ``logits`` are those of the evaluation set.
     - ``check_targets(y, output, where)``: raise a `BackpassError` where the targets y (N, ...) do not fit the output
       of two samples, before the first step.
     """
@@ -109,8 +108,32 @@ def correct(output: Any, y: Tensor) -> Tensor | None:
     return output.detach().argmax(1) == y
 
 
+class _OfOutput:
+    """Mean over the batch of a loss of the model's output and the targets."""
+
+    def losses(self, output: Any, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def correct(self, output: Any, y: Tensor) -> Tensor | None:
+        """Compare predictions with labels, (B,) bool; None without classification."""
+        return correct(output, y)
+
+    def mean(self, output: Any, y: Tensor) -> Tensor:
+        """Return the mean loss, a scalar."""
+        return self.losses(output, y).mean()
+
+    def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
+        """Evaluate the mean loss on the batch."""
+        output = forward(model, batch.x)
+
+        def again(model: nn.Module, rows: slice) -> Tensor:
+            return self.mean(forward(model, chosen(batch.x, rows)), batch.y[rows])
+
+        return Evaluated(loss=self.mean(output, batch.y), correct=self.correct(output, batch.y), again=again)
+
+
 @dataclass(frozen=True)
-class PerSample:
+class PerSample(_OfOutput):
     """Mean of a loss per sample, L = 1/B sum_i loss(f(x_i), y_i).
 
     Args:
@@ -134,19 +157,9 @@ class PerSample:
             )
         return losses
 
-    def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
-        """Evaluate the mean loss on the batch."""
-        output = model(batch.x)
-        losses = self.losses(output, batch.y)
-
-        def again(model: nn.Module, rows: slice) -> Tensor:
-            return self.losses(model(batch.x[rows]), batch.y[rows]).mean()
-
-        return Evaluated(loss=losses.mean(), losses=losses.detach(), correct=correct(output, batch.y), again=again)
-
 
 @dataclass(frozen=True, kw_only=True)
-class CrossEntropy:
+class CrossEntropy(_OfOutput):
     """Mean cross-entropy of logits (B, K) and labels (B,) in 0..K-1, or probabilities (B, K).
 
     Args:
@@ -177,11 +190,11 @@ class CrossEntropy:
         Raises:
             BackpassError: the output is not one tensor (B, K), or the targets do not fit.
         """
-        return self.with_logits(select(output, self.logits), y)
+        return self.with_logits(select(output, self.logits), y, "none")
 
-    def with_logits(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Return the cross-entropy of each sample, (B,), of logits that are selected already."""
-        return self._of(logits, y, "none")
+    def mean(self, output: Any, y: Tensor) -> Tensor:
+        """Return the mean cross-entropy, a scalar."""
+        return self.with_logits(select(output, self.logits), y, "mean")
 
     def correct(self, output: Any, y: Tensor) -> Tensor | None:
         """Compare predictions with labels, (B,) bool; None for probabilities."""
@@ -215,38 +228,27 @@ class CrossEntropy:
                     f"probabilities{where} must be at least 0, of shape (N, {classes}), with rows that sum to 1."
                 )
             return
-        lowest, highest = int(y.min()), int(y.max())
-        if lowest < 0 or highest >= classes:
-            raise BackpassError(
-                f"labels{where} are in 0..{classes - 1} for a model of {classes} outputs, and these are {lowest} to "
-                f"{highest}: number the classes from 0, or give the model more outputs."
-            )
+        if int(y.min()) < 0 or int(y.max()) >= classes:
+            raise _out_of_range(y, classes, where)
 
     def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
-        """Evaluate the mean cross-entropy on the batch."""
-        if self.mixup:
-            return self._mixed(model, batch)
-        output = model(batch.x)
-        loss = self._of(select(output, self.logits), batch.y, "mean")
-
-        def again(model: nn.Module, rows: slice) -> Tensor:
-            return self._of(select(model(batch.x[rows]), self.logits), batch.y[rows], "mean")
-
-        return Evaluated(loss=loss, correct=self.correct(output, batch.y), again=again)
-
-    def _mixed(self, model: nn.Module, batch: Batch) -> Evaluated:
+        """Evaluate the mean cross-entropy on the batch, or on its mixture."""
+        if not self.mixup:
+            return super().__call__(model, batch, plain)
+        if not isinstance(batch.x, Tensor) or not batch.x.is_floating_point():
+            raise BackpassError("mixup mixes images or other floats, and these inputs are none: leave mixup out.")
         weight = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
         other = torch.randperm(len(batch)).to(batch.x.device)
         x, y, partner = torch.lerp(batch.x[other], batch.x, weight), batch.y, batch.y[other]
 
         def again(model: nn.Module, rows: slice) -> Tensor:
-            output = select(model(x[rows]), self.logits)
-            own, others = (self._of(output, targets[rows], "mean") for targets in (y, partner))
-            return weight * own + (1 - weight) * others
+            output = model(x[rows])
+            return weight * self.mean(output, y[rows]) + (1 - weight) * self.mean(output, partner[rows])
 
         return Evaluated(loss=again(model, slice(None)), again=again)
 
-    def _of(self, output: Any, y: Tensor, reduction: str) -> Tensor:
+    def with_logits(self, output: Any, y: Tensor, reduction: str) -> Tensor:
+        """Return the cross-entropy of logits (B, K) that are selected already: (B,) for ``none``, or its ``mean``."""
         if (
             not isinstance(output, Tensor)
             or output.dim() != 2
@@ -266,14 +268,11 @@ class CrossEntropy:
         try:
             return F.cross_entropy(output, y, reduction=reduction, label_smoothing=self.label_smoothing)
         except IndexError as error:  # the labels of a Dataset are not known before
-            raise BackpassError(
-                f"labels are in 0..{output.shape[1] - 1} for a model of {output.shape[1]} outputs, and these are "
-                f"{int(y.min())} to {int(y.max())}: number the classes from 0, or give the model more outputs."
-            ) from error
+            raise _out_of_range(y, output.shape[1], "") from error
 
 
 @dataclass(frozen=True, kw_only=True)
-class BinaryCrossEntropy:
+class BinaryCrossEntropy(_OfOutput):
     """Mean binary cross-entropy of logits and targets in [0, 1], for binary and multi-label classifiers.
 
     The logits are (B,), (B, 1), or (B, K) for K labels that do not exclude each other; the loss of a sample is the
@@ -310,17 +309,6 @@ class BinaryCrossEntropy:
         if bool((y < 0).any()) or bool((y > 1).any()):
             raise BackpassError(f"targets{where} must be in [0, 1], and these are {y.min():g} to {y.max():g}.")
 
-    def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
-        """Evaluate the mean loss on the batch."""
-        output = model(batch.x)
-        losses = self.losses(output, batch.y)
-
-        def again(model: nn.Module, rows: slice) -> Tensor:
-            return self.losses(model(batch.x[rows]), batch.y[rows]).mean()
-
-        right = self.correct(output, batch.y)
-        return Evaluated(loss=losses.mean(), losses=losses.detach(), correct=right, again=again)
-
     def _aligned(self, output: Any, y: Tensor, where: str = "") -> tuple[Tensor, Tensor]:
         """Return logits and targets as (B, K)."""
         z = select(output, self.logits)
@@ -333,6 +321,13 @@ class BinaryCrossEntropy:
                 "give one logit per label, and select them by logits=... where the output is no tensor."
             )
         return z, targets
+
+
+def _out_of_range(y: Tensor, classes: int, where: str) -> BackpassError:
+    return BackpassError(
+        f"labels{where} are in 0..{classes - 1} for a model of {classes} outputs, and these are {int(y.min())} to "
+        f"{int(y.max())}: number the classes from 0, or give the model more outputs."
+    )
 
 
 def _kind(output: object) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "joined",
     "like",
     "local_device",
+    "local_model",
     "rank",
     "summed",
     "unsynchronized",
@@ -138,10 +139,20 @@ def like(tensor: Tensor, other: Any) -> Tensor:
 
 
 def distributed(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model as each process calls it: its gradients are the mean over the processes."""
+    """Return the model as each process calls it: its gradients are the mean over the processes.
+
+    Raises:
+        BackpassError: the model has a SyncBatchNorm, and is on the CPU.
+    """
     if world() == 1 or isinstance(model, DistributedDataParallel):
         return model
-    if any(isinstance(one, _BatchNorm) and not isinstance(one, nn.SyncBatchNorm) for one in model.modules()):
+    norms = [isinstance(one, nn.SyncBatchNorm) for one in model.modules() if isinstance(one, _BatchNorm)]
+    if any(norms) and device.type == "cpu":
+        raise BackpassError(
+            "torch has SyncBatchNorm for GPUs only, and the model is on the CPU: use GPUs, a normalization within each "
+            "sample (GroupNorm, LayerNorm), or BatchNorm, which normalizes over each process's own part of a batch."
+        )
+    if not all(norms):
         _LOG.warning(
             "BatchNorm normalizes over each process's own part of a batch, so %d processes do not learn what one does. "
             "On GPUs convert the model first: torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).",
@@ -150,6 +161,20 @@ def distributed(model: nn.Module, device: torch.device) -> nn.Module:
     if is_sharded(model):
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def local_model(model: nn.Module) -> nn.Module:
+    """Return the model without a DDP wrapper, whose forward would wait for the other processes.
+
+    Raises:
+        BackpassError: ``model`` is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise BackpassError(f"expected an nn.Module, got {type(model).__name__}: pass the model itself.")
+    original = getattr(model, "_orig_mod", None)
+    if isinstance(original, DistributedDataParallel):
+        model = original
+    return local_model(model.module) if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager

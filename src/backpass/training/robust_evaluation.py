@@ -14,7 +14,7 @@ from backpass.attacks.checks import NotFiniteLogitsError
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
 from backpass.preserved import preserved
-from backpass.training.adversarial_examples import local_model
+from backpass.training.processes import local_model
 
 __all__ = ["RobustEvaluation"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.numbers import is_number, is_whole
-from backpass.training.averaging import Average
+from backpass.training.averaging import read_average
 from backpass.training.logs import Logger, check_loggers
 
 __all__ = ["Settings", "precision", "seconds_between"]
@@ -58,45 +58,43 @@ class Settings:
     loggers: Sequence[str | Logger] = ()
 
     def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise BackpassError(problem)
+
+    def _problems(self) -> Iterator[str]:
+        """Yield what is wrong with the settings, the first problem first."""
         for name, optional in _COUNTS.items():
             value = getattr(self, name)
             if not (is_whole(value, 1) or (optional and value is None)):
-                raise BackpassError(
-                    f"{name} must be an int of at least 1{', or None' if optional else ''}; got {value!r}."
-                )
+                yield f"{name} must be an int of at least 1{', or None' if optional else ''}; got {value!r}."
         for name, above in (("clip_norm", 0.0), ("diverged_above", 1.0)):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and value > above):
-                raise BackpassError(f"{name} must be a finite number above {above:g}, or None; got {value!r}.")
+                yield f"{name} must be a finite number above {above:g}, or None; got {value!r}."
         if not isinstance(self.channels_last, bool):
-            raise BackpassError(f"channels_last must be True or False, got {self.channels_last!r}.")
+            yield f"channels_last must be True or False, got {self.channels_last!r}."
         if self.drop_last is not None and not isinstance(self.drop_last, bool):
-            raise BackpassError(f"drop_last must be True, False or None; got {self.drop_last!r}.")
+            yield f"drop_last must be True, False or None; got {self.drop_last!r}."
         if not isinstance(self.compile, bool | Mapping):
-            raise BackpassError(
-                f"compile must be True, False or a dict of torch.compile's arguments; got {self.compile!r}."
-            )
+            yield f"compile must be True, False or a dict of torch.compile's arguments; got {self.compile!r}."
         if not is_whole(self.seed, -(2**63)):
-            raise BackpassError(f"seed must be a whole number of 64 bits, got {self.seed!r}.")
+            yield f"seed must be a whole number of 64 bits, got {self.seed!r}."
         if not isinstance(self.evaluate_at, Sequence) or not all(is_whole(one, 0) for one in self.evaluate_at):
-            raise BackpassError(f"evaluate_at must be numbers of steps, such as (0, 100); got {self.evaluate_at!r}.")
-        self._check_pairs()
+            yield f"evaluate_at must be numbers of steps, such as (0, 100); got {self.evaluate_at!r}."
+        if self.normalize_gradient not in (None, "model", "tensor"):
+            raise UnknownNameError("normalize_gradient", str(self.normalize_gradient), ("model", "tensor"))
+        if self.normalize_gradient is not None and self.clip_norm is not None:
+            yield "normalize_gradient sets the norm of every gradient to 1: leave out clip_norm."
+        if self.batch_size is not None and self.accumulate > self.batch_size:
+            yield (
+                f"accumulate={self.accumulate} parts of a batch_size={self.batch_size}: batch_size is the number of "
+                "samples per optimizer step, which accumulate cuts into parts; it must be at least as large."
+            )
         precision(self.dtype)
         seconds_between(self.checkpoint_every)
         check_loggers(self.loggers)
         if self.average is not None:
-            Average.parse(self.average)
-
-    def _check_pairs(self) -> None:
-        if self.normalize_gradient not in (None, "model", "tensor"):
-            raise UnknownNameError("normalize_gradient", str(self.normalize_gradient), ("model", "tensor"))
-        if self.normalize_gradient is not None and self.clip_norm is not None:
-            raise BackpassError("normalize_gradient sets the norm of every gradient to 1: leave out clip_norm.")
-        if self.batch_size is not None and self.accumulate > self.batch_size:
-            raise BackpassError(
-                f"accumulate={self.accumulate} parts of a batch_size={self.batch_size}: batch_size is the number of "
-                "samples per optimizer step, which accumulate cuts into parts; it must be at least as large."
-            )
+            read_average(self.average)
 
 
 def precision(dtype: torch.dtype | str | None) -> torch.dtype | None:

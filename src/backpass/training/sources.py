@@ -116,22 +116,26 @@ class Source:
         digest = _digest([one[rows.to(one.device)] for one in (x, y)])
         return {"samples": len(self), "x": shapes[0], "y": shapes[1], "sha256": digest, **order}
 
-    def read(
-        self, rows: Sequence[Tensor], start: int, device: torch.device, seed: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield x (B, ...) and y (B, ...) of ``rows[start:]``, each (B,) positions, on the device.
+    def read(self, rows: Sequence[Tensor], start: int, device: torch.device, seed: int) -> Iterator[tuple[Any, Tensor]]:
+        """Yield x (B, ...), or a dict of such, and y (B, ...) of ``rows[start:]``, each (B,) positions, on the device.
 
         With workers the rows before ``start`` are read and dropped, so that random numbers drawn in the workers are
         those of an uninterrupted run.
 
         Raises:
-            BackpassError: a batch is no pair of tensors, or has another number of samples than asked for.
+            BackpassError: a batch is no pair of tensors, or has another number of samples than asked for; or the
+                data has another length than before.
         """
         if self.tensors is not None:
             x, y = self.tensors
             for of_x, of_y in zip(_beside(x, rows[start:]), _beside(y, rows[start:]), strict=True):
                 yield _to(x[of_x], device), _to(y[of_y], device)
             return
+        if len(self._data) != self._count:
+            raise BackpassError(
+                f"the data had {self._count} samples when the trainer was made, and has {len(self._data)} now: train "
+                "on data that stays as it is, or make a trainer for each part of the run."
+            )
         skipped = start if self._reading["num_workers"] else 0
         loader = DataLoader(
             self._data,
@@ -141,20 +145,26 @@ class Source:
         )
         for asked, pair in zip(rows[start:], islice(loader, skipped, None), strict=True):
             x, y = self._pair(pair)
-            if not len(x) == len(y) == len(asked):
+            inputs = list(x.values()) if isinstance(x, dict) else [x]
+            if {len(one) for one in (*inputs, y)} != {len(asked)}:
                 raise BackpassError(
-                    f"{len(asked)} samples were asked for, and collate_fn returned {len(x)} inputs and {len(y)} "
-                    "targets. It must keep every sample: leave broken samples out of the data set or the sampler."
+                    f"{len(asked)} samples were asked for, and collate_fn returned {len(inputs[0])} inputs and "
+                    f"{len(y)} targets. It must keep every sample: leave broken samples out of the data set or the "
+                    "sampler."
                 )
-            yield _to(x, device), _to(y, device)
+            moved = [_to(one, device) for one in inputs]
+            yield dict(zip(x, moved, strict=True)) if isinstance(x, dict) else moved[0], _to(y, device)
 
-    def _pair(self, pair: Any) -> tuple[Tensor, Tensor]:
-        if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(one, Tensor) for one in pair):
-            return pair[0], pair[1]
+    def _pair(self, pair: Any) -> tuple[Any, Tensor]:
+        if isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], Tensor):
+            x = dict(pair[0]) if isinstance(pair[0], Mapping) else pair[0]
+            if all(isinstance(one, Tensor) for one in (x.values() if isinstance(x, dict) else [x])):
+                return x, pair[1]
         got = f"{type(pair).__name__} of {len(pair)}" if hasattr(pair, "__len__") else type(pair).__name__
         raise BackpassError(
-            f"a sample must be a pair (x, y) that can be stacked as tensors; {type(self._data).__qualname__} gives a "
-            f"batch that is a {got}. Give a Dataset of pairs, or a DataLoader with a collate_fn that returns a pair."
+            f"a sample must be a pair (x, y) that can be stacked as tensors, x also a dict; "
+            f"{type(self._data).__qualname__} gives a batch that is a {got}. Give a Dataset of pairs, or a DataLoader "
+            "with a collate_fn that returns a pair."
         )
 
 

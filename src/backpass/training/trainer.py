@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
@@ -17,16 +18,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.files import locked
 from backpass.rules import Attached, ProxProp, Rule, unwrap
-from backpass.training.batches import Prepare, to_unit_interval
+from backpass.training.batches import Order, Prepare, to_unit_interval
 from backpass.training.evaluation import Metric, check_targets
 from backpass.training.fingerprint import describe, describe_model, describe_optimizer
+from backpass.training.half_batches import Measuring
 from backpass.training.interruption import Interruption
 from backpass.training.loop import Loop, Resume
-from backpass.training.measuring import Measuring
 from backpass.training.objective import CrossEntropy, Objective
-from backpass.training.orders import Order, mixed, seeded
 from backpass.training.processes import from_first, joined, rank
 from backpass.training.progress import Progress, TrainingResult
+from backpass.training.randomness import mixed, seeded
 from backpass.training.schedules import make_schedule
 from backpass.training.settings import Settings, precision
 from backpass.training.sources import Data, Source
@@ -139,10 +140,6 @@ class Trainer(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_kinds()
-        self._check_pairs_with_objects()
-        self._check_objective()
-        self._check_optimizer()
         source = Source(self.data)
         several = self.evaluation if isinstance(self.evaluation, Mapping) else {"": self.evaluation}
         evaluated = {str(name): Source(one) for name, one in several.items() if one is not None}
@@ -232,72 +229,71 @@ class Trainer(Settings):
         self._set(batch_size=size or its, drop_last=None if source.in_batches else drop_last)
         return Order(source, size, self.seed, drop_last)
 
-    def _check_kinds(self) -> None:
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
         for name, optional in _CALLED.items():
             value = getattr(self, name)
             if not (callable(value) or (optional and value is None)):
-                raise BackpassError(f"{name} must be a function{' or None' if optional else ''}, got {value!r}.")
+                yield f"{name} must be a function{' or None' if optional else ''}, got {value!r}."
         if not isinstance(self.metrics, Mapping) or not all(map(callable, self.metrics.values())):
-            raise BackpassError(f"metrics must be a dict of functions (output, y) -> number, got {self.metrics!r}.")
+            yield f"metrics must be a dict of functions (output, y) -> number, got {self.metrics!r}."
         if "loss" in self.metrics:
-            raise BackpassError("metrics has a function called 'loss', the name of the objective's: choose another.")
+            yield "metrics has a function called 'loss', the name of the objective's: choose another."
         if not isinstance(self.folder, str | Path | None):
-            raise BackpassError(f"folder must be a path, or None to write nothing; got {self.folder!r}.")
+            yield f"folder must be a path, or None to write nothing; got {self.folder!r}."
         if not isinstance(self.optimizer, Optimizer):
-            raise BackpassError(
-                f"optimizer must be one of torch's, such as torch.optim.SGD(model.parameters(), lr=0.1); got "
-                f"{self.optimizer!r}."
-            )
-        methods = ("step", "state_dict", "load_state_dict")
+            example = "torch.optim.SGD(model.parameters(), lr=0.1)"
+            yield f"optimizer must be one of torch's, such as {example}; got {self.optimizer!r}."
         named = self.scheduler is None or isinstance(self.scheduler, str)
+        methods = ("step", "state_dict", "load_state_dict")
         if not named and not all(callable(getattr(self.scheduler, name, None)) for name in methods):
-            raise BackpassError(
-                f"scheduler must be a name such as cosine, one of torch's, or have its methods; got {self.scheduler!r}."
-            )
+            expected = "a name such as cosine, one of torch's, or have its methods"
+            yield f"scheduler must be {expected}; got {self.scheduler!r}."
         if self.step_scheduler not in ("step", "epoch"):
             raise UnknownNameError("step_scheduler", str(self.step_scheduler), ("step", "epoch"))
         if not isinstance(self.rules, Sequence) or not all(isinstance(rule, Rule) for rule in self.rules):
-            raise BackpassError(f"rules must be a sequence of rules, such as (LinBP(start=-2),); got {self.rules!r}.")
-
-    def _check_pairs_with_objects(self) -> None:
-        if self.evaluation is None:
-            for name in ("robust", "metrics", "evaluate_at"):
-                if getattr(self, name):
-                    raise BackpassError(f"{name} is measured on the evaluation set: give evaluation=(x, y) too.")
+            yield f"rules must be a sequence of rules, such as (LinBP(start=-2),); got {self.rules!r}."
+        if isinstance(self.evaluation, Mapping) and not self.evaluation:
+            yield "evaluation is a dict without a data set: leave it out, or give {name: (x, y)}."
+        for name in ("robust", "metrics", "evaluate_at"):
+            if self.evaluation is None and getattr(self, name):
+                yield f"{name} is measured on the evaluation set: give evaluation=(x, y) too."
         if self.folder is None and self.checkpoint_every is not None:
-            raise BackpassError("checkpoints need a place: give folder=... too.")
+            yield "checkpoints need a place: give folder=... too."
         if self.folder is None and "tensorboard" in self.loggers:
-            raise BackpassError("TensorBoard's events need a place: give folder=... too.")
-
-    def _check_objective(self) -> None:
-        called = self.objective.forward if isinstance(self.objective, nn.Module) else self.objective
+            yield "TensorBoard's events need a place: give folder=... too."
         try:
+            called = self.objective.forward if isinstance(self.objective, nn.Module) else self.objective
             inspect.signature(called).bind(self.model, None, None)
         except TypeError as error:
-            raise BackpassError(
+            yield (
                 "an objective is called as objective(model, batch, plain); of a loss of (output, y), one number per "
                 f"sample, PerSample(loss) makes one. {self.objective!r}: {error}."
-            ) from error
+            )
+        yield from self._problems_of_weights()
 
-    def _check_optimizer(self) -> None:
+    def _problems_of_weights(self) -> Iterator[str]:
         if not isinstance(self.model, nn.Module):
-            raise BackpassError(f"model must be an nn.Module, got {type(self.model).__name__}.")
+            yield f"model must be an nn.Module, got {type(self.model).__name__}."
         parameters = {id(p) for p in self.model.parameters()}
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         strange = sum(id(p) not in parameters for p in held)
         if strange:
-            raise BackpassError(
+            yield (
                 f"{strange} of the {len(held)} tensors that the optimizer holds are no parameters of the model: make "
                 "the optimizer from model.parameters(), after the model was moved, copied or sharded."
             )
         if not any(p.requires_grad for p in held):
-            raise BackpassError("all parameters of the optimizer are frozen: requires_grad_() those to be learned.")
+            yield "all parameters of the optimizer are frozen: requires_grad_() those to be learned."
+        for group in self.optimizer.param_groups:
+            if not math.isfinite(group["lr"]):
+                yield f"the learning rate of the optimizer must be finite, got {float(group['lr'])}."
         if self.device.type == "meta":
-            raise BackpassError("the model is on the device meta, which holds no numbers: move it with to_empty().")
+            yield "the model is on the device meta, which holds no numbers: move it with to_empty()."
         if isinstance(self.optimizer, LBFGS):
-            raise BackpassError("LBFGS calls the objective several times per step, which the trainer does not do.")
+            yield "LBFGS calls the objective several times per step, which the trainer does not do."
         if precision(self.dtype) == torch.float16 and self.device.type != "cuda":
-            raise BackpassError("float16 is for CUDA; on the CPU use dtype=torch.bfloat16, or None.")
+            yield "float16 is for CUDA; on the CPU use dtype=torch.bfloat16, or None."
 
     def _check_scheduler(self) -> None:
         if getattr(self.scheduler, "optimizer", self.optimizer) is not self.optimizer:

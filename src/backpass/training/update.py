@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from backpass.errors import BackpassError
 from backpass.rules import Attached
 from backpass.training.batches import Batch
-from backpass.training.measuring import Measuring, halves
+from backpass.training.half_batches import Measuring, halves
 from backpass.training.meter import Meter
 from backpass.training.objective import Evaluated
 from backpass.training.processes import unsynchronized, whole, world
@@ -71,7 +71,7 @@ class Update:
             # Processes average their gradients; the weights turn means over parts into the mean over all samples.
             weight = len(batch) * self._processes / samples
             with unsynchronized(self._model, batch is not parts[-1]):
-                with self.autocast():
+                with self.autocast(), _enough(batch):
                     evaluated = self._objective(self._model, batch, self.plain)
                 _check(evaluated)
                 loss = evaluated.loss if weight == 1 else evaluated.loss * weight
@@ -116,6 +116,20 @@ class Update:
 
     def _total_norm(self) -> Tensor:
         return whole(nn.utils.get_total_norm([p.grad for p in self._weights if p.grad is not None]))
+
+
+@contextmanager
+def _enough(batch: Batch) -> Iterator[None]:
+    """Say what to do where BatchNorm has no statistics of one sample."""
+    try:
+        yield
+    except ValueError as error:
+        if len(batch) > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise BackpassError(
+            "BatchNorm has no statistics of one value, and one sample is computed at once here: use a larger "
+            "batch_size, fewer parts (accumulate), or drop_last=True."
+        ) from error
 
 
 def _check(evaluated: object) -> None:

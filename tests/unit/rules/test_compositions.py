@@ -175,3 +175,115 @@ def test_two_rules_share_a_composition():
             assert found.tolist() == [2.0, 2.0]
             assert [site.index for site in outer.seen] == [site.index for site in inner.seen] == [0, 1]
             assert [site.index for site in outer.sites] == [0]
+
+
+# Activations as other functions, in the forward of a module with layers
+
+RECTIFIERS = {
+    "clamp": lambda x: x.clamp(min=0),
+    "torch.clamp": lambda x: torch.clamp(x, 0),
+    "clamp_": lambda x: (1 * x).clamp_(min=0),
+    "clamp_min": lambda x: torch.clamp_min(x, 0.0),
+    "clip": lambda x: x.clip(0),
+    "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "maximum of a number": lambda x: torch.maximum(torch.tensor(0.0).to(x), x),
+    "max": lambda x: torch.max(x, torch.zeros_like(x)),
+    "fmax": lambda x: torch.fmax(x, torch.zeros_like(x)),
+    "threshold": lambda x: F.threshold(x, 0.0, 0.0),
+    "product": lambda x: x * (x > 0),
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "where of zeros": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "masked_fill": lambda x: x.masked_fill(x < 0, 0.0),
+}
+SOFTPLUS = {
+    "log1p": lambda x: torch.log1p(torch.exp(x)),
+    "log": lambda x: torch.log(1 + x.exp()),
+    "logaddexp": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+}
+
+
+@pytest.mark.parametrize("start", [0, -1, 1])
+@pytest.mark.parametrize("name", {**RECTIFIERS, **SOFTPLUS})
+def test_other_functions_that_compute_an_activation_are_one(name, start):
+    torch.manual_seed(0)
+    network = Network({**RECTIFIERS, **SOFTPLUS}[name], BEFORE["as it is"])
+    assert_straight_through(network, torch.randn(4, 5).double().requires_grad_(), start)
+
+
+@pytest.mark.parametrize("size", [(), (1,)])
+def test_they_are_where_the_input_has_no_gradient(size):
+    network = Network(RECTIFIERS["clamp"], BEFORE["as it is"]).requires_grad_(False)
+    with LinBP().attach(network) as attached:
+        network(torch.randn(*size, 5).double())
+    assert len(attached.seen) == 2
+
+
+NO_ACTIVATIONS = {
+    "pixels": lambda model, x: F.relu(model.first(x.clamp(min=0))),
+    "a root": lambda model, x: F.relu(model.second(model.first(x).clamp(min=0).sqrt())),
+    "a logarithm": lambda model, x: F.relu(model.second((model.first(x).clamp(min=0) + 1).log())),
+    "a divisor": lambda model, x: F.relu(model.second(x / (model.first(x).clamp(min=0) + 1))),
+    "a variance": lambda model, x: F.relu(x / (model.first(x).var(-1, keepdim=True).clamp(min=0) + 1)),
+    "another limit": lambda model, x: F.relu(model.second(model.first(x).clamp(min=1e-5))),
+    "a parameter": lambda model, x: F.relu(F.linear(x, F.softplus(model.first.weight))),
+    "parameters": lambda model, x: F.relu(F.linear(x, torch.tanh(model.first.weight + model.second.weight))),
+    "a composition of parameters": lambda model, x: F.relu(F.linear(x, silu(model.first.weight))),
+}
+GATES = {
+    "cat": lambda a, b: torch.cat([a, b], -1).chunk(2, -1)[0],
+    "stack": lambda a, b: torch.stack([a, b])[0],
+    "dropout": lambda a, b: F.dropout(torch.stack([a, b]), 0.0)[0],
+    "mean": lambda a, b: torch.stack([a, b]).mean(0),
+}
+
+
+def functions_seen(forward, start=0):
+    network = Network(F.relu, BEFORE["as it is"])
+    network.forward = forward.__get__(network)
+    with LinBP(start=start).attach(network) as attached:
+        for _ in range(2):
+            network(torch.rand(4, 5).double().requires_grad_())
+            seen = [site.function for site in attached.seen]
+        return seen
+
+
+@pytest.mark.parametrize("name", NO_ACTIVATIONS)
+def test_clamps_that_keep_a_domain_and_functions_of_parameters_are_no_activations(name):
+    assert functions_seen(NO_ACTIVATIONS[name]) == ["relu"]
+
+
+@pytest.mark.parametrize("join", GATES)
+def test_gates_remain_gates_when_joined(join):
+    def forward(model, x):
+        gate = GATES[join](torch.sigmoid(model.first(x)), torch.sigmoid(model.second(x)))
+        return F.relu(x) * gate
+
+    assert functions_seen(forward) == ["relu"]
+
+
+@pytest.mark.parametrize(
+    "product",
+    [torch.matmul, lambda a, b: a @ b, lambda a, b: torch.einsum("ij,jk->ik", a, b)],
+    ids=["f", "@", "einsum"],
+)
+def test_a_sigmoid_that_weighs_other_values_is_a_gate_and_one_before_a_layer_is_none(product):
+    def weighs(model, x):
+        return F.relu(product(torch.sigmoid(model.first(x) @ model.second(x).T), model.second(x)))
+
+    def before_a_layer(model, x):
+        return F.relu(product(torch.sigmoid(model.first(x)), model.second.weight.t()))
+
+    assert functions_seen(weighs) == ["relu"]
+    assert functions_seen(before_a_layer) == ["sigmoid", "relu"]
+
+
+@pytest.mark.parametrize("function", [torch.sin, torch.atan, torch.erf, lambda x: x.clamp(0, 1)])
+def test_functions_that_may_be_activations_are_named_and_those_in_a_composition_are_not(function):
+    own, composed = Network(function, BEFORE["doubled"]), Network(gelu, BEFORE["doubled"])
+    x = torch.randn(4, 5).double().requires_grad_()
+    with LinBP().attach(own) as attached, pytest.warns(UserWarning, match="another purpose"):
+        own(x)
+    assert list(attached.unreachable) == [""]
+    with LinBP().attach(composed) as attached:
+        composed(x)
+    assert not attached.unreachable

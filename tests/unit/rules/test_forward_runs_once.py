@@ -109,14 +109,14 @@ class ReplacedBuffer(WithSideEffects):
 
 
 class CachedGraph(WithSideEffects):
-    """A weight that is normalised at the first call and kept, with its graph."""
+    """A scale that is computed at the first call and kept, with its graph."""
 
     cached = None
 
     def beside(self, x):
         if self.cached is None:
-            self.cached = torch.tanh(self.first.weight)
-        return x @ self.cached.detach()
+            self.cached = torch.tanh(self.first(x)).mean()
+        return x * self.cached.detach()
 
 
 class AlteredInput(WithSideEffects):

@@ -80,7 +80,7 @@ def test_a_checkpointed_module_is_exact(x, reentrant):
 
 def test_input_gradients_cost_no_solve_and_count_as_no_contribution(model, x, monkeypatch):
     solves = []
-    monkeypatch.setattr("backpass.rules.implicit.step.direction", lambda *a: solves.append(a))
+    monkeypatch.setattr("backpass.rules.implicit.proximal.direction", lambda *a: solves.append(a))
     x.requires_grad_()
     with EXACT.attach(model):
         for _ in range(3):

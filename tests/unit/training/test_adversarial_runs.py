@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from backpass.attacks import FGSM, PGD, evaluate
 from backpass.data import load_digits
 from backpass.rules import attachments
 from backpass.training import AdversarialTraining, CrossEntropy, RobustEvaluation, Trainer
-from support.processes import in_processes
 
 EPS = 0.15
 INNER = PGD(eps=EPS, step=0.05, steps=7)
@@ -148,27 +146,3 @@ def test_examples_compose_with_proximal_steps():
     model, trainer = train(objective, model, epochs=3, rules=(ProxProp(tau=1.0, solve="step"), LIN))
     result = trainer.fit()
     assert result.history[-1]["loss"] < result.history[0]["loss"]
-
-
-def _weights_in_a_process(rank):
-    model, trainer = train(
-        AdversarialTraining(PGD(eps=EPS, step=0.05, steps=2), rule=LIN, trades=2.0),
-        smooth().double(),
-        epochs=1,
-        prepare=lambda x, batch: x.double(),
-        prepare_evaluation=torch.Tensor.double,
-    )
-    trainer.fit()
-    return [p.tolist() for p in model.parameters()]
-
-
-def smooth():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 10))
-
-
-def test_two_processes_learn_what_one_does():
-    one = _weights_in_a_process(0)
-    for weights in in_processes(2, _weights_in_a_process):
-        for a, b in zip(one, weights, strict=True):
-            assert np.allclose(a, b, rtol=0, atol=1e-9)

@@ -7,8 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from backpass import BackpassError
-from backpass.training.batches import Batches, to_unit_interval
-from backpass.training.orders import Order
+from backpass.training.batches import Batches, Order, to_unit_interval
 from backpass.training.sources import Source
 
 X, Y = torch.arange(23.0)[:, None] * torch.ones(2), torch.arange(23)

@@ -9,7 +9,7 @@ from torch import nn
 
 from backpass.training import PerSample, Trainer
 from backpass.training.checkpoint import Checkpoints
-from backpass.training.divergence import Divergence
+from backpass.training.meter import Divergence
 
 
 def run(rate: float, folder=None, loss=None, **settings):

@@ -13,7 +13,6 @@ from torch import nn
 from backpass import BackpassError, LinBP, ProxProp
 from backpass.training.half_batches import half_losses
 from backpass.training.learning_rate import ControlledLR
-from support.processes import in_processes
 from support.quadratics import normal, quadratic, symmetric
 
 
@@ -138,24 +137,6 @@ def test_it_starts_at_the_largest_rate_and_measures_when_due():
         optimizer.step()
         scheduler.step()
     assert due == [True, False, False, True, False, False, True]
-
-
-def measured_in_process(rank, size):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    x, y = normal(16, 3), normal(16, 1, seed=1)
-    each = 8 // size  # every process has its part of both halves
-    rows = torch.cat([torch.arange(rank * each, (rank + 1) * each) + half for half in (0, 8)])
-    scheduler = ControlledLR(torch.optim.SGD(model.parameters(), lr=0.5))
-    for _ in range(12):
-        scheduler.measure(half_losses(model, F.mse_loss, x[rows], y[rows]))
-    return [*scheduler.measured, scheduler.inverse]
-
-
-def test_two_processes_measure_what_one_does():
-    alone = measured_in_process(0, 1)
-    for found in in_processes(2, measured_in_process, 2):
-        assert found == pytest.approx(alone, rel=1e-9)
 
 
 def test_mistakes_are_named():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from backpass import BackpassError
 from backpass.attacks import PGD
@@ -210,6 +211,57 @@ def _epoch(trainer):
 
     names = {"rank": 0, "processes": 1, "parts": 1, "device": trainer.device, "prepare": trainer.prepare}
     return Batches(source=trainer.source, order=trainer.order, seed=trainer.seed, **names).epoch(0)
+
+
+class Named(nn.Module):
+    """Takes its inputs by keyword and returns a dict, as models of language do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(7, 5), nn.Linear(5, 2)
+
+    def forward(self, words, mask):
+        return {"logits": self.head((self.embedding(words) * mask[..., None]).mean(1))}
+
+
+class Sentences(Dataset):
+    words = torch.randint(7, (40, 6), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, place):
+        words = self.words[place]
+        return {"words": words, "mask": (words > 1).float()}, words.sum() % 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"step_scheduler": "step"}], ids=["", "parts", "halves"])
+def test_inputs_in_a_dict_are_the_models_keywords(settings):
+    model, reference, data = Named(), Named(), Sentences()
+    optimizers = [torch.optim.SGD(one.parameters(), 0.1) for one in (model, reference)]
+    settings["scheduler"] = ControlledLR(optimizers[0]) if "step_scheduler" in settings else None
+    loader = DataLoader(data, batch_size=20)
+    objective = CrossEntropy(logits="logits")
+    trainer = Trainer(model, optimizers[0], loader, epochs=1, objective=objective, evaluation=data, **settings)
+    found = trainer.fit().history[-1]["evaluation"]
+    for x, y in loader:
+        loss = F.cross_entropy(reference(**x)["logits"], y)
+        optimizers[1].zero_grad()
+        loss.backward()
+        optimizers[1].step()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    x, y = torch.utils.data.default_collate([data[place] for place in range(40)])
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(reference(**x)["logits"], y).detach()), rel=1e-5)
+
+
+def test_mixup_of_words_is_refused():
+    model = Named()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    objective = CrossEntropy(logits="logits", mixup=0.2)
+    with pytest.raises(BackpassError, match="leave mixup out"):
+        Trainer(model, optimizer, Sentences(), epochs=1, batch_size=10, objective=objective).fit()
 
 
 def test_a_measuring_schedule_sees_the_same_mixture():

@@ -6,11 +6,12 @@ import signal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from backpass import SIBP, BackpassError, LinBP, ProxProp
 from backpass.attacks import PGD
-from backpass.training import AdversarialTraining, Interrupted, Trainer
+from backpass.training import AdversarialTraining, ControlledLR, Interrupted, Trainer, half_losses
 from support.processes import in_processes
 
 CASES = {
@@ -76,7 +77,10 @@ def stop(step: int) -> None:
 
 def refusals(rank: int, folder: str) -> list[str]:
     messages = []
+    synchronized = make({})
+    synchronized.model[2] = nn.Sequential(nn.SyncBatchNorm(3, affine=False).double(), nn.Flatten())
     for trainer, resume in (
+        (synchronized, False),
         (make({"rules": (SIBP(),)}), False),
         (make({"batch_size": 1}), False),
         (make({}, f"{folder}/nothing"), True),
@@ -99,12 +103,27 @@ def warnings_of_batch_norm(rank: int) -> list[str]:
     return messages
 
 
+def measured(rank: int, size: int) -> list[float]:
+    """Numbers of a learning rate that measures halves of the batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(16, width, generator=generator, dtype=torch.float64) for width in (3, 1))
+    each = 8 // size  # every process has its part of both halves
+    rows = torch.cat([torch.arange(rank * each, (rank + 1) * each) + half for half in (0, 8)])
+    scheduler = ControlledLR(torch.optim.SGD(model.parameters(), lr=0.5))
+    for _ in range(12):
+        scheduler.measure(half_losses(model, F.mse_loss, x[rows], y[rows]))
+    return [*scheduler.measured, scheduler.inverse]
+
+
 def everything(rank: int, folder: str) -> dict:
     return {
         "warnings": warnings_of_batch_norm(rank),
         "learned": {case: learned(rank, settings) for case, settings in CASES.items()},
         "resumed": resumed(rank, folder),
         "refusals": refusals(rank, folder),
+        "measured": measured(rank, 2),
     }
 
 
@@ -129,6 +148,11 @@ def test_two_processes_equal_one(case, by_two):
             assert flat(a) == pytest.approx(flat(b), abs=1e-9)
 
 
+def test_two_processes_measure_what_one_does(by_two):
+    for process in by_two:
+        assert process["measured"] == pytest.approx(measured(0, 1), rel=1e-9)
+
+
 def test_a_signal_to_one_process_stops_all_and_they_resume_to_the_bit(by_two, folder):
     for process in by_two:
         gaps, message = process["resumed"]
@@ -140,7 +164,8 @@ def test_a_signal_to_one_process_stops_all_and_they_resume_to_the_bit(by_two, fo
 
 def test_what_cannot_be_is_refused_in_every_process(by_two):
     for process in by_two:
-        rule, size, nothing = process["refusals"]
+        norm, rule, size, nothing = process["refusals"]
+        assert "SyncBatchNorm for GPUs only" in norm
         assert "2 processes contribute" in rule
         assert "cannot be shared by 2 processes" in size
         assert "no checkpoint" in nothing

@@ -12,11 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from backpass.attacks import PGD
 from backpass.training import AdversarialTraining, Batch, Interrupted, RobustEvaluation, Trainer
-from backpass.training.adversarial_examples import AdversarialExamples
+from backpass.training.adversary import AdversarialExamples
 from backpass.training.averaging import Averaging
-from backpass.training.batches import Batches, to_unit_interval
+from backpass.training.batches import Batches, Order, to_unit_interval
 from backpass.training.meter import Meter
-from backpass.training.orders import Order
 from backpass.training.sources import Source
 from backpass.training.update import Update
 

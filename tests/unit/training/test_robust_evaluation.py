@@ -96,8 +96,8 @@ def test_a_network_that_withstands_nothing_yet_has_not_collapsed(trained):
     [
         ({"attack": "pgd"}, "untargeted attack"),
         ({"training_attack": PGD(targeted=True)}, "untargeted attack"),
-        ({"images": 0}, "images is a whole number"),
-        ({"collapse": 1.0}, "collapse is a share"),
+        ({"images": 0}, "images must be a whole number"),
+        ({"collapse": 1.0}, "collapse must be a part"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(settings, message):

@@ -22,8 +22,7 @@ from torch.utils.data import (
 
 from backpass import BackpassError
 from backpass.training import CrossEntropy, Interrupted, Trainer
-from backpass.training.batches import Batches, to_unit_interval
-from backpass.training.orders import Order
+from backpass.training.batches import Batches, Order, to_unit_interval
 from backpass.training.sources import Source
 
 X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
@@ -229,6 +228,27 @@ def test_a_dataset_with_its_own_getitem_or_collate_fn_is_read_by_it():
 class Endless(Sampler):
     def __iter__(self):
         return iter(range(100))
+
+
+class Shrinking(Sampler):
+    """All samples in the first epoch, then so many."""
+
+    def __init__(self, rest):
+        self.rest, self.calls = rest, 0
+
+    def __len__(self):
+        return 100
+
+    def __iter__(self):
+        self.calls += 1
+        return iter(range(100 if self.calls == 1 else self.rest))
+
+
+def test_a_sampler_that_yields_other_numbers_than_it_announces_is_told_or_refused(caplog):
+    assert len(positions(DataLoader(DATA, batch_size=10, sampler=Shrinking(35)))) == 14
+    assert "Shrinking announces 100 and yields 35 in epoch 2" in caplog.text
+    with pytest.raises(BackpassError, match="Shrinking yields 5 samples, fewer than batch_size=10"):
+        positions(DataLoader(DATA, batch_size=10, sampler=Shrinking(5), drop_last=True))
 
 
 def incomplete(samples):

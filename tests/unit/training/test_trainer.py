@@ -10,7 +10,7 @@ from torch import nn
 from backpass import LinBP, ProxProp
 from backpass.rules import attachments
 from backpass.training import CrossEntropy, PerSample, Trainer
-from backpass.training.orders import epoch_order
+from backpass.training.batches import epoch_order
 
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.arange(50) % 3

@@ -87,12 +87,49 @@ def test_a_seed_is_a_whole_number(seed):
         ({"data": (X.to("meta"), Y.to("meta"))}, "on meta"),
         ({"model": nn.Linear(4, 3, device="meta")}, "device meta"),
         ({"model": nn.Linear(4, 3).requires_grad_(False)}, "frozen"),
+        ({"evaluation": {}}, "a dict without a data set"),
     ],
     ids=name_of,
 )
 def test_what_cannot_be_trained_on_is_told_when_the_trainer_is_made(settings, message):
     with pytest.raises(BackpassError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_a_learning_rate_is_finite(rate):
+    model = nn.Linear(4, 3)
+    with pytest.raises(BackpassError, match="learning rate of the optimizer must be finite"):
+        make(model, torch.optim.SGD(model.parameters(), rate))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch_size": 1}, {"accumulate": 10}, {"data": (X[:11], Y[:11]), "drop_last": False}],
+    ids=["batch", "part", "last batch"],
+)
+def test_batch_norm_of_one_sample_says_what_to_change(settings):
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    with pytest.raises(BackpassError, match="larger batch_size, fewer parts"):
+        make(model, **{"batch_size": 10, **settings}).fit()
+
+
+def test_data_that_changes_its_length_is_refused():
+    class Growing(Samples):
+        count = 20
+
+        def __len__(self):
+            return self.count
+
+    data = Growing(lambda i: (X[i], Y[i]))
+    with pytest.raises(BackpassError, match="had 20 samples when the trainer was made, and has 21 now"):
+        make(data=data, epochs=2, on_step=lambda step: setattr(data, "count", 21)).fit()
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BackpassError, match="file cannot be made: .*another path"):
+        make(folder=tmp_path / "file").fit()
 
 
 def test_an_optimizer_is_one_of_torchs():
@@ -205,7 +242,7 @@ def test_training_needs_no_gradient_mode_of_the_caller():
 @pytest.mark.parametrize("value", ["x", [], math.nan])
 def test_settings_beside_the_trainer(value):
     optimizer = torch.optim.SGD(nn.Linear(3, 1).parameters(), 0.1)
-    for name in ("lr_max", "window", "threshold", "slope", "every"):
+    for name in ("lr_max", "window", "slope", "every"):
         with pytest.raises(BackpassError, match=name):
             ControlledLR(optimizer, **{name: value})
     with pytest.raises(BackpassError, match="label_smoothing"):
@@ -288,6 +325,6 @@ def test_a_log_that_was_lost_is_not_filled_with_zeros(tmp_path, caplog):
 
 def test_a_last_step_that_ruins_the_weights_is_a_divergence():
     model = nn.Linear(4, 3)
-    optimizer = torch.optim.SGD(model.parameters(), math.inf)
-    result = make(model, optimizer, batch_size=20).fit()
+    optimizer = torch.optim.SGD(model.parameters(), 1e38)
+    result = make(model, optimizer, batch_size=20, data=(1e3 * X, Y)).fit()
     assert result.diverged == "the weights after step 1 are not finite"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 
 from backpass.attacks import Attack
-from backpass.errors import BackpassError
 from backpass.files import locked
 from backpass.lab.training.assembly import assemble, complete
 from backpass.lab.training.parts import load_parts
@@ -22,9 +20,10 @@ from backpass.lab.training.recipe import Recipe, write_recipe
 from backpass.models.weights import save_weights
 from backpass.numbers import fraction_text
 from backpass.rules import unwrap
-from backpass.training import Progress, TrainingResult, local_device
+from backpass.training import Progress, TrainingResult
+from backpass.training.processes import rank
 
-__all__ = ["Trained", "check_folder", "device_of_this_process", "is_first_process", "train"]
+__all__ = ["Trained", "train"]
 
 _EPS = 8 / 255
 
@@ -60,7 +59,7 @@ def train(
     report: Callable[[str, float], None] = lambda what, part: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Trained:
-    """Carry out a recipe; under ``torchrun`` every process calls this.
+    """Carry out a recipe; of several processes each calls this.
 
     Args:
         recipe: settings of the run.
@@ -79,16 +78,15 @@ def train(
     report("reading the data", 0.0)
     parts = load_parts(recipe.data, test_split=recipe.test_split, limit=recipe.limit)
     trainer = assemble(named, parts, device=device, folder=folder, report=_reporter(report, tell))
-    check_folder(folder, resume)
     tell(f"{parts.train.description}\n{parts.test.description}")
     with ExitStack() as stack:
-        if is_first_process():
+        if rank() == 0:
             stack.enter_context(locked(folder))
             if not resume:
                 write_recipe(named.recipe, folder / "recipe.toml")
         result = trainer.fit(resume=resume)
         weights = None
-        if is_first_process():
+        if rank() == 0:
             write_recipe(named.recipe, folder / "recipe.toml")  # a resumed run may have more epochs
             weights = _save(unwrap(trainer.model), result, folder)
     last = result.history[-1] if result.history else {}
@@ -100,30 +98,6 @@ def train(
         robust_accuracy=last.get("robust", {}).get("robust_accuracy"),
         next=_attack_command(named.recipe, folder, named.judge, parts.test.split),
     )
-
-
-def check_folder(folder: Path, resume: bool) -> None:
-    """Check that a run can begin, or continue, in a folder.
-
-    Raises:
-        BackpassError: it cannot.
-    """
-    there = any((folder / "checkpoints").glob("step-*.pt"))
-    if resume and not there:
-        raise BackpassError(f"there is no run in {folder} to continue: leave out --resume, or give its --out.")
-    if there and not resume:
-        raise BackpassError(f"{folder} holds a run already: continue it with --resume, or give another --out.")
-
-
-def is_first_process() -> bool:
-    """Return whether this process writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def device_of_this_process(device: torch.device) -> torch.device:
-    """Return a GPU for each process under ``torchrun``, where a GPU is asked for."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return local_device() if several and device.type == "cuda" else device
 
 
 def _reporter(report: Callable[[str, float], None], tell: Callable[[str], None]) -> Callable[[Progress], None]:

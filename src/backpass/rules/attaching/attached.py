@@ -149,9 +149,10 @@ class Attached:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        removed = self._removed
         self.remove()
         called = self._last is not None or self._served
-        if error is None and self.rule.functions and self.rule.needs_site and not called:
+        if error is None and not removed and self.rule.functions and self.rule.needs_site and not called:
             warnings.warn(
                 f"the model was not called while {self.rule} was attached: gradients of an earlier call, or of code "
                 "that was compiled around the model before, are plain.",
@@ -188,6 +189,8 @@ class Attached:
             return self.interception(self, Run(self.rule, None))
         if path:
             return self._begin_again(path)
+        if torch_internals.forward_mode() and not torch.is_grad_enabled():
+            raise BackpassError(f"{self.rule} gives no forward-mode derivative under no_grad: enable gradients.")
         # If this call turns out to run compiled code, its sites are looked for before that is made.
         if not self._shown and torch_internals.dynamo_has_run():
             torch_internals.show_to_modes((*self.rule.functions, *self.rule.observed))
@@ -219,12 +222,26 @@ class Attached:
         return key in self._plan().composed
 
     @constant_while_tracing
-    def verify(self, traced: int) -> str:
-        """Check that compiled code passes all sites; a name of the plan that it follows."""
+    def verify(self, traced: int, met: frozenset[str] = frozenset()) -> str:
+        """Check that compiled code passes all sites; a name of the plan that it follows.
+
+        Args:
+            traced: number of calls in compiled code.
+            met: keys of calls beside it.
+        """
         plan = self._plan()
-        if traced != len(plan.order):
+        hidden = {one.key: one for one in plan.order if one.is_composed and one.function not in self.operators}
+        for one in hidden.values():
+            if one.selected and one.key not in met:
+                raise BackpassError(
+                    f"compiled code does not show {one.function!r}, an activation that module "
+                    f"{one.module or '(model)'!r} composes and {self.rule} selects: put it into a module of its own, "
+                    "or attach the rule to the model without torch.compile."
+                )
+        seen, passed = len(plan.order) - len(hidden), traced + len(met - set(hidden))
+        if passed != seen:
             raise BackpassError(
-                f"compiled code passes {traced} of the {len(plan.order)} calls that {self.rule} saw in an eager call "
+                f"compiled code passes {passed} of the {seen} calls that {self.rule} saw in an eager call "
                 "of the model: attach the rule to the model without torch.compile."
             )
         return "train" if self._training else "eval"
@@ -249,7 +266,7 @@ class Attached:
         if mode.traced:
             plan = self._plan()
             self._last, self._served = plan, ""
-            self.verify(mode.traced + len(mode.run.seen_from_outside()))
+            self.verify(mode.traced, frozenset(site.key for site in mode.run.seen_from_outside()))
             mode.run.settle(plan)
             return
         run, self._arguments = mode.run, ((), {})
@@ -283,7 +300,7 @@ class Attached:
             BackpassError: no whole call came before, or several of its calls could be meant.
         """
         run = self._last
-        keys = [key for entered, key in run.entered if entered == path] if isinstance(run, Run) else []
+        keys = [call.key for call in run.entered if call.path == path] if isinstance(run, Run) else []
         if not isinstance(run, Run) or not keys:
             raise BackpassError(
                 f"module {path!r} was called by itself, but {self.rule} numbers its sites in a call of the whole "

@@ -18,49 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from backpass.errors import BackpassError
 from backpass.rules import torch_internals
-from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import Planned, Run, SiteCall
+from backpass.rules.attaching.override import BackwardOverride, TorchFunction
+from backpass.rules.attaching.run import Asked, ModuleCall, PlannedSite, Run, SiteCall
 from backpass.rules.torch_internals import saved_tensor_hooks
 
 if TYPE_CHECKING:
     from backpass.rules.attaching.attached import Attached
 
-__all__ = ["Interception", "ModuleCall", "checkpointed_function", "choose", "outer_interceptions"]
-
-
-class ModuleCall:
-    """One running call of a module.
-
-    Attributes:
-        path: of the module.
-        key: the chain of calls that leads here.
-        calls: how often each function and module below was called so far.
-        plain: whether its calls are left alone.
-        looks: whether all its calls are looked at, not only those of the rule's functions.
-        x: its input, where it is one activation as a whole.
-        hidden: functions of the rule that were called without gradients, as a custom autograd function does.
-        origins: of the results of elementwise functions, where all calls are looked at; else None.
-    """
-
-    plain = False
-    looks = False
-    x: Tensor | None = None
-    hidden: tuple[str, ...] = ()
-    origins: Any = None
-
-    def __init__(self, path: str, key: str) -> None:
-        self.path = path
-        self.key = key
-        self.calls: dict[str, int] = {}
-        if not is_dynamo_compiling():
-            self.grad_enabled = torch.is_grad_enabled()
-            self.checkpoint = torch_internals.checkpoint_hooks() if saved_tensor_hooks(True) else None
-
-    def count(self, name: str) -> int:
-        """Return how many calls of ``name`` came before this one."""
-        before = self.calls.get(name, 0)
-        self.calls[name] = before + 1
-        return before
+__all__ = ["Interception", "checkpointed_function", "choose", "outer_interceptions"]
 
 
 class Interception(TorchFunctionMode):
@@ -68,7 +33,8 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         follows: whether calls may be made as the plan says, without a `SiteCall` for each.
-        unattended: whether the end of a module's call matters only where something was noted in it.
+        fast: whether they are in this call.
+        partial: whether the rule acts on a part of its functions' calls.
         watched: running modules that may be one activation as a whole.
         attached: the rule on the model.
         run: the sites of this call.
@@ -79,7 +45,6 @@ class Interception(TorchFunctionMode):
     """
 
     follows = False
-    unattended = True
     watched: list[Any] | tuple[()] = ()
 
     def __init__(self, attached: Attached, run: Run, replayed: dict[str, SiteCall] | None = None) -> None:
@@ -87,7 +52,8 @@ class Interception(TorchFunctionMode):
         self.attached = attached
         self.rule: Any = attached.rule
         self.functions = self.rule.functions
-        self.fast = self.follows and (self.rule.acts_on_nodes or not run.relative)
+        self.fast = self.follows and replayed is None and (self.rule.acts_on_nodes or not run.relative)
+        self.partial = type(self.rule).covers is not BackwardOverride.covers
         self.run = run
         self.running: list[ModuleCall] = []
         self.replayed = replayed
@@ -97,51 +63,103 @@ class Interception(TorchFunctionMode):
     def __torch_function__(
         self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         caller = self.running[-1]
-        if caller.plain:
-            return func(*args, **kwargs)
         name = self.functions.get(func)
+        kwargs = kwargs or {}
         if is_dynamo_compiling():
-            return self._traced(caller, name, func, args, kwargs)
+            return func(*args, **kwargs) if caller.plain else self._traced(caller, name, func, args, kwargs)
+        follows = caller.planned
+        if follows is not None and name is not None:  # as the plan says; no more is done than what every call needs
+            if caller.grad_enabled != torch.is_grad_enabled():
+                return func(*args, **kwargs)
+            run = self.run
+            position = len(run.shapes)
+            planned = run.steps[position]
+            if (
+                planned.caller is not follows
+                or planned.function != name
+                or (self.partial and self.rule.covers(func, args, kwargs) != planned.covered)
+            ):
+                return self._call_unplanned(func, args, kwargs)
+            run.shapes.append(args[0].shape if args else kwargs["input"].shape)
+            if planned.selected and caller.grad_enabled:
+                return self._call_selected(caller, name, func, args, kwargs)
+            out = func(*args, **kwargs)
+            if planned.turns:
+                run.nodes[position] = out.grad_fn
+            return out
+        if caller.plain or follows is not None:
+            return func(*args, **kwargs)
         if name is None:
             return self.other(caller, func, args, kwargs)
         if caller.grad_enabled != torch.is_grad_enabled():
             # No gradient reaches this call: it is made under no_grad, or in the forward of a custom autograd function.
             self.hide(caller, name)
             return func(*args, **kwargs)
+        self._refuse_checkpointed(caller, name)
+        return self.at(self.meet(caller, name, args[0] if args else kwargs.get("input")), func, args, kwargs)
+
+    @staticmethod
+    def _refuse_checkpointed(caller: ModuleCall, name: str) -> None:
+        hooks = torch_internals.checkpoint_hooks()
+        if hooks is not None and hooks is not caller.checkpoint:
+            raise checkpointed_function(name, caller.path)
+
+    def _call_selected(
+        self, caller: ModuleCall, name: str, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a function on which the rule acts, as the plan says."""
+        run = self.run
         if saved_tensor_hooks(True) is not None:
-            hooks = torch_internals.checkpoint_hooks()
-            if hooks is not None and hooks is not caller.checkpoint:
-                raise checkpointed_function(name, caller.path)
-        x = args[0] if args else kwargs.get("input")
-        run = self.run
-        if self.fast and run.plan is not None and not caller.looks and self.replayed is None:
-            planned = run.follow(caller.key, name, x.shape if isinstance(x, Tensor) else ())
-            if planned is not None:
-                return self._planned(planned, func, args, kwargs)
-            self._recount()
-        return self.at(self.meet(caller, name, x), func, args, kwargs)
+            self._refuse_checkpointed(caller, name)
+        if torch._C._len_torch_function_stack():
+            return self.at(run.last(), func, args, kwargs)
+        return self.replace_planned(func, args, kwargs, PlannedSite(run, len(run) - 1) if run.revisable else None)
 
-    def _planned(self, planned: Planned, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function as the plan says."""
-        run = self.run
-        if planned.selected:
-            if torch._C._len_torch_function_stack() or not torch.is_grad_enabled():
-                return self.at(run.last(), func, args, kwargs)
-            return self.replace_planned(func, args, kwargs, run.last() if run.relative or run.inner else None)
-        out = func(*args, **kwargs)
-        if run.relative and planned.counted and isinstance(out, Tensor):
-            run.keep_node(out.grad_fn)
-        return out
+    def _call_unplanned(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call one of the rule's functions where the plan says something else."""
+        self.run.plan = None
+        self._leave_plan()
+        return self.__torch_function__(func, (), args, kwargs)
 
-    def _recount(self) -> None:
+    def step_into(self, path: str) -> bool:
+        """Note that a call of a module begins, if it is one of which the plan says all."""
+        call = self._next_call(path)
+        if (
+            call is None
+            or not call.repeats
+            or call.grad_enabled != torch.is_grad_enabled()
+            or saved_tensor_hooks(True) is not None
+        ):
+            return False
+        self.running.append(call.again())
+        self.run.entered.append(call)
+        return True
+
+    def _next_call(self, path: str) -> ModuleCall | None:
+        """Return the call of a module that the plan knows, or None, also where it expects another one."""
+        plan = self.run.plan
+        if plan is None or not self.fast:
+            return None
+        call = plan.entered[len(self.run.entered)]
+        if call.path == path and call.depth == len(self.running):
+            return call
+        self.run.plan = None
+        self._leave_plan()
+        return None
+
+    def key_of(self, path: str) -> str:
+        """Return the key of a call of a module that begins."""
+        call = None if is_dynamo_compiling() else self._next_call(path)
+        if call is not None:
+            return call.key
+        outer = self.running[-1]
+        return f"{outer.key}/{path}#{outer.count(path)}"
+
+    def _leave_plan(self) -> None:
         """Count the calls of the running modules, which following a plan does not."""
         for call in self.running:
-            for site in self.run.sites:
-                name, _, number = site.key.removeprefix(f"{call.key}:").partition("#")
-                if number.isdigit() and site.key == f"{call.key}:{name}#{number}":
-                    call.calls[name + "()"] = int(number) + 1
+            call.planned, call.calls = None, self.run.counts(call)
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site of the rule."""
@@ -160,7 +178,11 @@ class Interception(TorchFunctionMode):
         """Note a call that may be a site; in a recomputation, find it again."""
         key = key or f"{caller.key}:{name}#{caller.count(name + '()')}"
         if self.replayed is None:
-            return self.run.meet(key, caller.path, name, x.shape if isinstance(x, Tensor) else ())
+            planned = self.run.plan
+            site = self.run.meet(key, caller.path, name, x.shape if isinstance(x, Tensor) else ())
+            if planned is not self.run.plan:
+                self._leave_plan()
+            return site
         if key not in self.replayed:
             raise BackpassError(f"site {key!r} was not in the last whole call of the model: call the model again.")
         return self.replayed[key]
@@ -185,9 +207,9 @@ class Interception(TorchFunctionMode):
                 site.undecided = site.selected is None
             if not site.selected or site.undecided:  # a recomputation saves what the first pass saved
                 return self.replace(func, args, kwargs, site)
-            return (
-                self.replace(func, args, kwargs, None) if site.fixed else self.replace_planned(func, args, kwargs, site)
-            )
+            if site.fixed:
+                return self.replace(func, args, kwargs, None)
+            return self.replace_planned(func, args, kwargs, site)
         before = [len(mode.run.sites) for mode in outer]
         out = self.replace(func, args, kwargs, site)
         for mode, count in zip(outer, before, strict=True):
@@ -195,7 +217,7 @@ class Interception(TorchFunctionMode):
                 other.delegate = site
         return out
 
-    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
+    def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: Any) -> Any:
         """Call a function with the rule's backward.
 
         Args:
@@ -213,7 +235,7 @@ class Interception(TorchFunctionMode):
         return choose(plain, replaced, site)
 
     def replace_planned(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
     ) -> Any:
         """Call a function with the rule's backward, where surely or most likely the rule acts; see `replace`."""
         return self.replace(func, args, kwargs, site)
@@ -235,12 +257,15 @@ class Interception(TorchFunctionMode):
 
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
         """Note that a call of a module begins; return other arguments for it, or None."""
-        call = ModuleCall(path, key)
+        call = ModuleCall(path, key, len(self.running))
         if len(self.running) > 0 and self.running[-1].plain:
             call.plain = True
         self.running.append(call)
-        if not is_dynamo_compiling() and self.replayed is None:
-            self.run.entered.append((path, key))
+        if not is_dynamo_compiling():
+            call.grad_enabled = torch.is_grad_enabled()
+            call.checkpoint = torch_internals.checkpoint_hooks()
+            if self.replayed is None:
+                self.run.entered.append(call)
         return None
 
     def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:

@@ -45,6 +45,8 @@ class ModuleCalls:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] = _NOTHING) -> Any:
         """Forward pre-hook: note the call, and begin the interception where this is the outermost one."""
         mode = self._current()
+        if mode is not None and not (is_dynamo_compiling() or self.fused) and self.path and mode.step_into(self.path):
+            return None
         if mode is not None and not self.path and not is_dynamo_compiling() and not _calls_itself(module):
             # Ctrl-C cut a call short: PyTorch runs no hook then.
             pop_interceptions(self.attached)
@@ -54,12 +56,11 @@ class ModuleCalls:
                 return None
             mode = self.attached.begin(self.path, module, args, kwargs)
             key = self.attached.replayed_key(self.path) if self.path else ""
-            changed = mode.enter(module, self.path, key, args, self.activation)
+            known = not (is_dynamo_compiling() or self.path or self.fused) and mode.step_into("")
+            changed = None if known else mode.enter(module, self.path, key, args, self.activation)
             torch_internals.push_mode(mode)
         else:
-            outer = mode.running[-1]
-            key = f"{outer.key}/{self.path}#{outer.count(self.path)}"
-            changed = mode.enter(module, self.path, key, args, self.activation)
+            changed = mode.enter(module, self.path, mode.key_of(self.path), args, self.activation)
         if self.fused and not is_dynamo_compiling() and not _asks_for_gradients(module, args, kwargs):
             self.attached.step_aside(mode)
         return changed if changed is None or kwargs is _NOTHING else (changed, kwargs)
@@ -73,10 +74,9 @@ class ModuleCalls:
         # Where another pre-hook failed before ours, there is nothing of this module to end.
         if mode is None or mode.running[-1].path != self.path:
             return None
-        call = mode.running[-1]
         if is_dynamo_compiling():
             changed = self._end(mode, mode.leave(module, mode.running[-1], output))
-        elif call.origins is None and not (call.hidden or mode.watched) and mode.unattended and len(mode.running) > 1:
+        elif mode.running[-1].planned is not None and len(mode.running) > 1:
             mode.running.pop()  # most calls need no more
             return None
         else:
@@ -97,7 +97,9 @@ class ModuleCalls:
 
     def _current(self) -> Interception | None:
         attached = self.attached
-        for depth in range(torch._C._len_torch_function_stack() - 1, -1, -1):  # mostly the innermost one
+        depth = torch._C._len_torch_function_stack()
+        while depth:
+            depth -= 1  # mostly the innermost one
             mode = torch._C._get_function_stack_at(depth)
             if isinstance(mode, Interception) and mode.attached is attached:
                 return mode

@@ -54,6 +54,10 @@ class BackwardOverride:
         """Return the value of ``func(*args, **kwargs)``, to the bit, with this rule's backward; here plain."""
         return func(*args, **kwargs)
 
+    def covers(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call of one of the functions is a site; its parameters may decide that."""
+        return True
+
     def check(self, model: nn.Module) -> None:
         """Refuse a model that the rule's settings do not fit.
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from backpass.errors import BackpassError
 from backpass.rules.attaching.override import BackwardOverride, no_site
 from backpass.rules.places import Place, counts_from_end
 from backpass.rules.sites import Site, SiteTable
 
-__all__ = ["Plan", "Planned", "Run", "SiteCall"]
+__all__ = ["Asked", "ModuleCall", "Plan", "PlannedSite", "Run", "SiteCall"]
 
 
 class SiteCall:
@@ -28,6 +31,8 @@ class SiteCall:
         module: path of the innermost running module.
         function: name of the function.
         shape: shape of its input.
+        covered: whether the rule acts on such calls of the function.
+        by_hand: whether it is a clamp that is a ReLU.
         counted: whether it is a site; False for a gate, or for a part of a composed activation.
         excluded: whether the rule leaves the site plain although it is in its range.
         selected: whether the rule acts here; None while that is not known.
@@ -40,6 +45,8 @@ class SiteCall:
         power_of: activations of which it is a power.
     """
 
+    covered = True
+    by_hand = False
     counted = True
     excluded = False
     selected: bool | None = None
@@ -74,32 +81,94 @@ class SiteCall:
         return module in ("", self.module) or self.module.startswith(module + ".")
 
 
-class Planned(NamedTuple):
+class ModuleCall:
+    """One running call of a module.
+
+    Attributes:
+        path: of the module.
+        key: the chain of calls that leads here.
+        depth: number of running module calls around it.
+        calls: how often each function and module below was called so far.
+        grad_enabled: whether gradients were asked for when it began.
+        checkpoint: hook of the innermost checkpoint when it began.
+        planned: the call in the plan, where this one is made as the plan says.
+        repeats: whether the next call of the model may make it without looking further than its plan.
+        plain: whether its calls are left alone.
+        looks: whether all its calls are looked at, not only those of the rule's functions.
+        x: its input, where it is one activation as a whole.
+        hidden: functions of the rule that were called without gradients, as a custom autograd function does.
+        origins: of the results of elementwise functions, where all calls are looked at; else None.
+    """
+
+    grad_enabled = True
+    checkpoint: Any = None
+    planned: ModuleCall | None = None
+    repeats = False
+    plain = False
+    looks = False
+    x: Tensor | None = None
+    hidden: tuple[str, ...] = ()
+    origins: Any = None
+
+    def __init__(self, path: str, key: str, depth: int) -> None:
+        self.path = path
+        self.key = key
+        self.depth = depth
+        self.calls: dict[str, int] = {}
+
+    def again(self) -> ModuleCall:
+        """Return a call that is made as this one of a plan."""
+        call = ModuleCall(self.path, self.key, self.depth)
+        call.planned = self
+        if not self.grad_enabled:
+            call.grad_enabled = False
+        return call
+
+    def count(self, name: str) -> int:
+        """Return how many calls of ``name`` came before this one."""
+        before = self.calls.get(name, 0)
+        self.calls[name] = before + 1
+        return before
+
+
+@dataclass(slots=True)
+class Planned:
     """A call of the last run, to be met again.
 
     Attributes:
         key: as in `SiteCall`.
-        caller: key of the module call that makes it.
+        caller: the module call that makes it.
         module: as in `SiteCall`.
         function: as in `SiteCall`.
+        covered: as in `SiteCall`.
         counted: whether it is a site.
         selected: whether the rule acted.
+        turns: whether the rule may act yet although it is planned otherwise, if the call of the model ends otherwise.
     """
 
     key: str
-    caller: str
+    caller: ModuleCall
     module: str
     function: str
+    covered: bool
     counted: bool
     selected: bool
+    turns: bool
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether it may be a composition of several calls, by functions of a module that calls others too."""
+        return "#" in self.key.rpartition(":")[2]
 
 
 class Plan:
-    """The sites of a finished call, to follow in the next one.
+    """The calls of modules and sites in a finished call of the model, to follow in the next one.
 
     Attributes:
         order: all calls that were noted, but for those inside a module that was one activation as a whole.
+        steps: the same, and one that ends them.
         by_key: the same by key.
+        entered: the module calls, and one that ends them.
         composed: keys of module calls that were one activation as a whole.
         composing: paths of modules whose own forward composes an activation of several calls.
         writing: those of ``composed`` that write into their input.
@@ -108,17 +177,36 @@ class Plan:
 
     def __init__(self, run: Run) -> None:
         self.inner = run.inner
-        self.order = [
-            Planned(
-                site.key, site.key.rpartition(":")[0], site.module, site.function, site.counted, bool(site.selected)
-            )
-            for site in run.seen_from_outside()
-        ]
-        self.by_key = {planned.key: planned for planned in self.order}
         self.composed = run.composed
         self.composing = run.composing
         self.writing = run.writing
+        self.entered = [self._planned(call) for call in run.entered]
+        callers = {call.key: call for call in self.entered}
+        self.order = [
+            Planned(
+                site.key,
+                callers[site.key.rpartition(":")[0]],
+                site.module,
+                site.function,
+                site.covered,
+                site.counted,
+                bool(site.selected),
+                run.relative and site.counted,
+            )
+            for site in run.seen_from_outside()
+        ]
+        end = ModuleCall("", "", -1)
+        self.entered.append(end)
+        self.steps = [*self.order, Planned("", end, "", "", True, False, False, False)]
+        self.by_key = {planned.key: planned for planned in self.order}
         self._tables = run.table(), run.selected()
+
+    def _planned(self, call: ModuleCall) -> ModuleCall:
+        planned = ModuleCall(call.path, call.key, call.depth)
+        planned.grad_enabled = call.grad_enabled
+        special = call.path in self.composing or any(_is_inside(call.key, one) for one in self.composed)
+        planned.repeats = not (call.checkpoint or special)
+        return planned
 
     def table(self) -> SiteTable:
         """Return all sites."""
@@ -127,6 +215,34 @@ class Plan:
     def selected(self) -> SiteTable:
         """Return the sites where the rule acts."""
         return self._tables[1]
+
+
+def _is_inside(key: str, module: str) -> bool:
+    """Return whether a call is one of this module call, or below it."""
+    return key == module or key.startswith(f"{module}/") or (key.startswith(f"{module}:") and "#" in key[len(module) :])
+
+
+class PlannedSite:
+    """A call that the rule acts on if the run ends as its plan says; the backward pass asks."""
+
+    __slots__ = ("position", "run")
+
+    selected = True
+
+    def __init__(self, run: Run, position: int) -> None:
+        self.run = run
+        self.position = position
+
+    def active(self) -> bool:
+        """Return whether the rule acts here."""
+        run = self.run
+        if run.plan is not None and run.finished and self.position not in run.made:
+            return not run.plain
+        return run.site(self.position).active()
+
+
+Asked = SiteCall | PlannedSite
+"""A site that is asked in the backward pass whether the rule acts there."""
 
 
 class Run:
@@ -138,21 +254,26 @@ class Run:
     Attributes:
         rule: the rule.
         plan: the sites of the last call, as long as this one is the same; else None.
-        entered: path and key of each module call.
+        entered: the module calls.
         unreachable: what the rule cannot reach, by module.
         composed: as in `Plan`.
         composing: as in `Plan`.
         writing: as in `Plan`.
         relative: whether the range is counted from the end.
+        revisable: whether a decision of the plan may turn out to be wrong when the call ends.
         plain: whether the backward pass leaves all sites plain, for the time being.
         finished: whether the call has ended.
         inner: whether the model computes gradients inside its forward.
+        steps: as in `Plan`.
+        shapes: of the inputs of the calls so far.
+        made: the calls so far of which a `SiteCall` was needed, by position.
+        nodes: graph nodes of plain calls that may yet turn out to be selected, by position.
     """
 
     def __init__(self, rule: BackwardOverride, plan: Plan | None) -> None:
         self.rule = rule
         self.plan = plan
-        self.entered: list[tuple[str, str]] = []
+        self.entered: list[ModuleCall] = []
         self.unreachable: dict[str, list[str]] = {}
         self.composed: set[str] = set(plan.composed) if plan else set()
         self.composing: set[str] = set(plan.composing) if plan else set()
@@ -161,64 +282,67 @@ class Run:
         self.plain = False
         self.finished = False
         self.inner: bool = plan.inner if plan else False
-        self._order = plan.order if plan else []
-        self._met: list[SiteCall | None] = []
-        self._shapes: list[tuple[int, ...]] = []
-        self._nodes: dict[int, Any] = {}
+        self.revisable = self.relative or self.inner
+        self.steps = plan.steps if plan else []
+        self.shapes: list[tuple[int, ...]] = []
+        self.made: dict[int, SiteCall] = {}
+        self.nodes: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        """Return the number of calls so far."""
+        return len(self.shapes)
 
     @property
     def sites(self) -> list[SiteCall]:
         """The calls so far, sites and others."""
-        for position, site in enumerate(self._met):
-            if site is None:
-                self._met[position] = self._planned(position)
-        return self._met  # type: ignore[return-value]
+        return [self.site(position) for position in range(len(self))]
+
+    def site(self, position: int) -> SiteCall:
+        """Return one of the calls so far."""
+        site = self.made.get(position)
+        if site is None:
+            planned = self.steps[position]
+            site = SiteCall(self, planned.key, planned.module, planned.function, self.shapes[position])
+            site.covered, site.counted, site.selected = planned.covered, planned.counted, planned.selected
+            site.kernel, site.node = planned.selected, self.nodes.get(position)
+            site.fixed = not (self.revisable and planned.counted)
+            self.made[position] = site
+        return site
 
     def seen_from_outside(self) -> list[SiteCall]:
         """Return the calls so far, without those inside modules that are one activation as a whole."""
+        return [site for site in self.sites if not any(_is_inside(site.key, module) for module in self.composed)]
 
-        def inside(key: str, module: str) -> bool:
-            return key.startswith(f"{module}/") or (key.startswith(f"{module}:") and "#" in key[len(module) :])
-
-        return [site for site in self.sites if not any(inside(site.key, module) for module in self.composed)]
-
-    def _planned(self, position: int) -> SiteCall:
-        planned = self._order[position]
-        site = SiteCall(self, planned.key, planned.module, planned.function, self._shapes[position])
-        site.counted, site.selected = planned.counted, planned.selected
-        site.kernel, site.node = planned.selected, self._nodes.get(position)
-        site.fixed = not ((self.relative or self.inner) and planned.counted)
-        return site
-
-    def follow(self, caller: str, function: str, shape: tuple[int, ...]) -> Planned | None:
-        """Return what the plan says of the next call, or None if another call was expected."""
-        position = len(self._met)
-        if position < len(self._order):
-            planned = self._order[position]
-            if planned.function == function and planned.caller == caller:
-                self._met.append(None)
-                self._shapes.append(shape)
-                return planned
-        self.plan = None
-        return None
-
-    def keep_node(self, node: Any) -> None:
-        """Remember the graph node of the call that was met last, which may yet turn out to be selected."""
-        self._nodes[len(self._met) - 1] = node
+    def follow(self, caller: str, function: str) -> bool:
+        """Return whether the plan says that this is the next call; if not, leave the plan."""
+        planned = self.steps[len(self.shapes)]
+        follows = planned.function == function and planned.caller.key == caller
+        if not follows:
+            self.plan = None
+        return follows
 
     def last(self) -> SiteCall:
         """Return the call that was met last."""
-        site = self._met[-1] = self._met[-1] or self._planned(len(self._met) - 1)
-        return site
+        return self.site(len(self) - 1)
 
     def meet(self, key: str, module: str, function: str, shape: tuple[int, ...]) -> SiteCall:
         """Note a call, and decide about it if that can be done now."""
-        if self.plan is not None and self.follow(key.rpartition(":")[0], function, shape) is not None:
-            return self.last()
-        site = SiteCall(self, key, module, function, shape)
-        self._met.append(site)
-        self._shapes.append(shape)
-        return site
+        if self.plan is None or not self.follow(key.rpartition(":")[0], function):
+            self.made[len(self)] = SiteCall(self, key, module, function, shape)
+        self.shapes.append(shape)
+        return self.last()
+
+    def counts(self, call: ModuleCall) -> dict[str, int]:
+        """Return how often a running module call has called each function and module."""
+        counts: Counter[str] = Counter()
+        for one in self.entered:
+            if one.depth == call.depth + 1 and one.key.startswith(call.key + "/"):
+                counts[one.path] += 1
+        for site in self.sites:
+            name, _, number = site.key.removeprefix(f"{call.key}:").partition("#")
+            if number.isdigit() and site.key == f"{call.key}:{name}#{number}":
+                counts[name + "()"] = int(number) + 1
+        return dict(counts)
 
     def table(self) -> SiteTable:
         """Return all sites."""
@@ -247,7 +371,7 @@ class Run:
             BackpassError: a decision that was already acted on turns out to be wrong.
         """
         self.finished = True
-        if self.plan is None or len(self._met) != len(self._order) or (self.inner and not self.plan.inner):
+        if self.plan is None or len(self) != len(self.plan.order) or (self.inner and not self.plan.inner):
             self.plan = None
             table = self.table()
             chosen = {row.key for row in table if self._in_range(row, table)}
@@ -267,18 +391,18 @@ class Run:
 
     def abandon(self) -> None:
         """Let go of the graph: one that refers to its own nodes would never be freed."""
-        self._nodes.clear()
-        for site in self._met:
-            if site is not None:
-                site.node = None
+        self.nodes.clear()
+        for site in self.made.values():
+            site.node = None
 
     def _settle(self, site: SiteCall, chosen: bool) -> None:
         if site.selected is not None and site.selected != chosen:
             if site.fixed:
                 raise BackpassError(
-                    f"a gradient inside the model's forward was computed with {self.rule} "
-                    f"{'acting' if site.selected else 'not acting'} on {site.function!r} in "
-                    f"{site.module or '(model)'!r}, which the finished call shows to be wrong: select it by `where`."
+                    f"a derivative in forward mode, or inside the model's forward, was computed with {self.rule} "
+                    f"{'acting' if site.selected else 'not acting'} on {site.function!r} in module "
+                    f"{site.module or '(model)'!r}, and the finished call shows that to be wrong: call the model once "
+                    "without it, or select by `where`."
                 )
             if chosen and site.node is not None:
                 override: Any = self.rule

@@ -10,8 +10,8 @@ from torch import distributed as dist
 
 from backpass.errors import BackpassError
 from backpass.rules.implicit.attached import Named
-from backpass.rules.implicit.direction import ProximalStep, Rows, from_gradient, from_rows, gram, samples
 from backpass.rules.implicit.layers import Gradients
+from backpass.rules.implicit.proximal import ProximalStep, Rows, from_gradient, from_rows, gram, samples
 from backpass.rules.implicit.systems import column_gram
 from backpass.rules.implicit.uses import Use
 

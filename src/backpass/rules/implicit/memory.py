@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from backpass.rules.implicit.collected import Collected
-from backpass.rules.implicit.direction import ProximalStep, as_gradients, as_matrix
 from backpass.rules.implicit.layers import Gradients
+from backpass.rules.implicit.proximal import ProximalStep, as_gradients, as_matrix
 from backpass.rules.implicit.systems import NotFiniteError, solve
 from backpass.rules.implicit.uses import layer_of
 

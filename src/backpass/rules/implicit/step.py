@@ -1,6 +1,6 @@
-"""`ProxProp` in force on a model: proximal steps in the backward pass, or at the optimizer's step.
+"""`ProxProp` in force on a model that solves at the optimizer's step, over all uses of a weight since the last.
 
-At the step, backward passes leave the plain gradient P in ``.grad`` and collect what the solve needs: the rows A and
+Backward passes leave the plain gradient P in ``.grad`` and collect what the solve needs: the rows A and
 their g while these are few, else A^T A. A hook before the optimizer's step puts D = (A^T A + I/tau)^{-1} P in the place
 of P.
 """
@@ -8,31 +8,25 @@ of P.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from backpass.errors import BackpassError, UnknownNameError
-from backpass.rules import torch_internals
-from backpass.rules.attaching.override import TorchFunction
+from backpass.errors import BackpassError
 from backpass.rules.implicit.attached import LayerAttached, holds_something, world_size
-from backpass.rules.implicit.calls import COMPUTED, NORMALIZATIONS, LinearCall
+from backpass.rules.implicit.calls import COMPUTED
 from backpass.rules.implicit.collected import Collected, Parameters, gather
-from backpass.rules.implicit.direction import direction, solve_dtype
-from backpass.rules.implicit.interception import LayerInterception
 from backpass.rules.implicit.layers import Gradients
 from backpass.rules.implicit.memory import Memory
+from backpass.rules.implicit.proximal import ProximalAttached, diverged
 from backpass.rules.implicit.systems import NotFiniteError
-from backpass.rules.implicit.uses import Found, Use
+from backpass.rules.implicit.uses import Use
 
-__all__ = ["ProximalAtStep", "ProximalAttached", "optimizers_of"]
+__all__ = ["ProximalAtStep", "optimizers_of"]
 
 _STATE = "backpass"
 
@@ -55,91 +49,6 @@ def optimizers_of(given: Any) -> list[Optimizer]:
             )
         found.append(optimizer)
     return found
-
-
-class ProximalInterception(LayerInterception):
-    """An interception that gives linear layers proximal weight gradients."""
-
-    rule: Any
-    attached: ProximalAttached
-
-    def is_site(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call is a layer; embeddings and normalizations on request."""
-        if func in NORMALIZATIONS and not self.rule.norms:
-            return False
-        if func is F.embedding and not self.rule.embeddings:
-            return False
-        return super().is_site(func, args, kwargs)
-
-    def accepts(self, call: LinearCall) -> bool:
-        """Return whether the step needs a layer's rows.
-
-        Raises:
-            BackpassError: a compiled transform, of which Dynamo does not say what gradients are asked for.
-        """
-        if not is_dynamo_compiling():
-            return self.attached.is_due(call.weight, call.bias)
-        if torch_internals.transforms():
-            raise BackpassError(
-                "ProxProp does not work in a compiled torch.func.grad: take torch.func.grad of the compiled model, or "
-                "leave out torch.compile."
-            )
-        return True
-
-
-class ProximalAttached(LayerAttached):
-    """`ProxProp` in force on a model; it solves in the backward pass, which is exact for one use of each weight."""
-
-    step_name = "proximal"
-    way_out = (
-        'to accumulate gradients, share a weight or use several processes, use ProxProp(solve="step").attach(model, '
-        "optimizer=optimizer)"
-    )
-    interception = ProximalInterception
-    rule: Any
-
-    def is_due(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether the backward pass needs the rows of a layer; else its calls can stay plain."""
-        return True
-
-    def set(self, **settings: Any) -> None:
-        """Change settings of the solve from the next backward pass or step on, for schedules.
-
-        Args:
-            settings: ``tau`` and ``cg_steps``, as of `ProxProp`.
-
-        Raises:
-            BackpassError: another setting, or a value out of its range.
-        """
-        for name in settings:
-            if name not in ("tau", "cg_steps"):
-                raise UnknownNameError("setting that can change while the rule is attached", name, ("tau", "cg_steps"))
-        self.rule = replace(self.rule, damping=self.rule.step.damping, **settings)
-        self.step = self.rule.step
-
-    def start(self) -> None:
-        """Begin without any use of a weight; for a copy of the model too."""
-        super().start()
-        self.step = self.rule.step
-
-    def gradients(self, use: Use) -> Found:
-        """Return the plain input gradient, and the directions of weight and bias.
-
-        Raises:
-            BackpassError: the weight has another contribution already, or several processes contribute.
-        """
-        use = use._replace(grad=use.grad.to(solve_dtype(use.weight.dtype)))
-        of_x = use.layer.input_gradient(use.x, use.grad, use.weight.to(use.grad.dtype)) if use.wants[0] else None
-        return of_x, *(self.directions(use) if use.asked else (None, None))
-
-    def directions(self, use: Use) -> Gradients:
-        """Return what ``.grad`` of weight and bias gets."""
-        if not use.functional:
-            self.admit(use)
-        try:
-            return direction(use.layer, use.x, use.grad, use.wants[1:], self.step)
-        except NotFiniteError:
-            raise _diverged(self.describe(use.weight)) from None
 
 
 class ProximalAtStep(ProximalAttached):
@@ -281,7 +190,7 @@ class ProximalAtStep(ProximalAttached):
                 else:
                     self._write(one.direction, *(p and p.parameter for p in one.parameters))
             except NotFiniteError:
-                raise _diverged(f"the layer of {name!r}") from None
+                raise diverged(f"the layer of {name!r}") from None
         if self.memory is not None:
             self.memory.spread()
             for name, layer in self.memory.layers.items():
@@ -327,11 +236,3 @@ class ProximalAtStep(ProximalAttached):
         if saved is not None and self.memory is not None:
             self.memory.load_state_dict(saved["memory"])
             self._exact = set(saved["exact"])
-
-
-def _diverged(layer: str) -> NotFiniteError:
-    """The error of a layer whose inputs are not finite."""
-    return NotFiniteError(
-        f"the inputs of {layer} are not finite, so it has no proximal step: the network has diverged. Lower the "
-        "learning rate or tau, and look at the losses of the steps before."
-    )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.implicit.attached import LayerAttached
-from backpass.rules.implicit.direction import samples, solve_dtype
 from backpass.rules.implicit.layers import Gradients
+from backpass.rules.implicit.proximal import samples, solve_dtype
 from backpass.rules.implicit.systems import NotFiniteError
 from backpass.rules.implicit.uses import Found, Use
 from backpass.rules.semi_implicit.elementwise import Elementwise

@@ -14,9 +14,9 @@ from torch.compiler import is_dynamo_compiling
 from backpass.errors import BackpassError
 from backpass.rules import torch_internals
 from backpass.rules.activations import ACTIVATIONS
-from backpass.rules.attaching.interception import Interception, ModuleCall
+from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import SiteCall
+from backpass.rules.attaching.run import ModuleCall, SiteCall
 from backpass.rules.implicit.calls import LinearCall
 from backpass.rules.implicit.interception import LayerInterception
 from backpass.rules.implicit.uses import Call, implicit_layer

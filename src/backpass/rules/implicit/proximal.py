@@ -1,4 +1,4 @@
-"""The proximal direction of one linear layer (Frerix et al., ICLR 2018, Section 3).
+"""Proximal directions (Frerix et al., ICLR 2018, Section 3), and `ProxProp` in force that solves in the backward pass.
 
 With Z = A Theta and g = dL/dZ it is, in the place of the gradient A^T g,
 D = Theta - argmin_T 1/2 |A T - (A Theta - g)|^2 + 1/(2 tau) |T - Theta|^2
@@ -9,17 +9,39 @@ The increment D is solved for itself: an argmin minus Theta would lose it in the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 
+from backpass.errors import BackpassError, UnknownNameError
+from backpass.rules import torch_internals
+from backpass.rules.attaching.override import TorchFunction
+from backpass.rules.implicit.attached import LayerAttached
+from backpass.rules.implicit.calls import NORMALIZATIONS, LinearCall
+from backpass.rules.implicit.interception import LayerInterception
 from backpass.rules.implicit.layers import Gradients, LinearLayer, Product
-from backpass.rules.implicit.systems import conjugate_gradients, row_gram, solve
+from backpass.rules.implicit.systems import NotFiniteError, conjugate_gradients, row_gram, solve
+from backpass.rules.implicit.uses import Found, Use
 
-__all__ = ["ProximalStep", "Rows", "direction", "from_gradient", "from_rows", "gram", "samples", "solve_dtype"]
+__all__ = [
+    "ProximalAttached",
+    "ProximalStep",
+    "Rows",
+    "as_gradients",
+    "as_matrix",
+    "direction",
+    "diverged",
+    "from_gradient",
+    "from_rows",
+    "gram",
+    "samples",
+    "solve_dtype",
+]
 
 # Below this ratio of the smallest to the largest squared pivot of the Cholesky factor a system is computed anew in
 # float64. The relative error in float32 is at most near 1e-7 over that ratio, where rows repeat each other, and much
@@ -200,3 +222,96 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1.0 else tensor.mul_(scale)
+
+
+class ProximalInterception(LayerInterception):
+    """An interception that gives linear layers proximal weight gradients."""
+
+    rule: Any
+    attached: ProximalAttached
+
+    def is_site(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call is a layer; embeddings and normalizations on request."""
+        if func in NORMALIZATIONS and not self.rule.norms:
+            return False
+        if func is F.embedding and not self.rule.embeddings:
+            return False
+        return super().is_site(func, args, kwargs)
+
+    def accepts(self, call: LinearCall) -> bool:
+        """Return whether the step needs a layer's rows.
+
+        Raises:
+            BackpassError: a compiled transform, of which Dynamo does not say what gradients are asked for.
+        """
+        if not is_dynamo_compiling():
+            return self.attached.is_due(call.weight, call.bias)
+        if torch_internals.transforms():
+            raise BackpassError(
+                "ProxProp does not work in a compiled torch.func.grad: take torch.func.grad of the compiled model, or "
+                "leave out torch.compile."
+            )
+        return True
+
+
+class ProximalAttached(LayerAttached):
+    """`ProxProp` in force on a model; it solves in the backward pass, which is exact for one use of each weight."""
+
+    step_name = "proximal"
+    way_out = (
+        'to accumulate gradients, share a weight or use several processes, use ProxProp(solve="step").attach(model, '
+        "optimizer=optimizer)"
+    )
+    interception = ProximalInterception
+    rule: Any
+
+    def is_due(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the backward pass needs the rows of a layer; else its calls can stay plain."""
+        return True
+
+    def set(self, **settings: Any) -> None:
+        """Change settings of the solve from the next backward pass or step on, for schedules.
+
+        Args:
+            settings: ``tau`` and ``cg_steps``, as of `ProxProp`.
+
+        Raises:
+            BackpassError: another setting, or a value out of its range.
+        """
+        for name in settings:
+            if name not in ("tau", "cg_steps"):
+                raise UnknownNameError("setting that can change while the rule is attached", name, ("tau", "cg_steps"))
+        self.rule = replace(self.rule, damping=self.rule.step.damping, **settings)
+        self.step = self.rule.step
+
+    def start(self) -> None:
+        """Begin without any use of a weight; for a copy of the model too."""
+        super().start()
+        self.step = self.rule.step
+
+    def gradients(self, use: Use) -> Found:
+        """Return the plain input gradient, and the directions of weight and bias.
+
+        Raises:
+            BackpassError: the weight has another contribution already, or several processes contribute.
+        """
+        use = use._replace(grad=use.grad.to(solve_dtype(use.weight.dtype)))
+        of_x = use.layer.input_gradient(use.x, use.grad, use.weight.to(use.grad.dtype)) if use.wants[0] else None
+        return of_x, *(self.directions(use) if use.asked else (None, None))
+
+    def directions(self, use: Use) -> Gradients:
+        """Return what ``.grad`` of weight and bias gets."""
+        if not use.functional:
+            self.admit(use)
+        try:
+            return direction(use.layer, use.x, use.grad, use.wants[1:], self.step)
+        except NotFiniteError:
+            raise diverged(self.describe(use.weight)) from None
+
+
+def diverged(layer: str) -> NotFiniteError:
+    """The error of a layer whose inputs are not finite."""
+    return NotFiniteError(
+        f"the inputs of {layer} are not finite, so it has no proximal step: the network has diverged. Lower the "
+        "learning rate or tau, and look at the losses of the steps before."
+    )
