@@ -1,4 +1,4 @@
-"""PGD beside a 15-line hand-written loop and other libraries: ratios of time, and peak memory."""
+"""PGD beside a 15-line hand-written loop and other libraries, and evaluations: ratios of time, and peak memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpass.attacks import APGD, PGD
+from backpass.attacks import APGD, PGD, evaluate
 from backpass.training import Trainer
 from side_by_side import Contestant, Options, Row, Section, milliseconds, peak_mib, processor, ratio, side_by_side
 
 STEP, STEPS, EPS = 2 / 255, 10, 8 / 255
+CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # radii, over the one at which half of the images fall
 BY_HAND = "hand loop"
 ASKED = {
     "backpass PGD, early_stop=False": 1.03,
     "backpass PGD, bfloat16 and channels_last": 0.35,
     "backpass PGD, 10 steps, half fall": 0.7,
     "backpass PGD, 20 steps, half fall": 0.7,
+    "evaluate": 1.05,
+    "8 radii, PGD": 2.5,
+    "8 radii, APGD": 2.5,
 }
 NOTES = {
     "backpass PGD, 10 steps, half fall": "samples fall late in so few steps: a batch of one image, which wastes "
@@ -44,13 +48,13 @@ def network() -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-def digits(count: int) -> tuple[Tensor, Tensor]:
-    """scikit-learn's digits, enlarged to (N, 3, 32, 32)."""
+def digits(count: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits, enlarged to (N, 3, size, size)."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
     images = torch.tensor(x[:count], dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    return F.interpolate(images, size=32, mode="bilinear").expand(-1, 3, -1, -1).contiguous(), torch.tensor(y[:count])
+    return F.interpolate(images, size=size, mode="bilinear").expand(-1, 3, -1, -1).contiguous(), torch.tensor(y[:count])
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -143,6 +147,45 @@ def eps_where_half_falls(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> 
     return high
 
 
+def evaluations(options: Options) -> Section:
+    """`evaluate` over the attack alone, and eight radii over one."""
+    many, few, rounds = (64, 16, 2) if options.quick else (1000, 64, options.rounds(5))
+    model, (images, labels) = network(), digits(1200 + few, 16)
+    train(model, images[:1200], labels[:1200])
+    model, images, labels = model.to(options.device), images.to(options.device), labels.to(options.device)
+    with torch.no_grad():
+        x, y = images[:many], model(images[:many]).argmax(1)  # all of them right, so that all are attacked
+    full = PGD(eps=EPS, step=STEP, steps=STEPS, restarts=1, early_stop=False)
+    runs: dict[str, Contestant] = {
+        "attack alone": lambda: full(model, x, y, batch_size=256),
+        "evaluate": lambda: evaluate(model, (x, y), full),
+    }
+    pair = (images[1200:], labels[1200:])
+    eps = eps_where_half_falls(model, *pair, 20)
+    for name, attack in (
+        ("PGD", PGD(eps=eps, step=eps / 4, steps=20, restarts=1)),
+        ("APGD", APGD(eps=eps, steps=40)),
+    ):
+        runs[f"one radius, {name}"] = partial(evaluate, model, pair, attack)
+        runs[f"8 radii, {name}"] = partial(evaluate, model, pair, attack, radii=[eps * share for share in CURVE])
+    times = side_by_side(runs, device=options.device, rounds=rounds)
+    bases = {name: name.replace("8 radii", "one radius").replace("evaluate", "attack alone") for name in runs}
+    return Section(
+        title="Evaluation",
+        text=f"`evaluate` of {many:,} images of 3x16x16, all of which the network has right, over {STEPS}-step PGD "
+        f"alone. A curve of eight radii, {CURVE[0]:g} to {CURVE[-1]:g} times the one at which half of {few} images "
+        "fall, over `evaluate` at that one radius, where fooled images leave early.",
+        rows=[
+            Row(
+                name=name,
+                figures={"ratio": ratio(times[name], times[bases[name]]), "ms": milliseconds(times[name])},
+                asked=("ratio", ASKED[name]) if name in ASKED else None,
+            )
+            for name in runs
+        ],
+    )
+
+
 def sections(options: Options) -> Iterator[Section]:
     """The attacks on a network of 183k parameters that is trained a little."""
     model, batch, rounds = network(), 16 if options.quick else 64, options.rounds(7)
@@ -175,3 +218,4 @@ def sections(options: Options) -> Iterator[Section]:
         "and the ratio is to the hand loop of as many steps.",
         rows=rows,
     )
+    yield evaluations(options)

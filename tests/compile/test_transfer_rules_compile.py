@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from backpass import BPA, PNA, SGM
+from backpass import BPA, PNA, SGM, TGR
 from support.names import name_of
 from support.transfer import BLOCKS
 
@@ -60,4 +60,11 @@ def test_multi_head_attention_is_refused_by_name():
     model, x = made("vit, module")
     compiled = torch.compile(nn.Sequential(model), backend="aot_eager", fullgraph=True)
     with PNA().attach(compiled), pytest.raises(Exception, match=r"inside nn\.MultiheadAttention in module '0\.att"):
+        compiled(x)
+
+
+def test_tgr_is_refused_by_name():
+    model, x = made("vit, matmul")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with TGR().attach(compiled), pytest.raises(Exception, match="tgr does not work under torch.compile"):
         compiled(x)

@@ -28,6 +28,9 @@ fmn = module("attacks/fast_minimum_norm").fmn
 NETWORKS = ("cnn", "mlp", "cnn:activation=silu")
 
 
+NORMS = {"linf": float("inf"), "l2": 2, "l1": 1}
+
+
 @pytest.fixture(scope="module", params=NETWORKS)
 def trained(request):
     torch.manual_seed(0)
@@ -41,15 +44,23 @@ def trained(request):
     return model.eval()
 
 
-@pytest.mark.parametrize(("norm", "p", "step"), [("linf", float("inf"), 1.0), ("l2", 2, 1.0), ("l1", 1, 1.0)])
-def test_the_median_distance_is_within_two_per_cent_or_smaller(trained, norm, p, step):
+@pytest.fixture
+def images(trained):
+    """One hundred images, those that the network has right."""
     data = load_data("digits").images
     x, y = data.x[:100], data.y[:100]
     right = trained(x).argmax(1) == y
-    x, y = x[right], y[right]
-    ours = FMN(norm=norm, steps=200, step=step)(trained, x, y)
-    theirs = fmn(trained, x, y, norm=p, steps=200, α_init=step)
-    found = trained(theirs).argmax(1) != y
-    distance = (theirs - x).flatten(1).norm(p, dim=1).masked_fill(~found, torch.inf)
+    return x[right], y[right]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_median_distance_is_within_two_per_cent_where_both_find(trained, images, norm):
+    x, y = images
+    p = NORMS[norm]
+    ours = FMN(norm=norm, steps=200)(trained, x, y)
+    theirs = fmn(trained, x, y, norm=p, steps=200, α_init=1.0)
+    found = (trained(theirs).argmax(1) != y) & ours.success
+    distance = (theirs - x).flatten(1).norm(p, dim=1)
     assert ours.success.all()
-    assert ours.distance.median() <= 1.02 * distance.median()
+    assert found.any()  # their search often converges from inside and finds nothing
+    assert ours.distance[found].median() <= 1.02 * distance[found].median()

@@ -1,7 +1,11 @@
 """Small experiments for tests of the harness; workers import this module."""
 
+import os
 import random
+import signal
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +59,7 @@ def experiment(name="one", scale=None, **rest):
     return Experiment(name=name, title="T", question="Q?", source="P, Figure 1", scales={"small": scale}, **rest)
 
 
-def many(count=40):
+def many(count=15):
     """Many short runs, for interruptions."""
     arms = [arm(f"a{place}", float(place)) for place in range(count)]
     return experiment("many", table(*arms, claims=[claim("a3", "a1")]))
@@ -77,7 +81,18 @@ def constant(scale, values):
     }
 
 
-def main():
-    """Run in a process of its own: ``python -c "from support.experiments import main; main()" FOLDER``."""
-    for _ in run([many()], scale="small", out=Path(sys.argv[1])):
-        pass
+def run_and_be_killed(times):
+    """In a process of its own: begin to run so often, each time in a child that is killed after some more files."""
+    out, chance = Path(sys.argv[1]), random.Random(0)
+    for _ in range(times):
+        here, wanted = len(list(out.glob("outcomes/*"))), chance.randrange(1, 12)
+        child = os.fork()
+        if child == 0:
+            list(run([many()], scale="small", out=out))
+            os._exit(0)
+        while len(list(out.glob("outcomes/*"))) < here + wanted and os.waitpid(child, os.WNOHANG)[0] == 0:
+            time.sleep(chance.random() / 1000)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)

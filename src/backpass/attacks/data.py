@@ -29,12 +29,13 @@ _RANDOM = ("RandomSampler", "SubsetRandomSampler", "WeightedRandomSampler")
 class Source:
     """Reads any form of data in batches of one size, and numbers the samples in the order in which they arrive.
 
-    A data set or a loader may give pairs (image, label), longer tuples, of which the first two are used, or mappings
-    with names such as image and label. Images may be tensors, arrays, or PIL images, which become floats in [0, 1].
+    Samples and batches may be pairs (image, label), longer tuples, of which the first two are used, or mappings, named
+    tuples and dataclasses with names such as image and label. Images may be tensors, arrays, or PIL images, which
+    become floats in [0, 1]; labels may be whole numbers of any type.
 
     Args:
-        data: (x, y) tensors; a map-style data set; an iterable of samples or of batches, for instance a DataLoader
-            with any sampler, batch sampler and collate function.
+        data: (x, y) tensors or arrays, also by name in a mapping; a map-style data set; an iterable of samples or of
+            batches, for instance a DataLoader with any sampler, batch sampler and collate function.
         batch_size: samples per batch; only the last one is smaller.
         several: whether every process, or every later run, has to read the same order again.
 

@@ -50,7 +50,9 @@ __all__ = ["attack"]
 
 [green]... --resume --out runs/attack[/green]  goes on where a run was stopped"""
 )
+@o.with_attack_options
 def attack(
+    *,
     model: Annotated[
         str,
         typer.Option(
@@ -59,103 +61,68 @@ def attack(
             metavar="SPEC",
         ),
     ],
-    data: o.Data,
-    eps: o.Eps,
     weights: Annotated[
         Path | None,
         typer.Option(
             help="safetensors or torch.save of a state dict; never runs code.", show_default="its own initial ones"
         ),
     ] = None,
-    split: o.Split = "test",
-    limit: o.Limit = None,
-    attacks: o.Attacks = ["pgd"],  # noqa: B006  (typer copies it)
-    step: o.Step = None,
-    steps: o.Steps = None,
-    restarts: o.Restarts = None,
-    norm: o.Norm = None,
-    loss: o.Loss = None,
-    rules: o.Rules = ["bp"],  # noqa: B006
-    protocol: o.ProtocolName = "standard",
-    mean: o.Mean = None,
-    std: o.Std = None,
-    normalize: o.Normalize = False,
     curves: Annotated[
         int,
         typer.Option(min=0, help="Images for the curves of success against eps and steps; 0 leaves them out."),
     ] = 200,
-    logits: o.Logits = None,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    batch_size: o.BatchSize = 256,
-    dtype: o.Dtype = None,
-    target: o.Target = None,
-    classes: o.Classes = None,
-    resume: o.Resume = False,
     out: Annotated[Path, typer.Option(help="Folder for report.html and result.json.")] = Path("runs/attack"),
+    given: o.AttackOptions,
 ) -> None:
     """Attack a network: clean and robust accuracy, success with intervals, a report with images.
 
     Several attacks, radii and rules are measured on the same images, from the same random starts.
     Rules are compared image by image; success is judged on the plain network in float32.
     """
-    given = o.Settings(
-        step=step,
-        steps=steps,
-        restarts=restarts,
-        norm=norm,
-        loss=loss,
-        dtype=dtype,
-        logits=logits,
-        seed=seed,
-        target=target,
-    )
-    kept = "Finished parts are kept: --resume goes on with them."
     with ExitStack() as stack:
-        stack.enter_context(told_when_interrupted(kept))
+        stack.enter_context(told_when_interrupted("Finished parts are kept: --resume goes on with them."))
         report = stack.enter_context(working("loading torch"))
         from backpass.data import load_data
         from backpass.data.class_map import match_classes
-        from backpass.lab.protocols import make_protocol
         from backpass.lab.studies.attack.measure import measure
         from backpass.lab.studies.attack.placing import place, set_aside
         from backpass.lab.studies.attack.plans import make_plans, mixing_pool
         from backpass.lab.studies.attack.result import describe
         from backpass.lab.studies.attack.study import Study, check_rules, order_rules
         from backpass.lab.subjects import load_subject, parse_device
-        from backpass.numbers import read_number
         from backpass.report.page import write_report
 
-        radii = [read_number(text, "--eps") for text in eps]
-        ordered, (where, first) = order_rules(rules, model), stack.enter_context(processes(parse_device(device)))
-        space = make_protocol(protocol, data, o.read_normalisation(mean, std))
-        settings = given.as_options()
-        plans = make_plans(attacks, radii, settings, space)  # a mistake there is better known before the data is read
-        in_front = o.normalisation_in_front(normalize, mean, std, data=data, protocol=protocol)
-        images, aside = set_aside(load_data(data, split=split), limit, ordered)
-        subject = load_subject(model, weights, device=where, seed=seed, normalisation=in_front, data=images)
+        ordered, (where, first) = (
+            order_rules(given.rules, model),
+            stack.enter_context(processes(parse_device(given.device))),
+        )
+        radii, space, settings, in_front = given.radii(), given.space(), given.settings(), given.in_front()
+        # A mistake there is better known before the data is read.
+        plans = make_plans(given.attacks, radii, settings, space)
+        images, aside = set_aside(load_data(given.data, split=given.split), given.limit, ordered)
+        subject = load_subject(model, weights, device=where, seed=given.seed, normalisation=in_front, data=images)
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])
         few = images.images.x[:2].to(where)
-        outputs = subject.try_on(few, data, None if classes else images.classes)
-        images = match_classes(images, classes, outputs or images.classes, model)
-        aside = aside and match_classes(aside, classes, outputs or images.classes, model)
-        check_rules(subject, ordered, few, data)
+        outputs = subject.try_on(few, given.data, None if given.classes else images.classes)
+        images = match_classes(images, given.classes, outputs or images.classes, model)
+        aside = aside and match_classes(aside, given.classes, outputs or images.classes, model)
+        check_rules(subject, ordered, few, given.data)
         settings |= mixing_pool(plans, images, space)
         study = Study(
             subject=subject,
             data=images,
             protocol=space,
-            attacks=attacks,
+            attacks=given.attacks,
             radii=radii,
             options=settings,
             rules=ordered,
-            batch_size=batch_size,
+            batch_size=given.batch_size,
             device=where,
             swept=curves,
             shown=_SHOWN,
-            shards=o.open_shards(out, resume, first),
-            target=o.read_target(target, images.class_names),
+            shards=o.open_shards(out, given.resume, first),
+            target=given.target_class(images.class_names),
         )
         if aside is not None:
             report("choose where LinBP starts", 0.0)

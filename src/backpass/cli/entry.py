@@ -57,7 +57,7 @@ def _version(wanted: bool) -> None:
 @app.callback(
     epilog="""[bold]Start here[/bold]
 
-[green]backpass demo[/green]  what another backward pass does to learning and to attack, in a minute
+[green]backpass demo[/green]  four papers on one page, in a minute
 
 [green]backpass sites cnn[/green]  where in a network a rule can act
 
@@ -77,7 +77,7 @@ def _version(wanted: bool) -> None:
 def _app(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the versions and leave."),
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the versions and exit."),
     ] = False,
 ) -> None:
     """Change how a PyTorch network learns, and is attacked, by changing only its backward pass."""

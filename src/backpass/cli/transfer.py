@@ -39,7 +39,9 @@ __all__ = ["transfer"]
 --attack ifgsm --attack mifgsm:diversity=0.7,translation=3,scales=5 --rule bp --rule sgm --gradients 100[/green]
   which attack and which rule transfer best, at 100 gradients of each image?"""
 )
+@o.with_attack_options
 def transfer(
+    *,
     sources: Annotated[
         list[str],
         typer.Option(
@@ -53,14 +55,6 @@ def transfer(
         list[str],
         typer.Option("--target", help="A network to show the images to. Repeatable.", metavar="SPEC[@FILE]"),
     ],
-    data: o.Data,
-    eps: o.Eps,
-    split: o.Split = "test",
-    limit: o.Limit = None,
-    attacks: o.Attacks = ["pgd"],  # noqa: B006  (typer copies it)
-    step: o.Step = None,
-    steps: o.Steps = None,
-    restarts: o.Restarts = None,
     gradients: Annotated[
         int | None,
         typer.Option(
@@ -70,73 +64,44 @@ def transfer(
             show_default="the attack's steps",
         ),
     ] = None,
-    norm: o.Norm = None,
-    loss: o.Loss = None,
-    rules: o.Rules = ["bp"],  # noqa: B006
-    protocol: o.ProtocolName = "standard",
-    mean: o.Mean = None,
-    std: o.Std = None,
-    normalize: o.Normalize = False,
-    logits: o.Logits = None,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    batch_size: o.BatchSize = 256,
-    dtype: o.Dtype = None,
-    target: o.Target = None,
-    classes: o.Classes = None,
-    resume: o.Resume = False,
     out: Annotated[Path, typer.Option(help="Folder for report.html and result.json.")] = Path("runs/transfer"),
+    given: o.AttackOptions,
 ) -> None:
     """Attack some networks and show the images to others: the matrix of black-box success.
 
     Every image has every step: one that leaves as soon as it fools its source transfers worse.
     Rules are attached to the sources; the targets judge as they are.
     """
-    given = o.Settings(
-        step=step,
-        steps=steps,
-        restarts=restarts,
-        norm=norm,
-        loss=loss,
-        dtype=dtype,
-        logits=logits,
-        seed=seed,
-        target=target,
-    )
-    kept = "Finished parts are kept: --resume goes on with them."
     with ExitStack() as stack:
-        stack.enter_context(told_when_interrupted(kept))
+        stack.enter_context(told_when_interrupted("Finished parts are kept: --resume goes on with them."))
         report = stack.enter_context(working("loading torch"))
         from backpass.data import load_data
         from backpass.data.class_map import match_classes
-        from backpass.lab.protocols import make_protocol
         from backpass.lab.studies.attack.plans import make_plans, mixing_pool
         from backpass.lab.studies.attack.study import check_rules, order_rules
         from backpass.lab.studies.transfer.measure import Study, measure
         from backpass.lab.studies.transfer.result import describe
         from backpass.lab.subjects import load_named, parse_device, short_names
-        from backpass.numbers import read_number
         from backpass.report.page import write_report
 
-        radii = [read_number(text, "--eps") for text in eps]
-        ordered, (where, first) = order_rules(rules), stack.enter_context(processes(parse_device(device)))
-        space = make_protocol(protocol, data, o.read_normalisation(mean, std))
-        settings = {**given.as_options(), "early_stop": False}
+        ordered, (where, first) = order_rules(given.rules), stack.enter_context(processes(parse_device(given.device)))
+        radii, space, in_front = given.radii(), given.space(), given.in_front()
+        settings = {**given.settings(), "early_stop": False}
         # A mistake there is better known before the data is read.
-        plans = make_plans(attacks, radii, settings, space, gradients)
-        in_front = o.normalisation_in_front(normalize, mean, std, data=data, protocol=protocol)
-        images = load_data(data, split=split).first(limit)
+        plans = make_plans(given.attacks, radii, settings, space, gradients)
+        images = load_data(given.data, split=given.split).first(given.limit)
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])
-        networks = load_named([*sources, *targets], device=where, seed=seed, normalisation=in_front, data=images)
+        networks = load_named([*sources, *targets], device=where, seed=given.seed, normalisation=in_front, data=images)
         few = images.images.x[:2].to(where)
-        outputs = {s.name: s.try_on(few, data, None if classes else images.classes) for s in networks.values()}
+        classes = None if given.classes else images.classes
+        outputs = {s.name: s.try_on(few, given.data, classes) for s in networks.values()}
         if len(set(outputs.values())) > 1:
             raise BackpassError(f"the networks have different numbers of outputs: {outputs}. Their classes must agree.")
         some = next(iter(outputs.values()))
-        images = match_classes(images, classes, some or images.classes, sources[0])
+        images = match_classes(images, given.classes, some or images.classes, sources[0])
         for spec in sources:
-            check_rules(networks[spec], ordered, few, data)
+            check_rules(networks[spec], ordered, few, given.data)
         settings |= mixing_pool(plans, images, space)
         names = short_names(networks)
         study = Study(
@@ -144,14 +109,14 @@ def transfer(
             targets={names[spec]: networks[spec] for spec in targets},
             data=images,
             protocol=space,
-            attacks=attacks,
+            attacks=given.attacks,
             radii=radii,
             options=settings,
             rules=ordered,
-            batch_size=batch_size,
+            batch_size=given.batch_size,
             device=where,
-            shards=o.open_shards(out, resume, first),
-            target=o.read_target(target, images.class_names),
+            shards=o.open_shards(out, given.resume, first),
+            target=given.target_class(images.class_names),
             gradients=gradients,
         )
         measured = measure(study, report)

@@ -17,12 +17,15 @@ from backpass.rules.activations import ACTIVATIONS, WITHOUT_ACTIVATION
 from backpass.rules.attaching.interception import choose, outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import ModuleCall, SiteCall
+from backpass.rules.blocks import SUMS
 from backpass.rules.operands import OperandRule, Operands
 from backpass.rules.pna import PNA, AttentionAttached, AttentionInterception
+from backpass.rules.torch_internals import constant_while_tracing
 
 __all__ = ["TGR"]
 
 _SDPA = F.scaled_dot_product_attention
+_LAYERS = frozenset((F.linear, F.conv1d, F.conv2d, F.conv3d))
 
 
 class _TokenInterception(AttentionInterception):
@@ -34,6 +37,7 @@ class _TokenInterception(AttentionInterception):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._linear: dict[int, tuple[ref[Tensor], list[SiteCall]]] = {}
+        self._summed: set[int] = set()
         self._marked: list[SiteCall] = []
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,7 +63,7 @@ class _TokenInterception(AttentionInterception):
         for mode, count in zip(outer, before, strict=True):
             for other in mode.run.sites[count:]:
                 other.delegate = site
-        self._linear[id(out)] = ref(out), [site]
+        self._keep(out, [site])
         return out
 
     def find(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
@@ -78,14 +82,21 @@ class _TokenInterception(AttentionInterception):
         """Follow attention matrices and the values of linear layers."""
         super().called(func, args, out)
         if func in ACTIVATIONS:
-            self._note_role(self._sources(args), self.rule.mlp)
-        elif func is not _SDPA and not self.found:
-            sources = next(filter(None, (self._sources((one,)) for one in args)), None)
-            if sources:
+            # After a residual sum, what comes is no longer the MLP that the layer begins.
+            self._note_role([site for site in self._sources(args) if id(args[0]) not in self._summed], self.rule.mlp)
+        elif func is not _SDPA and not self.found and (func not in _LAYERS or self._is_matrix(args[0])):
+            source = next((one for one in args if self._sources((one,))), None)
+            if source is not None:
+                summed = id(source) in self._summed or (func in SUMS and sum(map(_is_batch, args)) > 1)
                 for one in out if isinstance(out, list | tuple) else (out,):
                     if isinstance(one, Tensor):
-                        self._linear[id(one)] = ref(one), sources
+                        self._keep(one, self._sources((source,)), summed=summed)
         self.found = ()
+
+    def _keep(self, out: Tensor, sources: list[SiteCall], *, summed: bool = False) -> None:
+        """Note the linear layers that a tensor comes from."""
+        self._linear[id(out)] = ref(out), sources
+        (self._summed.add if summed else self._summed.discard)(id(out))
 
     def _sources(self, args: Any) -> list[SiteCall]:
         """Return the linear layers that these arguments come from."""
@@ -129,7 +140,7 @@ class _TokenInterception(AttentionInterception):
         super().note_same(x, other)
         sources = self._sources((x,))
         if sources:
-            self._linear[id(other)] = ref(other), sources
+            self._keep(other, sources, summed=id(x) in self._summed)
 
     def scaled(
         self,
@@ -152,11 +163,17 @@ class _TokenInterception(AttentionInterception):
     def _traced(
         self, caller: ModuleCall, name: str | None, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        raise BackpassError(f"{self.rule} does not work under torch.compile: attach it to the model without it.")
+        attached: Any = self.attached
+        attached.refuse_to_compile(caller.path)
 
 
 class _TokenAttached(AttentionAttached):
     interception = _TokenInterception
+
+    @constant_while_tracing
+    def refuse_to_compile(self, path: str) -> None:
+        """Raise the error of compiled code, in which no layer's role is known before the backward pass."""
+        raise BackpassError(f"{self.rule} does not work under torch.compile: use the model without it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +248,11 @@ def attention(
     else:
         matrix = (scores if attn_mask is None else scores + attn_mask).softmax(-1)
     return change(matrix) @ value
+
+
+def _is_batch(x: Any) -> bool:
+    """Return whether an operand of a sum is more than a bias."""
+    return isinstance(x, Tensor) and x.dim() > 1
 
 
 def _extremes(gradient: Tensor, count: int) -> Tensor:

@@ -39,6 +39,17 @@ def test_the_rates_are_those_of_a_slow_loop(cnn, data):
     assert 0.05 < report.success_rate < 0.95
 
 
+def test_nothing_is_hashed_unless_the_run_can_be_resumed(cnn, data, tmp_path, monkeypatch):
+    def refuse(content=b""):
+        raise AssertionError("hashed")
+
+    expected = evaluate(cnn, data, ATTACK, batch_size=64).success
+    monkeypatch.setattr("hashlib.sha256", refuse)
+    assert torch.equal(evaluate(cnn, data, ATTACK, batch_size=64).success, expected)
+    with pytest.raises(AssertionError, match="hashed"):
+        evaluate(cnn, data, ATTACK, batch_size=64, resume=tmp_path)
+
+
 def test_several_attacks_give_each_and_the_worst_case(cnn, data):
     report = evaluate(cnn, data, {"weak": FGSM(eps=0.03), "strong": ATTACK}, batch_size=64)
     weak, strong = (report.attacks[name].success for name in ("weak", "strong"))

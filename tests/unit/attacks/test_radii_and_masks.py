@@ -186,6 +186,26 @@ def test_targets_that_are_the_label_are_no_success(cnn, held_out):
             evaluate(cnn, (x, y), attack, targets=bad)
 
 
+def test_a_curve_is_that_of_searches_from_the_largest_radius_down_until_one_fails(cnn, held_out):
+    x, y = held_out.x[:60], held_out.y[:60]
+    radii = [0.0, 0.02, 0.05, 0.08, 0.14]
+    attack = PGD(eps=0.1, step=0.025, steps=8, restarts=2)
+    report = evaluate(cnn, (x, y), {"pgd": attack}, radii=reversed(radii), batch_size=23)
+    standing = dict.fromkeys(radii, 0)
+    for i in (cnn(x).argmax(1) == y).nonzero().flatten().tolist():
+        one, start, least = x[i : i + 1], None, 1.0
+        for radius, larger in zip(radii[:0:-1], [1.0, *radii[:1:-1]], strict=True):
+            now = PGD(eps=radius, step=radius / 4, steps=8, restarts=2)
+            begin = None if start is None else one + (start - one) * (radius / larger)
+            result = now(cnn, one, y[i : i + 1], indices=torch.tensor([i]), start=begin)
+            if not result.success:
+                break
+            start, least = result.x_adv, radius
+        for radius in radii:
+            standing[radius] += radius < least
+    assert {radius: rate.hits for radius, rate in report.curve().items()} == standing
+
+
 def test_a_curve_of_radii_falls_and_meets_the_single_radii(cnn, held_out):
     x, y = held_out.x[:150], held_out.y[:150]
     radii = [0.02, 0.04, 0.06, 0.08, 0.1, 0.14]
@@ -196,12 +216,17 @@ def test_a_curve_of_radii_falls_and_meets_the_single_radii(cnn, held_out):
     values = [rate.value for rate in curve.values()]
     assert values == sorted(values, reverse=True)
     assert values[0] - values[-1] > 0.3
+    gradients, smaller = 0, torch.zeros_like(report.correct)
     for radius in radii:
-        alone = evaluate(cnn, (x, y), PGD(eps=radius, step=radius / 4, steps=20, restarts=1)).robust_accuracy
-        assert curve[radius].value <= alone + 0.01
+        alone = evaluate(cnn, (x, y), PGD(eps=radius, step=radius / 4, steps=20, restarts=1))
+        gradients += alone.attacks["PGD"].gradients
+        assert curve[radius].value <= alone.robust_accuracy + 0.01
         record = report.attacks[f"pgd eps={radius:.6g}"]
         assert record.settings["eps"] == radius
         assert bool((record.distance[record.success] <= radius + 1e-6).all())
+        assert not (smaller & ~record.success).any()  # what falls at a radius falls at every larger one
+        smaller = record.success
+    assert report.attacks["pgd eps=0.02"].gradients < gradients / 2
     written = report.to_dict()["curves"]["pgd"]
     assert [row["eps"] for row in written] == radii
 

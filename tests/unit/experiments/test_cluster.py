@@ -64,7 +64,7 @@ def test_with_a_worker_killed_the_outcomes_are_those_of_one_process(cluster, tmp
     (single,) = run([many()], scale="small", out=tmp_path / "b")
     assert done.result.claims == single.result.claims
     assert outcome_bytes(tmp_path / "a") == outcome_bytes(tmp_path / "b")
-    assert len(told) == 160
+    assert len(told) == 60
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Every outcome is computed once, survives interruptions to the byte, and a failure stops nothing else."""
 
 import json
-import random
+import os
 import re
 import signal
 import subprocess
@@ -131,26 +131,19 @@ def test_unknown_scales_and_missing_data_are_reported_before_anything_runs(tmp_p
 @pytest.mark.slow
 def test_side_by_side_the_outcomes_are_those_of_one_by_one(tmp_path):
     told = []
-    pairs = [done(tmp_path / str(jobs), many(8), jobs=jobs, progress=told.append) for jobs in (1, 2)]
+    pairs = [done(tmp_path / str(jobs), many(), jobs=jobs, progress=told.append) for jobs in (1, 2)]
     assert pairs[0][0].result.claims == pairs[1][0].result.claims
     assert outcome_bytes(tmp_path / "1") == outcome_bytes(tmp_path / "2")
-    assert told[-1].endswith("32 of 32")
+    assert told[-1].endswith("60 of 60")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are children that are forked")
 def test_killed_at_ten_random_moments_the_outcomes_have_the_same_bytes(tmp_path):
-    chance = random.Random(0)
-    command = [sys.executable, "-c", "from support.experiments import main; main()"]
-    for _ in range(10):
-        running = subprocess.Popen([*command, str(tmp_path / "a")], cwd=TESTS)
-        folder, deadline, wanted = tmp_path / "a" / "outcomes", time.monotonic() + 120, chance.randrange(1, 30)
-        here = len(list(folder.glob("*"))) if folder.exists() else 0
-        while running.poll() is None and time.monotonic() < deadline:
-            if folder.exists() and len(list(folder.glob("*"))) >= here + wanted:
-                break
-            time.sleep(chance.random() / 100)
-        running.send_signal(signal.SIGKILL)
-        running.wait()
+    program = "from support.experiments import run_and_be_killed; run_and_be_killed(10)"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], cwd=TESTS, check=True, timeout=300)
+    assert outcome_bytes(tmp_path / "a")
+    assert not (tmp_path / "a" / "many").exists()
     done(tmp_path / "a", many())
     done(tmp_path / "b", many())
     assert outcome_bytes(tmp_path / "a") == outcome_bytes(tmp_path / "b")

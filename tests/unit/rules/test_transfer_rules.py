@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from backpass import BPA, PNA, SGM, TGR, BackpassError, Deconvnet, GuidedBackprop, LinBP, NoSiteError, parse_rule
+from backpass.attacks import MIFGSM, evaluate
 from backpass.rules.tgr import attention
 from support.names import name_of
 from support.transfer import (
@@ -420,3 +421,53 @@ def test_tgr_takes_grouped_queries_and_names_attention_that_drops_out():
     model.dropout = 0.5
     with TGR().attach(model), pytest.raises(NoSiteError, match=r"its attention drops out; call model.eval\(\)"):
         model(x)
+
+
+class Pooled(nn.Module):
+    """A transformer block, an activation of the residual sum, and a head with an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = BLOCKS["vit, matmul"](), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.tanh(self.head(F.silu(self.block(x))[:, 0]))
+
+
+def test_activations_behind_the_sum_and_in_the_head_make_no_mlp():
+    model, x = Pooled().double(), torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    with TGR().attach(model) as attached:
+        model(x)
+    assert [site.function for site in attached.sites] == ["linear", "matmul", "linear"]
+
+
+class Classifier(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.block = BLOCKS[name]()
+        self.head = nn.Linear(self.block(torch.zeros(self.block.shape)).flatten(1).shape[1], 3)
+
+    def forward(self, x):
+        return self.head(self.block(x).flatten(1))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_evaluation_under_a_rule_leaves_no_trace(rule):
+    override, _, names = RULES[rule]
+    torch.manual_seed(0)
+    model = Classifier(names[-1]).double().train()
+    x = torch.rand(model.block.shape, dtype=torch.float64)
+    data = x, torch.arange(len(x))
+    attack = MIFGSM(eps=0.1, step=0.05, steps=2, early_stop=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = evaluate(model, data, attack).to_dict()
+    generator = torch.get_rng_state()
+    with override.attach(model):
+        evaluate(model, data, attack)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    after = evaluate(model, data, attack).to_dict()
+    assert {**after, "seconds": 0} == {**plain, "seconds": 0}
