@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backpass import cli
+from backpass import cli, papers
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.lab.bench.experiment import Experiment, Outcome
 from backpass.lab.experiments import catalogue
@@ -73,6 +73,7 @@ def tiny(monkeypatch):
         for name in ("one", "two")
     )
     monkeypatch.setattr(catalogue, "EXPERIMENTS", (one, two))
+    monkeypatch.setattr(papers, "EXPERIMENTS", ())
     return one
 
 
@@ -168,7 +169,7 @@ def test_an_interrupted_command_says_that_it_goes_on(tmp_path, monkeypatch, caps
     monkeypatch.setitem(tiny.scales, "small", Sizes(fail_at=2))
     code, _, err = command(monkeypatch, capsys, "reproduce", "one", "--out", str(tmp_path))
     assert code == 130
-    assert "Interrupted. Finished pieces are kept: the same command goes on." in err
+    assert "Interrupted. Finished runs are kept: the same command goes on." in err
 
 
 @pytest.mark.slow
