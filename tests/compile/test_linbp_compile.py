@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from backpass import LinBP
+from backpass import BackpassError, LinBP
 from backpass.rules.activations import ACTIVATIONS
 from support.networks import CASES, Nested, gradients
 
@@ -217,3 +218,27 @@ def test_a_compiled_part_of_an_eager_model_takes_the_rule(start, how, backend):
             assert torch.allclose(got[0], expected[0], rtol=0, atol=1e-12)
             assert [site.index for site in attached.sites] == sites
     assert torch.equal(gradients(model, model, x)[0], plain[0])
+
+
+class SwishByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        h = self.first(x)
+        return F.relu(self.second(h * torch.sigmoid(h)))
+
+
+def test_a_composition_among_other_calls_is_an_error_only_where_it_is_selected():
+    model, x = SwishByHand().double(), torch.randn(3, 5).double().requires_grad_()
+    with LinBP(start=1).attach(model):
+        (expected,) = torch.autograd.grad(model(x).sum(), x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with LinBP(start=1).attach(model):
+        (found,) = torch.autograd.grad(compiled(x).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with LinBP(start=0).attach(model), pytest.raises(BackpassError, match="module of its own"):
+        compiled(x)

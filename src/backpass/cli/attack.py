@@ -1,4 +1,4 @@
-"""``backpass attack``: how easily a network is fooled, with plain gradients and with a rule's."""
+"""``backpass attack``: attack a network with plain gradients and with those of rules."""
 
 from __future__ import annotations
 

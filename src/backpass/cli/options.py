@@ -83,15 +83,13 @@ class AttackOptions:
         None
     )
     normalize: Annotated[
-        bool, typer.Option("--normalize", help="The network expects (pixel - mean) / std: do that in front of it.")
+        bool, typer.Option("--normalize", help="Put (pixel - mean) / std in front of the network.")
     ] = False
     logits: Annotated[
         str | None,
-        typer.Option(
-            help="Where the logits are in the network's output: a key or an index.", show_default="the output"
-        ),
+        typer.Option(help="Key or index of the logits in the network's output.", show_default="the output"),
     ] = None
-    seed: Annotated[int, typer.Option(help="Of random starts and initial weights.")] = 0
+    seed: Annotated[int, typer.Option(help="Seed of random starts and initial weights.")] = 0
     device: Device = "cpu"
     batch_size: Annotated[int, typer.Option(min=1, help="Images searched at a time.")] = 256
     dtype: Annotated[
@@ -111,13 +109,13 @@ class AttackOptions:
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="Which output of the network is which class of the data: names of all outputs, one a line in their "
-            "order; or numbers, the output of each class of the data; or JSON.",
+            help="File that maps outputs of the network to classes of the data: names of all outputs, one a line in "
+            "their order; or numbers, the output of each class of the data; or JSON.",
             show_default="classes are outputs, in the order of their names",
             metavar="FILE",
         ),
     ] = None
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the finished parts in the folder.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the finished parts in the folder.")] = False
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of attacks, in their own types; None for those that were not given.

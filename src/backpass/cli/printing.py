@@ -51,7 +51,7 @@ _NARROWEST = 8  # characters of a column of words; below that a table is printed
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str, float], None]]:
-    """Show progress; yields a function that sets it: (description, share that is done).
+    """Show progress; yield a function that sets it: (description, share in [0, 1]).
 
     A terminal has a bar, any other stderr a line every few seconds.
     """
@@ -80,12 +80,12 @@ class _Lines:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 @contextmanager
 def told_when_interrupted(text: str) -> Iterator[None]:
-    """Say how to go on, on stderr, after Ctrl-C or SIGTERM inside."""
+    """Print how to continue to stderr after Ctrl-C or SIGTERM."""
 
     def terminate(*_: object) -> None:
         raise Terminated
@@ -112,7 +112,7 @@ def say(text: object, *, err: bool = False) -> None:
 def print_grid(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str] | str], words: Sequence[int] = (0,)
 ) -> None:
-    """Print a table in which no number is ever cut; where the terminal is too narrow for that, print a list.
+    """Print a table with all numbers in full; in a terminal too narrow for that, print a list.
 
     Args:
         title: above the table.
@@ -222,7 +222,7 @@ def print_findings(result: Result) -> None:
 
 
 def print_written(seconds: float, paths: Sequence[Path]) -> None:
-    """Print how long it took, and the files with the results."""
+    """Print the duration and the files written."""
     say(f"\n{seconds:.0f} s. Written: {', '.join(map(str, paths))}")
 
 

@@ -15,7 +15,7 @@ __all__ = ["barrier", "processes"]
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[tuple[torch.device, bool]]:
-    """Join the other processes; yields this one's device, and whether it is the first, which writes and prints.
+    """Join the other processes; yield this one's device, and True in the first, which writes and prints.
 
     Without torchrun there is one process. On CUDA each process has the device of its local rank.
     """

@@ -36,7 +36,7 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Folder; each experiment gets one below.")] = Path("runs/reproduce"),
     jobs: Annotated[int | None, typer.Option(min=1, help="Experiments side by side.", show_default="cores")] = None,
     again: Annotated[bool, typer.Option("--again", help="Compute finished experiments anew.")] = False,
-    listing: Annotated[bool, typer.Option("--list", help="Name the experiments and leave.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="List the experiments and exit.")] = False,
     cluster: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler whose workers run the experiments.")
     ] = None,

@@ -1,4 +1,4 @@
-"""``backpass transfer``: whether images that fool one network fool another."""
+"""``backpass transfer``: show images made against some networks to others."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def transfer(
 ) -> None:
     """Attack some networks and show the images to others: the matrix of black-box success.
 
-    Every image has every step: one that leaves as soon as it fools its source transfers worse.
-    Rules are attached to the sources; the targets judge as they are.
+    Every search runs all its steps: an image that only just fools its source transfers worse.
+    Rules are attached to the sources. Targets are evaluated without rules.
     """
     with ExitStack() as stack:
         stack.enter_context(told_when_interrupted("Finished parts are kept: --resume goes on with them."))

@@ -70,7 +70,11 @@ class Averaging:
         if self.count == 1:
             self.values = [tensor.clone() for tensor in now]
             return
-        torch._foreach_lerp_(self.values, now, 1 - self._amount if self._decays else 1 / self.count)
+        weight = 1 - self._amount if self._decays else 1 / self.count
+        for sharded in (False, True):  # buffers are whole where parameters are sharded, and are not mixed with them
+            pairs = [pair for pair in zip(self.values, now, strict=True) if hasattr(pair[0], "full_tensor") == sharded]
+            if pairs:
+                torch._foreach_lerp_([one for one, _ in pairs], [one for _, one in pairs], weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,12 +1,15 @@
 """What is combined with momentum to make images transfer: each against slow loops written from the papers."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from backpass import LinBP
 from backpass.attacks import IFGSM, MIFGSM, PGD, Pool
 from backpass.attacks.companions import patches_out, smooth
 from backpass.attacks.diversity import Diversity
@@ -14,6 +17,7 @@ from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, uniform
 from backpass.attacks.threat import make_threat
 from backpass.errors import BackpassError
+from support.straight_through import straight_through
 
 EPS, STEP, STEPS = 0.1, 0.03, 3
 
@@ -134,6 +138,27 @@ def test_each_companion_is_the_papers_loop(name, cnn, held_out, pool):
     torch.testing.assert_close(found.x_adv, by_hand(model, x, y, pool, **slow), atol=1e-10, rtol=0)
     assert found.gradients == len(x) * attack.cost(STEPS)
     assert not torch.equal(found.x_adv, MIFGSM(eps=EPS, step=STEP, steps=STEPS, early_stop=False)(model, x, y).x_adv)
+
+
+class Straight(nn.Module):
+    def forward(self, x):
+        return straight_through(x, torch.relu)
+
+
+@pytest.mark.parametrize("name", ["MI + DI + TI + SI", "VNI + SI + PatchOut"])
+def test_a_rule_acts_on_every_gradient(name, cnn, held_out, pool):
+    settings, slow = COMPANIONS[name]
+    model, x, y = cnn.double(), held_out.x[:6].double(), held_out.y[:6]
+    rewritten = copy.deepcopy(model)
+    for module in list(rewritten.modules()):
+        for child, activation in list(module.named_children()):
+            if isinstance(activation, nn.ReLU):
+                setattr(module, child, Straight())
+    attack = MIFGSM(eps=EPS, step=STEP, steps=STEPS, early_stop=False, **settings)
+    with LinBP().attach(model):
+        found = attack(model, x, y).x_adv
+    torch.testing.assert_close(found, by_hand(rewritten, x, y, pool, **slow), atol=1e-10, rtol=0)
+    assert not torch.equal(found, attack(model, x, y).x_adv)
 
 
 @pytest.mark.parametrize("name", COMPANIONS)

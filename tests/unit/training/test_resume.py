@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from itertools import cycle
 
 import pytest
@@ -67,11 +68,15 @@ def test_the_result_of_a_resumed_run_has_all_epochs(tmp_path):
     assert result.steps == 15
 
 
-def test_a_finished_run_resumes_to_its_end(tmp_path):
-    first = trainer("BP", tmp_path)
+@pytest.mark.parametrize("kind", ["BP", "LinBP"])
+def test_a_finished_run_resumes_to_its_end_without_a_word(kind, tmp_path):
+    first = trainer(kind, tmp_path)
     expected = outcome(first, first.fit())
-    again = trainer("BP", tmp_path)
-    assert outcome(again, again.fit(resume=True)) == expected
+    again = trainer(kind, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = again.fit(resume=True)
+    assert outcome(again, result) == expected
 
 
 def test_more_epochs_continue_a_finished_run(tmp_path):

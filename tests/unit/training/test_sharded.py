@@ -30,6 +30,7 @@ CASES = {
 def make(sharded: bool, folder=None, **settings) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    model.register_buffer("whole", torch.ones(3, dtype=torch.float64))  # averaged beside sharded weights
     if sharded:
         fully_shard(model[2])
         fully_shard(model)

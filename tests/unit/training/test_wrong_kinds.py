@@ -325,6 +325,7 @@ def test_a_log_that_was_lost_is_not_filled_with_zeros(tmp_path, caplog):
 
 def test_a_last_step_that_ruins_the_weights_is_a_divergence():
     model = nn.Linear(4, 3)
+    nn.init.zeros_(model.weight)  # random weights may leave no gradient that is large enough
     optimizer = torch.optim.SGD(model.parameters(), 1e38)
     result = make(model, optimizer, batch_size=20, data=(1e3 * X, Y)).fit()
     assert result.diverged == "the weights after step 1 are not finite"

@@ -85,7 +85,7 @@ class Transfer:
         return Part(
             finding=Finding(
                 "Attacks that transfer",
-                f"Images made against a small residual network are shown to another network. At eps {self.eps[-1]:g} "
+                f"Images made against a small residual network are shown to another network. At eps {self.eps[-1]:g}, "
                 f"{interval_text(mean_interval(plain))} % of those of plain gradients fool it. Compared with this, "
                 f"success is {listing(words)}.",
             ),
