@@ -9,8 +9,15 @@ from backpass import cli
 NETWORK = """
 from torch import nn
 
-def Net():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        if self.training:
+            raise ValueError("my layer is not ready")
+        return self.linear(x.flatten(1))
 """
 
 
@@ -24,7 +31,7 @@ def test_an_error_of_the_network_has_a_traceback_only_where_it_is_asked_for(monk
         "--model",
         "normed:Net",
         "--batch-size",
-        "1",
+        "8",
         "--limit",
         "8",
         "--out",
@@ -35,9 +42,9 @@ def test_an_error_of_the_network_has_a_traceback_only_where_it_is_asked_for(monk
         cli.main()
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert "ValueError: Expected more than 1 value per channel" in error
+    assert "ValueError: my layer is not ready" in error
     assert "Traceback" not in error
     monkeypatch.setenv("BACKPASS_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["backpass", *arguments, "--out", "again"])
-    with pytest.raises(ValueError, match="Expected more than 1 value"):
+    with pytest.raises(ValueError, match="my layer is not ready"):
         cli.main()
