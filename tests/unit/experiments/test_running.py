@@ -155,8 +155,8 @@ def test_killed_at_ten_random_moments_the_outcomes_have_the_same_bytes(tmp_path)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found through /proc")
 def test_an_interrupted_command_leaves_no_process_behind(tmp_path):
     pytest.importorskip("typer")
-    command = [sys.executable, "-m", "backpass", "reproduce", "sibp-depth", "--jobs", "2", "--out", str(tmp_path)]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "backpass", "reproduce", "linbp-fig3", "linbp-fig4"]
+    running = subprocess.Popen([*command, "--jobs", "2", "--out", str(tmp_path)], stderr=subprocess.PIPE)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
     deadline = time.monotonic() + 180
     while running.poll() is None and len(workers := children.read_text().split()) < 3 and time.monotonic() < deadline:

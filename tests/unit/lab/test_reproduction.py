@@ -3,12 +3,8 @@
 import json
 import math
 import re
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -170,44 +166,6 @@ def test_an_interrupted_command_says_that_it_goes_on(tmp_path, monkeypatch, caps
     code, _, err = command(monkeypatch, capsys, "reproduce", "one", "--out", str(tmp_path))
     assert code == 130
     assert "Interrupted. Finished runs are kept: the same command goes on." in err
-
-
-@pytest.mark.slow
-def test_processes_of_their_own_tell_what_they_compute(tmp_path, monkeypatch):
-    monkeypatch.undo()
-    told = []
-    run(tmp_path, "linbp-fig4", "linbp-sleeping-units", jobs=2, progress=told.append)
-    assert any(what.startswith("linbp-fig4: ") for what in told)
-    assert any(what.startswith("linbp-sleeping-units: ") for what in told)
-
-
-@pytest.mark.slow
-def test_side_by_side_they_find_what_they_find_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.undo()  # processes of their own see the real catalogue
-    names = ["linbp-fig1", "sde-long-run"]
-    both, single = (
-        {done.name: done.result.claims for done in run(tmp_path / str(jobs), *names, jobs=jobs)} for jobs in (2, 1)
-    )
-    assert set(both) == set(names)
-    assert both == single
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found through /proc")
-def test_an_interrupted_command_leaves_no_process_behind(tmp_path):
-    command = [sys.executable, "-m", "backpass", "reproduce", "linbp-fig3", "linbp-fig4", "linbp-fig2"]
-    running = subprocess.Popen([*command, "--jobs", "2", "--out", str(tmp_path)], stderr=subprocess.PIPE)
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
-    deadline = time.monotonic() + 120
-    while len(workers := children.read_text().split()) < 3 and time.monotonic() < deadline:
-        time.sleep(0.2)  # two workers, and the one that tracks resources
-    running.send_signal(signal.SIGINT)
-    assert running.wait(60) == 130
-    assert b"Traceback" not in running.stderr.read()
-    deadline = time.monotonic() + 10
-    while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left == []
 
 
 def test_what_was_written_is_what_is_read(tmp_path):

@@ -10,9 +10,6 @@ from backpass.lab.bench.experiment import Experiment
 from backpass.lab.experiments.linbp import (
     adversarial_training,
     halving,
-    simulated_attack,
-    simulated_training,
-    sleeping_units,
     step_sizes,
     success_tables,
     training,
@@ -24,13 +21,10 @@ from backpass.lab.experiments.sde import adversarial_rates, learning_rate, theor
 __all__ = ["EXPERIMENTS", "choose", "experiment_names"]
 
 EXPERIMENTS: tuple[Experiment[Any], ...] = (
-    *simulated_attack.EXPERIMENTS,
-    *simulated_training.EXPERIMENTS,
     *success_tables.EXPERIMENTS,
     *halving.EXPERIMENTS,
     *transfer.EXPERIMENTS,
     *white_box_conditions.EXPERIMENTS,
-    *sleeping_units.EXPERIMENTS,
     *training.EXPERIMENTS,
     *step_sizes.EXPERIMENTS,
     *adversarial_training.EXPERIMENTS,
