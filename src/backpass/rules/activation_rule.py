@@ -120,7 +120,7 @@ class ActivationRule(Rule):
     ) -> Any:
         """Return the activation's value with this rule's backward, or, should ``site`` say so, with the plain one."""
         if len(args) == 1 and func in SIMPLE and not kwargs.get("inplace") and torch_internals.eager_without_modes():
-            return eager_kernel(args[0], None, None, (self, site, func, (), kwargs))
+            return eager_kernel(args[0], None, None, self.backward, (self.needs_input, site, func, (), kwargs))
         activation, x, parameters, in_place = read_call(func, args, kwargs)
         learns = parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters)
         if site is not None and (learns or activation.name == "rrelu" or torch_internals.transforms()):

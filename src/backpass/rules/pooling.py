@@ -91,7 +91,7 @@ def read_pool(
 ) -> tuple[Tensor, SoftMaxPool] | None:
     """Return the input and the pooling of a call of one of `MAX_POOLS`; None if it returns indices too."""
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
     if given.get("return_indices"):
         return None
     n = int(MAX_POOLS[func][-2])

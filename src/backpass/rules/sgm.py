@@ -63,7 +63,7 @@ class _BranchInterception(OperandInterception):
         site: SiteCall | None,
     ) -> Any:
         """Call a function with the gradients of the branches multiplied; a sum may overwrite its branch."""
-        if writes_sum(func) and operands == ((0,),):
+        if writes_sum(func) and len(operands) == 1 and len(operands[0]) == 1 and operands[0][0] == 0:
             args[0].copy_(self.scale(args[0], site))
             return func(*args, **kwargs)
         return super().scaled(operands, func, args, kwargs, site)
