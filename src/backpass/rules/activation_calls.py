@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves
 
 from backpass.rules import torch_internals
-from backpass.rules.activations import ACTIVATIONS, read_call, writes_in_place
+from backpass.rules.activations import ACTIVATIONS, copied, read_call, writes_in_place
 from backpass.rules.attaching.interception import Interception, outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import Asked, ModuleCall, SiteCall
@@ -253,8 +253,8 @@ class ActivationInterception(Interception):
         if not writes_in_place(func, args, kwargs):
             out = self.at_value(site, begin, func(*args, **kwargs), learns)
         else:
-            before = begin.clone() if begin is args[0] else begin
-            out = args[0].copy_(self.at_value(site, before, func(args[0].clone(), *args[1:], **kwargs), learns))
+            before = copied(begin) if begin is args[0] else begin
+            out = args[0].copy_(self.at_value(site, before, func(copied(args[0]), *args[1:], **kwargs), learns))
         self._origins(caller).note(out, Origin(source, bent, (site,), out.numel(), site, True, learns, path))
         return out
 
@@ -322,7 +322,7 @@ class ActivationInterception(Interception):
         else:
             return None
         with torch._C.DisableTorchFunction():
-            given = x.clone() if writes else x
+            given = copied(x) if writes else x
         self.watched.append(_Watched(call, x, given, begin))
         return (given,) if writes else None
 

@@ -17,6 +17,7 @@ from backpass.rules.activations import (
     FUSED_ACTIVATIONS,
     SIMPLE,
     WITHOUT_ACTIVATION,
+    copied,
     learned_value,
     read_call,
     writes_in_place,
@@ -125,7 +126,7 @@ class ActivationRule(Rule):
         learns = parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters)
         if site is not None and (learns or activation.name == "rrelu" or torch_internals.transforms()):
             return self.replace_call(func, args, kwargs, site)
-        z = x.clone() if in_place and (self.needs_input or site is not None) else x
+        z = copied(x) if in_place and (self.needs_input or site is not None) else x
         if learns:
             y = self.replace_value(z, activation.compute(z.detach(), *parameters), None)
         else:
@@ -140,8 +141,8 @@ class ActivationRule(Rule):
             args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
         x, rest = args[0], args[1:]
         writes = writes_in_place(func, args, kwargs)
-        before = x.clone() if writes else x
-        plain = func(before.clone() if writes else x, *rest, **kwargs)
+        before = copied(x) if writes else x
+        plain = func(copied(x) if writes else x, *rest, **kwargs)
         out = self.replace_value(before, plain, site, learned_value(func, before, args, kwargs))
         return x.copy_(out) if writes else out
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import UnknownNameError
+from backpass.rules.torch_internals import transforms
 
 __all__ = [
     "ACTIVATIONS",
@@ -19,6 +21,7 @@ __all__ = [
     "WITHOUT_ACTIVATION",
     "Activation",
     "activations",
+    "copied",
     "is_relu",
     "learned_value",
     "read_call",
@@ -171,6 +174,18 @@ def is_relu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     activation, _, parameters, _ = read_call(func, args, kwargs)
     name = activation.name
     return name in ("relu", "relu6") or (name == "hardtanh" and parameters[0] == 0 and parameters[1] > 0)
+
+
+def copied(x: Tensor) -> Tensor:
+    """Return a copy of x with its strides: torch rounds differently on a tensor with gaps and on one without."""
+    copy = x.clone()
+    if is_dynamo_compiling() or copy.stride() == x.stride() or transforms():
+        return copy
+    whole = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
+    try:
+        return whole.new_empty_strided(whole.shape, whole.stride()).copy_(whole).expand(x.shape)
+    except RuntimeError:  # elements that overlap
+        return copy
 
 
 def writes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

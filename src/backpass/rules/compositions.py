@@ -108,9 +108,9 @@ _DIVISIONS = _functions("div div_ divide true_divide __truediv__ __itruediv__ __
 
 VIEWS = frozenset((F.interpolate, F.upsample)) | _functions(
     "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split "
-    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select"
+    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select pad constant_pad_nd"
 )
-"""Functions that arrange the same elements anew, or resample them."""
+"""Functions that arrange the same elements anew, resample them, or pad them."""
 
 _PARAMETER_LIMIT = 32
 _SIGMOIDS = frozenset(("sigmoid", "hardsigmoid", "hsigmoid", "expit"))
@@ -172,9 +172,10 @@ class Origin:
 
 
 class Origins:
-    """The origins of the latest results in one call of a module."""
+    """The origins of the latest results in one call of a module, and of older values of activations."""
 
-    _LIMIT = 64
+    _LATEST = 64
+    _OLDER = 32
 
     def __init__(self) -> None:
         self._known: list[tuple[Tensor, Origin]] = []
@@ -189,8 +190,9 @@ class Origins:
     def note(self, x: Tensor, origin: Origin) -> None:
         """Remember the origin of a result."""
         self._known.append((x, origin))
-        if len(self._known) > self._LIMIT:
-            del self._known[0]
+        if len(self._known) > self._LATEST + self._OLDER:
+            without = (i for i, (_, known) in enumerate(self._known[: self._OLDER]) if not known.sites)
+            del self._known[next(without, 0)]
 
     def adopt(self, x: Tensor) -> None:
         """Give a tensor the origin of the latest result."""
