@@ -1,4 +1,4 @@
-"""Autograd functions that give the value of a call the backward pass of a rule."""
+"""Autograd functions that replace the backward pass of a call by that of a rule."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["computed", "corrected", "eager_kernel", "replaced"]
 
 
 _Call = tuple[Any, Asked | None, Callable[..., Any] | None, tuple[Any, ...], Mapping[str, Any]]
-"""An object with ``backward(grad, x)`` and ``needs_input``; the site that the backward pass asks whether it acts,
-or None; the function of x, or None if its value is given; its further arguments."""
+"""(override, site, compute, args, kwargs): object with ``backward(grad, x)`` and ``needs_input``; site queried in the
+backward pass, or None; function of x, or None if its value is given; further arguments of the function."""
 
 _NONE: Mapping[str, Any] = {}
 
@@ -31,7 +31,7 @@ def computed(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] = _NONE,
 ) -> Any:
-    """Return ``compute(x, *args, **kwargs)`` with the backward of ``override``; keeps no more than x."""
+    """Return ``compute(x, *args, **kwargs)`` with the backward of ``override``; saves x at most."""
     return _apply(x, None, None, (override, site, compute, args, kwargs))
 
 
@@ -39,26 +39,26 @@ def replaced(override: Any, site: Asked | None, x: Tensor, value: Tensor, learne
     """Return ``value``, computed from x, with the backward of ``override``.
 
     Args:
-        override: has ``backward(grad, x)``, and ``needs_input``: whether it uses x.
-        site: asked in the backward pass whether the rule acts; None: it does.
-        x: the input.
-        value: the value; with the plain graph, or, if the rule surely acts, with that of learned parameters.
-        learned: the value as a function of learned parameters alone, where ``site`` is given.
+        override: object with ``backward(grad, x)`` and ``needs_input``, True if it uses x.
+        site: site queried in the backward pass; None: the rule acts.
+        x: input of the call.
+        value: output; with the plain graph, or, without a site, with the graph of learned parameters only.
+        learned: output as a function of learned parameters only, where ``site`` is given.
     """
     return _apply(x, value, learned, (override, site, None, (), _NONE))
 
 
 def corrected(override: Any, site: Asked | None, x: Tensor, value: Tensor) -> Any:
-    """Return ``value``, computed from x and from parameters that keep their own gradients.
+    """Return ``value``, computed from x and parameters, with the backward of ``override`` for x only.
 
-    Its plain graph is gone through twice in the backward pass. ``override.adjusted(of_x, plain)`` is the gradient of x.
+    The backward pass traverses the plain graph twice. ``override.adjusted(of_x, plain)`` is the gradient of x.
     """
     apply: Callable[..., Any] = _Corrected.apply
     return apply(x, value, override, site)
 
 
 class _Kernel(torch.autograd.Function):
-    """(x, value, learned, call) -> value; backward gives x the rule's gradient, or the plain one, as decided."""
+    """(x, value, learned, call) -> value; backward returns the rule's or the plain gradient of x."""
 
     generate_vmap_rule = True
 
@@ -68,7 +68,7 @@ class _Kernel(torch.autograd.Function):
         if compute is not None:
             return compute(x, *args, **kwargs)
         assert value is not None  # noqa: S101
-        # Without a view of the value, so that later calls may write into the result.
+        # No view of the value, so that later calls may modify the result in place.
         return value.clone() if is_dynamo_compiling() or torch_internals.transforms() else value.data
 
     @staticmethod
@@ -79,7 +79,7 @@ class _Kernel(torch.autograd.Function):
             ctx.learns = learned is not None
         override, site, *_ = call
         if site is not None:
-            ctx.site = site  # for the search of blocks
+            ctx.site = site  # read by the detection of blocks
         if override.needs_input or (site is not None and value is None):
             ctx.save_for_backward(x)
 
@@ -95,7 +95,7 @@ class _Kernel(torch.autograd.Function):
 
 
 class _ForwardModeKernel(_Kernel):
-    """`_Kernel` with a forward-mode derivative; Dynamo refuses a Function that has one."""
+    """`_Kernel` with a forward-mode derivative, which Dynamo does not support."""
 
     @staticmethod
     def jvp(ctx: Any, of_x: Tensor | None, of_value: Tensor | None, of_learned: Tensor | None, _: None) -> Any:
@@ -108,7 +108,7 @@ class _ForwardModeKernel(_Kernel):
 
 
 eager_kernel = torch_internals.bare_apply(_ForwardModeKernel)
-"""The kernel in eager calls outside of `torch.func`: (x, value, learned, call) -> value."""
+"""Kernel for eager calls outside `torch.func`: (x, value, learned, call) -> value."""
 
 
 def _apply(*inputs: Any) -> Any:
@@ -117,7 +117,7 @@ def _apply(*inputs: Any) -> Any:
 
 
 class _Corrected(torch.autograd.Function):
-    """(x, value) -> value; backward adds to x what turns the value's gradient of x into the rule's."""
+    """(x, value) -> value; backward adds to the gradient of x the difference between the rule's and the plain one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, override: Any, site: Asked | None) -> Tensor:
