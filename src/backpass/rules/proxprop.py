@@ -137,8 +137,8 @@ class ProxProp(Rule):
             strict: as in `Rule.attach`.
 
         Raises:
-            BackpassError: ``solve="step"`` without an optimizer, or an optimizer without ``solve="step"``; the parameters
-                are sharded.
+            BackpassError: ``solve="step"`` without an optimizer, or an optimizer without ``solve="step"``; the
+                parameters are sharded.
         """
         if self.solve == "step":
             return ProximalAtStep(self, model, optimizers_of(optimizer), strict)

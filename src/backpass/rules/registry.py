@@ -48,8 +48,8 @@ def parse_rule(text: str, *, placeholders: Collection[str] = ()) -> Rule:
 
     Args:
         text: the text form.
-        placeholders: accepted placeholders of ``start``, out of ``"paper"`` and ``"auto"``, which the caller replaces by
-            a position in its network. Others are an error.
+        placeholders: accepted placeholders of ``start``, out of ``"paper"`` and ``"auto"``, which the caller replaces
+            by a position in its network. Others are an error.
 
     Raises:
         UnknownNameError: no rule, or no setting of the rule, has that name.

@@ -30,8 +30,8 @@ class Rule(BackwardOverride):
 
         Args:
             model: the model.
-            strict: True to raise an error if the rule cannot reach a part of the model; False warns and lists the part in
-                `Attached.unreachable`.
+            strict: True to raise an error if the rule cannot reach a part of the model; False warns and lists the part
+                in `Attached.unreachable`.
 
         Raises:
             NoSiteError: the model is scripted, so its operations cannot be reached; or, with ``strict``, a part of it.

@@ -44,9 +44,10 @@ class SIBP(Rule):
         newton_steps: Gauss-Newton steps on the sub-problem if s is not the identity, at least 1.
         cg_steps: conjugate-gradient iterations per Gauss-Newton step, at least 1. If s is the identity, the solve is
             direct.
-        descent_steps: number of the last ``cg_steps`` iterations that are steepest-descent steps on the sub-problem itself
-            if s is piecewise linear, because the Gauss-Newton model ignores the kinks of s; at most ``cg_steps`` - 1.
-            From 1 on, a step that raises the objective of a unit is rejected for any s. 0: plain Gauss-Newton steps.
+        descent_steps: number of the last ``cg_steps`` iterations that are steepest-descent steps on the sub-problem
+            itself if s is piecewise linear, because the Gauss-Newton model ignores the kinks of s; at most ``cg_steps``
+            - 1. From 1 on, a step that raises the objective of a unit is rejected for any s. 0: plain Gauss-Newton
+                steps.
         reduction: how the loss combines the samples of a batch, ``"mean"`` or ``"sum"``. With ``"mean"`` gradients are
             multiplied by the size of the first dimension of the layer's input.
         updated_weights: True to propagate input gradients through W + dW; False: through W.
@@ -96,8 +97,8 @@ class SIBP(Rule):
 
         Args:
             model: the model.
-            scaler: the ``torch.amp.GradScaler`` that scales the loss, if any. A semi-implicit step is nonlinear in the scale
-                of the loss, so the rule has to divide by it.
+            scaler: the ``torch.amp.GradScaler`` that scales the loss, if any. A semi-implicit step is nonlinear in the
+                scale of the loss, so the rule has to divide by it.
             strict: as in `Rule.attach`.
 
         Raises:
