@@ -56,7 +56,7 @@ def branch_of_sum(a: Tensor, b: Tensor) -> int | None:
         if len(costs) == 2:
             skip = 0 if (costs[0], layers[0]) <= (costs[1], layers[1]) else 1
             cheaper = (costs[skip], layers[skip]) < (costs[1 - skip], layers[1 - skip])
-            from_one_tensor = visit.outputs[0] & visit.outputs[1]  # one output of the node, not the several outputs of a split
+            from_one_tensor = visit.outputs[0] & visit.outputs[1]  # not different outputs of a split
             found = cheaper and costs[skip] <= _SKIP_LIMIT and layers[1 - skip] and from_one_tensor
             return 1 - skip if found else None
         for operand in costs:

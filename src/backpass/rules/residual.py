@@ -2,8 +2,8 @@
 
 Guo, Li, Chen, "Backpropagating Linearly Improves Transferability of Adversarial Examples", NeurIPS 2020, Section 3.2.
 In a block sum = skip(z) + f(z), with g the gradient at the sum: n = J_f(plain)^T g, l = J_f(linear)^T g,
-alpha = |n|_2 / |l|_2 per sample; the gradient with respect to z is J_skip^T g + decay alpha l. An activation of the sum itself
-stays plain. Weights get the linear gradient, unscaled.
+alpha = |n|_2 / |l|_2 per sample; the gradient with respect to z is J_skip^T g + decay alpha l. An
+activation of the sum itself stays plain. Weights get the linear gradient, unscaled.
 
 The graph of a branch has the plain backward and that of the rule, so that the backward pass of the sum can compute both
 n and l.
