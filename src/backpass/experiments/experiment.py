@@ -62,7 +62,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """The outcomes of an arm.
+    """Outcomes of an arm.
 
     Attributes:
         arm: the arm.

@@ -107,7 +107,7 @@ _LOGGERS: dict[str, type[Any]] = {"mlflow": _MLflow, "tensorboard": _TensorBoard
 
 
 class Logs:
-    """The log files of a run, in its folder.
+    """Log files of a run, in its folder.
 
     ``log.jsonl`` has the records without times, so that it is byte-identical for resumed and uninterrupted runs;
     ``timing.jsonl`` has seconds; ``run.json`` settings, environment, status and the last numbers.

@@ -45,7 +45,7 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """The parts of a run that change while it runs."""
+    """Mutable state of a run."""
 
     settings: Trainer
     position: Position

@@ -77,7 +77,7 @@ class SiteCall:
         return self.delegate is None or not self.delegate.active()
 
     def inside(self, module: str) -> bool:
-        """Return whether the call happens in the module of this path or below it."""
+        """Return True if the call happens in the module of this path or below it."""
         return module in ("", self.module) or self.module.startswith(module + ".")
 
 

@@ -1,4 +1,4 @@
-"""The backward pass of a layer under `SIBP`: implicit weight steps, input gradients through the updated weights."""
+"""Backward pass of a layer under `SIBP`: implicit weight steps, input gradients through the updated weights."""
 
 from __future__ import annotations
 

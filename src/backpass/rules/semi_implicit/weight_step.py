@@ -1,4 +1,4 @@
-"""The weight step of semi-implicit back propagation (Liu & Zhang 2020, arXiv 2002.03516).
+"""Weight step of semi-implicit back propagation (Liu & Zhang 2020, arXiv 2002.03516).
 
 A layer z = A w, y = s(z) gets the gradient g at y. With the targets T = y - eta g, its step is, per unit,
 argmin_d |s(z + A d) - T|^2 + lam |d|^2,

@@ -42,7 +42,7 @@ SCALES = {
         prediction=Prediction(seeds=3, paths=8, samples=16, steps=10, records=2),
     ),
 }
-"""The demo's sizes by name."""
+"""Sizes of the demo by name."""
 
 
 def run(demo: Demo, progress: Progress = lambda what, part: None) -> Result:

@@ -1,4 +1,4 @@
-"""The SDE's prediction of adversarial training: the input gradient and the loss under attack against time."""
+"""SDE prediction of adversarial training: input gradient and adversarial loss against time."""
 
 from __future__ import annotations
 
