@@ -1,4 +1,4 @@
-"""The activation functions as torch knows them, and how to compute each out of place."""
+"""Activation functions of torch, and their out-of-place computation."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Activation:
     """An elementwise activation function.
 
     Attributes:
-        name: its name in a site table.
-        compute: its value from the input and the parameters, by aten operators: a mode further out counts these
-            as no call of the activation.
+        name: name in a site table.
+        compute: computes the output from input and parameters with aten operators, which an outer mode does not count
+            as a call of the activation.
         parameters: names and defaults of the arguments between the input and ``inplace``.
     """
 
@@ -95,7 +95,7 @@ _NAMED: tuple[Activation, ...] = (
 
 
 def _everywhere(activation: Activation) -> dict[Callable[..., Any], Activation]:
-    """Every torch function that computes the activation: functional, builtin, method, and in place."""
+    """Return every torch function that computes the activation: functional, builtin, method and in-place."""
     places = (F, torch, torch.Tensor, torch.special, torch._C._nn)
     names = [activation.name, activation.name + "_"]
     if activation.name == "sigmoid":
@@ -109,14 +109,14 @@ _BY_FUNCTION = {function: activation for named in _NAMED for function, activatio
 ACTIVATIONS: Mapping[Callable[..., Any], str] = {
     function: activation.name for function, activation in _BY_FUNCTION.items()
 }
-"""The torch functions that are activations, and the name of each."""
+"""Activation functions of torch, with their names."""
 
 
 def activations(*names: str) -> dict[Callable[..., Any], str]:
-    """The torch functions that compute the activations of these names, as ``activations("relu", "relu6")``; or of all.
+    """Return the torch functions of the named activations, as in ``activations("relu", "relu6")``; default: all.
 
     Raises:
-        UnknownNameError: there is no activation of a name.
+        UnknownNameError: a name is unknown.
     """
     known = {activation.name for activation in _NAMED}
     for name in names:
@@ -134,7 +134,7 @@ WITHOUT_ACTIVATION: frozenset[type[nn.Module]] = frozenset(
         *(nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Softmax, nn.LogSoftmax),
     )
 )
-"""torch's own modules that call no activation: they need no hooks."""
+"""Modules of torch that call no activation and need no hooks."""
 
 FUSED_ACTIVATIONS: Mapping[Callable[..., Any], str] = {
     getattr(torch, name): name
@@ -142,7 +142,7 @@ FUSED_ACTIVATIONS: Mapping[Callable[..., Any], str] = {
     for name in (kind, f"{kind}_cell")
     if name != "rnn"
 }
-"""Torch functions that call activations out of reach, and the name of each."""
+"""Torch functions that compute activations internally, where no rule can reach them, with their names."""
 
 _IN_PLACE = frozenset(function for function in _BY_FUNCTION if function.__name__.endswith("_"))
 
@@ -151,7 +151,7 @@ SIMPLE = frozenset(
     for function, activation in _BY_FUNCTION.items()
     if function not in _IN_PLACE and activation.name not in ("prelu", "rrelu")
 )
-"""Functions that compute an activation of their first argument alone, without a random number."""
+"""Functions that compute a deterministic activation of their first argument only."""
 
 
 def read_call(
@@ -170,7 +170,7 @@ def read_call(
 
 
 def is_relu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a call of an activation is a ReLU, or a ReLU with an upper limit, as ReLU6 is."""
+    """Return True if a call is a ReLU or a ReLU with an upper limit, such as ReLU6."""
     activation, _, parameters, _ = read_call(func, args, kwargs)
     name = activation.name
     return name in ("relu", "relu6") or (name == "hardtanh" and parameters[0] == 0 and parameters[1] > 0)
@@ -189,14 +189,14 @@ def copied(x: Tensor) -> Tensor:
 
 
 def writes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether an elementwise call overwrites its first argument."""
+    """Return True if an elementwise call overwrites its first argument."""
     if func in _BY_FUNCTION:
         return read_call(func, args, kwargs)[3]
     return func.__name__.endswith("_") and not func.__name__.endswith("__")
 
 
 def learned_value(func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the value of an activation as a function of its learned parameters alone, or None if it has none."""
+    """Return the output as a function of the learned parameters with x detached; None without such parameters."""
     activation, _, parameters, _ = read_call(func, args, kwargs)
     if any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
         return activation.compute(x.detach(), *parameters)

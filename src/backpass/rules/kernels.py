@@ -1,4 +1,4 @@
-"""Autograd functions that give the value of a call the backward pass of a rule."""
+"""Autograd functions that replace the backward pass of a call by that of a rule."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def replaced(override: Any, site: Asked | None, x: Tensor, value: Tensor, learne
     """Return ``value``, computed from x, with the backward of ``override``.
 
     Args:
-        override: has ``backward(grad, x)``, and ``needs_input``: whether it uses x.
-        site: asked in the backward pass whether the rule acts; None: it does.
-        x: the input.
-        value: the value; with the plain graph, or, if the rule surely acts, with that of learned parameters.
-        learned: the value as a function of learned parameters alone, where ``site`` is given.
+        override: object with ``backward(grad, x)`` and ``needs_input``, True if it uses x.
+        site: site queried in the backward pass; None: the rule acts.
+        x: input of the call.
+        value: output; with the plain graph, or, without a site, with the graph of learned parameters only.
+        learned: output as a function of learned parameters only, where ``site`` is given.
     """
     return _apply(x, value, learned, override.backward, (override.needs_input, site, None, (), _NONE))
 
 
 def corrected(override: Any, site: Asked | None, x: Tensor, value: Tensor) -> Any:
-    """Return ``value``, computed from x and from parameters that keep their own gradients.
+    """Return ``value``, computed from x and parameters, with the backward of ``override`` for x only.
 
-    Its plain graph is gone through twice in the backward pass. ``override.adjusted(of_x, plain)`` is the gradient of x.
+    The backward pass traverses the plain graph twice. ``override.adjusted(of_x, plain)`` is the gradient of x.
     """
     apply: Callable[..., Any] = _Corrected.apply
     return apply(x, value, override, site)
@@ -71,7 +71,7 @@ class _Kernel(torch.autograd.Function):
         if compute is not None:
             return compute(x, *args, **kwargs)
         assert value is not None  # noqa: S101
-        # Without a view of the value, so that later calls may write into the result.
+        # No view of the value, so that later calls may modify the result in place.
         return value.clone() if is_dynamo_compiling() or torch_internals.transforms() else value.data
 
     @staticmethod
@@ -98,7 +98,7 @@ class _Kernel(torch.autograd.Function):
 
 
 class _ForwardModeKernel(_Kernel):
-    """`_Kernel` with a forward-mode derivative; Dynamo refuses a Function that has one."""
+    """`_Kernel` with a forward-mode derivative, which Dynamo does not support."""
 
     @staticmethod
     def jvp(ctx: Any, of_x: Tensor | None, of_value: Tensor | None, *_: Any) -> Any:
@@ -120,7 +120,7 @@ def _apply(*inputs: Any) -> Any:
 
 
 class _Corrected(torch.autograd.Function):
-    """(x, value) -> value; backward adds to x what turns the value's gradient of x into the rule's."""
+    """(x, value) -> value; backward adds to the gradient of x the difference between the rule's and the plain one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, override: Any, site: Asked | None) -> Tensor:
