@@ -130,18 +130,18 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A claim: one arm compared with another, or one arm's numbers with a range.
+    """A claim: one arm compared with another, or one arm's numbers, or their differences from another's, with a range.
 
     Attributes:
         id: unique in the experiment.
         statement: the claim in words, as if it were true.
         measurement: what is compared.
         ours: name of the arm that the claim is about.
-        theirs: name of the other arm; empty for a range.
+        theirs: name of the other arm; empty for a range of ours.
         group: of both arms.
         groups: instead, several groups; each gives one pair, the means over its seeds.
         direction: which side the claim says is ``higher`` or ``lower``: ours.
-        low: the least value of a claimed range.
+        low: the least value of a claimed range, with `theirs` of the difference ours - theirs.
         high: the greatest.
         reference: the place in the paper; empty where the question is asked here.
         published: the paper's value, or its words.

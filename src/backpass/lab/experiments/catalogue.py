@@ -8,14 +8,11 @@ from typing import Any
 from backpass.errors import UnknownNameError
 from backpass.lab.bench.experiment import Experiment
 from backpass.lab.experiments.linbp import (
-    adversarial_training,
     halving,
     simulated_attack,
     simulated_training,
     sleeping_units,
-    step_sizes,
     success_tables,
-    training,
     transfer,
     white_box_conditions,
 )
@@ -31,9 +28,6 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *transfer.EXPERIMENTS,
     *white_box_conditions.EXPERIMENTS,
     *sleeping_units.EXPERIMENTS,
-    *training.EXPERIMENTS,
-    *step_sizes.EXPERIMENTS,
-    *adversarial_training.EXPERIMENTS,
     *theorems.EXPERIMENTS,
     *learning_rate.EXPERIMENTS,
     *adversarial_rates.EXPERIMENTS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,13 @@ from backpass.data import Images
 from backpass.data.augmentation import Augmentation
 from backpass.data.normalisation import known_normalisation
 from backpass.errors import BackpassError
-from backpass.lab.bench.experiment import Bench
-from backpass.lab.bench.images import Parts, Source, load_parts
+from backpass.experiments.images import Parts, Source, load_parts
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.training.optimizers import make_optimizer
 from backpass.models import build
 from backpass.training import Batch, Progress, Trainer
 
-__all__ = ["DIVERGED_ABOVE", "Curves", "Run", "curves", "network", "train_run"]
+__all__ = ["DIVERGED_ABOVE", "Curves", "Run", "network", "train_run"]
 
 DIVERGED_ABOVE = 100.0
 """A run has diverged where its training loss, in nats, is not finite or above this; guessing among ten has 2.3."""
@@ -68,17 +67,6 @@ class Run:
     unit: bool = False
     augment: bool = False
     normalise: bool = False
-
-
-def curves(bench: Bench, run: Run, source: Source) -> Curves:
-    """The curves of a run, from disk where it was finished before; experiments share them."""
-    return bench.shared.value(
-        f"{run.model}, {run.rule}, {run.optimizer} {run.rate:g}, seed {run.seed}",
-        lambda: train_run(run, source, bench.device),
-        **asdict(run),
-        source=asdict(source),
-        device=bench.device.type,
-    )
 
 
 def network(run: Run, parts: Parts, data: str, *, seed: int | None = None) -> nn.Module:

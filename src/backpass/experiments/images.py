@@ -61,7 +61,7 @@ class Parts:
 
 @lru_cache(maxsize=2)
 def load_parts(source: Source) -> Parts:
-    """The images, decoded once and mapped from the cache.
+    """Return the images, decoded once and mapped from the cache.
 
     Raises:
         UnknownNameError: there is no data set of this name.
