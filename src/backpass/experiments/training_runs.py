@@ -1,4 +1,4 @@
-"""One training run of an experiment: curves of loss and accuracy, with the seconds that the steps took."""
+"""Training run of an experiment: curves of loss, accuracy and the seconds of the steps."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ _JUDGED_AT_ONCE = 1000
 _SELDOM = 10**6  # steps between records that nobody reads
 
 Curves = Mapping[str, list[float]]
-"""By name, a number per mark: ``train loss``, ``train accuracy`` (per cent), the same of ``test`` and, where there are
-such images, of ``held-out``, and ``seconds`` of the steps until then; ``nan`` from where a run diverged."""
+"""By name, one number per evaluation: loss (nats) and accuracy (per cent) as ``train loss``, ``train accuracy``, the same
+for ``test`` and, if there are such images, ``held-out``; ``seconds`` of the steps so far. ``nan`` after a divergence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All that a training run depends on beside its images.
+    """Settings of a training run, apart from its images.
 
     Attributes:
-        model: the text form of a network of the lab.
-        rule: the text form of a rule; ``linbp:start=paper`` is the paper's placement.
-        optimizer: the text form of an optimizer.
-        rate: its learning rate.
-        schedule: the text form of a scheduler; empty for a constant rate.
+        model: text form of a network of the lab.
+        rule: text form of a rule; ``linbp:start=paper`` is the paper's placement.
+        optimizer: text form of an optimizer.
+        rate: learning rate.
+        schedule: text form of a scheduler; empty for a constant rate.
         batch: images per step; an incomplete last batch of an epoch is left out.
-        marks: the numbers of steps after which the network is judged, ascending; the last ends the run.
-        judged: at most so many images of each part are judged; ``None``: all.
-        seed: of weights and order.
-        std: weights from N(0, std^2) with biases 0; ``None``: PyTorch's own initial weights.
+        marks: evaluation steps, ascending; the last ends the run.
+        judged: maximum number of images of each part in an evaluation; None: all.
+        seed: seed of initial weights and order.
+        std: weights from N(0, std^2) with biases 0; None: PyTorch's own initial weights.
         unit: scale the gradient of every weight tensor to l2 norm 1.
         augment: random crops and mirror images.
-        normalise: whether the images are standardised by channel.
+        normalise: standardise the images by channel.
     """
 
     model: str

@@ -311,7 +311,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="linbp-fig9",
-        title="Does LinBP bear large steps?",
+        title="Is LinBP stable at large learning rates?",
         question="The networks of Figure 5 with 2, 5 and 10 times their learning rates (at the small scale fewer "
         "epochs for larger rates), from the same weights and on the same batches; and with gradients of unit length, "
         "at their own rates. At the paper's scale also VGG-16 on CIFAR-10 at rate 0.05.",
