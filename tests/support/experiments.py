@@ -12,6 +12,7 @@ from pathlib import Path
 from backpass.errors import BackpassError
 from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Scale
 from backpass.experiments.running import run
+from backpass.experiments.verifying import verify
 
 CALLS = []
 VALUE = Measurement(label="value", unit="points", key="curve", at=-1)
@@ -79,6 +80,14 @@ def constant(scale, values):
         )
         for one in scale.arms
     }
+
+
+def judged(out, scale):
+    """Claims of a table, by id, after a check that they can be recomputed."""
+    tiny = Experiment(name="tiny", title="T", question="Q?", source="P", scales={"tiny": scale})
+    (done,) = run([tiny], scale="tiny", out=out)
+    assert verify(out / "tiny", [tiny]).problems == ()
+    return {claim.id.partition(".")[2]: claim for claim in done.result.claims}, done.result
 
 
 def run_and_be_killed(times):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from backpass.experiments.experiment import Outcome, Place
-from backpass.lab.bench.images import Parts, Source, load_parts
-from backpass.lab.bench.training import Run, network
+from backpass.experiments.images import Parts, Source, load_parts
+from backpass.experiments.training_runs import Run, network
 from backpass.lab.training.optimizers import make_optimizer
 from backpass.rules import Rule, parse_rule
 from backpass.training import Trainer

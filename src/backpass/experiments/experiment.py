@@ -130,18 +130,18 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A claim: compares one arm with another, or the values of one arm with a range.
+    """A claim: compares one arm with another, or its values or their difference from another arm's with a range.
 
     Attributes:
         id: identifier, unique in the experiment.
         statement: the claim, as an affirmative sentence.
         measurement: compared measurement.
         ours: name of the arm that the claim is about.
-        theirs: name of the baseline arm; empty for a range.
+        theirs: name of the baseline arm; empty for a range of the values of ours.
         group: group of both arms.
         groups: several groups instead of one; each gives one pair, the means over its seeds.
         direction: ``higher`` or ``lower``: the claimed direction of ours relative to theirs.
-        low: lower end of the claimed range.
+        low: lower end of the claimed range, with `theirs` of the difference ours - theirs.
         high: upper end of the claimed range.
         reference: source of the claim; empty for a claim of this project.
         published: published value, or a quotation.

@@ -76,8 +76,12 @@ def verdict_of(one: Comparison, pairs: Mapping[str, Sequence[float]], seeds: Seq
         "published": one.published,
         "setting": one.setting,
     }
-    if "theirs" not in pairs:
-        return judge_within(prefix + one.id, one.statement, values=pairs["ours"], low=one.low, high=one.high, **told)
+    if "theirs" not in pairs or math.isfinite(one.low) or math.isfinite(one.high):
+        values = pairs["ours"]
+        if "theirs" in pairs:
+            told["quantity"] = f"difference in {told['quantity']}"
+            values = [a - b for a, b in zip(values, pairs["theirs"], strict=True)]
+        return judge_within(prefix + one.id, one.statement, values=values, low=one.low, high=one.high, **told)
     return judge(
         prefix + one.id,
         one.statement,

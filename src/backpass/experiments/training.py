@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from backpass.experiments.experiment import Arm, Measurement, Outcome, Place, Runs
-from backpass.lab.bench.images import Source, load_parts
-from backpass.lab.bench.training import Run, train_run
+from backpass.experiments.images import Source, load_parts
+from backpass.experiments.training_runs import Run, train_run
 
 __all__ = ["Training", "at", "at_equal_time", "described", "largest_usable_rate", "train", "training_arm"]
 

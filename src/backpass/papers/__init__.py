@@ -9,11 +9,17 @@ from backpass.errors import UnknownNameError
 from backpass.experiments.experiment import Experiment
 from backpass.lab.bench import experiment as bench
 from backpass.lab.experiments import catalogue
-from backpass.papers import linbp_simulations, proxprop, sibp
+from backpass.papers import linbp_adversarial, linbp_simulations, linbp_training, proxprop, sibp
 
 __all__ = ["EXPERIMENTS", "choose", "every_experiment", "experiment_names"]
 
-EXPERIMENTS: tuple[Experiment, ...] = (*linbp_simulations.EXPERIMENTS, *proxprop.EXPERIMENTS, *sibp.EXPERIMENTS)
+EXPERIMENTS: tuple[Experiment, ...] = (
+    *linbp_simulations.EXPERIMENTS,
+    *linbp_training.EXPERIMENTS,
+    *linbp_adversarial.EXPERIMENTS,
+    *proxprop.EXPERIMENTS,
+    *sibp.EXPERIMENTS,
+)
 """Experiments in the declarative form of `backpass.experiments`."""
 
 _ORDER = ("linbp", "proxprop", "sibp", "sde")

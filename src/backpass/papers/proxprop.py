@@ -8,9 +8,9 @@ from itertools import pairwise
 
 from backpass.experiments.directions import Directions, measure_directions
 from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Scale
+from backpass.experiments.images import Source
 from backpass.experiments.training import Training, at, at_equal_time, described, training_arm
-from backpass.lab.bench.images import Source
-from backpass.lab.bench.training import Run
+from backpass.experiments.training_runs import Run
 from backpass.report.result import Finding
 
 __all__ = ["EXPERIMENTS"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from backpass.experiments.experiment import Arm, Comparison, Experiment, Plot, Scale
+from backpass.experiments.images import Source
 from backpass.experiments.training import Training, at, described, largest_usable_rate, training_arm
-from backpass.lab.bench.images import Source
-from backpass.lab.bench.training import Run
+from backpass.experiments.training_runs import Run
 from backpass.report.result import Finding
 
 __all__ = ["EXPERIMENTS"]

@@ -68,6 +68,16 @@ def test_a_claim_over_groups_has_one_pair_for_each():
     assert pairs == {"ours": [ord(g) + 2.0 for g in "pqr"], "theirs": [ord(g) + 1.0 for g in "pqr"]}
 
 
+def test_a_range_may_be_claimed_of_differences():
+    close, far = (claim("a", "b", low=-1.0, high=high) for high in (0.5, 1.5))
+    values = {"a": [5.0, 7.0, 9.0, 11.0], "b": [4.0, 6.0, 7.9, 9.9]}
+    for one, verdict in ((close, "opposite direction"), (far, "same direction")):
+        scale = table(arm("a", 0.0), arm("b", 0.0), claims=[one])
+        (judged,) = judge_all(experiment(scale=scale), "small", constant(scale, values))
+        assert (judged.verdict, judged.estimate) == (verdict, pytest.approx(1.05))
+        assert judged.quantity.startswith("difference in value, points; claimed: -1 to")
+
+
 def simulated(shifts, generator, seeds=6):
     """Verdicts of one experiment whose i-th claim has the true difference ``shifts[i]``."""
     names = [f"a{i}" for i in range(len(shifts))]

@@ -1,37 +1,24 @@
 """The tables of the ProxProp and SIBP papers, run on the digits; their measurements agree with slow ones."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from backpass.experiments.directions import directions
-from backpass.experiments.experiment import Arm, Experiment, Place, Runs
-from backpass.experiments.running import run
+from backpass.experiments.experiment import Arm, Place, Runs
+from backpass.experiments.images import Source
 from backpass.experiments.training import Training, at, at_equal_time, largest_usable_rate, train, training_arm
-from backpass.experiments.verifying import verify
-from backpass.lab.bench.images import Source
-from backpass.lab.bench.training import Run
+from backpass.experiments.training_runs import Run
 from backpass.models import build
 from backpass.papers import proxprop, sibp
 from backpass.rules import parse_rule
-from support.experiments import Shift, draw
+from support.experiments import Shift, draw, judged
 
-SMALL = Path(__file__).parents[3] / "docs" / "results" / "small"
 TRAINING = Training(
     run=Run(model="mlp:widths=32-16", batch=100, marks=(0, 5, 10)), source=Source(data="digits", held_out=200)
 )
-
-
-def judged(out, scale):
-    """Claims of a table, by id, after a check that they can be recomputed."""
-    tiny = Experiment(name="tiny", title="T", question="Q?", source="P", scales={"tiny": scale})
-    (done,) = run([tiny], scale="tiny", out=out)
-    assert verify(out / "tiny", [tiny]).problems == ()
-    return {claim.id.partition(".")[2]: claim for claim in done.result.claims}, done.result
 
 
 def test_proxprop_is_compared_per_step_in_time_and_in_accuracy(tmp_path):
@@ -74,14 +61,6 @@ def test_a_rate_in_the_rule_leaves_the_optimizers_at_one():
     assert by_rule.candidates["0.2"] == by_hand.candidates["1"]
     (plain,) = training_arm("SGD", TRAINING, (0.2,), optimizer="sgd").candidates.values()
     assert (plain.run.rule, plain.run.rate) == ("bp", 0.2)
-
-
-@pytest.mark.parametrize("experiment", [*sibp.EXPERIMENTS, *proxprop.EXPERIMENTS], ids=lambda one: one.name)
-def test_both_scales_have_the_claims_that_were_always_asked(experiment):
-    committed = json.loads((SMALL / experiment.name / "result.json").read_text())
-    ids = {claim["id"].partition(".")[2] for claim in committed["claims"]}
-    assert {one.id for one in experiment.scales["small"].comparisons} == ids
-    assert {one.id for one in experiment.scales["paper"].comparisons} >= ids
 
 
 def runs_of(**ends):

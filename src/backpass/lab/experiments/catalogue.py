@@ -8,11 +8,8 @@ from typing import Any
 from backpass.errors import UnknownNameError
 from backpass.lab.bench.experiment import Experiment
 from backpass.lab.experiments.linbp import (
-    adversarial_training,
     halving,
-    step_sizes,
     success_tables,
-    training,
     transfer,
     white_box_conditions,
 )
@@ -25,9 +22,6 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *halving.EXPERIMENTS,
     *transfer.EXPERIMENTS,
     *white_box_conditions.EXPERIMENTS,
-    *training.EXPERIMENTS,
-    *step_sizes.EXPERIMENTS,
-    *adversarial_training.EXPERIMENTS,
     *theorems.EXPERIMENTS,
     *learning_rate.EXPERIMENTS,
     *adversarial_rates.EXPERIMENTS,

@@ -1,11 +1,11 @@
-"""One training run of an experiment: curves of loss and accuracy, with the seconds that the steps took."""
+"""Training run of an experiment: curves of loss, accuracy and the seconds of the steps."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,13 @@ from backpass.data import Images
 from backpass.data.augmentation import Augmentation
 from backpass.data.normalisation import known_normalisation
 from backpass.errors import BackpassError
-from backpass.lab.bench.experiment import Bench
-from backpass.lab.bench.images import Parts, Source, load_parts
+from backpass.experiments.images import Parts, Source, load_parts
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.training.optimizers import make_optimizer
 from backpass.models import build
 from backpass.training import Batch, Progress, Trainer
 
-__all__ = ["DIVERGED_ABOVE", "Curves", "Run", "curves", "network", "train_run"]
+__all__ = ["DIVERGED_ABOVE", "Curves", "Run", "network", "train_run"]
 
 DIVERGED_ABOVE = 100.0
 """A run has diverged where its training loss, in nats, is not finite or above this; guessing among ten has 2.3."""
@@ -31,28 +30,28 @@ _JUDGED_AT_ONCE = 1000
 _SELDOM = 10**6  # steps between records that nobody reads
 
 Curves = Mapping[str, list[float]]
-"""By name, a number per mark: ``train loss``, ``train accuracy`` (per cent), the same of ``test`` and, where there are
-such images, of ``held-out``, and ``seconds`` of the steps until then; ``nan`` from where a run diverged."""
+"""By name, one number per evaluation: loss (nats) and accuracy (per cent) as ``train loss``, ``train accuracy``, the same
+for ``test`` and, if there are such images, ``held-out``; ``seconds`` of the steps so far. ``nan`` after a divergence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All that a training run depends on beside its images.
+    """Settings of a training run, apart from its images.
 
     Attributes:
-        model: the text form of a network of the lab.
-        rule: the text form of a rule; ``linbp:start=paper`` is the paper's placement.
-        optimizer: the text form of an optimizer.
-        rate: its learning rate.
-        schedule: the text form of a scheduler; empty for a constant rate.
+        model: text form of a network of the lab.
+        rule: text form of a rule; ``linbp:start=paper`` is the paper's placement.
+        optimizer: text form of an optimizer.
+        rate: learning rate.
+        schedule: text form of a scheduler; empty for a constant rate.
         batch: images per step; an incomplete last batch of an epoch is left out.
-        marks: the numbers of steps after which the network is judged, ascending; the last ends the run.
-        judged: at most so many images of each part are judged; ``None``: all.
-        seed: of weights and order.
-        std: weights from N(0, std^2) with biases 0; ``None``: PyTorch's own initial weights.
+        marks: evaluation steps, ascending; the last ends the run.
+        judged: maximum number of images of each part in an evaluation; None: all.
+        seed: seed of initial weights and order.
+        std: weights from N(0, std^2) with biases 0; None: PyTorch's own initial weights.
         unit: scale the gradient of every weight tensor to l2 norm 1.
         augment: random crops and mirror images.
-        normalise: whether the images are standardised by channel.
+        normalise: standardise the images by channel.
     """
 
     model: str
@@ -68,17 +67,6 @@ class Run:
     unit: bool = False
     augment: bool = False
     normalise: bool = False
-
-
-def curves(bench: Bench, run: Run, source: Source) -> Curves:
-    """The curves of a run, from disk where it was finished before; experiments share them."""
-    return bench.shared.value(
-        f"{run.model}, {run.rule}, {run.optimizer} {run.rate:g}, seed {run.seed}",
-        lambda: train_run(run, source, bench.device),
-        **asdict(run),
-        source=asdict(source),
-        device=bench.device.type,
-    )
 
 
 def network(run: Run, parts: Parts, data: str, *, seed: int | None = None) -> nn.Module:

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 
 from backpass.data import load_digits
 from backpass.errors import BackpassError
-from backpass.lab.bench.experiment import Bench
-from backpass.lab.bench.images import Source, load_parts
-from backpass.lab.bench.pieces import Pieces
-from backpass.lab.bench.training import Run, curves, network
+from backpass.experiments.images import Source, load_parts
+from backpass.experiments.training_runs import Run, network, train_run
 
+CPU = torch.device("cpu")
 SOURCE = Source(data="digits", held_out=200)
 RUN = Run(model="mlp:widths=12-8", rule="bp", rate=0.3, batch=100, marks=(0, 7, 15), seed=3)
 
@@ -44,7 +43,7 @@ def test_the_curves_are_those_of_plain_sgd_with_one_permutation_an_epoch(unit):
         with torch.no_grad():
             for p, g in zip(model.parameters(), gradients, strict=True):
                 p -= 0.3 * (g / g.norm() if unit else g)
-    found = curves(Bench(), run, SOURCE)
+    found = train_run(run, SOURCE, CPU)
     assert found["train loss"] == pytest.approx([loss for loss, _ in expected], rel=1e-4)
     assert found["train accuracy"] == pytest.approx([accuracy for _, accuracy in expected])
     assert found["seconds"][0] == 0
@@ -52,7 +51,7 @@ def test_the_curves_are_those_of_plain_sgd_with_one_permutation_an_epoch(unit):
 
 
 def test_a_rule_is_in_force():
-    plain, linear = (curves(Bench(), changed(rule=rule), SOURCE) for rule in ("bp", "linbp"))
+    plain, linear = (train_run(changed(rule=rule), SOURCE, CPU) for rule in ("bp", "linbp"))
     assert plain["train loss"][0] == linear["train loss"][0]
     assert plain["train loss"][1] != linear["train loss"][1]
 
@@ -74,7 +73,7 @@ def test_weights_may_be_small_and_are_the_same_for_a_seed():
     ids=["bp", "proxprop", "sibp"],
 )
 def test_a_run_that_diverges_is_nan_from_there_on(rule, rate):
-    found = curves(Bench(), changed(rule=rule, rate=rate), SOURCE)
+    found = train_run(changed(rule=rule, rate=rate), SOURCE, CPU)
     for name, values in found.items():
         assert all(map(math.isfinite, values[:1])), name
         assert all(map(math.isnan, values[1:])), name
@@ -82,18 +81,9 @@ def test_a_run_that_diverges_is_nan_from_there_on(rule, rate):
 
 def test_a_rule_without_a_site_is_an_error_and_not_a_divergence():
     with pytest.raises(BackpassError, match="site"):
-        curves(Bench(), changed(rule="linbp:start=7"), SOURCE)
+        train_run(changed(rule="linbp:start=7"), SOURCE, CPU)
 
 
 def test_a_batch_larger_than_the_images_is_told():
     with pytest.raises(BackpassError, match="batch of 5000"):
-        curves(Bench(), changed(batch=5000), SOURCE)
-
-
-def test_a_finished_run_is_found_again_by_other_experiments(tmp_path):
-    first = curves(Bench(shared=Pieces(tmp_path)), RUN, SOURCE)
-    bench = Bench(shared=Pieces(tmp_path))
-    assert curves(bench, RUN, SOURCE) == first
-    assert (bench.shared.computed, bench.shared.found) == (0, 1)
-    curves(bench, changed(seed=4), SOURCE)
-    assert bench.shared.computed == 1
+        train_run(changed(batch=5000), SOURCE, CPU)

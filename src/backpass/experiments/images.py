@@ -1,4 +1,4 @@
-"""The images of an experiment that trains: what is learned from, what rates are chosen on, and what is reported."""
+"""Images of a training experiment: training, held-out and test images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Parts", "Source", "load_parts"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Which images of a data set.
+    """Selection of the images of a data set.
 
     Attributes:
         data: a data set with the parts ``train`` and ``test``.
-        train: how many of the first training images are learned from; ``None``: all but the held-out ones.
-        held_out: how many of the last training images are kept from learning.
-        test: how many of the first test images are judged on; ``None``: all.
+        train: number of training images, the first ones; None: all but the held-out ones.
+        held_out: number of held-out images, the last of the training part.
+        test: number of test images, the first ones; None: all.
     """
 
     data: str
@@ -33,12 +33,12 @@ class Parts:
     """The images of a `Source`.
 
     Attributes:
-        train: what networks learn from.
-        held_out: none of which is learned from; empty where the source asks for none.
-        test: what is reported.
-        classes: how many there are.
+        train: training images.
+        held_out: held-out images; empty if the source has none.
+        test: test images.
+        classes: number of classes.
         description: one line for reports.
-        warning: what a reader of numbers must know about the images, or nothing.
+        warning: warning about the images for reports; may be empty.
     """
 
     train: Images
@@ -61,7 +61,7 @@ class Parts:
 
 @lru_cache(maxsize=2)
 def load_parts(source: Source) -> Parts:
-    """The images, decoded once and mapped from the cache.
+    """Return the images, decoded once and mapped from the cache.
 
     Raises:
         UnknownNameError: there is no data set of this name.

@@ -1,0 +1,20 @@
+"""No claim of a paper is lost or renamed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from backpass.papers import EXPERIMENTS
+
+SMALL = Path(__file__).parents[3] / "docs" / "results" / "small"
+OTHER_NETWORKS = ("linbp-fig7", "linbp-fig10")  # at the paper's scale, which name their claims
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda one: one.name)
+def test_both_scales_have_the_claims_that_were_always_asked(experiment):
+    committed = json.loads((SMALL / experiment.name / "result.json").read_text())
+    ids = {claim["id"].partition(".")[2] for claim in committed["claims"]}
+    assert {one.id for one in experiment.scales["small"].comparisons} == ids
+    if experiment.name not in OTHER_NETWORKS:
+        assert {one.id for one in experiment.scales["paper"].comparisons} >= ids
