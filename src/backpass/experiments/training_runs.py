@@ -30,8 +30,9 @@ _JUDGED_AT_ONCE = 1000
 _SELDOM = 10**6  # steps between records that nobody reads
 
 Curves = Mapping[str, list[float]]
-"""By name, one number per evaluation: loss (nats) and accuracy (per cent) as ``train loss``, ``train accuracy``, the same
-for ``test`` and, if there are such images, ``held-out``; ``seconds`` of the steps so far. ``nan`` after a divergence."""
+"""By name, one number per evaluation: loss (nats) and accuracy (per cent) as ``train loss`` and ``train accuracy``, the
+same for ``test`` and, if there are such images, ``held-out``; ``seconds`` of the steps so far. ``nan`` after a
+divergence."""
 
 
 @dataclass(frozen=True, kw_only=True)
