@@ -254,7 +254,8 @@ class ActivationInterception(Interception):
             out = self.at_value(site, begin, func(*args, **kwargs), learns)
         else:
             before = copied(begin) if begin is args[0] else begin
-            out = args[0].copy_(self.at_value(site, before, func(copied(args[0]), *args[1:], **kwargs), learns))
+            x = before if begin is args[0] else args[0]
+            out = args[0].copy_(self.at_value(site, before, func(copied(x), *args[1:], **kwargs), learns))
         self._origins(caller).note(out, Origin(source, bent, (site,), out.numel(), site, True, learns, path))
         return out
 

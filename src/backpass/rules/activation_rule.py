@@ -142,7 +142,7 @@ class ActivationRule(Rule):
         x, rest = args[0], args[1:]
         writes = writes_in_place(func, args, kwargs)
         before = copied(x) if writes else x
-        plain = func(copied(x) if writes else x, *rest, **kwargs)
+        plain = func(copied(before) if writes else x, *rest, **kwargs)
         out = self.replace_value(before, plain, site, learned_value(func, before, args, kwargs))
         return x.copy_(out) if writes else out
 
