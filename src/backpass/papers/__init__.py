@@ -9,11 +9,11 @@ from backpass.errors import UnknownNameError
 from backpass.experiments.experiment import Experiment
 from backpass.lab.bench import experiment as bench
 from backpass.lab.experiments import catalogue
-from backpass.papers import proxprop, sibp
+from backpass.papers import adversarial_sde, proxprop, sibp
 
 __all__ = ["EXPERIMENTS", "choose", "every_experiment", "experiment_names"]
 
-EXPERIMENTS: tuple[Experiment, ...] = (*proxprop.EXPERIMENTS, *sibp.EXPERIMENTS)
+EXPERIMENTS: tuple[Experiment, ...] = (*proxprop.EXPERIMENTS, *sibp.EXPERIMENTS, *adversarial_sde.EXPERIMENTS)
 """Those that are tables."""
 
 _ORDER = ("linbp", "proxprop", "sibp", "sde")
