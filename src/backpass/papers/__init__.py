@@ -9,11 +9,16 @@ from backpass.errors import UnknownNameError
 from backpass.experiments.experiment import Experiment
 from backpass.lab.bench import experiment as bench
 from backpass.lab.experiments import catalogue
-from backpass.papers import adversarial_sde, proxprop, sibp
+from backpass.papers import adversarial_sde, learning_rates, proxprop, sibp
 
 __all__ = ["EXPERIMENTS", "choose", "every_experiment", "experiment_names"]
 
-EXPERIMENTS: tuple[Experiment, ...] = (*proxprop.EXPERIMENTS, *sibp.EXPERIMENTS, *adversarial_sde.EXPERIMENTS)
+EXPERIMENTS: tuple[Experiment, ...] = (
+    *proxprop.EXPERIMENTS,
+    *sibp.EXPERIMENTS,
+    *adversarial_sde.EXPERIMENTS,
+    *learning_rates.EXPERIMENTS,
+)
 """Those that are tables."""
 
 _ORDER = ("linbp", "proxprop", "sibp", "sde")

@@ -19,7 +19,6 @@ from backpass.lab.experiments.linbp import (
     transfer,
     white_box_conditions,
 )
-from backpass.lab.experiments.sde import adversarial_rates, learning_rate
 
 __all__ = ["EXPERIMENTS", "choose", "experiment_names"]
 
@@ -34,8 +33,6 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *training.EXPERIMENTS,
     *step_sizes.EXPERIMENTS,
     *adversarial_training.EXPERIMENTS,
-    *learning_rate.EXPERIMENTS,
-    *adversarial_rates.EXPERIMENTS,
 )
 
 
