@@ -1,4 +1,4 @@
-"""Changes of the images or of their gradients that make adversarial images transfer better."""
+"""Transformations of images and gradients that improve transferability: TI, PatchOut, admix."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from backpass.errors import BackpassError
 
 __all__ = ["Pool", "patches_out", "smooth"]
 
-_PATCHES, _MIXED = 4, 5  # what a draw is for
+_PATCHES, _MIXED = 4, 5  # purposes of random draws
 
 
 def smooth(gradient: Tensor, reach: int) -> Tensor:
-    """Convolve gradients (B, C, H, W) with a Gaussian window of 2 reach + 1 pixels, zero outside of the image.
+    """Convolve gradients (B, C, H, W) with a Gaussian window of 2 reach + 1 pixels, with zero padding.
 
     W_ij is proportional to exp(-(i^2 + j^2) / (2 sigma^2)), sums to 1, and sigma = reach / sqrt(3).
     Source: Dong, Pang, Su, Zhu (2019), section 3.3.
@@ -34,7 +34,7 @@ def smooth(gradient: Tensor, reach: int) -> Tensor:
 
 
 def patches_out(share: float, side: int, seed: int, jobs: Jobs, iteration: int) -> Callable[[Tensor], Tensor]:
-    """Return z -> x + M (z - x): the perturbation of a random share of the patches is left out.
+    """Return the function z -> x + M (z - x), which removes the perturbation of random patches.
 
     Every sample has its own mask M of round(share P) among P patches of side x side pixels; patches at the right and
     lower edge may be smaller.
@@ -51,14 +51,14 @@ def patches_out(share: float, side: int, seed: int, jobs: Jobs, iteration: int) 
 
 
 class Pool:
-    """Labelled images that admix adds to others; equal where images and labels are.
+    """Labelled images that admix mixes in. Pools compare equal if images and labels are equal.
 
     Args:
         images: (P, C, H, W), of the shape of the images under attack.
         labels: (P,) integers.
 
     Raises:
-        BackpassError: there are not as many labels as images, or no image.
+        BackpassError: there is no image, or the numbers of images and labels differ.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -85,7 +85,7 @@ class Pool:
         """Return an image (B, C, H, W) of another class for each row.
 
         Raises:
-            BackpassError: the images have another shape, or all have one row's label.
+            BackpassError: the images have another shape, or all have the label of a row.
         """
         if self.images.shape[1:] != jobs.x.shape[1:]:
             raise BackpassError(
@@ -99,5 +99,5 @@ class Pool:
             raise BackpassError("admix needs images of another class: the pool has none for some labels.")
         key = make_key(seed, jobs.index, jobs.restart, _MIXED, iteration, like=jobs.index)
         chosen = (uniform(key, jobs.x.new_empty(len(jobs), 1)).squeeze(1) * count).long()
-        # The place of the (chosen + 1)-th image of another class.
+        # Index of the (chosen + 1)-th image of another class.
         return images[(other.cumsum(1) == per_sample(chosen + 1, other)).to(torch.uint8).argmax(1)]

@@ -1,4 +1,4 @@
-"""Minimum-norm attacks: the nearest image that the model misclassifies, at any distance."""
+"""Minimum-norm attacks: the nearest misclassified image at any distance."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["FMN", "MinimumNorm", "Nearest"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Nearest(State):
-    """State of a minimum-norm search: `z` is the nearest misclassified image so far, x where there is none.
+    """State of a minimum-norm search; `z` is the nearest misclassified image so far, or x.
 
     Attributes:
         point: (B, ...) the current iterate.
-        distance: (B,) float64, of z; inf where there is none.
+        distance: (B,) float64 distance of z; inf if no image was found.
     """
 
     point: Tensor
@@ -39,22 +39,22 @@ class Nearest(State):
         return {**super().results(images), "distance": self.distance}
 
     def met(self, fooled: Tensor, threat: Threat, point: Tensor | None = None) -> Tensor:
-        """(B,) bool: rows of the point (B, ...) that fool and are nearer than what was found."""
+        """Return (B,) bool: rows of the point (B, ...) that fool and are nearer than the best so far."""
         point = self.point if point is None else point
         return fooled & (threat.size(point - self.jobs.x) < self.distance)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinimumNorm(SearchAttack):
-    """Base of the attacks that look for the nearest misclassified image.
+    """Base class of attacks that search the nearest misclassified image.
 
     `Result.distance` is that of the nearest image found, also beyond `eps`. With a finite `eps`, `Result.success`
-    needs distance <= eps, `Result.x_adv` is brought into the ball where nothing was found there, and with `early_stop`
-    any image inside the ball is enough.
+    needs distance <= eps, `Result.x_adv` is projected onto the ball if no image was found inside, and `early_stop` ends
+    the search at any image inside the ball.
 
     Args:
-        eps: the largest distance that counts as success; inf by default.
-        loss: only reported.
+        eps: largest distance that counts as success; inf by default.
+        loss: loss to report; the search does not use it.
     """
 
     minimum_norm: ClassVar[bool] = True
@@ -73,11 +73,11 @@ class MinimumNorm(SearchAttack):
         return -torch.minimum(found["distance"], torch.where(verdict.success, size, torch.inf))
 
     def enough(self, state: Nearest) -> Tensor | None:
-        """(B,) bool: rows for which nothing nearer is asked for."""
+        """Return (B,) bool: rows whose search may end; None for none."""
         return state.distance <= state.jobs.threat.eps if self.stops_early else None
 
     def end(self, oracle: Oracle, state: State) -> State:
-        """Bring what is too far into the ball."""
+        """Project images outside the ball onto it."""
         if math.isinf(self.largest_eps):
             return state
         return replace(state, z=state.jobs.threat.project(state.jobs.x, state.z.clone()))
@@ -85,7 +85,7 @@ class MinimumNorm(SearchAttack):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Boundary(Nearest):
-    """State of FMN; radius: (B,) of the ball that delta is projected onto; found: (B,) bool."""
+    """State of FMN; radius: (B,) radius of the projection of delta; found: (B,) bool."""
 
     radius: Tensor
     found: Tensor
@@ -93,7 +93,7 @@ class _Boundary(Nearest):
 
 @dataclass(frozen=True, kw_only=True)
 class FMN(MinimumNorm):
-    """delta <- project(delta + a g / |g|_2, ball of radius e), with a radius e that follows the boundary.
+    """Fast minimum-norm attack: delta <- project(delta + a g / |g|_2, ball of radius e), with an adaptive radius e.
 
     g is the gradient of the margin. e shrinks by (1 - c), to the smallest distance found at most, where the image is
     misclassified, and grows by (1 + c) where it is not; before the first success it is the sum of |delta|
@@ -126,11 +126,11 @@ class FMN(MinimumNorm):
 
     @property
     def iterations(self) -> int:
-        """Gradient steps."""
+        """Number of gradient steps."""
         return self.steps
 
     def begin(self, oracle: Oracle, jobs: Jobs) -> State:
-        """Start at x, or where the caller says."""
+        """Return the initial state, at x or at the given start."""
         point = self.first_images(jobs, jobs.x)
         far = torch.full((len(point),), torch.inf, dtype=torch.float64, device=point.device)
         return _Boundary(
@@ -138,7 +138,7 @@ class FMN(MinimumNorm):
         )
 
     def advance(self, oracle: Oracle, state: State, iteration: int) -> State:
-        """One gradient step, and the radius after it."""
+        """Take one gradient step and update the radius."""
         assert isinstance(state, _Boundary)  # noqa: S101 -- `begin` made it
         share = (1 + math.cos(math.pi * iteration / self.steps)) / 2
         step, gamma = (end + (start - end) * share for start, end in (

@@ -1,4 +1,4 @@
-"""Iterative FGSM with momentum, and what is combined with it to make images that transfer."""
+"""Iterative FGSM with momentum, with input transformations and variance tuning for transferability."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from backpass.numbers import is_number, is_whole
 
 __all__ = ["MIFGSM"]
 
-_NEIGHBOUR = 6  # what a draw is for
+_NEIGHBOUR = 6  # purpose of random draws
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Tuned(Ascent):
-    """State of an ascent with momentum; variance: (B, ...), what variance tuning adds to the next gradient."""
+    """State of an ascent with momentum; variance: (B, ...), the variance that is added to the next gradient."""
 
     variance: Tensor | None = None
 
@@ -36,14 +36,14 @@ class Tuned(Ascent):
 class MIFGSM(Iterative):
     """Iterative FGSM with momentum, m <- decay * m + g / |g|_1, z <- project(z + step * direction(m)).
 
-    Everything beyond momentum is off by default, and all of it combines. A step takes ``scales`` gradients,
+    All options beyond momentum are off by default and can be combined. A step takes ``scales`` gradients,
     ``scales * mixed`` with admix, and with variance tuning ``variance + 1`` times as many.
 
     Args:
-        decay: of the momentum, at least 0.
+        decay: decay factor of the momentum, at least 0.
         diversity: probability that the gradient is taken at a randomly shrunk and padded image (DIM: Xie et al.,
             Improving transferability of adversarial examples with input diversity, 2019, section 3.3).
-        resize: the least side of the shrunk image, as a fraction in (0, 1].
+        resize: smallest side of the shrunk image, as a fraction in (0, 1].
         translation: largest shift k in pixels; the gradient is convolved with a Gaussian window of 2 k + 1 pixels and
             standard deviation k / sqrt(3) (TI: Dong et al., Evading defenses to transferable adversarial examples by
             translation-invariant attacks, 2019, section 3.3; k = 7 there).
@@ -112,18 +112,18 @@ class MIFGSM(Iterative):
 
     @property
     def _copies(self) -> int:
-        """Copies of an image over which one gradient is averaged."""
+        """Number of copies of an image over which a gradient is averaged."""
         return self.scales * (self.mixed if self.mix else 1)
 
     def cost(self, steps: int) -> int:
-        """Gradients that so many steps of one search take."""
+        """Return the number of gradients in ``steps`` steps of one search."""
         return super().cost(steps) * self._copies + self.eot * self._copies * self.variance * max(steps - 1, 0)
 
     def begin(self, oracle: Oracle, jobs: Jobs) -> Ascent:
-        """Start as any ascent.
+        """Return the initial state.
 
         Raises:
-            BackpassError: a setting is for images (N, C, H, W) and these are none, or admix has no pool.
+            BackpassError: a setting requires images (N, C, H, W) and x has another shape, or admix has no pool.
         """
         if (self.translation or self.patchout) and jobs.x.dim() != 4:
             raise BackpassError(
@@ -135,7 +135,7 @@ class MIFGSM(Iterative):
         return Tuned(jobs=jobs, z=start.z, seen=start.seen)
 
     def view(self, jobs: Jobs, iteration: int) -> Callable[[Tensor], Tensor] | None:
-        """Leave patches out, add noise, mix, scale, shrink and pad; iteration: the number of the view."""
+        """Return the input transformation of view number ``iteration``: PatchOut, noise, admix, scale, diversity."""
         views = []
         look, copy = divmod(iteration, self._copies)
         if self.patchout:
@@ -146,7 +146,7 @@ class MIFGSM(Iterative):
             views.append(noisy)
         if self.mix:
             assert self.pool is not None  # noqa: S101 -- `begin` has seen to it
-            # One image for all scales, as in the paper.
+            # The same image for all scales, as in the paper.
             other = self.pool.draw(self.seed, jobs, look * self.mixed + copy // self.scales)
             views.append(lambda z: z + self.mix * other)
         if copy % self.scales:
@@ -156,7 +156,7 @@ class MIFGSM(Iterative):
         return _composed(views) if views else None
 
     def look(self, oracle: Oracle, state: Ascent, iteration: int) -> tuple[Pass, bool]:
-        """Return logits, loss and gradient, averaged over the copies, and whether the model saw `state.z` itself."""
+        """Return logits, loss and gradient, averaged over the copies, and True if they are of `state.z` itself."""
         z, number = self._point(state), iteration * (self.variance + 1)
         exact = z is state.z and self._copies == 1 and self.view(state.jobs, number) is None
         return self._average(oracle, z, state.jobs, number), exact
@@ -176,7 +176,7 @@ class MIFGSM(Iterative):
         )
 
     def advance(self, oracle: Oracle, state: State, iteration: int) -> Ascent:
-        """One projected step; with variance tuning, the last step's variance is added to its gradient."""
+        """Take one projected step; variance tuning adds the variance of the previous step to the gradient."""
         if not self.variance:
             return super().advance(oracle, state, iteration)
         assert isinstance(state, Tuned)  # noqa: S101 -- `begin` made it
@@ -202,7 +202,7 @@ class MIFGSM(Iterative):
         return total.div_(self.variance)
 
     def direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Steepest ascent along the momentum, which is remembered."""
+        """Return the steepest-ascent direction of the updated momentum, and the momentum."""
         if self.translation:
             gradient = smooth(gradient, self.translation)
         length = gradient.abs().flatten(1).sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)

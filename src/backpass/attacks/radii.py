@@ -1,4 +1,4 @@
-"""Robustness curves: an attack at several radii, from large to small."""
+"""Robustness curves: an attack at several radii, from the largest to the smallest."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from backpass.numbers import is_number
 __all__ = ["check_radii", "run", "run_radii"]
 
 _COLUMNS = ("success", "loss", "prediction", "distance")
-_LENGTHS = ("step", "start_eps")  # settings that are lengths, as the radius is
+_LENGTHS = ("step", "start_eps")  # settings in the unit of the radius
 
 
 def check_radii(radii: Sequence[float], attacks: Sequence[Attack]) -> list[float]:
-    """Return the radii in order.
+    """Return the radii in ascending order.
 
     Raises:
-        BackpassError: they are no different numbers, or an attack cannot be run at them.
+        BackpassError: a radius is invalid or repeated, or an attack does not support radii.
     """
     levels = list(radii)
     if not levels or not all(is_number(radius) and radius >= 0 for radius in levels) or len(set(levels)) < len(levels):
@@ -64,13 +64,13 @@ def run_radii(
 ) -> dict[str, Tensor]:
     """Attack samples (B, ...) at ascending radii and return the columns of `run`, (B, R) each.
 
-    A sample is searched at the largest radius, then at the next smaller one, and so on until a search fails. It falls
-    at the radii at which a search succeeded, and stands at the smaller ones. Every search has the steps and restarts of
-    the attack; the first restart begins at the image found at the larger radius, scaled to the smaller ball. So a
-    sample costs one search that fails, and short ones that succeed.
+    A sample is attacked at the largest radius, then at the next smaller one, until an attack fails. It counts as robust
+    at this and all smaller radii. Each attack has its full steps and restarts; the first restart starts from the image
+    found at the larger radius, scaled to the smaller ball. A sample thus costs one failed attack, and successful ones,
+    which are short.
 
-    Where a sample falls, its columns are those of the nearest image found. Where it stands, they are those of the
-    search that failed, and at smaller radii loss NaN, the prediction y and distance inf.
+    At radii of success the columns are those of the nearest image found. At the radius of failure they are those of the
+    failed attack; at smaller radii the loss is NaN, the prediction y and the distance inf.
     """
     if attack.minimum_norm:
         found = run(replace(attack, eps=math.inf), model, x, y, index, batch_size, mask)
@@ -90,14 +90,14 @@ def run_radii(
         for name in _COLUMNS:
             value = getattr(result, name)
             table[name][rows, level] = value.to(table[name].dtype)
-            fallen = rows[result.success]  # the nearer image counts at the larger radii too
+            fallen = rows[result.success]  # a nearer image is valid at the larger radii too
             table[name][fallen, level:] = value[result.success, None].to(table[name].dtype)
         rows, image, before = rows[result.success], result.x_adv[result.success], radius
     return table | {"gradients": torch.tensor(gradients)}
 
 
 def _table(x: Tensor, width: int, y: Tensor | None = None) -> dict[str, Tensor]:
-    """Columns of samples (B, ...) that stand everywhere."""
+    """Return the columns of samples (B, ...) that are robust at all radii."""
     shape = (len(x), width)
     prediction = torch.zeros(shape, dtype=torch.int64, device=x.device)
     return {
@@ -110,7 +110,7 @@ def _table(x: Tensor, width: int, y: Tensor | None = None) -> dict[str, Tensor]:
 
 
 def _at_radius(attack: Attack, radius: float) -> Attack:
-    """Return the attack at a radius, all its lengths scaled."""
+    """Return the attack at a radius, with all lengths scaled."""
     known = {field.name for field in fields(attack)}
     factor = radius / attack.largest_eps if attack.largest_eps else 1.0
     lengths = {name: getattr(attack, name) for name in _LENGTHS if name in known}

@@ -1,4 +1,4 @@
-"""The driver of all searches: restarts side by side, finished rows removed, and the verdict at the end."""
+"""Base class of iterative attacks: batched restarts, removal of finished rows, and the final verdict."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SearchAttack(Attack):
-    """An attack by one search, repeated for every restart on the samples that are not fooled yet.
+    """Base class of attacks by an iterative search, repeated per restart on the samples that are not fooled yet.
 
-    A subclass defines `begin` and `advance`; rows of the batch never depend on each other. The driver calls `advance`
-    `iterations` times, removes the rows that are done, and judges the images.
+    A subclass defines `begin` and `advance`. Rows of the batch are independent. `advance` is called `iterations` times;
+    finished rows are removed from the active set, and the images are classified at the end.
     """
 
     @property
@@ -39,7 +39,7 @@ class SearchAttack(Attack):
 
     @property
     def searches(self) -> int:
-        """Number of searches of each sample, the first included."""
+        """Number of searches per sample, including the first."""
         return 1
 
     @property
@@ -48,7 +48,7 @@ class SearchAttack(Attack):
         return self.early_stop
 
     def score(self, oracle: Oracle, z: Tensor, jobs: Jobs, verdict: Verdict, found: dict[str, Tensor]) -> Tensor:
-        """Return (B,) what the restarts are compared by among successes and among failures: the objective."""
+        """Return the score (B,) that ranks restarts among successes and among failures: the objective."""
         return verdict.value
 
     @abstractmethod
@@ -57,14 +57,14 @@ class SearchAttack(Attack):
 
     @abstractmethod
     def advance(self, oracle: Oracle, state: State, iteration: int) -> State:
-        """Return the state after one more step; `state` stays as it is."""
+        """Return the state after one more step; `state` is not modified."""
 
     def end(self, oracle: Oracle, state: State) -> State:
-        """Return the state after the last step, for rows that are not done."""
+        """Return the final state of the rows that are not finished."""
         return state
 
     def first_images(self, jobs: Jobs, drawn: Tensor) -> Tensor:
-        """Return where a search begins: at the start that was handed in, else at the images (B, ...) drawn."""
+        """Return the start of a search: the given start, else the drawn images (B, ...)."""
         if jobs.start is None:
             return drawn
         return choose(jobs.restart == 0, jobs.threat.project(jobs.x, jobs.start.clone()), drawn)
@@ -72,18 +72,19 @@ class SearchAttack(Attack):
     def search(self, model: nn.Module, x: Tensor, y: Tensor, *, indices: Tensor, value: Loss | None = None) -> Tensor:
         """Return the end point of one search of every sample, (N, ...): the inner maximum of adversarial training.
 
-        There is neither a verdict nor a restart, and no sample is removed early, so that it costs the search's own
-        gradients.
+        It has no verdict, no restarts and no early removal of samples, so that it costs only the gradients of the
+        search.
 
         Args:
             model: as for a call of the attack, as are `x`, `y` and `indices`.
             x: (N, ...).
             y: (N,).
             indices: (N,).
-            value: what to raise instead of the attack's loss, (logits (B, C), row (B,)) -> (B,); row: places in x.
+            value: objective to maximise instead of the attack's loss, (logits (B, C), row (B,)) -> (B,); row: indices
+                into x.
 
         Raises:
-            BackpassError: as a call of the attack does.
+            BackpassError: as in a call of the attack.
         """
         check_images(x, self.bounds)
         check_labels(x, y)
@@ -95,7 +96,7 @@ class SearchAttack(Attack):
             row = torch.arange(len(x), device=x.device)
             if value is not None:
                 raised = value
-                # A job's target reaches the objective whatever order the search puts the jobs in.
+                # Look the target up by job, because the search may reorder jobs.
                 oracle.objective = lambda logits, _, target: raised(logits, row if target is None else target)
             threat = self.threat(indices)
             jobs = Jobs(x.detach(), y.long(), indices.long(), row, torch.zeros_like(row), threat, row)
@@ -114,7 +115,7 @@ class SearchAttack(Attack):
         return best
 
     def _run(self, oracle: Oracle, jobs: Jobs, sizes: list[int]) -> Best:
-        """One search in lockstep, and the verdict on the images it found."""
+        """Run one batched search and classify the images that it found."""
         real, fixed = len(jobs), oracle.fixed_sizes
         if fixed:
             jobs = jobs[pad(torch.arange(real, device=jobs.y.device), sizes)]

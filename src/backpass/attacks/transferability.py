@@ -1,4 +1,4 @@
-"""Black-box success: images made against one model, shown to others."""
+"""Transferability: success rates of adversarial images of source models on target models."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ __all__ = ["Attachable", "TransferReport", "transfer"]
 
 
 class Attachable(Protocol):
-    """A backward rule, or anything else that acts on a model for a while."""
+    """Object such as a backward rule that can be attached to a model in a context."""
 
     def attach(self, model: nn.Module) -> AbstractContextManager[object]:
-        """Act on the model inside the context."""
+        """Return a context in which the object acts on the model."""
 
 
 @dataclass(frozen=True, eq=False)
 class TransferReport:
-    """Outcomes of images that were made against sources, on targets.
+    """Outcomes of the adversarial images of each source on each target.
 
     With `rules`, a source's name is ``"source rule"``.
 
     Attributes:
         correct: by target, (N,) bool: the clean samples that it classifies correctly.
-        attacked: by target, (N,) bool: of those, the ones with another class to lead to.
-        fooled: ``fooled[source][target]``, (N,) bool: of those, the ones that the source's image fools.
-        after: ``after[gradients][source][target]``, (N,) bool: the same of the image after so many gradients; empty
-            without a budget.
-        settings: the attack's name and settings.
-        versions: of torch and backpass.
+        attacked: by target, (N,) bool: of those, the samples whose target class differs from the label.
+        fooled: ``fooled[source][target]``, (N,) bool: of those, the samples that the image of the source fools.
+        after: ``after[gradients][source][target]``, (N,) bool: likewise for the image after that number of gradients;
+            empty without a budget.
+        settings: name and settings of the attack.
+        versions: versions of torch and backpass.
     """
 
     correct: dict[str, Tensor]
@@ -68,7 +68,7 @@ class TransferReport:
 
     @property
     def rates(self) -> dict[str, dict[str, Rate]]:
-        """``rates[source][target]``: fooled, of the samples that were attacked."""
+        """Success rates ``rates[source][target]`` over the attacked samples."""
         return self._rates(self.fooled)
 
     def _rates(self, fooled: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Rate]]:
@@ -77,7 +77,7 @@ class TransferReport:
 
     @property
     def curves(self) -> dict[str, dict[str, dict[int, Rate]]]:
-        """``curves[source][target][gradients]``: fooled after so many gradients, of the samples that were attacked."""
+        """Success rates ``curves[source][target][gradients]`` over the attacked samples, by number of gradients."""
         rates = {gradients: self._rates(fooled) for gradients, fooled in self.after.items()}
         return {s: {t: {n: rates[n][s][t] for n in rates} for t in row} for s, row in self.fooled.items()}
 
@@ -92,7 +92,7 @@ class TransferReport:
         return paired(self.fooled[first][target][some], self.fooled[second][target][some])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every number with its interval and settings, in JSON's types."""
+        """Return all rates with intervals, and the settings, in JSON types."""
         rates = {s: {t: rate.to_dict() for t, rate in row.items()} for s, row in self.rates.items()}
         found = {"success_rate": rates, "settings": self.settings, "versions": self.versions}
         if self.after:
@@ -118,36 +118,35 @@ def transfer(
     gradients: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TransferReport:
-    """Attack every source and judge every target on the images: the matrix of black-box success.
+    """Attack every source and evaluate every target on the adversarial images.
 
-    Every search runs to the end, whatever `early_stop` says: the first image that fools the source fools other models
-    less often than the last one. Processes under torchrun share the work and return the same report.
+    `early_stop` is ignored: the first image that fools the source transfers less often than the last one. Processes
+    under torchrun share the work and return the same report.
 
     Args:
         sources: models to attack, by name; a rule attached to one acts on its gradients. Several models in a sequence,
             or an `Ensemble`, are attacked as one.
-        targets: models to judge, by name; may be the same objects.
+        targets: models to evaluate, by name; may be the same objects.
         data: (x, y) tensors, a data set, or an iterable of batches; see `Source`.
         attack: the attack.
-        rules: attached to each source in turn, by name; None is plain backpropagation. The rows of all rules stand
-            side by side.
+        rules: backward rules by name, each attached to every source in turn; None is plain backpropagation.
         batch_size: samples searched at a time.
-        classes: classes that a targeted attack leads to, as the targets of `evaluate`; those of a name are chosen by
-            the first source.
+        classes: target classes of a targeted attack, as the targets of `evaluate`; a strategy by name uses the logits
+            of the first source.
         mask: entries that may change, as in `evaluate`.
-        resume: a folder for finished parts, from which a run that was killed goes on.
-        tag: distinguishes parts by what cannot be seen in models, data or settings.
-        gradients: numbers of gradients of an image, increasing, after which the images are judged, the last being the
-            budget that `Iterative.within` makes steps of; random restarts are left out. Any rule's backward pass counts
-            as one gradient, an ensemble's as well.
-        progress: called with (samples done by this process, samples of this process), a sample once per row.
+        resume: folder of finished parts, from which an interrupted run resumes.
+        tag: further text in the key of the parts, for differences that models, data and settings do not show.
+        gradients: increasing numbers of gradients per image at which the images are evaluated. The last one is the
+            budget, which `Iterative.within` converts to steps; random restarts are off. A backward pass under any rule,
+            or of an ensemble, counts as one gradient.
+        progress: called with (finished, total) samples of this process, counted once per source and rule.
 
     Returns:
-        Every sample's outcome, and the matrix with Wilson intervals.
+        The outcome of every sample, and success rates with Wilson intervals.
 
     Raises:
-        BackpassError: there is no source or no target, a targeted attack has no classes, or a budget in gradients is
-            too small for a step, or for an attack that is no `Iterative`.
+        BackpassError: there is no source or no target, a targeted attack has no classes, or a budget is too small for
+            one step or used with an attack that is not `Iterative`.
     """
     if not sources or not targets:
         raise BackpassError("transfer needs at least one source and one target, by name.")
@@ -213,7 +212,7 @@ def transfer(
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """A source under a rule."""
+    """Source model with a rule."""
 
     name: str
     model: nn.Module
@@ -235,7 +234,7 @@ class _Row:
 
 
 class _Images:
-    """The adversarial images of one batch, made when they are first needed."""
+    """Adversarial images of one batch, computed on first use."""
 
     def __init__(
         self,
@@ -252,7 +251,7 @@ class _Images:
         self._images: list[Tensor] | None = None
 
     def made(self) -> list[Tensor]:
-        """Return the images (B, ...) after each of the numbers of steps, or the final ones, where x is."""
+        """Return the images (B, ...) after each number of steps, or the final ones, on the device of x."""
         if self._images is None:
             row, attack, x, aim, index, size, mask, steps = self._make
             device = _device(row.model)
@@ -271,12 +270,12 @@ class _Images:
         return self._images
 
     def seen_by(self, target: nn.Module, y: Tensor) -> Tensor:
-        """Return the target's predictions (B, M)."""
+        """Return the predictions (B, M) of a target for the M versions of each image."""
         return torch.stack([_predict(target, self._make[1], one, y) for one in self.made()], 1)
 
 
 class _Folders:
-    """Predictions on disk, found by source, rule, target, data and settings."""
+    """Cache of predictions on disk, keyed by source, rule, target, data and settings."""
 
     def __init__(self, folder: str | PathLike[str] | None, tag: str, attack: Attack, source: Source) -> None:
         self._shards = Shards(None if folder is None else Path(folder), {"tag": tag})
@@ -293,7 +292,7 @@ class _Folders:
         mask: Tensor | None = None,
         gradients: Sequence[int] = (),
     ) -> Tensor:
-        """Return the finished predictions (B, ...), or compute and keep them."""
+        """Return the finished predictions (B, ...), or compute and store them."""
         if self._shards.folder is None:
             return compute()
         own: dict[str, Any] = {"name": name, "target": self._print(target, None)}
@@ -319,7 +318,7 @@ class _Folders:
 
 
 def _budget(attack: Attack, gradients: Sequence[int] | None) -> tuple[Attack, list[int]]:
-    """Return the attack with as many steps as its budget allows, and the numbers of steps to judge it after."""
+    """Return the attack with the steps that fit its budget, and the numbers of steps to evaluate at."""
     if gradients is None:
         return attack, []
     if not isinstance(attack, Iterative):
@@ -354,7 +353,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _predict(model: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
-    """(B,) the plain model's classes, where x is."""
+    """Return the classes (B,) of the model without rules, on the device of x."""
     device = _device(model)
     there = x.to(device)
     check_model(model)

@@ -1,1 +1,1 @@
-"""The harness of every experiment: arms x seeds are run, compared and judged, and become one page."""
+"""Experiment harness: runs arms x seeds, stores outcomes, compares arms, tests claims and writes the report."""

@@ -1,4 +1,4 @@
-"""From judged outcomes to the content of a page: findings, tables and plots."""
+"""Report content of an experiment: findings, tables and plots."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["describe", "device_text"]
 def describe(
     experiment: Experiment, scale: str, found: Found, tasks: Sequence[Task], store: Store, device: torch.device
 ) -> Result:
-    """Judge an experiment and return its page's content.
+    """Test the claims of an experiment and return the content of its report.
 
     Args:
         experiment: the experiment.
-        scale: its size.
-        found: every run.
-        tasks: the tasks behind the runs.
-        store: where their outcomes are.
-        device: where it was computed.
+        scale: name of the scale, ``small`` or ``paper``.
+        found: runs by group and arm.
+        tasks: tasks whose outcomes were read.
+        store: store of the outcomes.
+        device: device that the runs used.
     """
     table = experiment.settings(scale)
     claims = judge_all(experiment, scale, found)
@@ -64,19 +64,19 @@ def describe(
 
 
 def device_text(device: torch.device) -> str:
-    """Return a device with its name, where it has one."""
+    """Return the device as text, with the name of the GPU for CUDA."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _wall(found: Found) -> Iterator[float]:
-    """Seconds of every run, wherever it ran."""
+    """Yield the wall-clock seconds of every run."""
     for runs in found.values():
         for outcomes in runs.by_candidate.values():
             yield from (one["wall seconds"] for one in outcomes)
 
 
 def _findings(table: Scale, found: Found, claims: Sequence[Claim]) -> list[Finding]:
-    """Return a paragraph for every pair of arms, and for every arm with a claimed range."""
+    """Return one finding per compared pair of arms, and one per arm with a claimed range."""
     parts: dict[tuple[tuple[str, ...], str, str], list[str]] = {}
     for one, claim in zip(table.comparisons, claims, strict=True):
         pairs, label = pairs_of(one, found), one.measurement.label
@@ -172,14 +172,14 @@ def _plots(plot: Plot, table: Scale, found: Found) -> list[Series]:
 
 
 def _curve(plot: Plot, runs: Runs) -> Curve | None:
-    """Return an arm's line; None where a run diverged, so that the places are not known."""
+    """Return the curve of an arm; None if a run diverged and its x values are unknown."""
     rows = [one[plot.key] for one in runs.runs]
     x = plot.x
     if isinstance(x, str):
         x = [mean_interval(places).mean for places in zip(*(one[x] for one in runs.runs), strict=True)]
         if not all(map(math.isfinite, x)):
             return None
-    if plot.draws:  # every step of every draw would be megabytes
+    if plot.draws:  # intervals only: every step of every draw would take megabytes
         interval = geometric_interval if plot.log_y else mean_interval
         columns = zip(*(row for one in rows for row in one), strict=True)
         return Curve(label=arm_label(runs), x=x, given=[interval(column) for column in columns])
@@ -194,7 +194,7 @@ def _line(plot: Plot, label: str, arms: Sequence[Runs]) -> Curve:
 
 
 def _settings(table: Scale) -> dict[str, Any]:
-    """Return the settings that all candidates share, and what differs by arm."""
+    """Return the settings that all candidates share, and the remaining settings by arm."""
     flat = {
         (arm.group, arm.name, label): _flat(settings)
         for arm in table.arms

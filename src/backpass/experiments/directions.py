@@ -1,4 +1,4 @@
-"""Directions of proximal steps as arms: distance from the exact direction, and angle to the gradient."""
+"""Measurement of proximal directions: relative error to the exact direction, and cosine with the gradient."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["Directions", "directions", "measure_directions"]
 
 @dataclass(frozen=True, kw_only=True)
 class Directions:
-    """Settings of the measurement.
+    """Settings of `measure_directions`.
 
     Attributes:
-        run: plain training before the measurement; its own seed is not used.
-        source: of the images.
-        rule: text form with ``{tau}`` in the place of tau.
-        exact: text form of the rule whose direction it is compared with.
-        taus: at which directions are measured.
-        warm: steps of training before.
+        run: plain training before the measurement; its own seed is ignored.
+        source: source of the images.
+        rule: text form of the measured rule, with ``{tau}`` as the placeholder of tau.
+        exact: text form of the reference rule, likewise.
+        taus: values of tau to measure at.
+        warm: number of training steps before the measurement.
     """
 
     run: Run
@@ -42,17 +42,17 @@ class Directions:
 
 
 def measure_directions(settings: Directions, seed: int, place: Place) -> Outcome:
-    """Measure a rule's directions after some steps of plain training.
+    """Measure the directions of a rule after `Directions.warm` steps of plain training.
 
     Returns:
-        For each tau, ``cosine`` and ``error`` of `directions`.
+        ``cosine`` and ``error`` of `directions`, each a list with one number per tau.
     """
     parts, run = load_parts(settings.source), settings.run
     model = network(run, parts, settings.source.data, seed=seed).to(place.device)
     optimizer = make_optimizer(run.optimizer, model.parameters(), run.rate)
     batches = _batches(parts, run.batch, seed, place.device)
     x, y = map(torch.cat, zip(*batches, strict=True))
-    loader = DataLoader(TensorDataset(x, y), batch_size=run.batch)  # in this order
+    loader = DataLoader(TensorDataset(x, y), batch_size=run.batch)  # without shuffling: in the order of `batches`
     Trainer(model, optimizer, loader, epochs=settings.warm, max_steps=settings.warm).fit()
     x, y = batches[settings.warm % len(batches)]
     found = []
@@ -71,17 +71,17 @@ def _batches(parts: Parts, size: int, seed: int, device: torch.device) -> list[t
 
 
 def directions(model: nn.Module, x: Tensor, y: Tensor, rules: Mapping[str, Rule]) -> dict[str, dict[str, float]]:
-    """Beside the gradient G and the first rule's direction D, the direction of each rule.
+    """Compare the direction of each rule with the gradient G and with the direction D of the first rule.
 
     Args:
-        model: a ``Sequential`` whose last layer stays plain.
+        model: model of linear and convolutional layers; the last one is not compared.
         x: (N, C, H, W), images in [0, 1].
         y: (N,), labels.
-        rules: by name.
+        rules: rules by name; the first one gives D.
 
     Returns:
-        By rule, ``cosine``, the least cosine with G of all layers (weight and bias as one vector), and ``error``, the
-        greatest distance from D, relative to D.
+        By rule: ``cosine``, the smallest cosine with G over all layers (weight and bias of a layer as one vector), and
+        ``error``, the largest |direction - D| / |D| over all layers.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][:-1]
 

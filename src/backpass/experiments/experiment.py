@@ -1,4 +1,4 @@
-"""Experiments as tables: arms, seeds, measurements, comparisons and plots."""
+"""Declarative experiments: arms, seeds, measurements, comparisons and plots."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from backpass.report.result import OVER_SEEDS, PAIRED_SEEDS, Finding
 __all__ = ["Arm", "Comparison", "Experiment", "Measurement", "Outcome", "Place", "Plot", "Runs", "Scale", "Work"]
 
 Outcome = Mapping[str, Any]
-"""Named numbers, lists of numbers or texts, of JSON's types; ``nan`` from where a run diverged. The entry ``seconds``
-is stored apart, as it differs from run to run."""
+"""Result of one run: numbers, lists of numbers or strings by name, in JSON types. Values are ``nan`` from the point
+where the run diverged. The entry ``seconds`` is stored in a separate file, because it differs from run to run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where an arm is run.
+    """Device and shared folder of a run.
 
     Attributes:
-        device: of the computation.
-        folder: for files that arms share, such as trained weights; None to keep nothing.
+        device: device to compute on.
+        folder: folder for files that arms share, such as trained weights; None keeps no files.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -35,19 +35,19 @@ class Place:
 
 
 Work = Callable[[Any, int, Place], Outcome]
-"""A module's function of (settings, seed, place), which depends on nothing but settings, seed and device."""
+"""A module-level function of (settings, seed, place). Its result depends on settings, seed and device only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One method that is run with every seed.
+    """One method, run once per seed.
 
     Attributes:
-        name: unique in its group, for reports.
-        work: function that runs it.
-        candidates: the settings, a frozen dataclass each, by label. Of several, for instance one per learning rate, one
-            is chosen by `Scale.choice`.
-        group: the arms of a group share a table and plots: a network, a problem.
+        name: name in reports, unique in its group.
+        work: function that runs one seed.
+        candidates: settings by label, each a frozen dataclass. Of several candidates, for instance one per learning
+            rate, `Scale.choice` selects one.
+        group: name of the group, for instance a network. Arms of a group share a table and plots.
     """
 
     name: str
@@ -62,12 +62,12 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """The outcomes of an arm.
+    """Outcomes of an arm.
 
     Attributes:
         arm: the arm.
-        by_candidate: the outcomes by label of the candidate, one per seed.
-        chosen: label of the candidate that is compared.
+        by_candidate: outcomes by label of the candidate, one per seed.
+        chosen: label of the selected candidate.
     """
 
     arm: Arm
@@ -76,7 +76,7 @@ class Runs:
 
     @property
     def runs(self) -> Sequence[Outcome]:
-        """The outcomes of the chosen candidate, by seed."""
+        """Outcomes of the selected candidate, in the order of the seeds."""
         return self.by_candidate[self.chosen]
 
 
@@ -85,14 +85,14 @@ class Measurement:
     """A number read from outcomes, one per seed or per draw.
 
     Attributes:
-        label: in tables, as in "training loss".
-        unit: as in "nats"; may be empty.
+        label: name in tables, for instance "training loss".
+        unit: unit, for instance "nats"; may be empty.
         key: entry of the outcome.
-        at: place in the entry's list; None where the entry is the number itself, or with `draws` the list of numbers.
-        draws: whether the entry has one number, or one list, for each draw of a run.
-        reduce: what is made of an entry that is a list, for instance ``min``.
-        derive: instead of an entry, the numbers of an arm's runs.
-        pair: instead of an entry, the numbers of two arms' runs, where one side depends on the other.
+        at: index into the entry's list; None if the entry is the number itself, or with `draws` the list of numbers.
+        draws: True if the entry has one number, or one list, per draw of a run.
+        reduce: function that reduces a list to a number, for instance ``min``.
+        derive: function that computes the numbers from the runs of an arm, instead of reading an entry.
+        pair: function that computes the numbers of two arms together, for measurements that depend on both.
     """
 
     label: str
@@ -106,7 +106,7 @@ class Measurement:
 
     @property
     def quantity(self) -> str:
-        """Label and unit."""
+        """Label with the unit."""
         return ", ".join(filter(None, (self.label, self.unit)))
 
     def of(self, outcomes: Sequence[Outcome]) -> list[float]:
@@ -117,11 +117,11 @@ class Measurement:
         return [float(row if self.at is None else row[self.at]) for row in rows]
 
     def values(self, runs: Runs) -> list[float]:
-        """Return the numbers of an arm."""
+        """Return the values of an arm."""
         return list(self.derive(runs)) if self.derive is not None else self.of(runs.runs)
 
     def both(self, ours: Runs, theirs: Runs) -> tuple[list[float], list[float]]:
-        """Return the numbers of two arms, pair by pair."""
+        """Return the paired values of two arms."""
         if self.pair is not None:
             first, second = self.pair(ours, theirs)
             return list(first), list(second)
@@ -130,23 +130,23 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A claim: one arm compared with another, or one arm's numbers with a range.
+    """A claim: compares one arm with another, or the values of one arm with a range.
 
     Attributes:
-        id: unique in the experiment.
-        statement: the claim in words, as if it were true.
-        measurement: what is compared.
+        id: identifier, unique in the experiment.
+        statement: the claim, as an affirmative sentence.
+        measurement: compared measurement.
         ours: name of the arm that the claim is about.
-        theirs: name of the other arm; empty for a range.
-        group: of both arms.
-        groups: instead, several groups; each gives one pair, the means over its seeds.
-        direction: which side the claim says is ``higher`` or ``lower``: ours.
-        low: the least value of a claimed range.
-        high: the greatest.
-        reference: the place in the paper; empty where the question is asked here.
-        published: the paper's value, or its words.
-        setting: whether the scale is ``the claim's`` setting or ``elsewhere``.
-        diverged: whether a diverged run leaves the claim ``undecided`` or is ``worse`` than any other.
+        theirs: name of the baseline arm; empty for a range.
+        group: group of both arms.
+        groups: several groups instead of one; each gives one pair, the means over its seeds.
+        direction: ``higher`` or ``lower``: the claimed direction of ours relative to theirs.
+        low: lower end of the claimed range.
+        high: upper end of the claimed range.
+        reference: source of the claim; empty for a claim of this project.
+        published: published value, or a quotation.
+        setting: ``the claim's`` if the scale is the setting that the claim is about, else ``elsewhere``.
+        diverged: ``undecided`` if a diverged run leaves the claim undecided; ``worse`` if it ranks below all others.
     """
 
     id: str
@@ -170,18 +170,18 @@ class Plot:
     """One plot for each group: a measurement against steps, seconds or settings.
 
     Attributes:
-        title: after the group's name.
-        y_label: with the unit.
-        x_label: with the unit.
-        key: entry of the outcomes, a list along x; with `draws` one list per draw.
-        x: the places, or the entry of the outcomes that has them, whose mean over the seeds is taken.
-        lines: instead of an entry, by label of a line the arms whose `measurement` it joins, along x.
-        measurement: of the lines.
-        arms: the arms shown; all of the group where empty.
-        groups: the groups shown; all where empty.
-        draws: whether the entry has one list per draw.
-        log_x: logarithmic axis.
-        log_y: logarithmic axis with geometric means.
+        title: title, printed after the name of the group.
+        y_label: label with the unit.
+        x_label: label with the unit.
+        key: entry of the outcomes, a list of values along x; with `draws` one list per draw.
+        x: x values, or the entry of the outcomes that has them; the mean over the seeds is plotted.
+        lines: instead of an entry, arms by label of a line; the line joins their `measurement` along x.
+        measurement: measurement that the lines show.
+        arms: arms to show; empty for all arms of the group.
+        groups: groups to show; empty for all.
+        draws: True if the entry has one list per draw.
+        log_x: True for a logarithmic x axis.
+        log_y: True for a logarithmic y axis with geometric means.
     """
 
     title: str
@@ -203,15 +203,15 @@ class Scale:
     """An experiment at one size.
 
     Attributes:
-        arms: what is run.
-        seeds: of every arm.
+        arms: arms to run.
+        seeds: seeds of every arm.
         measurements: columns of the tables.
-        comparisons: the claims.
-        plots: of every group.
-        choice: measurement by whose mean over the seeds a candidate is chosen, of those with the fewest diverged runs,
-            the highest; on data of its own.
-        cost: a measurement whose ratio is reported beside every pair of arms, such as seconds.
-        data: one line about the data, computed where it is needed.
+        comparisons: claims to test.
+        plots: plots of every group.
+        choice: measurement that selects a candidate: the highest mean over the seeds among those with the fewest
+            diverged runs. It must be measured on held-out data.
+        cost: measurement whose ratio is reported for every pair of arms, such as seconds.
+        data: function that returns one line about the data.
     """
 
     arms: tuple[Arm, ...]
@@ -239,25 +239,25 @@ class Scale:
             raise BackpassError(f"{several[0]!r} has several candidates: say by which measurement one is chosen.")
 
     def groups(self) -> Iterator[tuple[str, list[Arm]]]:
-        """Every group with its arms, in order."""
+        """Yield every group with its arms, in order."""
         for group in dict.fromkeys(arm.group for arm in self.arms):
             yield group, [arm for arm in self.arms if arm.group == group]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One figure, table or sentence of a paper, put to the test.
+    """Reproduction of one figure, table or statement of a paper.
 
     Attributes:
-        name: on the command line.
-        title: a heading.
-        question: what is asked and how, in a few sentences.
-        source: the paper and the place in it.
-        scales: by name; ``small`` takes minutes on two cores, ``paper`` has the paper's sizes.
-        data: the data sets that it needs.
-        remarks: what a reader must know beside the numbers.
-        plots_note: what lines and bands are.
-        claims_note: what pairs and intervals are.
+        name: name on the command line.
+        title: heading of the report.
+        question: question and method, in a few sentences.
+        source: paper, with section, figure or table.
+        scales: scales by name; ``small`` takes minutes on two cores, ``paper`` has the sizes of the paper.
+        data: names of the required data sets.
+        remarks: further notes for the reader.
+        plots_note: explanation of lines and bands.
+        claims_note: explanation of pairs and intervals.
     """
 
     name: str
@@ -274,7 +274,7 @@ class Experiment:
         """Return the table of a scale.
 
         Raises:
-            UnknownNameError: there is no such scale.
+            UnknownNameError: the scale is unknown.
         """
         if scale not in self.scales:
             raise UnknownNameError(f"scale of {self.name}", scale, self.scales)

@@ -1,4 +1,4 @@
-"""From outcomes to chosen candidates and judged claims."""
+"""Selection of candidates and tests of claims from stored outcomes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from backpass.report.claims import Claim, corrected, judge, judge_within
 __all__ = ["Found", "collect", "judge_all", "pairs_of", "verdict_of"]
 
 Found = Mapping[tuple[str, str], Runs]
-"""By group and name of the arm."""
+"""Runs by (group, name of the arm)."""
 
 
 def collect(scale: Scale, store: Store, device: str) -> tuple[Found, list[Task]]:
-    """Read every outcome of a scale and choose each arm's candidate.
+    """Read every outcome of a scale and select the candidate of each arm.
 
     Returns:
-        The runs, and the tasks that they were read from.
+        The runs by group and arm, and the tasks whose outcomes were read.
 
     Raises:
-        BackpassError: an outcome is not there, or damaged.
+        BackpassError: an outcome is missing or damaged.
     """
     outcomes: dict[tuple[str, str], dict[str, list[Outcome]]] = {}
     tasks = []
@@ -54,7 +54,7 @@ def _choose(scale: Scale, outcomes: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 def pairs_of(one: Comparison, found: Found) -> dict[str, list[float]]:
-    """Return the numbers that a claim is judged by: ``ours``, and ``theirs`` where it compares two arms."""
+    """Return the values that a claim is tested on: ``ours``, and ``theirs`` if it compares two arms."""
 
     def both(group: str) -> dict[str, list[float]]:
         ours = found[group, one.ours]
@@ -69,7 +69,7 @@ def pairs_of(one: Comparison, found: Found) -> dict[str, list[float]]:
 
 
 def verdict_of(one: Comparison, pairs: Mapping[str, Sequence[float]], seeds: Sequence[int], prefix: str = "") -> Claim:
-    """Judge one claim by its numbers, alone."""
+    """Test one claim, without correction for multiple comparisons."""
     told: dict[str, Any] = {
         "quantity": one.measurement.quantity,
         "reference": one.reference or None,
@@ -91,13 +91,13 @@ def verdict_of(one: Comparison, pairs: Mapping[str, Sequence[float]], seeds: Seq
 
 
 def judge_all(experiment: Experiment, scale: str, found: Found) -> list[Claim]:
-    """Judge every claim of an experiment, corrected for their number by Holm's method."""
+    """Test every claim of an experiment, with Holm's correction for multiple comparisons."""
     table = experiment.settings(scale)
     claims = [verdict_of(one, pairs_of(one, found), table.seeds, f"{experiment.name}.") for one in table.comparisons]
     return corrected(claims)
 
 
 def arm_label(runs: Runs) -> str:
-    """Return an arm's name with its chosen candidate, where it had several."""
+    """Return the name of an arm, with the selected candidate if it has several."""
     arm: Arm = runs.arm
     return f"{arm.name}, {runs.chosen}" if len(runs.by_candidate) > 1 else arm.name

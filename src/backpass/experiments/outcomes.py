@@ -1,4 +1,4 @@
-"""Outcomes on disk: one file for each arm, candidate and seed."""
+"""Outcomes on disk: one file per arm, candidate and seed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from backpass.version import __version__
 __all__ = ["CLOCK", "Store", "Task", "tasks_of"]
 
 CLOCK = ("seconds", "wall seconds")
-"""The entries of an outcome that are measured by a clock: they stand in a file of their own, so that the other files of
-a repeated run are the same to the byte."""
+"""Timings of an outcome, stored in a separate file so that the other file of a repeated run is byte-identical."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +25,11 @@ class Task:
     """One run of an arm.
 
     Attributes:
-        label: group, arm, candidate and seed, for people.
+        label: group, arm, candidate and seed, for messages.
         work: function that runs it.
-        settings: of the candidate.
-        seed: of the run.
-        device: kind of device.
+        settings: settings of the candidate.
+        seed: seed of the run.
+        device: device type, ``cpu`` or ``cuda``.
     """
 
     label: str
@@ -41,7 +40,7 @@ class Task:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """All that the outcome depends on, of JSON's types."""
+        """Everything that the outcome depends on, in JSON types: the key of the outcome."""
         asked: dict[str, Any] = json.loads(
             json.dumps(
                 {
@@ -57,18 +56,18 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending; tasks that ask for the same work have the same name."""
+        """File name without the suffix; tasks with the same key share it."""
         digest = hashlib.sha256(json.dumps(self.asked, sort_keys=True).encode()).hexdigest()[:16]
         work = re.sub(r"[^a-z0-9]+", "-", self.work.__qualname__.lower()).strip("-")
         return f"{work}-{self.seed}-{digest}"
 
     def run(self, place: Place) -> Outcome:
-        """Run it."""
+        """Run the task and return its outcome."""
         return self.work(self.settings, self.seed, place)
 
 
 def tasks_of(scale: Scale, device: str) -> Iterator[tuple[tuple[str, str], str, Task]]:
-    """Every task of a scale with its arm's group and name, and its candidate's label."""
+    """Yield every task of a scale with (group, name) of its arm and the label of its candidate."""
     for arm in scale.arms:
         for label, settings in arm.candidates.items():
             for seed in scale.seeds:
@@ -78,7 +77,7 @@ def tasks_of(scale: Scale, device: str) -> Iterator[tuple[tuple[str, str], str, 
 
 
 class Store:
-    """Outcomes in a folder, each file written whole or not at all.
+    """Store of outcomes in a folder, with atomic writes.
 
     Args:
         folder: the folder.
@@ -88,14 +87,14 @@ class Store:
         self.folder = folder
 
     def read(self, task: Task) -> Outcome | None:
-        """Return the outcome of a task; None where it is not there or damaged, so that it is computed."""
+        """Return the outcome of a task; None if it is missing or damaged and has to be computed."""
         found = [self._entry(self.path(task, kind), task) for kind in ("json", "clock.json")]
         if any(one is None for one in found):
             return None
         return {name: value for one in found if one is not None for name, value in one.items()}
 
     def write(self, task: Task, outcome: Outcome) -> None:
-        """Store the outcome of a task. The file without the clock's values comes last: it stands for both."""
+        """Write the outcome of a task. The file without timings is written last: its existence marks both."""
         clock = {name: value for name, value in outcome.items() if name in CLOCK}
         rest = {name: value for name, value in outcome.items() if name not in CLOCK}
         for kind, values in (("clock.json", clock), ("json", rest)):
@@ -103,11 +102,11 @@ class Store:
             write_whole(self.path(task, kind), json.dumps(content, sort_keys=True) + "\n")
 
     def path(self, task: Task, kind: str = "json") -> Path:
-        """Return the path of the outcome's file, or with ``clock.json`` of what the clock measured."""
+        """Return the path of the outcome, or with ``kind="clock.json"`` that of the timings."""
         return self.folder / f"{task.name}.{kind}"
 
     def hashes(self, task: Task) -> dict[str, str]:
-        """Return the SHA-256 of a task's files, by name."""
+        """Return the SHA-256 of the files of a task, by file name."""
         return {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in (self.path(task), self.path(task, "clock.json"))

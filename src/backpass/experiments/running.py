@@ -1,4 +1,4 @@
-"""Arms x seeds on one machine or a cluster, and a result of every experiment whose outcomes are complete."""
+"""Parallel execution of experiments on one machine or a Dask cluster."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from backpass.version import __version__
 __all__ = ["OUTCOMES", "Done", "Failed", "run"]
 
 OUTCOMES = "outcomes"
-"""The folder of all outcomes, beside the experiments' own."""
+"""Name of the folder of all outcomes, next to the folders of the experiments."""
 
 
 def run(
@@ -40,33 +40,33 @@ def run(
     again: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Done | Failed]:
-    """Run experiments and yield each as its last outcome is there, or as it fails; that does not stop the others.
+    """Run experiments and yield each one when it is complete or has failed; a failure does not stop the others.
 
-    Outcomes are stored one by one in ``out/outcomes`` and are found again by every experiment that needs them, so that
-    an interrupted run goes on where it stopped.
+    Outcomes are stored one by one in ``out/outcomes`` and shared by the experiments, so that an interrupted run
+    resumes where it stopped.
 
     Args:
-        experiments: what to run.
+        experiments: experiments to run.
         scale: ``small`` or ``paper``.
-        out: the folder; each experiment gets one below, with ``report.html`` and ``result.json``.
-        device: where to compute; the CPU by default.
-        jobs: arms side by side on this machine, each in a process with an equal share of the cores.
+        out: output folder; each experiment gets a subfolder with ``report.html`` and ``result.json``.
+        device: device to compute on; the CPU by default.
+        jobs: number of worker processes on this machine, each with an equal share of the cores.
         cluster: address of a Dask scheduler, whose workers run the arms instead. They need the same packages and data;
             trained networks are shared where they see the same ``out``.
-        again: compute outcomes that are there anew.
-        progress: called with what is being computed.
+        again: recompute stored outcomes.
+        progress: called with a description of the current task.
 
     Raises:
-        UnknownNameError: there is no such scale.
-        BackpassError: the data that an experiment needs is not there; nothing has been run then.
+        UnknownNameError: the scale is unknown.
+        BackpassError: the data of an experiment is missing; raised before anything is run.
     """
     device = device or torch.device("cpu")
     if jobs < 1:
         raise BackpassError(f"jobs must be at least 1, got {jobs}.")
     for name in sorted({name for experiment in experiments for name in experiment.data}):
-        load_data(name, split="train")  # before any work: hours later would be a bad moment to miss it
+        load_data(name, split="train")  # fail before any run if data is missing
     store = Store(out / OUTCOMES)
-    needed: dict[str, dict[str, Task]] = {}  # by experiment and file: what is not there
+    needed: dict[str, dict[str, Task]] = {}  # missing tasks by experiment and file name
     for experiment in experiments:
         tasks = {task.name: task for *_, task in tasks_of(experiment.settings(scale), device.type)}
         needed[experiment.name] = {name: task for name, task in tasks.items() if again or store.read(task) is None}
@@ -93,7 +93,7 @@ def run(
 def _compute(
     tasks: Sequence[Task], place: Place, jobs: int, cluster: str | None, progress: Callable[[str], None]
 ) -> Generator[tuple[Task, Outcome | str]]:
-    """Yield tasks with their outcomes, or with why there is none, in the order in which they end."""
+    """Yield each task with its outcome, or with an error message, in the order of completion."""
     if jobs == 1 and cluster is None:
         for task in tasks:
             progress(task.label)
@@ -110,7 +110,7 @@ def _compute(
             stack.enter_context(joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads))
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
         ended = parallel(joblib.delayed(_try)(task, place, threads) for task in tasks)
-        with closing(ended):  # closed early, as by Ctrl-C, it ends the workers
+        with closing(ended):  # closing it early, for instance on Ctrl-C, ends the workers
             for done, (task, outcome) in enumerate(ended, 1):
                 progress(f"{task.label}, {done} of {len(tasks)}")
                 yield task, outcome
@@ -120,7 +120,7 @@ def _connected(address: str) -> ExitStack:
     """Return a context in which joblib runs on a Dask cluster.
 
     Raises:
-        BackpassError: dask.distributed is missing, or no scheduler answers.
+        BackpassError: dask.distributed is not installed, or no scheduler answers at the address.
     """
     import joblib
 
@@ -140,7 +140,7 @@ def _connected(address: str) -> ExitStack:
 
 
 def _try(task: Task, place: Place, threads: int | None) -> tuple[Task, Outcome | str]:
-    """Run a task; its failure is a text, so that it stops no other."""
+    """Run a task and return its outcome, or the error message if it fails."""
     if threads is not None:
         torch.set_num_threads(threads)
         keep_freed_memory()
@@ -156,7 +156,7 @@ def _try(task: Task, place: Place, threads: int | None) -> tuple[Task, Outcome |
 def _conclude(
     experiment: Experiment, scale: str, out: Path, store: Store, device: torch.device, *, computed: bool
 ) -> Done | Failed:
-    """Judge an experiment whose outcomes are all there, and write its page."""
+    """Test the claims of an experiment whose outcomes are complete, and write its report."""
     try:
         found, tasks = collect(experiment.settings(scale), store, device.type)
         folder = out / experiment.name
@@ -171,7 +171,7 @@ def _conclude(
 
 
 def _kept(folder: Path, result: Result) -> Result | None:
-    """Return an earlier result with the same outcomes and verdicts, whose page is there."""
+    """Return an earlier result with the same outcomes and verdicts, if its report exists; else None."""
     try:
         earlier = read_result(folder / "result.json")
     except BackpassError:

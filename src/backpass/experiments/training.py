@@ -1,4 +1,4 @@
-"""Training runs as arms: their outcomes are curves, and what is measured on curves."""
+"""Arms that train a network, and measurements on their training curves."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Training:
     """Settings of an arm that trains a network.
 
     Attributes:
-        run: its own seed is not used, the arm's is.
-        source: of the images.
+        run: training settings; its seed is replaced by that of the arm.
+        source: source of the images.
     """
 
     run: Run
@@ -37,7 +37,7 @@ class Training:
 
 
 def train(settings: Training, seed: int, place: Place) -> Outcome:
-    """Train a network; the outcome is its `Curves`."""
+    """Train a network and return its `Curves` as the outcome."""
     return train_run(replace(settings.run, seed=seed), settings.source, place.device)
 
 
@@ -47,12 +47,12 @@ def training_arm(
     """Return an arm with one candidate for each learning rate.
 
     Args:
-        name: of the arm.
-        training: everything else.
-        rates: to choose from; one is used as it is.
-        rule: text form of a rule; ``{rate}`` in it is where the rate goes, and the optimizer's rate is 1 then.
+        name: name of the arm.
+        training: other settings.
+        rates: learning rates, one candidate each.
+        rule: text form of a rule. If it contains ``{rate}``, the rate is inserted there and the optimizer's rate is 1.
         optimizer: text form of an optimizer.
-        group: of the arm.
+        group: group of the arm.
     """
     candidates = {}
     for rate in rates:
@@ -64,24 +64,24 @@ def training_arm(
 
 
 def at(key: str, place: int = -1, when: str = "") -> Measurement:
-    """Return the measurement of a curve at one of its places, by default the last; `when` names the place."""
+    """Return the measurement of a curve at index `place`, by default the last; `when` describes that point."""
     label, unit = _NAMES[key]
     return Measurement(label=f"{label} {when}".strip(), unit=unit, key=key, at=place)
 
 
 def described(*sources: Source) -> Callable[[], str]:
-    """Return a function that describes the images."""
+    """Return a function that describes the data of these sources in one line."""
     return lambda: " ".join(dict.fromkeys(load_parts(source).line for source in sources))
 
 
 def largest_usable_rate(scales: Mapping[str, float]) -> Measurement:
-    """Return the measurement of the largest rate at which a run learns as well as the method can.
+    """Return the measurement of the largest usable learning rate.
 
-    That is, its training loss ends below its start, and its accuracy on the held-out images within 3 points of the best
-    of all rates. 0 where there is none.
+    A rate is usable if the training loss falls and the accuracy on the held-out images ends within 3 percentage points
+    of the best of all rates. 0 if no rate is usable.
 
     Args:
-        scales: by name of an arm, what its rate is multiplied by, 1 where it is not named.
+        scales: factor of the rate by name of the arm; 1 for other arms.
     """
 
     def derive(runs: Runs) -> list[float]:
@@ -100,9 +100,9 @@ def _usable(runs: Mapping[float, Outcome]) -> float:
 
 
 def at_equal_time(key: str) -> Measurement:
-    """Return the measurement of a loss after the same seconds, pair by pair: those that the quicker run took.
+    """Return the paired measurement of a loss at equal wall-clock time: the duration of the faster run of each pair.
 
-    Between the places of the curves the logarithm of the loss is interpolated.
+    The logarithm of the loss is interpolated linearly between the points of the curve.
     """
 
     def pair(ours: Runs, theirs: Runs) -> tuple[list[float], list[float]]:

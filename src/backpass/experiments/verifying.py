@@ -1,4 +1,4 @@
-"""Verdicts recomputed from stored outcomes."""
+"""Verification of a stored result: verdicts are recomputed, hashes are compared."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _RELATIVE = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was recomputed, and what does not agree.
+    """Outcome of `verify`.
 
     Attributes:
         claims: number of verdicts recomputed.
-        outcomes: number of files of outcomes whose hashes were compared.
-        from_outcomes: whether the verdicts were recomputed from these files, and not only from the pairs of numbers
-            that the result itself holds, as where the files were not kept beside it.
-        problems: every disagreement, in words; empty where there is none.
+        outcomes: number of outcome files whose hashes were compared.
+        from_outcomes: True if the verdicts were recomputed from these files; False if the files are missing and the
+            pairs of values in the result were used.
+        problems: description of every difference; empty if there is none.
     """
 
     claims: int
@@ -47,10 +47,10 @@ def verify(path: Path, experiments: Sequence[Experiment]) -> Verification:
 
     Args:
         path: a ``result.json``, or the folder that holds it.
-        experiments: the tables among which the result's is found by name.
+        experiments: known experiments; that of the result is looked up by name.
 
     Raises:
-        BackpassError: there is no such result, it is damaged, or its experiment is none of these.
+        BackpassError: the result is missing or damaged, or its experiment is unknown.
     """
     path = path / "result.json" if path.is_dir() else path
     result = read_result(path)

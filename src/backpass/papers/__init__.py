@@ -1,4 +1,4 @@
-"""The papers as data: tables of arms, seeds, measurements and comparisons with the published values."""
+"""Experiments of the papers: arms, seeds, measurements and comparisons with published values."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     *adversarial_sde.EXPERIMENTS,
     *learning_rates.EXPERIMENTS,
 )
-"""Those that are tables."""
+"""Experiments in the declarative form of `backpass.experiments`."""
 
 _ORDER = ("linbp", "proxprop", "sibp", "sde")
 
 
 def every_experiment() -> list[Experiment | bench.Experiment[Any]]:
-    """Return every experiment, paper by paper."""
+    """Return every experiment, ordered by paper."""
     every: list[Experiment | bench.Experiment[Any]] = [*EXPERIMENTS, *catalogue.EXPERIMENTS]
     places = {name: place for place, name in enumerate(_ORDER)}
     return sorted(every, key=lambda one: places.get(one.name.partition("-")[0], len(places)))
 
 
 def experiment_names() -> list[str]:
-    """Return the names, in order."""
+    """Return the names of all experiments, in order."""
     return [experiment.name for experiment in every_experiment()]
 
 
 def choose(names: Sequence[str]) -> list[Experiment | bench.Experiment[Any]]:
-    """Return the experiments of these names, each once, in order; ``all`` stands for all.
+    """Return the experiments of these names without duplicates, in order; ``all`` selects every experiment.
 
     Raises:
-        UnknownNameError: there is no experiment of a name.
+        UnknownNameError: a name is unknown.
     """
     known = experiment_names()
     for name in names:

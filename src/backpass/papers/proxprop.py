@@ -1,4 +1,4 @@
-"""Frerix, Moellenhoff, Moeller, Cremers, ICLR 2018 (arXiv 1706.04638): proximal backpropagation."""
+"""Experiments on ProxProp (Frerix, Moellenhoff, Moeller, Cremers, ICLR 2018, arXiv 1706.04638)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WHOLE = Source(data="cifar10", held_out=5000)
 _LITTLE = Source(data="cifar10", train=4000, held_out=2000, test=2000)
 
 Methods = dict[str, tuple[str, str, Sequence[float]]]
-"""By name: rule, optimizer, and learning rates to choose from."""
+"""Rule, optimizer and candidate learning rates by name of the method."""
 
 
 def _marks(steps: int, count: int) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def _plots(group: str, marks: Sequence[int]) -> tuple[Plot, ...]:
 def compare(
     group: str, training: Training, methods: Methods, pairs: Sequence[tuple[str, str]], seeds: int = 3
 ) -> Scale:
-    """Return the table of a network trained by several methods, of which pairs are compared."""
+    """Return the scale that trains a network by several methods and compares pairs of them."""
     steps = training.run.marks[-1]
     claims = []
     for ours, theirs in pairs:
@@ -111,7 +111,7 @@ def solvers(
     taus: tuple[float, ...] = (1e-3, 1e-2, 0.05, 1.0, 1e2, 1e4),
     warm: int = 5,
 ) -> Scale:
-    """Return the table of the exact step beside steps of conjugate gradients, at tau 0.05 in training."""
+    """Return the scale that compares the exact solve with conjugate gradients; training uses tau = 0.05."""
     tau, plain_rate, exact = 0.05, 0.05, "proxprop:tau={tau},stop=-1"
     rules = {"exact": exact, **{f"CG-{k}": f"{exact},solver=cg,cg_steps={k}" for k in cg_steps}}
     run = replace(training.run, optimizer=_NESTEROV, rate=plain_rate)

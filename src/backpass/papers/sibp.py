@@ -1,4 +1,4 @@
-"""Liu and Zhang, arXiv 2002.03516: semi-implicit back propagation."""
+"""Experiments on SIBP, semi-implicit back propagation (Liu and Zhang, arXiv 2002.03516)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _STEPS = largest_usable_rate({"SIBP": _BATCH})
 _COLUMNS = (at("train loss"), at("test accuracy"), at("held-out accuracy"), at("seconds"))
 
 Rates = Mapping[str, Sequence[float]]
-"""By ``sibp`` (eta; lam 1, SGD of rate 1), ``sgd``, ``proxprop`` (of SGD on its direction; tau 1), ``adamw``."""
+"""Candidate rates by method: ``sibp`` (eta, with lam = 1 and SGD of rate 1), ``sgd``, ``proxprop`` (rate of SGD, with
+tau = 1) and ``adamw``."""
 
 
 def _arms(group: str, training: Training, rates: Rates) -> tuple[Arm, ...]:
@@ -60,7 +61,7 @@ def _comparisons(group: str, marks: Sequence[int]) -> tuple[Comparison, ...]:
 
 
 def scale(networks: Mapping[str, tuple[Training, Rates]], seeds: int) -> Scale:
-    """Return the table for networks by name, each with its training and rates."""
+    """Return the scale for networks by name, each with its training settings and candidate rates."""
     plots = []
     for group, (training, _) in networks.items():
         for key, label, log in (

@@ -1,1 +1,1 @@
-"""Reports: results, claims and their verdicts, statistics, plots, and one self-contained page."""
+"""Reports: results, claims with verdicts, statistics, plots and self-contained HTML pages."""

@@ -1,4 +1,4 @@
-"""A claim, its measurement over paired runs, and its verdict."""
+"""Claims, their tests over paired runs, and their verdicts."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ CORRECTED = (
     "Verdicts are corrected for the number of claims of the experiment (Holm): with no true difference at all, the "
     "probability of one or more false verdicts is at most 5 %."
 )
-"""A sentence for reports whose claims went through `corrected`."""
+"""Note for reports whose claims were corrected by `corrected`."""
 
 FEWEST_PAIRS = 3
-"""No verdict rests on fewer paired runs than this."""
+"""Minimum number of paired runs for a verdict other than undecided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +46,22 @@ class Claim:
     """A statement, its measurement, and the verdict.
 
     Attributes:
-        id: unique in its experiment.
-        statement: the claim in words, as if it were true.
+        id: identifier, unique in the experiment.
+        statement: the claim, as an affirmative sentence.
         quantity: what ``estimate`` and ``interval`` measure, with its unit.
-        verdict: at the claim's setting ``replicated``, ``contradicted`` or ``undecided``; elsewhere ``same direction``,
-            ``opposite direction`` or ``undecided``, which is no verdict on the claim.
-        estimate: the mean paired difference; ``nan`` where a run diverged.
-        interval: its 95 % interval.
-        n: the number of pairs.
-        reference: where the claim comes from.
-        published: the source's own number, in words; empty where it gives none.
-        note: what a reader must know beside the numbers, for instance which runs diverged.
-        setting: ``the claim's``: the network, data and protocol that the claim speaks of, trained to within 3 points of
-            the published accuracy; or ``elsewhere``.
-        p: the p-value of the test that belongs to the interval, for this claim alone; None in results of 0.1.0.
-        p_corrected: the p-value after Holm's correction for all claims of the experiment, on which the verdict rests;
-            None where it was not corrected.
+        verdict: in the setting of the claim ``replicated``, ``contradicted`` or ``undecided``; elsewhere
+            ``same direction``, ``opposite direction`` or ``undecided``, which does not decide the claim.
+        estimate: mean paired difference; ``nan`` if a run diverged.
+        interval: 95 % confidence interval of the estimate.
+        n: number of pairs.
+        reference: source of the claim.
+        published: published value; empty if there is none.
+        note: further information, for instance which runs diverged.
+        setting: ``the claim's`` for the network, data and protocol that the claim is about, trained to within 3 points
+            of the published accuracy; else ``elsewhere``.
+        p: uncorrected p-value of the test that matches the interval; None in results of version 0.1.0.
+        p_corrected: p-value after Holm's correction over all claims of the experiment, which decides the verdict; None
+            if it was not corrected.
     """
 
     id: str
@@ -80,7 +80,7 @@ class Claim:
 
 
 def worded(agrees: bool | None, setting: Setting) -> Verdict:
-    """Return the verdict's name: with the claim, against it, or neither, at the claim's setting or elsewhere."""
+    """Return the name of a verdict: for the claim, against it, or undecided (None), in the given setting."""
     if agrees is None:
         return "undecided"
     if setting == "elsewhere":
@@ -89,7 +89,7 @@ def worded(agrees: bool | None, setting: Setting) -> Verdict:
 
 
 def agreement(verdict: Verdict) -> bool | None:
-    """Return whether a verdict is with the claim, against it (False), or neither (None)."""
+    """Return True if a verdict supports the claim, False if it contradicts it, None if it is undecided."""
     return None if verdict == "undecided" else verdict in ("replicated", "same direction")
 
 
@@ -100,10 +100,10 @@ def count_verdicts(claims: Iterable[Claim]) -> dict[str, int]:
 
 
 def corrected(claims: Sequence[Claim]) -> list[Claim]:
-    """Correct the verdicts of an experiment for the number of its claims by Holm's method.
+    """Apply Holm's correction for multiple comparisons to the claims of an experiment.
 
-    A claim whose own interval excludes zero is undecided where its corrected p-value is above 5 %, and its note says
-    so. Claims without a p-value stay as they are, but are counted.
+    A claim whose interval excludes zero becomes undecided if its corrected p-value is above 5 %; its note reports this.
+    Claims without a p-value are unchanged, but count towards the number of comparisons.
     """
     p_values = holm([1.0 if claim.p is None else claim.p for claim in claims])
     made = []
@@ -133,23 +133,23 @@ def judge(
     diverged: Diverged = "undecided",
     setting: Setting = "elsewhere",
 ) -> Claim:
-    """Measure ``ours - theirs`` over paired runs and give the verdict.
+    """Test a claim about ``ours - theirs`` over paired runs.
 
-    It is undecided where the 95 % interval contains zero, with fewer than `FEWEST_PAIRS` pairs, or where a run
-    diverged.
+    The verdict is undecided if the 95 % interval contains zero, if there are fewer than `FEWEST_PAIRS` pairs, or if a
+    run diverged.
 
     Args:
         id: unique in its experiment.
         statement: the claim in words.
-        ours: one value per pair, of what the claim is about.
-        theirs: one value per pair, of what it is compared with.
-        direction: whether the claim says that ours is ``higher`` or ``lower``.
+        ours: values of the method that the claim is about, one per pair.
+        theirs: values of the baseline, one per pair.
+        direction: claimed direction of ours, ``higher`` or ``lower``.
         quantity: what the values measure, with the unit.
         reference: where the claim comes from.
         published: the source's own number.
         seeds: the pairs' seeds, to name the runs that diverged.
-        diverged: what becomes of a claim with diverged runs, which have no difference: it stays ``undecided``, or a
-            diverged run is ``worse`` than any other and the exact sign test over the pairs decides at the same level.
+        diverged: treatment of diverged runs. ``undecided``: the claim stays undecided. ``worse``: a diverged run ranks
+            below every other run, and the exact sign test over the pairs decides at the same level.
         setting: where it was measured.
 
     Raises:
@@ -186,7 +186,7 @@ def judge(
 
 
 def _by_signs(ours: Sequence[float], theirs: Sequence[float], direction: Direction) -> tuple[float, bool, str]:
-    """Return p, whether ours is ahead in more pairs, and this in words; a diverged run is behind."""
+    """Return the p-value of the sign test, True if ours wins more pairs, and a note; a diverged run loses."""
     sign = 1 if direction == "higher" else -1
     scores = [
         tuple(sign * value if math.isfinite(value) else -math.inf for value in pair)
@@ -211,17 +211,17 @@ def judge_within(
     note: str = "",
     setting: Setting = "elsewhere",
 ) -> Claim:
-    """Measure a quantity over independent runs and judge the claim that it lies in ``[low, high]``.
+    """Test the claim that the mean of a quantity over independent runs lies in ``[low, high]``.
 
-    The verdict is with the claim where the 95 % interval of the mean lies inside of the range, against it where the two
-    do not meet, and ``undecided`` otherwise, with fewer than `FEWEST_PAIRS` runs, or where a run diverged.
+    The verdict supports the claim if the 95 % interval of the mean lies inside the range and contradicts it if the two
+    are disjoint. Otherwise, with fewer than `FEWEST_PAIRS` runs, or if a run diverged, it is ``undecided``.
 
     Args:
         id: unique in its experiment.
         statement: the claim in words.
-        values: one per run; a quantity computed without chance has one per problem.
-        low: the least value that agrees with the claim; ``-inf`` for none.
-        high: the greatest.
+        values: one per run; a deterministic quantity has one per problem.
+        low: lower end of the range; ``-inf`` for none.
+        high: upper end of the range.
         quantity: what the values measure, with the unit.
         reference: where the claim comes from.
         published: the source's own number.
@@ -229,11 +229,11 @@ def judge_within(
         setting: where it was measured.
 
     Raises:
-        BackpassError: there is no value.
+        BackpassError: ``values`` is empty.
     """
     mean = mean_interval(values)
     inside = low <= mean.mean <= high
-    # The interval lies inside where it contains neither end, and outside where it does not contain the nearer one.
+    # The interval lies inside if it contains neither end, and outside if it does not contain the nearer one.
     ends = (low, high) if inside else (low,) if mean.mean < low else (high,)
     p = max((mean_test(values, end) for end in ends if math.isfinite(end)), default=1.0)
     if mean.low == mean.high:

@@ -1,4 +1,4 @@
-"""The verdicts of many results as Markdown, for a README or a site."""
+"""Markdown summary of the verdicts of several results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ where the effect is significantly the opposite one. Elsewhere, for instance on s
 
 
 def verdict_counts(results: Sequence[Result]) -> str:
-    """Return a table with the number of claims by verdict, a row for each experiment."""
+    """Return a table of the number of claims by verdict, one row per experiment."""
     found = count_verdicts([claim for result in results for claim in result.claims])
     columns = ["experiment", "question", *found]
     lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
@@ -36,7 +36,7 @@ def verdict_counts(results: Sequence[Result]) -> str:
 
 
 def verdicts(results: Sequence[Result]) -> str:
-    """Return a page: the counts, then the findings and claims of every experiment."""
+    """Return a page with the counts, findings and claims of every experiment."""
     parts = ["# Which claims are replicated?\n", _WHAT, verdict_counts(results)]
     for result in results:
         run = {name: setting(value) for name, value in result.environment.items()}
@@ -65,5 +65,5 @@ def _name(text: str) -> str:
 
 
 def _escaped(text: object) -> str:
-    """Escape HTML and Markdown: no tag, link, emphasis, column or formula begins in a text."""
+    """Escape HTML and Markdown syntax: tags, links, emphasis, table columns and formulas."""
     return re.sub(r"([\\`*_|$~]|\](?=[(\[:]))", r"\\\1", escape(visible(text).replace("\n", " "), quote=False))

@@ -1,4 +1,4 @@
-"""One self-contained page of many results: every verdict on top, each leading to its experiment."""
+"""Self-contained HTML page of several results, with a linked summary of all verdicts at the top."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["overview", "read_results", "write_overview"]
 
 
 def overview(results: Sequence[Result]) -> str:
-    """Return the page."""
+    """Return the HTML of the overview page."""
     pages = [shown(result, f"{result.experiment}-{result.scale}-") for result in results]
     return render(
         "overview.html",
@@ -32,12 +32,12 @@ def read_results(
     """Read every ``result.json`` at most two folders below.
 
     Args:
-        folder: where to look.
-        names: of experiments, in the order of the results; others follow.
-        damaged: called with what is wrong with a file that cannot be read, which is then left out; None: it is raised.
+        folder: folder to search.
+        names: names of experiments, in the order of the returned results; other experiments follow.
+        damaged: called with a message for each unreadable file, which is then skipped; None raises the error.
 
     Raises:
-        BackpassError: there is none that can be read, or one that cannot.
+        BackpassError: no result can be read, or, without ``damaged``, a file is unreadable.
     """
     paths = sorted({*folder.glob("result.json"), *folder.glob("*/result.json"), *folder.glob("*/*/result.json")})
     if not paths:
@@ -57,7 +57,7 @@ def read_results(
 
 
 def write_overview(folder: Path, results: Sequence[Result]) -> Path:
-    """Write ``report.html`` over results into a folder.
+    """Write the overview page of results as ``report.html`` into a folder.
 
     Raises:
         OSError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a result, and its numbers as JSON."""
+"""Self-contained HTML page of a result, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["estimate", "page", "render", "shown", "write_report"]
 
 
 def page(result: Result) -> str:
-    """Return the page: HTML with its own style and SVG plots, without scripts and without references to other files.
+    """Return the HTML page of a result, with inline style and SVG plots, no scripts and no external references.
 
-    Every number of a table stands in a ``<data value="...">`` element that holds it unrounded. Text of the result is
-    escaped here alone: the templates show no string that did not pass `visible` and Jinja's escaping.
+    Every number of a table stands in a ``<data value="...">`` element that holds it unrounded. All text of the
+    result is escaped here: every string in a template passes `visible` and the escaping of Jinja.
     """
     return render("report.html", page=shown(result))
 
 
 def render(template: str, **content: Any) -> str:
-    """Fill in a template of the lab."""
+    """Render a template of the package."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = Environment(
@@ -44,11 +44,11 @@ def render(template: str, **content: Any) -> str:
 
 
 def shown(result: Result, prefix: str = "") -> dict[str, Any]:
-    """Return what the templates show of a result.
+    """Return the template context of a result.
 
     Args:
         result: the result.
-        prefix: put before every id, so that several results fit on one page.
+        prefix: prefix of every HTML id, so that several results can share a page.
     """
     from markupsafe import Markup
 
@@ -71,12 +71,12 @@ def shown(result: Result, prefix: str = "") -> dict[str, Any]:
 
 
 def estimate(claim: Claim) -> Interval:
-    """Return the measured difference of a claim with its interval."""
+    """Return the estimate of a claim with its confidence interval."""
     return Interval(claim.estimate, *claim.interval, claim.n)
 
 
 def write_report(result: Result, out: Path) -> tuple[Path, Path]:
-    """Write ``report.html`` and ``result.json`` into the folder ``out``, each whole or not at all.
+    """Write ``report.html`` and ``result.json`` into the folder ``out``, each atomically.
 
     Returns:
         The paths of the page and of the JSON.
@@ -84,19 +84,19 @@ def write_report(result: Result, out: Path) -> tuple[Path, Path]:
     Raises:
         OSError: the folder cannot be made or written.
     """
-    html, numbers = page(result), result.as_json()  # both, before anything is written
+    html, numbers = page(result), result.as_json()  # render both before writing either
     return write_whole(out / "report.html", html), write_whole(out / "result.json", numbers)
 
 
 def _numbers(series: Series) -> list[list[Cell]]:
-    """Return the rows of the table under a plot: each x with the interval of every curve."""
+    """Return the rows of the table under a plot: each x with the intervals of all curves."""
     places = sorted({x for curve in series.curves for x in curve.x})
     columns = [dict(zip(curve.x, curve.intervals, strict=True)) for curve in series.curves]
     return [[x, *(column.get(x, "") for column in columns)] for x in places]
 
 
 def _cell(value: Cell, *, signed: bool = False) -> Any:
-    """Return a cell's HTML: escaped words, or a rounded number inside an element that carries it unrounded."""
+    """Return the HTML of a cell: escaped text, or a rounded number in an element with the unrounded value."""
     from markupsafe import Markup
 
     def datum(x: float) -> Markup:

@@ -1,4 +1,4 @@
-"""Images for the inside of a page: PNG data URIs of tensors."""
+"""Images in a page, as PNG data URIs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["Gallery", "Picture", "amplified", "png_uri"]
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image with what stands below it.
+    """Image with its caption.
 
     Attributes:
         uri: a PNG data URI.
-        caption: a few words; they also stand in for the image where it cannot be seen.
+        caption: short description, also used as the alternative text.
     """
 
     uri: str
@@ -38,7 +38,7 @@ class Gallery:
 
 
 def png_uri(image: Tensor) -> str:
-    """An image (1 or 3, H, W) in [0, 1], cut to that range, as a PNG data URI."""
+    """Return an image (1 or 3, H, W), clamped to [0, 1], as a PNG data URI."""
     from PIL import Image
 
     pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
@@ -49,5 +49,5 @@ def png_uri(image: Tensor) -> str:
 
 
 def amplified(difference: Tensor, factor: float) -> Tensor:
-    """A difference of images, multiplied and set around mid-grey: .5 + factor * difference."""
+    """Return a difference of images scaled around mid-grey: 0.5 + factor * difference."""
     return 0.5 + factor * difference

@@ -1,4 +1,4 @@
-"""Plots as SVG text: for a page, where they take its colours and fonts, and as a picture of their own."""
+"""Plots as SVG: inline in a page with its colours and fonts, or as a standalone file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from backpass.wording import visible
 __all__ = ["CURVE_COLOURS", "inline_svg", "picture"]
 
 CURVE_COLOURS = ("#0b62a8", "#c2410c", "#4d7c0f", "#7e22ce", "#be185d", "#0f766e")
-"""Colours of the curves in order; on white each has a contrast above 4.5, and line styles differ as well."""
+"""Colours of the curves in order, with a contrast above 4.5 on white; line styles differ as well."""
 
 _LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)), (0, (1, 3)))
 _MARKERS = "osD^vP"
@@ -29,7 +29,7 @@ _MANY_POINTS = 9  # a curve with more points is drawn without markers
 _FONTS = "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # labels come from outside: a $ is a $
+    "text.parse_math": False,  # a $ in a label is literal
     "text.usetex": False,
     "font.size": 10,
     "text.color": _INK,
@@ -51,14 +51,14 @@ _STYLE: dict[str, Any] = {
 
 
 def inline_svg(series: Series) -> str:
-    """Return a plot as an ``<svg>`` element for the inside of a page.
+    """Return a plot as an inline ``<svg>`` element.
 
     Ink, grid and curves take the page's colours (``currentColor``, ``var(--grid)``, ``var(--curve-1)``, ...), so that
-    the plot follows light and dark. Every id begins with the series' own, so that several plots fit on one page.
+    the plot follows light and dark mode. Every id starts with that of the series, so that ids are unique in a page.
     """
     prefix = f"plot-{anchor(series.id)}"
     root = _draw_svg([series], size=(4.3, 3.4))
-    root.remove(root.find("defs"))  # type: ignore[arg-type]  # a style of all elements; the page has its own
+    root.remove(root.find("defs"))  # type: ignore[arg-type]  # global style; the page has its own
     for element in root.iter():
         for name, value in element.items():
             element.set(name, _on_page(name, value, prefix))
@@ -74,7 +74,7 @@ def inline_svg(series: Series) -> str:
 
 
 def picture(series: Sequence[Series], *, title: str) -> str:
-    """Return plots, two in a row, as one SVG file on white, for a README."""
+    """Return plots, two per row, as a standalone SVG on a white background."""
     across = min(2, len(series))
     root = _draw_svg(series, size=(4.3 * across, 3.4 * -(-len(series) // across)), background="white")
     root.set("xmlns", "http://www.w3.org/2000/svg")
@@ -83,7 +83,7 @@ def picture(series: Sequence[Series], *, title: str) -> str:
 
 
 def _on_page(name: str, value: str, prefix: str) -> str:
-    """Return the value of one of matplotlib's attributes with the page's ids and colours."""
+    """Return the value of an attribute of matplotlib's SVG with the ids and colours of the page."""
     if name == "id":
         return f"{prefix}-{value}"
     if name == "href":
@@ -106,7 +106,7 @@ def _draw_svg(series: Sequence[Series], *, size: tuple[float, float], background
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    salt = "+".join(visible(one.id) for one in series)  # clip paths and markers get the same ids in every run
+    salt = "+".join(visible(one.id) for one in series)  # deterministic ids of clip paths and markers
     style: Any = {**_STYLE, "svg.hashsalt": salt}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's fonts have it
@@ -159,13 +159,13 @@ def _legend_label(text: str) -> str:
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:
-    """Return how many labels fit side by side into the width, in inches."""
+    """Return the number of labels that fit side by side into a width in inches."""
     widths = [0.6 + 0.065 * max(map(len, label.split("\n"))) for label in labels]
     return max(1, len(labels) if sum(widths) <= width else int(width / max(widths)))
 
 
 def _draw(axes: Any, series: Series, *, titled: bool) -> None:
-    """Draw one panel: a line with its band per curve, and a cross where a run has diverged."""
+    """Draw one panel: a line with a band per curve, and a cross where a run diverged."""
     from matplotlib.ticker import LogFormatter
 
     for index, curve in enumerate(series.curves):
@@ -177,7 +177,7 @@ def _draw(axes: Any, series: Series, *, titled: bool) -> None:
         if logarithmic:
             axis._set_axes_scale("log")
             axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # its default is mathematics
+            axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # its default output is mathtext
     if all(isinstance(x, int) for curve in series.curves for x in curve.x):
         axes.xaxis.get_major_locator().set_params(integer=True)
     ticks = sorted({x for curve in series.curves for x in curve.x})

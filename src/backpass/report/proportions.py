@@ -1,4 +1,4 @@
-"""Proportions of images, and their differences, with 95 % intervals."""
+"""Proportions of images and their paired differences, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["PairedDifference", "judge_images", "paired_difference", "percent", "
 
 
 def percent(rate: Rate) -> Interval:
-    """A rate in per cent, with its Wilson interval; nothing but ``nan`` without trials."""
+    """Return a rate in per cent with its Wilson interval; all ``nan`` without trials."""
     if not rate.trials:
         return Interval(math.nan, math.nan, math.nan, 0)
     low, high = rate.interval
@@ -26,18 +26,18 @@ def percent(rate: Rate) -> Interval:
 
 
 def percent_text(rate: Rate) -> str:
-    """A rate with its interval in words, as in "86.4 [83.2, 89.1] %"."""
+    """Format a rate with its interval, for instance "86.4 [83.2, 89.1] %"."""
     return f"{interval_text(percent(rate))}\N{NO-BREAK SPACE}%" if rate.trials else "of no image"
 
 
 class PairedDifference(NamedTuple):
-    """How two outcomes on the same images differ.
+    """Difference between two outcomes on the same images.
 
     Attributes:
-        only_ours: images that only ours fools.
-        only_theirs: images that only theirs fools.
-        interval: the difference of the two rates in percentage points, ours less theirs.
-        p: of McNemar's exact two-sided test.
+        only_ours: number of images that only ours fools.
+        only_theirs: number of images that only theirs fools.
+        interval: difference of the two rates in percentage points, ours minus theirs.
+        p: p-value of McNemar's exact two-sided test.
     """
 
     only_ours: int
@@ -50,9 +50,9 @@ def paired_difference(ours: Tensor, theirs: Tensor, level: float = LEVEL) -> Pai
     """Compare two outcomes on the same images, (N,) bool each; see `backpass.attacks.Paired`.
 
     Args:
-        ours: whether ours fools each image.
-        theirs: whether the other does.
-        level: confidence of the interval.
+        ours: (N,) bool, True where ours fools the image.
+        theirs: (N,) bool, likewise.
+        level: confidence level of the interval.
 
     Raises:
         BackpassError: the two differ in length, or are empty.
@@ -73,14 +73,14 @@ def judge_images(
     theirs: str,
     reference: str | None = None,
 ) -> Claim:
-    """The verdict on "ours fools more images than theirs", from outcomes on the same images.
+    """Test the claim that ours fools more images than theirs, from outcomes on the same images.
 
     Args:
         id: unique in its experiment.
-        statement: the claim in words.
-        difference: ours less theirs.
-        theirs: the name of what ours is compared with.
-        reference: where the claim comes from.
+        statement: the claim, as an affirmative sentence.
+        difference: paired difference, ours minus theirs.
+        theirs: name of the baseline.
+        reference: source of the claim.
     """
     interval = difference.interval
     decided = interval.n >= FEWEST_PAIRS and not interval.low <= 0 <= interval.high

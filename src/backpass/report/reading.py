@@ -1,4 +1,4 @@
-"""A result read back from its JSON."""
+"""Deserialisation of a result from JSON."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _AGAIN = "Delete it: backpass reproduce writes it again, from the pieces that ar
 
 
 def read_result(path: Path) -> Result:
-    """Read the result of a ``result.json``, without the images, which JSON leaves out.
+    """Read the result of a ``result.json``, without images, which are not in the JSON.
 
     Raises:
-        BackpassError: there is no such file, or it holds something else.
+        BackpassError: the file is missing, damaged, or no result.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +56,7 @@ def _result(content: Mapping[str, Any]) -> Result:
 
 
 def _known(kind: type[DataclassInstance], content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that a dataclass has and check their types; a later version may write more."""
+    """Return the entries that are fields of a dataclass, with checked types; unknown entries are ignored."""
     hints = get_type_hints(kind)
     found = {name: content[name] for name in hints if name in content}
     for name, value in found.items():

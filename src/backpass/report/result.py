@@ -47,14 +47,14 @@ Cell = str | int | float | Interval
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One line of a plot, measured once per seed, or given as intervals.
+    """Curve of a plot, measured once per seed or given as intervals.
 
     Attributes:
-        label: its name in the legend.
-        x: the places, (points,).
-        runs: the values, (seeds, points); ``nan`` from where a run diverged.
-        geometric: whether the mean over the seeds is the geometric one, as suits a logarithmic axis.
-        given: instead of runs, an interval per place, for instance of a proportion of images.
+        label: label in the legend.
+        x: (points,) x values.
+        runs: (seeds, points) values; ``nan`` from the point where a run diverged.
+        geometric: True for the geometric mean over the seeds, as for a logarithmic axis.
+        given: (points,) intervals instead of runs, for instance of a proportion of images.
     """
 
     label: str
@@ -65,7 +65,7 @@ class Curve:
 
     @property
     def intervals(self) -> list[Interval]:
-        """At every place, what is given, or mean and interval over the seeds; ``nan`` where a run has diverged."""
+        """Return the interval at every x: as given, or of the mean over the seeds; ``nan`` where a run diverged."""
         if self.given is not None:
             return list(self.given)
         interval = geometric_interval if self.geometric else mean_interval
@@ -74,7 +74,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One plot: what is measured against what, and a sentence for those who cannot see it."""
+    """Plot: axis labels, curves, and a description as alternative text."""
 
     id: str
     title: str
@@ -88,7 +88,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Numbers in rows; every row has one cell per column."""
+    """Table; every row has one cell per column."""
 
     id: str
     title: str
@@ -99,7 +99,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence or two on one topic, made from the numbers."""
+    """One or two sentences on a topic, generated from the numbers."""
 
     topic: str
     text: str
@@ -107,24 +107,24 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Everything that a report shows.
+    """Content of a report.
 
     Attributes:
-        experiment: its name.
-        title: a heading.
-        question: what was asked and how, in a few sentences.
-        scale: the size of the run, for instance ``quick`` or ``standard``.
-        findings: what the numbers support and what they do not.
+        experiment: name of the experiment.
+        title: heading.
+        question: question and method, in a few sentences.
+        scale: name of the scale, for instance ``small`` or ``paper``.
+        findings: conclusions from the numbers.
         environment: versions, seeds, data, device.
-        settings: everything that was chosen.
-        series: the plots.
-        tables: numbers that are not plotted.
-        claims: the claims with their verdicts; a page without claims leaves their section out.
+        settings: settings of the experiment.
+        series: plots.
+        tables: tables.
+        claims: claims with verdicts; without claims the page has no such section.
         galleries: images in rows.
-        numbers: the measurements in a form for programs, JSON's types; only in the JSON.
-        plots_note: what lines and bands are.
-        claims_note: what pairs and intervals are.
-        source: the paper and the place in it, where the experiment reproduces one.
+        numbers: measurements in JSON types; only in the JSON.
+        plots_note: explanation of lines and bands.
+        claims_note: explanation of pairs and intervals.
+        source: reproduced paper, with section, figure or table.
     """
 
     experiment: str
@@ -144,7 +144,7 @@ class Result:
     source: str = ""
 
     def as_json(self) -> str:
-        """Return the result as ASCII JSON without the pixels of its images; a number that is not finite is ``null``."""
+        """Return the result as ASCII JSON without image pixels; numbers that are not finite become ``null``."""
         content = asdict(self)
         for gallery in content["galleries"]:
             for picture in (picture for row in gallery["rows"] for picture in row):
@@ -165,7 +165,7 @@ def checksum(content: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """``value`` with sequences as lists, intervals as objects and every number JSON can carry."""
+    """Convert a value to JSON types: sequences to lists, intervals to objects, numbers that are not finite to None."""
     if isinstance(value, Interval):
         return {name: plain(part) for name, part in value._asdict().items()}
     if isinstance(value, dict):
@@ -178,13 +178,13 @@ def plain(value: Any) -> Any:
 
 
 def environment(*, device: str, threads: int, data: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """Return what every report names: date, command line, versions, platform, device, data and seeds.
+    """Return the environment of a report: date, command line, versions, platform, device, data and seeds.
 
     Args:
-        device: where it ran.
-        threads: of torch's CPU operations.
+        device: device of the computation.
+        threads: number of CPU threads of torch.
         data: one line about the data.
-        seeds: of the runs.
+        seeds: seeds of the runs.
     """
     versions = {"backpass": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "scikit-learn", "matplotlib"):

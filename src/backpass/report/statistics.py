@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 LEVEL = 0.95
-"""The level of every interval in a report."""
+"""Confidence level of every interval in a report."""
 
 
 class Interval(NamedTuple):
@@ -36,11 +36,11 @@ class Interval(NamedTuple):
 
 
 def holm_levels(p_values: Sequence[float], level: float = LEVEL) -> list[float]:
-    """Return the confidence level of each comparison at which Holm's procedure decides, the family's being `level`.
+    """Return the confidence level of each comparison at which Holm's procedure decides, given the family level.
 
-    The p of rank r among m is compared with (1 - level) / (m - r + 1). From the first that is not below it on, none is
-    significant, and all are compared with that same number. A comparison is thus significant where its p is below one
-    minus its level, which is where its interval at that level leaves out 0.
+    The p of rank r among m is compared with (1 - level) / (m - r + 1). At the first p that is not below it the
+    procedure stops: this comparison and all later ones are not significant and share that threshold. A comparison is
+    significant if p < 1 - (its level), that is, if its interval at that level excludes 0.
 
     Source: Holm, A simple sequentially rejective multiple test procedure (1979).
     """
@@ -77,7 +77,7 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    r"""The mean of ``values`` and its two-sided interval :math:`\bar v \pm t_{n-1} s/\sqrt n`.
+    r"""Return the mean of ``values`` with its two-sided interval :math:`\bar v \pm t_{n-1} s/\sqrt n`.
 
     Args:
         values: one number per seed; a ``nan`` or an infinity makes mean and ends ``nan``.
@@ -102,7 +102,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 
 
 def geometric_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    r"""The geometric mean :math:`\exp\overline{\ln v}` with its interval; for what is drawn on a logarithmic axis.
+    r"""Return the geometric mean :math:`\exp\overline{\ln v}` with its interval, for logarithmic axes.
 
     Raises:
         BackpassError: a value is not positive, or as `mean_interval`.
@@ -114,7 +114,7 @@ def geometric_interval(values: Sequence[float], level: float = LEVEL) -> Interva
 
 
 def paired_interval(ours: Sequence[float], theirs: Sequence[float], level: float = LEVEL) -> Interval:
-    """The interval of the mean of ``ours[i] - theirs[i]``: what the two share (seed, batches) cancels.
+    """Return the interval of the mean of ``ours[i] - theirs[i]``; common variation (seed, batches) cancels.
 
     Raises:
         BackpassError: the two differ in length, or are empty.
@@ -127,8 +127,8 @@ def paired_interval(ours: Sequence[float], theirs: Sequence[float], level: float
 def mean_test(values: Sequence[float], center: float = 0.0) -> float:
     """Return the two-sided p-value of Student's t test that the mean is ``center``.
 
-    It is below 1 - level exactly where the interval of `mean_interval` at that level does not contain ``center``; 1
-    with fewer than two values, or where one is not finite.
+    It is below 1 - level exactly if the interval of `mean_interval` at that level excludes ``center``. It is 1 with
+    fewer than two values, or if one is not finite.
     """
     mean, n = mean_interval(values).mean, len(values)
     if n < 2 or not math.isfinite(mean):
@@ -142,8 +142,8 @@ def mean_test(values: Sequence[float], center: float = 0.0) -> float:
 def sign_test(ours: int, theirs: int) -> float:
     """Return the p-value of the exact two-sided sign test.
 
-    It is the probability that a fair coin of ``ours + theirs`` throws is at least as uneven. On pairs of which only one
-    side has succeeded it is McNemar's exact test.
+    It is the probability that ``ours + theirs`` tosses of a fair coin are at least as uneven. On the discordant pairs
+    it is McNemar's exact test.
     """
     from scipy.special import bdtr
 
@@ -152,10 +152,10 @@ def sign_test(ours: int, theirs: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values corrected for their number by Holm's method, in the same order.
+    """Return the p-values after Holm's correction for multiple comparisons, in the same order.
 
-    To reject where the corrected value is at most alpha makes one or more false rejections with a probability of at
-    most alpha, whatever the dependence between the tests.
+    Rejecting where the corrected value is at most alpha bounds the family-wise error rate by alpha under any dependence
+    of the tests.
     """
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     corrected, largest = [1.0] * len(p_values), 0.0

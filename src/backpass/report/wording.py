@@ -1,4 +1,4 @@
-"""Numbers, settings and ids in the form in which pages, plots and terminals show them."""
+"""Formatting of numbers, settings and HTML ids for pages, plots and terminals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["anchor", "interval_text", "number", "setting"]
 
 
 def anchor(text: str) -> str:
-    """Return an HTML id for a text: characters that an id or a link cannot hold become hyphens."""
+    """Return an HTML id for a text: invalid characters become hyphens."""
     return re.sub(r"[^\w.:=,+-]", "-", text)
 
 
@@ -32,7 +32,7 @@ def number(value: float, *, signed: bool = False) -> str:
 
 
 def interval_text(interval: Interval, *, signed: bool = False) -> str:
-    """Format an interval as ``mean [low, high]``, or the mean alone where an end is not finite."""
+    """Format an interval as ``mean [low, high]``, or as the mean if an end is not finite."""
     mean = number(interval.mean, signed=signed)
     if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
         return mean

@@ -1,4 +1,4 @@
-"""Rules: replacement backward passes for some torch functions at chosen sites of a model."""
+"""Backward rules: replacement backward passes for torch functions at selected sites of a model."""
 
 from backpass.rules.activation_rule import ActivationRule
 from backpass.rules.activations import activations

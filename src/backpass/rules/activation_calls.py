@@ -1,4 +1,4 @@
-"""Calls of activations: single functions, products ``x * gate(x)``, and whole modules that are one activation."""
+"""Interception of activations: single functions, products ``x * gate(x)``, and modules that compute one activation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves
 
 from backpass.rules import torch_internals
-from backpass.rules.activations import ACTIVATIONS, read_call, writes_in_place
+from backpass.rules.activations import ACTIVATIONS, copied, read_call, writes_in_place
 from backpass.rules.attaching.interception import Interception, outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import Asked, ModuleCall, SiteCall
@@ -46,15 +46,15 @@ __all__ = ["ActivationInterception"]
 
 
 class _Watched:
-    """A running module that may be one activation as a whole.
+    """A running module that may compute a single activation.
 
     Attributes:
         call: the call of the module.
-        x: its input.
-        given: the tensor that the module computes with: x, or a copy where the module writes into it, or may do so.
-        begin: number of calls that the run had noted before.
-        elementwise: whether it has called elementwise functions alone.
-        bent: whether one of them bends, as an activation does.
+        x: input of the module.
+        given: tensor that the module computes with: x, or a copy if the module may modify it in place.
+        begin: number of calls that the run had recorded before.
+        elementwise: True as long as it has called elementwise functions only.
+        bent: True if one of them is nonlinear.
     """
 
     def __init__(self, call: ModuleCall, x: Tensor, given: Tensor, begin: int) -> None:
@@ -64,13 +64,13 @@ class _Watched:
 
 
 class ActivationInterception(Interception):
-    """An interception that recognises activations composed of several calls, and gates.
+    """Interception that recognises gates and activations composed of several calls.
 
-    In the first call of a model everything is looked at, and the backward pass decides; later calls follow the plan and
-    look only into modules that compose activations. Compiled code follows the plan and does not look.
+    The first call of a model analyses every function call, and the backward pass decides. Later calls follow the plan
+    and analyse only modules that compose activations. Compiled code follows the plan without analysis.
 
     Attributes:
-        unnamed: calls that may be activations unless a composition explains them: the layer's value, path, function.
+        unnamed: possible activations that no composition has explained: (layer's output, path, function).
     """
 
     follows = True
@@ -82,7 +82,7 @@ class ActivationInterception(Interception):
         self.compositions = self.rule.compositions
 
     def _looks(self, caller: ModuleCall) -> bool:
-        if is_dynamo_compiling():  # first, so that compiled code does not depend on what follows
+        if is_dynamo_compiling():  # first, so that compiled code has no guard on the conditions below
             return False
         if caller.looks or self.run.plan is not None or self.replayed is not None:
             return caller.looks
@@ -97,7 +97,7 @@ class ActivationInterception(Interception):
     # --- Functions --------------------------------------------------------------------------------------------------
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call an activation as its site is decided, and remember the origin of its value."""
+        """Call an activation by the decision for its site, and record the origin of its output."""
         if self.partial and not self.rule.covers(func, args, kwargs):
             site.covered = site.counted = False
             return func(*args, **kwargs)
@@ -127,25 +127,25 @@ class ActivationInterception(Interception):
     def replace_planned(
         self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
     ) -> Any:
-        """Call an activation with the rule's backward, where surely or most likely the rule acts."""
+        """Call an activation with the rule's backward, where the plan predicts that the rule acts."""
         if site is None:
             return self.rule.replace(func, args, kwargs)
         return self.rule.replace_planned(func, args, kwargs, site)
 
     def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call an activation plainly in compiled code."""
+        """Call an activation with its plain backward in compiled code."""
         if func not in ACTIVATIONS:
             return func(*args, **kwargs)
         activation, x, parameters, in_place = read_call(func, args, kwargs)
         return func(*args, **kwargs) if in_place else activation.compute(x, *parameters)
 
     def hide(self, caller: ModuleCall, name: str) -> None:
-        """Note an activation that is called without gradients."""
+        """Record an activation that is called without gradients."""
         super().hide(caller, name)
         self._bend()
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function that is no activation by itself, but may compose one."""
+        """Call a function that is no activation, but may be a part of one."""
         if not self._looks(caller):
             return super().other(caller, func, args, kwargs)
         if func not in ELEMENTWISE and func not in VIEWS and not is_query(func):
@@ -199,7 +199,7 @@ class ActivationInterception(Interception):
         return out
 
     def _is_layer(self, origin: Origin) -> bool:
-        """Return whether a tensor is the value of a layer, also of one that a module further out called."""
+        """Return True if a tensor is the output of a layer, including layers called by an enclosing module."""
         source = origin.source
         return origin.layer or (
             source is not None and any(call.origins.of(source).layer for call in self.running if call.origins)
@@ -208,7 +208,7 @@ class ActivationInterception(Interception):
     def _follow(
         self, func: TorchFunction, source: Tensor | None, origins: list[Origin], learns: bool, out: Tensor
     ) -> None:
-        """Remember the origin of an elementwise function's value; or find that it multiplies by a gate."""
+        """Record the origin of the output of an elementwise function, or that it multiplies by a gate."""
         if func in ELEMENTWISE and (source is not None or len(origins) == 1):
             sites = tuple(site for origin in origins for site in origin.sites)
             bent = func.__name__ if func in BENT else next((one.bent for one in origins if one.bent), "")
@@ -234,7 +234,7 @@ class ActivationInterception(Interception):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Call the product that makes an activation of ``source``, or scales one."""
+        """Call the product that completes an activation of ``source``, or scales one."""
         bent = next((origin.bent for origin in origins if origin.bent), func.__name__)
         path = common_path(origins)
         begin = path[-1] if path else source
@@ -253,13 +253,13 @@ class ActivationInterception(Interception):
         if not writes_in_place(func, args, kwargs):
             out = self.at_value(site, begin, func(*args, **kwargs), learns)
         else:
-            before = begin.clone() if begin is args[0] else begin
-            out = args[0].copy_(self.at_value(site, before, func(args[0].clone(), *args[1:], **kwargs), learns))
+            before = copied(begin) if begin is args[0] else begin
+            out = args[0].copy_(self.at_value(site, before, func(copied(args[0]), *args[1:], **kwargs), learns))
         self._origins(caller).note(out, Origin(source, bent, (site,), out.numel(), site, True, learns, path))
         return out
 
     def at_value(self, site: SiteCall, source: Tensor, plain: Tensor, learns: bool = False) -> Tensor:
-        """Give a value that was computed plainly from ``source`` the rule's backward, as its site is decided."""
+        """Apply the rule's backward to a value computed from ``source``, by the decision for its site."""
         if (site.selected is False and site.fixed) or not torch.is_grad_enabled():
             return plain
         if site.selected is None and torch_internals.forward_mode():
@@ -289,7 +289,7 @@ class ActivationInterception(Interception):
         known = [self._origins(self.running[-1]).of(x) for x in tree_leaves(args) if isinstance(x, Tensor)]
         sites = tuple(site for origin in known for site in origin.sites)
         if isinstance(out, Tensor) and (sites or any(origin.layer for origin in known)):
-            # A mean is smaller than what it is taken of, without being a gate for that.
+            # A mean has fewer elements than its input. That alone does not make it a gate.
             one = Origin(None, "", sites, sys.maxsize if func.__name__ == "mean" else out.numel())
             if not sites:
                 one = Origin(out, "", (), out.numel(), path=(out,), layer=True)
@@ -302,7 +302,7 @@ class ActivationInterception(Interception):
     # --- Modules ----------------------------------------------------------------------------------------------------
 
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
-        """Note that a call of a module begins, and watch it if it may be one activation as a whole."""
+        """Record the start of a module call, and watch the module if it may compute a single activation."""
         super().enter(module, path, key, args, activation)
         call = self.running[-1]
         if is_dynamo_compiling():
@@ -315,19 +315,19 @@ class ActivationInterception(Interception):
             return None
         x = args[0]
         if known is None:
-            writes, begin = True, len(self.run.sites)  # for all that is known
+            writes, begin = True, len(self.run.sites)  # unknown yet: assume so
         elif key in known.composed:
             call.plain, call.x = True, x
             writes, begin = key in known.writing, 0
         else:
             return None
         with torch._C.DisableTorchFunction():
-            given = x.clone() if writes else x
+            given = copied(x) if writes else x
         self.watched.append(_Watched(call, x, given, begin))
         return (given,) if writes else None
 
     def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:
-        """Note that a module's call ends; a module that was one activation gets the rule's backward."""
+        """Record the end of a module call, and apply the rule if the module computed a single activation."""
         if is_dynamo_compiling():
             if call.x is None:
                 return output
@@ -349,7 +349,7 @@ class ActivationInterception(Interception):
         return output
 
     def _whole(self, module: nn.Module, watched: _Watched, origin: Origin, output: Tensor) -> Tensor:
-        """Give the value of a module that was one activation the rule's backward."""
+        """Apply the rule's backward to the output of a module that computed a single activation."""
         call, x, given = watched.call, watched.x, watched.given
         wrote = output is given and given is not x and _was_written(given, x)
         if output is given and not wrote:
@@ -371,14 +371,14 @@ class ActivationInterception(Interception):
         return output
 
     def _is_activation(self, watched: _Watched, origin: Origin, output: Tensor) -> bool:
-        """Return whether a module that ends was one elementwise activation, and not just the call of one."""
+        """Return True if a module composed an elementwise activation, rather than calling an existing one."""
         if not (watched.elementwise and watched.bent and output.shape == watched.x.shape):
             return False
         sites = [site for site in self.run.sites[watched.begin :] if site.counted]
         if len(self.running) == 1 and sites:
             return False  # the model itself
         alone = len(sites) == 1 and origin.base is watched.given and origin.direct is sites[0]
-        return origin.product or not alone  # compiled code sees a composed activation only as a module
+        return origin.product or not alone  # in compiled code a composed activation is visible only as a module
 
 
 def _name(func: TorchFunction, bent: str) -> str:
@@ -389,7 +389,7 @@ def _name(func: TorchFunction, bent: str) -> str:
 
 
 def _adopt(out: Any) -> None:
-    """Let rules further out know a value that they saw before it got this rule's backward."""
+    """Pass the origin of a value on to outer rules, which recorded it before this rule replaced it."""
     for mode in outer_interceptions():
         if isinstance(mode, ActivationInterception) and mode._looks(mode.running[-1]):
             mode._origins(mode.running[-1]).adopt(out)
@@ -405,7 +405,7 @@ def _discount(sites: Iterable[SiteCall]) -> None:
 
 
 def _recount_power(origin: Origin) -> None:
-    """Take back that a power of an activation is an activation: it is a part of a norm."""
+    """Count a power of an activation as a part of a norm, not as an activation."""
     power = origin.direct
     if power is not None and power.power_of:
         power.counted = False

@@ -1,4 +1,4 @@
-"""The base of rules that give activations another derivative."""
+"""Base class of rules that replace the derivative of activations."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from backpass.rules.activations import (
     FUSED_ACTIVATIONS,
     SIMPLE,
     WITHOUT_ACTIVATION,
+    copied,
     learned_value,
     read_call,
     writes_in_place,
@@ -40,19 +41,19 @@ class ActivationAttached(Attached):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationRule(Rule):
-    """Base of the rules that give selected activations another derivative.
+    """Base class of rules that replace the derivative of selected activations.
 
     y = s(x) forward, exactly; dL/dx = backward(dL/dy, x). A subclass is a frozen dataclass with a ``name`` and
-    `backward`. It acts on every activation, however it is called: as a module, a function or a method, in place too,
-    composed as x * gate(x), or as an elementwise module without parameters; or on those of
-    ``functions = activations("relu", ...)`` alone.
+    `backward`. It acts on every activation in any form: module, function, method or in-place call, composition
+    x * gate(x), or elementwise module without parameters. A subclass with ``functions = activations("relu", ...)`` acts
+    on these activations only.
 
     Args:
         start: first site: an index from the front (7), from the end (-2: the last two), a fraction of all sites (0.5:
             the second half), or the path of a module (the first site inside it); None: the first site.
         stop: one past the last site, given like ``start``; None: up to the end.
-        where: which of the sites from ``start`` to ``stop``, a function of a `Site`; None: all.
-        gates: whether activations whose value only gates another tensor, as in squeeze-and-excitation, are sites too.
+        where: predicate on a `Site` that selects sites from ``start`` to ``stop``; None: all.
+        gates: True to include activations that only gate another tensor, as in squeeze-and-excitation.
 
     Raises:
         BackpassError: a setting is out of its range.
@@ -63,7 +64,7 @@ class ActivationRule(Rule):
     opaque = FUSED_ACTIVATIONS
     skipped = WITHOUT_ACTIVATION
     needs_input: ClassVar[bool] = True
-    """True if `backward` uses x; without it nothing is kept for the backward pass."""
+    """True if `backward` uses x; False saves no tensor for the backward pass."""
 
     start: Place = None
     stop: Place = None
@@ -80,12 +81,12 @@ class ActivationRule(Rule):
 
     @property
     def compositions(self) -> bool:  # type: ignore[override]
-        """Whether composed activations are sites: where the rule acts on every activation."""
+        """True if composed activations are sites, as for rules that act on every activation."""
         return self.functions is ACTIVATIONS
 
     @property
     def acts_on_nodes(self) -> bool:  # type: ignore[override]
-        """Whether a plain call can be given this rule's backward afterwards: if the input is not needed."""
+        """True if the rule can be applied to a plain call afterwards: if the input is not needed."""
         return not self.needs_input
 
     def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
@@ -118,14 +119,14 @@ class ActivationRule(Rule):
         kwargs: dict[str, Any],
         site: Asked | None,
     ) -> Any:
-        """Return the activation's value with this rule's backward, or, should ``site`` say so, with the plain one."""
+        """Return the activation's value with this rule's backward, or with the plain one if ``site`` is not active."""
         if len(args) == 1 and func in SIMPLE and not kwargs.get("inplace") and torch_internals.eager_without_modes():
-            return eager_kernel(args[0], None, None, (self, site, func, (), kwargs))
+            return eager_kernel(args[0], None, None, self.backward, (self.needs_input, site, func, (), kwargs))
         activation, x, parameters, in_place = read_call(func, args, kwargs)
         learns = parameters and any(isinstance(p, Tensor) and p.requires_grad for p in parameters)
         if site is not None and (learns or activation.name == "rrelu" or torch_internals.transforms()):
             return self.replace_call(func, args, kwargs, site)
-        z = x.clone() if in_place and (self.needs_input or site is not None) else x
+        z = copied(x) if in_place and (self.needs_input or site is not None) else x
         if learns:
             y = self.replace_value(z, activation.compute(z.detach(), *parameters), None)
         else:
@@ -140,8 +141,8 @@ class ActivationRule(Rule):
             args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
         x, rest = args[0], args[1:]
         writes = writes_in_place(func, args, kwargs)
-        before = x.clone() if writes else x
-        plain = func(before.clone() if writes else x, *rest, **kwargs)
+        before = copied(x) if writes else x
+        plain = func(copied(x) if writes else x, *rest, **kwargs)
         out = self.replace_value(before, plain, site, learned_value(func, before, args, kwargs))
         return x.copy_(out) if writes else out
 
@@ -154,11 +155,11 @@ class ActivationRule(Rule):
         return corrected(self, site, x, value)
 
     def adjusted(self, of_x: Tensor, plain: Tensor) -> Tensor:
-        """Return the gradient of x, given what `backward` makes of it, and the plain one; see `replace_learned`."""
+        """Return the gradient of x from the rule's gradient and the plain gradient; see `replace_learned`."""
         return of_x
 
     def on_node(self, grad_inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> Any:
-        """Return the gradients that a plain activation's graph node passes on in the place of its own."""
+        """Return the gradients that replace those of the graph node of a plain activation."""
         of_x, *others = grad_inputs
         if of_x is None or grads[0] is None:
             return None

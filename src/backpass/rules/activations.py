@@ -1,4 +1,4 @@
-"""The activation functions as torch knows them, and how to compute each out of place."""
+"""Activation functions of torch, and their out-of-place computation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import UnknownNameError
+from backpass.rules.torch_internals import transforms
 
 __all__ = [
     "ACTIVATIONS",
@@ -19,6 +21,7 @@ __all__ = [
     "WITHOUT_ACTIVATION",
     "Activation",
     "activations",
+    "copied",
     "is_relu",
     "learned_value",
     "read_call",
@@ -33,9 +36,9 @@ class Activation:
     """An elementwise activation function.
 
     Attributes:
-        name: its name in a site table.
-        compute: its value from the input and the parameters, by aten operators: a mode further out counts these
-            as no call of the activation.
+        name: name in a site table.
+        compute: computes the output from input and parameters with aten operators, which an outer mode does not count
+            as a call of the activation.
         parameters: names and defaults of the arguments between the input and ``inplace``.
     """
 
@@ -92,7 +95,7 @@ _NAMED: tuple[Activation, ...] = (
 
 
 def _everywhere(activation: Activation) -> dict[Callable[..., Any], Activation]:
-    """Every torch function that computes the activation: functional, builtin, method, and in place."""
+    """Return every torch function that computes the activation: functional, builtin, method and in-place."""
     places = (F, torch, torch.Tensor, torch.special, torch._C._nn)
     names = [activation.name, activation.name + "_"]
     if activation.name == "sigmoid":
@@ -106,14 +109,14 @@ _BY_FUNCTION = {function: activation for named in _NAMED for function, activatio
 ACTIVATIONS: Mapping[Callable[..., Any], str] = {
     function: activation.name for function, activation in _BY_FUNCTION.items()
 }
-"""The torch functions that are activations, and the name of each."""
+"""Activation functions of torch, with their names."""
 
 
 def activations(*names: str) -> dict[Callable[..., Any], str]:
-    """The torch functions that compute the activations of these names, as ``activations("relu", "relu6")``; or of all.
+    """Return the torch functions of the named activations, as in ``activations("relu", "relu6")``; default: all.
 
     Raises:
-        UnknownNameError: there is no activation of a name.
+        UnknownNameError: a name is unknown.
     """
     known = {activation.name for activation in _NAMED}
     for name in names:
@@ -131,7 +134,7 @@ WITHOUT_ACTIVATION: frozenset[type[nn.Module]] = frozenset(
         *(nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Softmax, nn.LogSoftmax),
     )
 )
-"""torch's own modules that call no activation: they need no hooks."""
+"""Modules of torch that call no activation and need no hooks."""
 
 FUSED_ACTIVATIONS: Mapping[Callable[..., Any], str] = {
     getattr(torch, name): name
@@ -139,7 +142,7 @@ FUSED_ACTIVATIONS: Mapping[Callable[..., Any], str] = {
     for name in (kind, f"{kind}_cell")
     if name != "rnn"
 }
-"""Torch functions that call activations out of reach, and the name of each."""
+"""Torch functions that compute activations internally, where no rule can reach them, with their names."""
 
 _IN_PLACE = frozenset(function for function in _BY_FUNCTION if function.__name__.endswith("_"))
 
@@ -148,7 +151,7 @@ SIMPLE = frozenset(
     for function, activation in _BY_FUNCTION.items()
     if function not in _IN_PLACE and activation.name not in ("prelu", "rrelu")
 )
-"""Functions that compute an activation of their first argument alone, without a random number."""
+"""Functions that compute a deterministic activation of their first argument only."""
 
 
 def read_call(
@@ -167,21 +170,33 @@ def read_call(
 
 
 def is_relu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a call of an activation is a ReLU, or a ReLU with an upper limit, as ReLU6 is."""
+    """Return True if a call is a ReLU or a ReLU with an upper limit, such as ReLU6."""
     activation, _, parameters, _ = read_call(func, args, kwargs)
     name = activation.name
     return name in ("relu", "relu6") or (name == "hardtanh" and parameters[0] == 0 and parameters[1] > 0)
 
 
+def copied(x: Tensor) -> Tensor:
+    """Return a copy of x with its strides: torch rounds differently on a tensor with gaps and on one without."""
+    copy = x.clone()
+    if is_dynamo_compiling() or copy.stride() == x.stride() or transforms():
+        return copy
+    whole = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
+    try:
+        return whole.new_empty_strided(whole.shape, whole.stride()).copy_(whole).expand(x.shape)
+    except RuntimeError:  # elements that overlap
+        return copy
+
+
 def writes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether an elementwise call overwrites its first argument."""
+    """Return True if an elementwise call overwrites its first argument."""
     if func in _BY_FUNCTION:
         return read_call(func, args, kwargs)[3]
     return func.__name__.endswith("_") and not func.__name__.endswith("__")
 
 
 def learned_value(func: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the value of an activation as a function of its learned parameters alone, or None if it has none."""
+    """Return the output as a function of the learned parameters with x detached; None without such parameters."""
     activation, _, parameters, _ = read_call(func, args, kwargs)
     if any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
         return activation.compute(x.detach(), *parameters)

@@ -1,4 +1,4 @@
-"""Residual blocks, found in the graph of the call: a sum of a branch and of the tensor that the branch begins with."""
+"""Detection of residual blocks in the autograd graph: sums of a branch and of the branch's input."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SUMS = _IN_PLACE | {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 """Functions that add two tensors."""
 
 _SKIP_LIMIT = 24
-"""Number of graph nodes of a projection on the skip connection, at most."""
+"""Maximum number of graph nodes of a projection on the skip connection."""
 
 
 def writes_sum(func: Any) -> bool:
-    """Return whether a sum overwrites its first operand."""
+    """Return True if a sum overwrites its first operand."""
     return func in _IN_PLACE
 
 
@@ -34,9 +34,9 @@ class Block:
     """A residual block sum = skip(z) + branch(z).
 
     Attributes:
-        branch: the value of the branch.
-        z: the block's input.
-        sites: of activations in the branch that the rule may act on.
+        branch: output of the branch.
+        z: input of the block.
+        sites: sites of the activations in the branch that the rule may act on.
     """
 
     def __init__(self, branch: Tensor, z: Tensor, sites: list[SiteCall]) -> None:
@@ -46,22 +46,22 @@ class Block:
         self._to = torch.autograd.graph.get_gradient_edge(z)
 
     def release(self) -> None:
-        """Let go of the tensors, once the graph holds what it needs."""
+        """Release the tensors once the graph is complete."""
         del self.branch, self.z
 
     def acts(self) -> bool:
-        """Return whether the rule acts on an activation of the branch."""
+        """Return True if the rule acts on an activation of the branch."""
         return any(site.active() for site in self.sites)
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """Return J^T grad, J the Jacobian of the branch as the graph's kernels stand."""
+        """Return J^T grad, with J the Jacobian of the branch under the present decisions of its kernels."""
         again = torch.is_grad_enabled()
         (found,) = torch.autograd.grad(self._from, self._to, grad, retain_graph=True, create_graph=again)
         return found
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """Leave the branch's activations plain inside."""
+        """Return a context in which the activations of the branch have their plain backward."""
         runs = {site.run for site in self.sites}
         before = {run: run.plain for run in runs}
         for run in runs:
@@ -74,7 +74,7 @@ class Block:
 
 
 class Blocks:
-    """The residual blocks of one call of a model.
+    """Residual blocks of one call of a model.
 
     Attributes:
         found: number of blocks so far.
@@ -86,23 +86,23 @@ class Blocks:
         self._sums: list[ref[Tensor]] = []
 
     def note(self, tensors: Any) -> None:
-        """Remember tensors that a block may begin with."""
+        """Record tensors that may be the input of a block."""
         for x in tree_leaves(tensors):
             if isinstance(x, Tensor) and x.requires_grad:
                 self._tensors[torch_internals.graph_node(x)] = ref(x)
 
     def is_sum(self, x: Any) -> bool:
-        """Return whether a tensor is the sum of a block."""
+        """Return True if a tensor is the sum of a block."""
         return any(one() is x for one in self._sums)
 
     def end(self, total: Tensor) -> None:
-        """Remember the sum of a block."""
+        """Record the sum of a block."""
         self.found += 1
         self._sums = [*self._sums[-8:], ref(total)]
         self.note(total)
 
     def ended_by(self, operands: tuple[Any, ...]) -> Block | None:
-        """Return the block whose sum is formed, if these are its skip connection and its branch."""
+        """Return the block whose sum has these operands (skip connection and branch), or None."""
         pair = [x for x in operands[:2] if isinstance(x, Tensor) and x.requires_grad]
         if len(pair) != 2 or pair[0].shape != pair[1].shape or pair[0] is pair[1]:
             return None
@@ -128,7 +128,7 @@ def _site(node: Any) -> SiteCall | None:
 
 
 def _sites_between(end: Tensor, begin: Tensor) -> list[SiteCall] | None:
-    """Return the sites on the way from one tensor to another that is computed from it, or None if it is not."""
+    """Return the sites on the graph paths from ``begin`` to ``end``, or None if there is no path."""
     target = torch_internals.graph_node(begin)
     oldest = -1 if begin.is_leaf else torch_internals.sequence_number(target)
     nodes = [torch_internals.graph_node(end)]

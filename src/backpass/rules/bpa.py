@@ -22,22 +22,24 @@ __all__ = ["BPA"]
 
 @dataclass(frozen=True, kw_only=True)
 class BPA(ActivationRule):
-    """Gradients of a smooth activation and of a soft maximum, after Wang, Tong and He (2023).
+    """Backward propagation attack: SiLU gradients for ReLU and softmax gradients for max pooling.
 
     With s(x) = 1 / (1 + exp(-x)):
 
     - ReLU and ReLU6: dL/dx = s(x) (1 + x (1 - s(x))) dL/dy, the derivative of SiLU.
     - Max pooling: each window distributes its gradient by softmax(temperature * x) over its elements.
 
-    The forward pass stays as it is. Activations and max poolings are numbered together in call order. The paper takes
-    its ReLUs from a chosen layer on, and the max pooling near the input too: ``where`` selects such a set.
+    The forward pass is unchanged. Activations and max poolings share one index in call order. The paper selects the
+    ReLUs from a chosen layer on and also the max pooling near the input; ``where`` selects such a set.
+
+    Source: Wang, Tong, He, NeurIPS 2023, arXiv 2306.12685.
 
     Args:
         start: as in `ActivationRule`.
         stop: as in `ActivationRule`.
         where: as in `ActivationRule`.
         gates: as in `ActivationRule`.
-        temperature: of the softmax over a pooling window, above 0.
+        temperature: temperature of the softmax over a pooling window, positive; it multiplies x.
 
     Raises:
         BackpassError: a setting is out of its range.
@@ -58,7 +60,7 @@ class BPA(ActivationRule):
             raise BackpassError(f"temperature must be a finite number above 0, got {t!r}.")
 
     def covers(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call is a max pooling or a ReLU; ``nn.ReLU6`` calls hardtanh."""
+        """Return True if a call is a max pooling or a ReLU; ``nn.ReLU6`` calls hardtanh."""
         return func in MAX_POOLS or is_relu(func, args, kwargs)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class BPA(ActivationRule):
     def replace_planned(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
     ) -> Any:
-        """Return the value with this rule's backward, or, should ``site`` say so, with the plain one."""
+        """Return the value with this rule's backward, or with the plain one if ``site`` is not active."""
         if func in MAX_POOLS:
             return self._pool(func, args, kwargs, site)
         return super().replace_planned(func, args, kwargs, site)

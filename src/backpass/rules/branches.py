@@ -1,7 +1,8 @@
-"""Skip connections, found in the graph of the call: sums and concatenations of a tensor and of what it is computed to.
+"""Detection of skip connections in the autograd graph: sums and concatenations of a tensor and a function of it.
 
 Graph nodes are visited from the newest to the oldest. The first node that two operands have in common is the input z of
-the block. Each way from an operand to z costs the layers on it, so that the cheaper operand is the skip connection.
+the block. The cost of a path from an operand to z is its number of layers. The operand with the lower cost is the skip
+connection.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ _ACTIVATION = re.compile(
     "relu|gelu|silu|elu|mish|hardtanh|hardswish|hardsigmoid|sigmoid|tanh|softmax|softplus|threshold|prelu|softshrink"
 )
 _SKIP_LIMIT = 3
-"""Layers on a skip connection, at most: a pooling, a convolution and a normalization."""
+"""Maximum number of layers on a skip connection: a pooling, a convolution and a normalization."""
 
 
 class _Visit:
-    """A graph node on the ways back from some operands.
+    """Graph node that is reachable from some operands.
 
     Attributes:
-        costs: layers on the cheapest way from each operand.
-        outputs: outputs of the node that the ways from each operand arrive at.
+        costs: lowest number of layers on a path from each operand.
+        outputs: outputs of the node at which the paths from each operand arrive.
     """
 
     def __init__(self) -> None:
@@ -44,8 +45,8 @@ class _Visit:
 def branch_of_sum(a: Tensor, b: Tensor) -> int | None:
     """Return which operand of a + b is the branch of a residual block, or None if the sum ends no block.
 
-    With skip(z) + branch(z), the cheapest way through the skip connection has fewer layers than that through the
-    branch, at most three, and no activation.
+    With skip(z) + branch(z), the cheapest path through the skip connection has fewer layers than that
+    through the branch, at most three layers, and no activation.
     """
     if a is b or a.shape != b.shape or not (_is_computed(a) and _is_computed(b)):
         return None
@@ -55,7 +56,7 @@ def branch_of_sum(a: Tensor, b: Tensor) -> int | None:
         if len(costs) == 2:
             skip = 0 if (costs[0], layers[0]) <= (costs[1], layers[1]) else 1
             cheaper = (costs[skip], layers[skip]) < (costs[1 - skip], layers[1 - skip])
-            from_one_tensor = visit.outputs[0] & visit.outputs[1]  # and not from parts that a split makes
+            from_one_tensor = visit.outputs[0] & visit.outputs[1]  # not different outputs of a split
             found = cheaper and costs[skip] <= _SKIP_LIMIT and layers[1 - skip] and from_one_tensor
             return 1 - skip if found else None
         for operand in costs:
@@ -64,7 +65,7 @@ def branch_of_sum(a: Tensor, b: Tensor) -> int | None:
 
 
 def new_features(tensors: Sequence[Tensor]) -> list[int]:
-    """Return which of the concatenated tensors are computed from another one of them by at least one layer."""
+    """Return the indices of the concatenated tensors that are computed from another one by at least one layer."""
     indices = [index for index, x in enumerate(tensors) if isinstance(x, Tensor) and x.requires_grad]
     edges = [get_gradient_edge(tensors[index]) for index in indices]
     own: dict[Any, set[int]] = {}
@@ -87,7 +88,7 @@ def _is_computed(x: Tensor) -> bool:
 
 
 def _ancestors(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Visit]]:
-    """Yield the graph nodes behind some operands, the newest first."""
+    """Yield the graph nodes that the operands are computed from, the newest first."""
     visits: dict[Any, _Visit] = {}
     queue: list[tuple[int, int, Any]] = []
 
@@ -110,7 +111,7 @@ def _ancestors(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Visit]]:
         visit = visits[node]
         yield node, visit
         cost = _cost(node)
-        # A copy into a tensor has nothing of what was there before.
+        # A copy into a tensor does not depend on its previous content.
         for following, output in node.next_functions[node.name().endswith("CopyBackwards") :]:
             if following is not None:
                 for operand, before in visit.costs.items():
@@ -118,7 +119,7 @@ def _ancestors(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, _Visit]]:
 
 
 def _age(node: Any) -> int | None:
-    """Return a number that is larger for older nodes; None for a parameter."""
+    """Return a number that is larger for older nodes; None for a leaf."""
     variable = getattr(node, "variable", None)
     if variable is None:
         return -torch_internals.sequence_number(node)

@@ -1,8 +1,9 @@
-"""Activations composed of several calls, and gates, recognised from the calls themselves.
+"""Detection of gates and of activations composed of several calls.
 
 ``x * gate(x)`` (a hand-written SiLU, GELU, Mish or Hardswish) is one activation of x. An activation whose value
-multiplies *another* tensor, as in squeeze-and-excitation, is a gate and no activation. To distinguish them, each result
-of an elementwise function remembers the tensor that it is a function of, its `Origin`, while the calling module runs.
+multiplies *another* tensor, as in squeeze-and-excitation, is a gate and no activation. To distinguish them, the
+`Origin` of each result of an elementwise function, the tensor that it is a function of, is recorded while the calling
+module runs.
 """
 
 from __future__ import annotations
@@ -57,20 +58,20 @@ PRODUCTS = _functions("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__") |
 """Functions that multiply or divide."""
 
 CHOICES = _functions("maximum minimum max min where masked_fill masked_fill_")
-"""Functions that choose between tensors; of functions of one tensor they make another, such as a leaky ReLU."""
+"""Functions that select between tensors. Applied to functions of one tensor they form another, such as a leaky ReLU."""
 
 BENT = _functions(
     "erf exp exp_ expm1 log1p log sin cos sinh cosh atan asinh "
     "clamp clamp_ clip clip_ clamp_min clamp_max clamp_min_ clamp_max_ gt ge lt le __gt__ __ge__ __lt__ __le__ "
     "heaviside"
 )
-"""Elementwise functions that make a gate, or an activation, of their input, but are no sites by themselves."""
+"""Nonlinear elementwise functions that can form a gate or an activation, but are no sites by themselves."""
 
 POWERS = _functions("pow pow_ __pow__ square square_")
-"""Functions that make another activation of one, such as the squared ReLU."""
+"""Powers, which form another activation from one, such as the squared ReLU."""
 
 REDUCTIONS = _functions("mean sum norm")
-"""Functions by which the square of an activation turns out to be a part of its norm."""
+"""Reductions. The square of an activation that enters one is a part of a norm."""
 
 _SMOOTH = POWERS | _functions(
     "add add_ __add__ __radd__ __iadd__ sub sub_ subtract rsub __sub__ __rsub__ __isub__ neg "
@@ -78,28 +79,28 @@ _SMOOTH = POWERS | _functions(
 )
 
 ELEMENTWISE = PRODUCTS | CHOICES | BENT | _SMOOTH | _functions("fmax logaddexp")
-"""Functions of which each output element depends on the input elements in its place."""
+"""Elementwise functions."""
 
 MATRIX_PRODUCTS = _functions("matmul __matmul__ __rmatmul__ bmm einsum")
 """Functions that sum products."""
 
 MIXES = MATRIX_PRODUCTS | _functions("lerp lerp_ addcmul addcmul_")
-"""Further functions that multiply tensors, and so may multiply by a gate."""
+"""Further functions that multiply tensors and can apply a gate."""
 
 LAYERS = _functions(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d bilinear addmm mm baddbmm "
     "batch_norm layer_norm group_norm instance_norm rms_norm"
 )
-"""Functions whose value an activation follows."""
+"""Layers: functions whose output is typically the input of an activation."""
 
 JOINS = _functions("cat concat concatenate stack hstack vstack dropout dropout1d dropout2d mean")
-"""Functions after which a gate is still one."""
+"""Functions that preserve the property of being a gate."""
 
 SOFTPLUS = _functions("log log1p")
-"""Functions that make a softplus of an exponential."""
+"""Functions that form a softplus from an exponential."""
 
 UNNAMED = _functions("sin cos sinh cosh atan asinh erf expm1")
-"""Functions that are activations of a layer's value, of which the package does not know more, but for a composition."""
+"""Functions that are possible activations if applied to a layer's output, and are reported as such."""
 
 _GREATER = _functions("maximum max fmax logaddexp")
 _CLAMPS = _functions("clamp clamp_ clip clip_ clamp_min clamp_min_")
@@ -108,9 +109,9 @@ _DIVISIONS = _functions("div div_ divide true_divide __truediv__ __itruediv__ __
 
 VIEWS = frozenset((F.interpolate, F.upsample)) | _functions(
     "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split "
-    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select"
+    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select pad constant_pad_nd"
 )
-"""Functions that arrange the same elements anew, or resample them."""
+"""Functions that arrange the same elements anew, resample them, or pad them."""
 
 _PARAMETER_LIMIT = 32
 _SIGMOIDS = frozenset(("sigmoid", "hardsigmoid", "hsigmoid", "expit"))
@@ -120,23 +121,23 @@ _QUERIES = frozenset(
 
 
 def is_query(func: Callable[..., Any]) -> bool:
-    """Return whether a function only asks a tensor for a property."""
+    """Return True if a function only reads a property of a tensor."""
     return getattr(func, "__name__", "") in _QUERIES
 
 
 class Origin:
-    """The tensor that a result is an elementwise function of.
+    """Origin of a result: the tensor that it is an elementwise function of.
 
     Attributes:
-        source: that tensor; None for an arrangement of its elements.
-        bent: name of the last function on the way that is not linear, or an empty string.
-        sites: activations on the way.
+        source: that tensor; None for a rearrangement of its elements.
+        bent: name of the last nonlinear function on the path from the source, or an empty string.
+        sites: activations on the path.
         numel: number of elements of the result, before it was expanded.
-        direct: the activation of ``base`` whose value the result is, if it is one.
-        product: whether that activation is composed.
-        learns: whether a parameter of the model is on the way.
-        path: the last tensors on the way before it bends; an activation begins at one of them.
-        layer: whether it is the value of a layer, before it bends.
+        direct: the activation of ``base`` whose output the result is, if any.
+        product: True if that activation is composed.
+        learns: True if a parameter of the model enters the path.
+        path: last tensors of the linear part of the path; an activation begins at one of them.
+        layer: True if the linear part of the path starts at the output of a layer.
     """
 
     __slots__ = ("bent", "direct", "layer", "learns", "numel", "path", "product", "sites", "source")
@@ -167,38 +168,40 @@ class Origin:
 
     @property
     def base(self) -> Tensor | None:
-        """The last tensor on the way before it bends: the input of an activation of this value."""
+        """Last tensor of the linear part of the path: the input of the activation with this value."""
         return self.path[-1] if self.path else self.source
 
 
 class Origins:
-    """The origins of the latest results in one call of a module."""
+    """The origins of the latest results in one call of a module, and of older values of activations."""
 
-    _LIMIT = 64
+    _LATEST = 64
+    _OLDER = 32
 
     def __init__(self) -> None:
         self._known: list[tuple[Tensor, Origin]] = []
 
     def of(self, x: Tensor) -> Origin:
-        """Return the origin of a tensor, which is the tensor itself where it is not known."""
+        """Return the origin of a tensor; the tensor itself if no origin is recorded."""
         for tensor, origin in reversed(self._known):
             if tensor is x:
                 return origin
         return Origin(x, "", (), x.numel(), path=(x,))
 
     def note(self, x: Tensor, origin: Origin) -> None:
-        """Remember the origin of a result."""
+        """Record the origin of a result."""
         self._known.append((x, origin))
-        if len(self._known) > self._LIMIT:
-            del self._known[0]
+        if len(self._known) > self._LATEST + self._OLDER:
+            without = (i for i, (_, known) in enumerate(self._known[: self._OLDER]) if not known.sites)
+            del self._known[next(without, 0)]
 
     def adopt(self, x: Tensor) -> None:
-        """Give a tensor the origin of the latest result."""
+        """Assign the origin of the latest result to a tensor."""
         if self._known and self._known[-1][0] is not x:
             self.note(x, self._known[-1][1])
 
     def pass_on(self, outputs: Iterable[Any], to: Origins) -> None:
-        """Tell the calling module the origins of what a module returns."""
+        """Copy the origins of a module's outputs to those of the calling module."""
         for x in outputs:
             if isinstance(x, Tensor):
                 origin = self.of(x)
@@ -207,7 +210,7 @@ class Origins:
 
 
 def common_path(origins: list[Origin]) -> tuple[Tensor, ...]:
-    """Return the way, before it bends, that several functions of one tensor have in common."""
+    """Return the common linear part of the paths of several functions of one tensor."""
     first, *others = [origin.path for origin in origins]
     for end in range(len(first), 0, -1):
         if all(any(x is first[end - 1] for x in path) for path in others):
@@ -216,7 +219,7 @@ def common_path(origins: list[Origin]) -> tuple[Tensor, ...]:
 
 
 def composes(func: Callable[..., Any], origins: list[Origin], parametrised: bool) -> bool:
-    """Return whether a call on functions of one tensor makes an activation of it, or scales one that was made so.
+    """Return True if a call on functions of one tensor forms an activation, or scales a composed one.
 
     A parameter that scales an activation, as in StarReLU and LayerScale, is a layer of its own.
     """
@@ -232,7 +235,7 @@ def composes(func: Callable[..., Any], origins: list[Origin], parametrised: bool
 
 
 def limits(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Return the limits between which a call clamps its tensor, or None if it does not clamp."""
+    """Return the limits (min, max) of a clamp, or None if the call is no clamp."""
     if func not in _CLAMPS:
         if func in _GREATER and len(args) == 2 and not kwargs and all(isinstance(x, Tensor) for x in args):
             return (0, None) if any(_is_zero(x) for x in args) else None
@@ -242,21 +245,21 @@ def limits(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _is_zero(x: Any) -> bool:
-    """Return whether a limit is zero; tensors without a gradient count too."""
+    """Return True if a limit is zero; tensors without a gradient count too."""
     if isinstance(x, Tensor):
-        with suppress(RuntimeError):  # a tensor without a value, as vmap maps
+        with suppress(RuntimeError):  # a tensor without data, as under vmap
             return not x.requires_grad and not bool(x.any())
         return False
     return x is not None and bool(x == 0)
 
 
 def rectifies(limits: tuple[Any, Any] | None) -> bool:
-    """Return whether a clamp between these limits is a ReLU."""
+    """Return True if a clamp with these limits is a ReLU."""
     return limits is not None and _is_zero(limits[0]) and limits[1] is None
 
 
 def clamps_from_zero(limits: tuple[Any, Any] | None) -> bool:
-    """Return whether a clamp between these limits may be a ReLU with an upper limit, or that of a pixel."""
+    """Return True if a clamp has the lower limit 0 and an upper limit: a bounded ReLU or a clamp of pixels."""
     return limits is not None and _is_zero(limits[0]) and limits[1] is not None
 
 
@@ -270,7 +273,7 @@ def guarded(func: Callable[..., Any], operands: list[Tensor], origins: list[Orig
 
 
 def is_of_parameters(x: Tensor, origin: Origin) -> bool:
-    """Return whether a tensor is a function of the model's parameters alone, as far as it shows."""
+    """Return True if a tensor depends on the parameters of the model only, as far as the graph shows."""
     if isinstance(origin.source, nn.Parameter) or isinstance(x._base, nn.Parameter):
         return True
     nodes, seen = [x.grad_fn], {x.grad_fn}
@@ -282,7 +285,7 @@ def is_of_parameters(x: Tensor, origin: Origin) -> bool:
             return False
         for following, _ in node.next_functions:
             if following is None or len(seen) > _PARAMETER_LIMIT:
-                return False  # a tensor without a gradient, as the model's input may be
+                return False  # a tensor without a gradient, possibly the input of the model
             if following not in seen:
                 seen.add(following)
                 nodes.append(following)
@@ -290,7 +293,7 @@ def is_of_parameters(x: Tensor, origin: Origin) -> bool:
 
 
 def gates(func: Callable[..., Any], factors: list[Origin], product: Tensor) -> list[Origin]:
-    """Return the factors that gate a product of different tensors: sigmoids, and activations that are expanded."""
+    """Return the factors that are gates in a product of different tensors: sigmoids and expanded activations."""
     if func in MATRIX_PRODUCTS:
         sigmoids = [factor for factor in factors if any(_is_sigmoid(site) for site in factor.sites)]
         return sigmoids if len(factors) > 1 else []
@@ -307,11 +310,9 @@ def _is_sigmoid(site: SiteCall) -> bool:
 
 
 def constants(func: Callable[..., Any], operands: list[Tensor], origins: list[Origin]) -> list[bool]:
-    """Return which operands only parametrise a function of another: single numbers, and the model's own parameters.
+    """Return a mask of the operands that are constants: single numbers, parameters of the model, and compared zeros.
 
-    So do zeros that a function compares with.
-
-    A tensor that another operand is a function of is no constant, whatever its size.
+    A tensor that another operand depends on is no constant, whatever its size.
     """
     choice = func in CHOICES or func in _GREATER
     sources = [origin.source for x, origin in zip(operands, origins, strict=True) if origin.source is not x]

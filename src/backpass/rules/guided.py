@@ -1,4 +1,4 @@
-"""Guided backpropagation and the deconvolutional network's backward pass."""
+"""Guided backpropagation and the backward pass of deconvolutional networks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Deconvnet(ActivationRule):
     needs_input: ClassVar[bool] = False
 
     def covers(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call is a ReLU; ``nn.ReLU6`` calls hardtanh."""
+        """Return True if a call is a ReLU; ``nn.ReLU6`` calls hardtanh."""
         return is_relu(func, args, kwargs)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:

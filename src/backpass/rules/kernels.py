@@ -1,4 +1,4 @@
-"""Autograd functions that give the value of a call the backward pass of a rule."""
+"""Autograd functions that replace the backward pass of a call by that of a rule."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from backpass.rules.attaching.run import Asked
 __all__ = ["computed", "corrected", "eager_kernel", "replaced"]
 
 
-_Call = tuple[Any, Asked | None, Callable[..., Any] | None, tuple[Any, ...], Mapping[str, Any]]
-"""An object with ``backward(grad, x)`` and ``needs_input``; the site that the backward pass asks whether it acts,
-or None; the function of x, or None if its value is given; its further arguments."""
+_Call = tuple[bool, Asked | None, Callable[..., Any] | None, tuple[Any, ...], Mapping[str, Any]]
+"""True if the rule's backward uses x; the site that the backward pass asks whether the rule acts, or None; the function
+of x, or None if its value is given; its further arguments."""
 
 _NONE: Mapping[str, Any] = {}
 
@@ -32,83 +32,86 @@ def computed(
     kwargs: Mapping[str, Any] = _NONE,
 ) -> Any:
     """Return ``compute(x, *args, **kwargs)`` with the backward of ``override``; keeps no more than x."""
-    return _apply(x, None, None, (override, site, compute, args, kwargs))
+    return _apply(x, None, None, override.backward, (override.needs_input, site, compute, args, kwargs))
 
 
 def replaced(override: Any, site: Asked | None, x: Tensor, value: Tensor, learned: Tensor | None = None) -> Any:
     """Return ``value``, computed from x, with the backward of ``override``.
 
     Args:
-        override: has ``backward(grad, x)``, and ``needs_input``: whether it uses x.
-        site: asked in the backward pass whether the rule acts; None: it does.
-        x: the input.
-        value: the value; with the plain graph, or, if the rule surely acts, with that of learned parameters.
-        learned: the value as a function of learned parameters alone, where ``site`` is given.
+        override: object with ``backward(grad, x)`` and ``needs_input``, True if it uses x.
+        site: site queried in the backward pass; None: the rule acts.
+        x: input of the call.
+        value: output; with the plain graph, or, without a site, with the graph of learned parameters only.
+        learned: output as a function of learned parameters only, where ``site`` is given.
     """
-    return _apply(x, value, learned, (override, site, None, (), _NONE))
+    return _apply(x, value, learned, override.backward, (override.needs_input, site, None, (), _NONE))
 
 
 def corrected(override: Any, site: Asked | None, x: Tensor, value: Tensor) -> Any:
-    """Return ``value``, computed from x and from parameters that keep their own gradients.
+    """Return ``value``, computed from x and parameters, with the backward of ``override`` for x only.
 
-    Its plain graph is gone through twice in the backward pass. ``override.adjusted(of_x, plain)`` is the gradient of x.
+    The backward pass traverses the plain graph twice. ``override.adjusted(of_x, plain)`` is the gradient of x.
     """
     apply: Callable[..., Any] = _Corrected.apply
     return apply(x, value, override, site)
 
 
 class _Kernel(torch.autograd.Function):
-    """(x, value, learned, call) -> value; backward gives x the rule's gradient, or the plain one, as decided."""
+    """(x, value, learned, rule, call) -> value; backward gives x the rule's gradient, or the plain one, as decided.
+
+    ``rule`` is a method ``backward(grad, x)``: Dynamo of torch 2.9 would make a frozen dataclass anew, of symbols.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, value: Tensor | None, learned: Tensor | None, call: _Call) -> Any:
-        compute, args, kwargs = call[2:]
+    def forward(x: Tensor, value: Tensor | None, learned: Tensor | None, rule: Any, call: _Call) -> Any:
+        _, _, compute, args, kwargs = call
         if compute is not None:
             return compute(x, *args, **kwargs)
         assert value is not None  # noqa: S101
-        # Without a view of the value, so that later calls may write into the result.
+        # No view of the value, so that later calls may modify the result in place.
         return value.clone() if is_dynamo_compiling() or torch_internals.transforms() else value.data
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, value, learned, call = inputs
-        ctx.call = call
+        x, value, learned, ctx.rule, ctx.call = inputs
         if value is not None:
             ctx.learns = learned is not None
-        override, site, *_ = call
+        needs_input, site, *_ = ctx.call
         if site is not None:
             ctx.site = site  # for the search of blocks
-        if override.needs_input or (site is not None and value is None):
+        if needs_input or (site is not None and value is None):
             ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        override, site, compute, *_ = ctx.call
+        needs_input, site, compute, *_ = ctx.call
         if site is not None and not site.active():
-            return (None, grad, None, None) if compute is None else (_plain_gradient(ctx, grad), None, None, None)
-        of_x = override.backward(grad, ctx.saved_tensors[0] if override.needs_input else grad)
+            given = compute is None
+            return None if given else _plain_gradient(ctx, grad), grad if given else None, None, None, None
+        of_x = ctx.rule(grad, ctx.saved_tensors[0] if needs_input else grad)
         if compute is not None:
-            return of_x, None, None, None
-        return of_x, grad if site is None else None, grad if ctx.learns else None, None
+            return of_x, None, None, None, None
+        return of_x, grad if site is None else None, grad if ctx.learns else None, None, None
 
 
 class _ForwardModeKernel(_Kernel):
-    """`_Kernel` with a forward-mode derivative; Dynamo refuses a Function that has one."""
+    """`_Kernel` with a forward-mode derivative, which Dynamo does not support."""
 
     @staticmethod
-    def jvp(ctx: Any, of_x: Tensor | None, of_value: Tensor | None, of_learned: Tensor | None, _: None) -> Any:
-        override, site, *_rest = ctx.call
-        if override.needs_input:
-            raise BackpassError(f"{override} has no forward-mode derivative: its backward uses the input.")
+    def jvp(ctx: Any, of_x: Tensor | None, of_value: Tensor | None, *_: Any) -> Any:
+        needs_input, site, *_ = ctx.call
+        if needs_input:
+            raise BackpassError(f"{ctx.rule.__self__} has no forward-mode derivative: its backward uses the input.")
         if site is not None and not site.selected:
             return of_value
-        return override.backward(of_x, of_x)
+        return ctx.rule(of_x, of_x)
 
 
 eager_kernel = torch_internals.bare_apply(_ForwardModeKernel)
-"""The kernel in eager calls outside of `torch.func`: (x, value, learned, call) -> value."""
+"""The kernel in eager calls outside of `torch.func`."""
 
 
 def _apply(*inputs: Any) -> Any:
@@ -117,7 +120,7 @@ def _apply(*inputs: Any) -> Any:
 
 
 class _Corrected(torch.autograd.Function):
-    """(x, value) -> value; backward adds to x what turns the value's gradient of x into the rule's."""
+    """(x, value) -> value; backward adds to the gradient of x the difference between the rule's and the plain one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, override: Any, site: Asked | None) -> Tensor:

@@ -28,7 +28,7 @@ class _ResidualAttached(ActivationAttached):
 
 @dataclass(frozen=True, kw_only=True)
 class LinBP(ActivationRule):
-    """Linear backpropagation: selected activations pass gradients on as if they were linear.
+    """Linear backpropagation: selected activations are linear in the backward pass.
 
     y = s(x) forward, exactly; dL/dx = slope * dL/dy backward, instead of s'(x) dL/dy. The same replacement in the
     weight gradients gives LinBP training.
@@ -37,11 +37,11 @@ class LinBP(ActivationRule):
         start: first linear site: an index from the front (7), from the end (-2: the last two), a fraction of all
             sites (0.5: the second half), or the path of a module (the first site inside it); None: the first site.
         stop: one past the last linear site, given like ``start``; None: up to the end.
-        where: which of the sites from ``start`` to ``stop`` are linear, a function of a `Site`; None: all.
+        where: predicate on a `Site` that selects sites from ``start`` to ``stop``; None: all.
         slope: the constant that replaces s'(x), finite.
         residual: ``"plain"``; ``"renormalized"``: in residual blocks the gradient through the branch is scaled per
             sample to the norm that it has under plain backpropagation, and an activation of the sum stays plain (Guo
-            et al., 2020, Section 3.2); or ``"per_activation"``: the gradient of each selected activation is.
+            et al., 2020, Section 3.2); ``"per_activation"``: the gradient of each selected activation is scaled so.
         decay: factor of the branches' gradients with ``residual="renormalized"``, in [0, 1] (lambda there).
         gates: as in `ActivationRule`.
 
@@ -70,12 +70,12 @@ class LinBP(ActivationRule):
 
     @property
     def acts_on_nodes(self) -> bool:  # type: ignore[override]
-        """Whether a plain call can be given this rule's backward afterwards."""
+        """True if the rule can be applied to a plain call afterwards."""
         return self.residual == "plain"
 
     @property
     def needs_plain(self) -> bool:  # type: ignore[override]
-        """Whether the norm of the plain gradient is needed."""
+        """True if the norm of the plain gradient is needed."""
         return self.residual == "per_activation"
 
     def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
@@ -90,13 +90,13 @@ class LinBP(ActivationRule):
 
     @constant_while_tracing
     def _slope(self) -> float:
-        # With dynamic=True, Dynamo would take the attribute for a symbol, which no backward pass of its can compare.
+        # With dynamic=True, Dynamo would make the attribute symbolic, and its backward pass cannot compare symbols.
         return self.slope
 
     def replace_planned(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
     ) -> Any:
-        """Return the activation's value with a linear backward, or, should ``site`` say so, with the plain one."""
+        """Return the activation's value with a linear backward, or with the plain one if ``site`` is not active."""
         if self.residual == "per_activation":
             return self.replace_call(func, args, kwargs, site)
         return super().replace_planned(func, args, kwargs, site)
@@ -110,5 +110,5 @@ class LinBP(ActivationRule):
         return self.replace_learned(x, value, site)
 
     def adjusted(self, of_x: Tensor, plain: Tensor) -> Tensor:
-        """Return the gradient of x, with ``residual="per_activation"`` of the norm of the plain one."""
+        """Return the gradient of x, scaled to the norm of the plain one with ``residual="per_activation"``."""
         return of_x * ratio(plain, of_x) if self.residual == "per_activation" else of_x

@@ -1,4 +1,4 @@
-"""`list_sites`: what a rule could act on."""
+"""Listing of the sites of a model that a rule can act on."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _KINDS = ("activation", "linear")
 
 
 def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs: Any) -> SiteTable:
-    """Return the sites of a model, in call order; the table prints, and names what is out of reach.
+    """Return the sites of a model in call order, as a printable table that also lists unreachable parts.
 
-    Costs one forward pass, after which buffers, random states and hooks are what they were.
+    Costs one forward pass. Buffers, random states and hooks are restored.
 
     Args:
         model: any module.
@@ -34,7 +34,7 @@ def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs:
         kwargs: keyword arguments of the model's call.
 
     Raises:
-        UnknownNameError: ``kind`` is not known.
+        UnknownNameError: ``kind`` is unknown.
         NoSiteError: the model is scripted.
     """
     if kind not in _KINDS:
@@ -48,7 +48,7 @@ def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs:
 
 
 class _Listing(BackwardOverride):
-    """Sees the sites of some functions and changes nothing."""
+    """Override that records the sites of some functions and changes nothing."""
 
     name = "listing"
     needs_site = False

@@ -1,4 +1,4 @@
-"""Rules that multiply the gradient of an operand of a call, as of the branch in a sum."""
+"""Base classes of rules that scale the gradient of an operand of a call, such as the branch in a sum."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from backpass.rules.torch_internals import constant_while_tracing
 __all__ = ["OperandAttached", "OperandInterception", "OperandRule", "Operands", "positions"]
 
 Operands = tuple[tuple[int | str, ...], ...]
-"""Operands of a call: for each the position or name of an argument, and a position inside a list."""
+"""Operands of a call: for each, the position or name of an argument and, for lists, the index inside it."""
 
 
 class OperandAttached(Attached):
-    """A rule for operands in force on a model."""
+    """An operand rule attached to a model."""
 
     interception: type[Interception]
 
@@ -36,12 +36,12 @@ class OperandAttached(Attached):
 
     @constant_while_tracing
     def operands_of(self, key: str) -> Operands:
-        """Return the operands that an eager call showed."""
+        """Return the operands that an eager call has recorded."""
         return self.operands[key]
 
 
 class OperandInterception(Interception):
-    """An interception that finds the operands whose gradients a rule multiplies.
+    """Interception that finds the operands whose gradients a rule scales.
 
     A subclass defines `find`. A call without such an operand is no site.
     """
@@ -50,14 +50,14 @@ class OperandInterception(Interception):
     site: SiteCall | None = None
 
     def find(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
-        """Return the operands of a call that the rule is about."""
+        """Return the operands of a call whose gradients the rule scales."""
         raise NotImplementedError
 
     def called(self, func: TorchFunction, args: tuple[Any, ...], out: Any) -> None:
-        """Take note of the value of a call."""
+        """Record the output of a call."""
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function as its site is decided, if it is one."""
+        """Call a function by the decision for its site, if it is a site."""
         operands: dict[str, Operands] = self.attached.operands  # type: ignore[attr-defined]
         if self.replayed is None:
             with torch._C.DisableTorchFunction():
@@ -80,12 +80,12 @@ class OperandInterception(Interception):
         return out
 
     def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
-        """Call a function with the gradients of the operands multiplied."""
-        # The backward pass asks the site in any case: a rule further in may act in its place.
+        """Call a function with scaled gradients of its operands."""
+        # The backward pass always queries the site: an inner rule may have replaced this one.
         return self.scaled(self.found, func, args, kwargs, self.site)
 
     def scale(self, x: Tensor, site: SiteCall | None) -> Tensor:
-        """Return x with its gradient multiplied, if the site so decides."""
+        """Return x with its gradient scaled if the site is active."""
         apply: Callable[..., Tensor] = _Scaled.apply
         return apply(x, self.rule.factor, site)
 
@@ -97,7 +97,7 @@ class OperandInterception(Interception):
         kwargs: dict[str, Any],
         site: SiteCall | None,
     ) -> Any:
-        """Call a function with the gradients of these operands multiplied."""
+        """Call a function with scaled gradients of the given operands."""
         given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         for place, *inside in operands:
             if not inside:
@@ -122,16 +122,16 @@ class OperandInterception(Interception):
 
 @dataclass(frozen=True, kw_only=True)
 class OperandRule(Rule):
-    """Base of the rules that multiply the gradient of an operand.
+    """Base class of rules that scale the gradient of an operand.
 
     Args:
         start: first site, given like that of `ActivationRule`.
         stop: one past the last site.
-        where: which of the sites from ``start`` to ``stop``, a function of a `Site`; None: all.
+        where: predicate on a `Site` that selects sites from ``start`` to ``stop``; None: all.
 
     Raises:
         BackpassError: a setting is out of its range.
-        NoSiteError: at the first call of the model that asks for gradients, if no site is selected.
+        NoSiteError: at the first call of the model that computes gradients, if no site is selected.
     """
 
     kind: ClassVar[type[OperandAttached]]
@@ -148,12 +148,12 @@ class OperandRule(Rule):
 
     @property
     def factor(self) -> float:
-        """Factor of the operands' gradients."""
+        """Factor of the gradients of the operands."""
         return 0.0
 
     @property
     def needs_site(self) -> bool:  # type: ignore[override]
-        """Whether a call without a site is an error: where gradients are asked for."""
+        """True if a call without a site is an error, that is, if gradients are enabled."""
         return torch.is_grad_enabled()
 
     def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
@@ -166,7 +166,7 @@ class _Scaled(torch.autograd.Function):
 
     generate_vmap_rule = True
     passes_on = True
-    """Whether the search of skip connections sees through it."""
+    """True: the detection of skip connections treats the node as the identity."""
 
     @staticmethod
     def forward(x: Tensor, factor: float, site: SiteCall | None) -> Tensor:
@@ -174,7 +174,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.factor, ctx.asked = inputs  # not "site", as of the activations that `blocks` looks for
+        _, ctx.factor, ctx.asked = inputs  # named differently from "site", which `blocks` reads to find activations
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -186,7 +186,7 @@ class _Scaled(torch.autograd.Function):
 def positions(
     names: Sequence[str], wanted: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[int | str, Any]:
-    """Return the given floating-point tensors of the wanted parameters, by position or name."""
+    """Return the floating-point arguments of the wanted parameters, by position or name."""
     given: dict[int | str, Any] = {i: x for i, (name, x) in enumerate(zip(names, args, strict=False)) if name in wanted}
     given |= {name: x for name, x in kwargs.items() if name in wanted}
     return {place: x for place, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}

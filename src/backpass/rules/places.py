@@ -1,4 +1,4 @@
-"""Places among the sites of a model: the settings ``start`` and ``stop`` that rules share."""
+"""Positions among the sites of a model: the settings ``start`` and ``stop`` of rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Place = int | float | str | None
 
 
 def check_places(start: Place, stop: Place) -> None:
-    """Validate two places.
+    """Validate ``start`` and ``stop``.
 
     Raises:
         BackpassError: a type is wrong, or a fraction is outside [0, 1].
@@ -27,10 +27,10 @@ def check_places(start: Place, stop: Place) -> None:
 
 
 def check_paths(model: nn.Module, start: Place, stop: Place) -> None:
-    """Refuse a module path that the model does not have.
+    """Validate module paths against the model.
 
     Raises:
-        UnknownNameError: with the nearest path.
+        UnknownNameError: the model has no such module; the message suggests the nearest path.
     """
     paths = [path for path, _ in named_modules(model)]
     for place in (start, stop):
@@ -39,5 +39,5 @@ def check_paths(model: nn.Module, start: Place, stop: Place) -> None:
 
 
 def counts_from_end(place: Place) -> bool:
-    """Return whether a place is known only when the number of sites is."""
+    """Return True if a position depends on the total number of sites."""
     return isinstance(place, float) or (isinstance(place, int) and place < 0)

@@ -41,7 +41,7 @@ _VIEWS = frozenset(
         *("__getitem__", "__get__", "dropout", "nan_to_num"),
     )
 )
-"""Functions whose value is an attention matrix if their first argument is one."""
+"""Functions that return an attention matrix if their first argument is one."""
 
 _MIXES = frozenset(
     (
@@ -49,21 +49,21 @@ _MIXES = frozenset(
         *("__add__", "masked_fill", "where"),
     )
 )
-"""Functions of which that is true where they keep the number of elements, as in talking heads."""
+"""Functions that do so if they preserve the number of elements, as in talking-heads attention."""
 
 
 class AttentionInterception(OperandInterception):
-    """An interception that follows attention matrices from their softmax to the product with the values."""
+    """Interception that tracks attention matrices from the softmax to the product with the values."""
 
     tokens_first = False
-    """Whether tensors are (tokens, samples, channels), as inside of multi-head attention."""
+    """True if tensors are (tokens, samples, channels), as inside `nn.MultiheadAttention`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._matrices: dict[int, ref[Tensor]] = {}
 
     def find(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
-        """Return the operands that the attention matrix is, or is computed from."""
+        """Return the operands that are the attention matrix or that it is computed from."""
         if func is _SDPA:
             return tuple((place,) for place in positions(_SDPA_NAMES, _CONSTANT, args, kwargs))
         given: dict[tuple[int | str, ...], Any] = {
@@ -73,10 +73,10 @@ class AttentionInterception(OperandInterception):
         given |= {(name,): x for name, x in kwargs.items()}
         tensors = [x for x in given.values() if isinstance(x, Tensor)]
         found = tuple(place for place, x in given.items() if self._is_matrix(x))
-        return () if len(found) == len(tensors) else found  # a product of attention matrices is one
+        return () if len(found) == len(tensors) else found  # a product of attention matrices is an attention matrix
 
     def called(self, func: TorchFunction, args: tuple[Any, ...], out: Any) -> None:
-        """Follow attention matrices."""
+        """Track attention matrices."""
         if func in _SOFTMAX:
             self._note(out)
             return
@@ -95,7 +95,7 @@ class AttentionInterception(OperandInterception):
                 self._note(one)
 
     def scale(self, x: Tensor, site: SiteCall | None) -> Tensor:
-        """Return x with the rule's gradient; rules further out see it as they saw x."""
+        """Return x with the rule's gradient; outer rules track the result like x."""
         scaled = self.changed(x, site)
         for outer in outer_interceptions():
             if isinstance(outer, AttentionInterception):
@@ -103,11 +103,11 @@ class AttentionInterception(OperandInterception):
         return scaled
 
     def changed(self, x: Tensor, site: SiteCall | None) -> Tensor:
-        """Return x with the rule's gradient, if the site so decides."""
+        """Return x with the rule's gradient if the site is active."""
         return super().scale(x, site)
 
     def note_same(self, x: Tensor, other: Tensor) -> None:
-        """Note that another tensor stands for x."""
+        """Record that another tensor replaces x."""
         if self._is_matrix(x):
             self._note(other)
 
@@ -122,9 +122,9 @@ class AttentionInterception(OperandInterception):
         return isinstance(x, Tensor) and id(x) in self._matrices and self._matrices[id(x)]() is x
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function that is no site, and look into that of multi-head attention."""
+        """Call a function that is no site; run multi-head attention with its inner calls visible."""
         if func is _MULTI_HEAD:
-            # Rules further out do not see this function, but only what it calls.
+            # Outer rules see only the functions that this one calls.
             here = [self, *(mode for mode in outer_interceptions() if isinstance(mode, AttentionInterception))]
             before = [mode.tokens_first for mode in here]
             try:
@@ -155,13 +155,13 @@ def _is_fused(name: str) -> bool:
 
 
 class AttentionAttached(OperandAttached):
-    """A rule for attention in force on a model."""
+    """An attention rule attached to a model."""
 
     interception = AttentionInterception
 
     @constant_while_tracing
     def refuse_to_compile(self, path: str) -> None:
-        """Raise the error of multi-head attention, whose body Dynamo cannot trace below a mode."""
+        """Raise an error: Dynamo cannot trace the body of multi-head attention below a mode."""
         raise BackpassError(
             f"{self.rule} does not reach inside nn.MultiheadAttention in module {path or '(model)'!r} under "
             "torch.compile: use the model without torch.compile, or call F.scaled_dot_product_attention."
@@ -176,15 +176,17 @@ class PNA(OperandRule):
 
     The sites are calls of ``scaled_dot_product_attention``, inside ``nn.MultiheadAttention`` too, and products of a
     softmax and of other values (``matmul``, ``@``, ``bmm``, ``einsum``), also after dropout, a cast or a mixing of
-    heads. Kernels outside of PyTorch (flash-attn, xformers) are out of reach and named, where they are registered
-    operators.
+    heads. Kernels outside PyTorch (flash-attn, xformers) are unreachable; those that are registered operators are
+    reported.
 
-    The settings are those of `SGM`, but for ``decay``.
+    The settings are those of `SGM` without ``decay``.
+
+    Source: Wei et al., AAAI 2022, arXiv 2109.04176, Section 3.
 
     Raises:
         BackpassError: a setting is out of its range.
-        NoSiteError: at the first call of the model that asks for gradients, if it has no attention that can be reached,
-            or if none is selected.
+        NoSiteError: at the first call of the model that computes gradients, if it has no reachable attention or none is
+            selected.
     """
 
     name: ClassVar[str] = "pna"

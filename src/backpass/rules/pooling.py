@@ -1,4 +1,4 @@
-"""Max pooling whose gradient is distributed over each window by a softmax."""
+"""Max pooling with softmax gradients."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _DIMENSIONS = (1, 2, 3)
 MAX_POOLS: Mapping[Callable[..., Any], str] = {
     getattr(place, f"max_pool{n}d"): f"max_pool{n}d" for n in _DIMENSIONS for place in (F, torch)
 }
-"""The torch functions that compute the maximum of windows, and the name of each."""
+"""Max-pooling functions of torch, with their names."""
 
 OPAQUE_MAX_POOLS: Mapping[Callable[..., Any], str] = {
     getattr(F, name): name
     for n in _DIMENSIONS
     for name in (f"max_pool{n}d_with_indices", f"adaptive_max_pool{n}d", f"adaptive_max_pool{n}d_with_indices")
 } | {F.fractional_max_pool2d: "fractional_max_pool2d", F.fractional_max_pool3d: "fractional_max_pool3d"}
-"""Functions with windows of other forms, which keep their own gradient, and the name of each."""
+"""Max-pooling functions with other windows, which keep their plain gradient, with their names."""
 
 
 @dataclass(frozen=True)
 class SoftMaxPool:
-    """One max pooling with the gradient dL/dx[p] = sum over windows w containing p of dL/dy[w] softmax_w(t x)[p].
+    """Max pooling with the gradient dL/dx[p] = sum over windows w containing p of dL/dy[w] softmax_w(t x)[p].
 
     Args:
-        temperature: t.
-        size: of the window, for each dimension.
-        stride: of the windows.
-        padding: on each side, with minus infinity.
-        dilation: of the window's elements.
-        ceil_mode: whether an incomplete last window counts.
+        temperature: factor t of x in the softmax.
+        size: size of the window, per dimension.
+        stride: stride of the windows.
+        padding: padding on each side, with minus infinity.
+        dilation: dilation of the windows.
+        ceil_mode: True to include an incomplete last window, as in torch.
     """
 
     needs_input: ClassVar[bool] = True
@@ -51,7 +51,7 @@ class SoftMaxPool:
     ceil_mode: bool
 
     def compute(self, x: Tensor) -> Any:
-        """Return the maxima, by an aten operator."""
+        """Return the maxima, computed by an aten operator."""
         operator = getattr(torch.ops.aten, f"max_pool{len(self.size)}d")
         return operator(x, self.size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
@@ -89,9 +89,9 @@ class SoftMaxPool:
 def read_pool(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], temperature: float
 ) -> tuple[Tensor, SoftMaxPool] | None:
-    """Return the input and the pooling of a call of one of `MAX_POOLS`; None if it returns indices too."""
+    """Return the input and the pooling of a call of one of `MAX_POOLS`; None if the call also returns indices."""
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
     if given.get("return_indices"):
         return None
     n = int(MAX_POOLS[func][-2])

@@ -33,12 +33,12 @@ class ProxProp(Rule):
     weights get
     D = Theta - argmin_T 1/2 |A T - (A Theta - g)|^2 + 1/(2 tau) |T - Theta|^2 = (A^T A + I/tau)^{-1} A^T g,
     which any optimizer then uses. Linear layers are F.linear, convolutions (also transposed), matrix products, addmm
-    and einsum with a parameter, with their biases; embeddings and the weights of normalizations on request.
+    and einsum with a parameter, with their biases. Embeddings and the weights of normalizations are optional.
 
     Args:
         tau: step size of the proximal step, positive; None takes 3 with ``damping="relative"``. tau -> 0 gives tau
             times the gradient, tau -> inf the least-squares solution of A T = A Theta - g.
-        damping: what 1/tau is relative to. ``"sum"``: A^T A as above (the paper), for which the effect of tau depends
+        damping: what 1/tau is relative to. ``"sum"``: A^T A as above (the paper), where the effect of tau depends
             on the batch size if the loss is a mean. ``"mean"``: A^T A / rows (FOOF), rows are samples, tokens or
             output pixels. ``"sample_mean"``: A^T A / samples (K-FAC's convention for convolutions). ``"relative"``:
             the mean eigenvalue lambda of A^T A, so that D = (lambda/tau) (A^T A + (lambda/tau) I)^{-1} A^T g, which
@@ -54,13 +54,13 @@ class ProxProp(Rule):
             exact step for all layers.
         refresh: number of steps from one refresh of a layer's average to the next; None takes 10 unless ``memory``
             is 0, which takes 1. The layers take turns.
-        embeddings: whether embeddings are layers too.
-        norms: whether the weights of normalizations are layers too.
-        max_side: where the solve needs a Gram matrix of more columns, it is block-diagonal with blocks of at most this
-            side; None takes 512 with memory, else 4,096. Systems over rows have no limit.
+        embeddings: True to include embeddings.
+        norms: True to include the weights of normalizations.
+        max_side: maximum side of a Gram matrix over columns. A larger one is replaced by its diagonal blocks of at most
+            this side; None takes 512 with memory, else 4,096. Systems over rows have no limit.
         start: first site, as in `LinBP`.
-        stop: one past the last site; -1 leaves the last layer plain, which is the paper's setting.
-        where: which of the sites from ``start`` to ``stop`` are proximal, a function of a `Site`; None: all.
+        stop: one past the last site; -1 leaves the last layer plain, as in the paper.
+        where: predicate on a `Site` that selects sites from ``start`` to ``stop``; None: all.
 
     Raises:
         BackpassError: a setting is out of its range.
@@ -132,12 +132,13 @@ class ProxProp(Rule):
 
         Args:
             model: the model.
-            optimizer: with ``solve="step"``, the optimizer whose step solves, or a list of those that share the model's
-                parameters.
+            optimizer: with ``solve="step"``, the optimizer whose step performs the solve, or a list of optimizers that
+                share the parameters of the model.
             strict: as in `Rule.attach`.
 
         Raises:
-            BackpassError: ``solve="step"`` without an optimizer or the reverse; the parameters are sharded.
+            BackpassError: ``solve="step"`` without an optimizer, or an optimizer without ``solve="step"``; the
+                parameters are sharded.
         """
         if self.solve == "step":
             return ProximalAtStep(self, model, optimizers_of(optimizer), strict)
@@ -155,13 +156,13 @@ class ProxProp(Rule):
 
     @property
     def chooses(self) -> bool:
-        """Whether each layer gets the cheaper of memory and exact step."""
+        """True if each layer uses the cheaper of the running average and the exact step."""
         damping = self.damping or ("relative" if self.tau is None else "sum")
         return self.solve == "step" and self.memory is None and self.solver != "cg" and damping != "sum"
 
     @property
     def share(self) -> float:
-        """Share of the running average that a refresh keeps."""
+        """Decay of the running average at a refresh."""
         return self.memory if self.memory is not None else _MEMORY if self.chooses else 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""The rules by name."""
+"""Registry of the rules by name."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ __all__ = ["PLACEHOLDERS", "RULES", "parse_rule", "rule_type"]
 RULES: dict[str, type[Rule]] = {
     rule.name: rule for rule in (BP, LinBP, ProxProp, SIBP, SGM, BPA, PNA, TGR, GuidedBackprop, Deconvnet)
 }
-"""backpass' own rules by name."""
+"""Rules of backpass by name."""
 
 _GROUP = "backpass.rules"
 PLACEHOLDERS = ("paper", "auto")
-"""Values of ``start`` that stand for places in a network which only the laboratory knows."""
+"""Values of ``start`` that depend on the network and are resolved by `backpass.lab`."""
 
 
 def rule_type(name: str) -> type[Rule]:
     """Return the class of a rule: one of `RULES`, or of an installed package by an entry point of backpass.rules.
 
     Raises:
-        UnknownNameError: there is no rule of this name.
-        BackpassError: a package's rule cannot be imported, or is none.
+        UnknownNameError: the name is unknown.
+        BackpassError: the entry point cannot be imported, or is no `Rule`.
     """
     found = RULES.get(name) or added(_GROUP, name, Rule, lambda kind: kind.name)
     if found is None:
@@ -48,8 +48,8 @@ def parse_rule(text: str, *, placeholders: Collection[str] = ()) -> Rule:
 
     Args:
         text: the text form.
-        placeholders: values of ``start`` that the caller will replace, of ``"paper"`` and ``"auto"``, which stand for
-            places that depend on the network. They are refused otherwise.
+        placeholders: accepted placeholders of ``start``, out of ``"paper"`` and ``"auto"``, which the caller replaces
+            by a position in its network. Others are an error.
 
     Raises:
         UnknownNameError: no rule, or no setting of the rule, has that name.

@@ -1,12 +1,12 @@
-"""LinBP in residual networks: the gradients of branches scaled to their norm under plain backpropagation.
+"""LinBP in residual networks: gradients of branches are rescaled to their norm under plain backpropagation.
 
 Guo, Li, Chen, "Backpropagating Linearly Improves Transferability of Adversarial Examples", NeurIPS 2020, Section 3.2.
 In a block sum = skip(z) + f(z), with g the gradient at the sum: n = J_f(plain)^T g, l = J_f(linear)^T g,
-alpha = |n|_2 / |l|_2 per sample; the block passes down J_skip^T g + decay alpha l. An activation of the sum itself
-stays plain. Weights get the linear gradient, unscaled.
+alpha = |n|_2 / |l|_2 per sample; the gradient with respect to z is J_skip^T g + decay alpha l. An
+activation of the sum itself stays plain. Weights get the linear gradient, unscaled.
 
-The graph of a branch keeps the plain path beside the rule's, so that the backward pass of the sum can go through the
-branch both ways to find n and l.
+The graph of a branch has the plain backward and that of the rule, so that the backward pass of the sum can compute both
+n and l.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["ResidualInterception", "ratio"]
 
 
 class ResidualInterception(ActivationInterception):
-    """An interception that scales the gradients of residual branches."""
+    """Interception that scales the gradients of residual branches."""
 
     follows = False
 
@@ -37,7 +37,7 @@ class ResidualInterception(ActivationInterception):
         self.blocks = Blocks()
 
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
-        """Note a module's call and its input, which may be that of a block."""
+        """Record a module call and its input, which may be the input of a block."""
         if is_dynamo_compiling():
             raise BackpassError(
                 'residual="renormalized" does not work under torch.compile: use residual="plain", or the model without '
@@ -48,7 +48,7 @@ class ResidualInterception(ActivationInterception):
         return super().enter(module, path, key, args, activation)
 
     def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:
-        """Note a module's output; at the end of the model, there must have been a block."""
+        """Record a module's output; raise an error at the end of the model if it has no residual block."""
         output = super().leave(module, call, output)
         with torch._C.DisableTorchFunction():
             self.blocks.note(output)
@@ -66,7 +66,7 @@ class ResidualInterception(ActivationInterception):
         return output
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call an activation so that the backward pass decides; that of a block's sum is plain."""
+        """Call an activation with a decision in the backward pass; an activation of a block's sum stays plain."""
         x = args[0] if args else kwargs["input"]
         self._hold(site, x)
         out = super().at(site, func, args, kwargs)
@@ -74,12 +74,12 @@ class ResidualInterception(ActivationInterception):
         return out
 
     def at_value(self, site: SiteCall, source: Tensor, plain: Tensor, learns: bool = False) -> Tensor:
-        """Give a value the rule's backward so that the backward pass decides."""
+        """Apply the rule's backward to a value, with a decision in the backward pass."""
         self._hold(site, source)
         return super().at_value(site, source, plain, learns)
 
     def _hold(self, site: SiteCall, x: Tensor) -> None:
-        """Keep the decision about a site for the backward pass, but leave an activation of a block's sum plain."""
+        """Defer the decision for a site to the backward pass; exclude activations of a block's sum."""
         site.excluded = self.blocks.is_sum(x)
         site.fixed = site.excluded or (site.fixed and not site.selected)
         if site.excluded:
@@ -100,7 +100,7 @@ class ResidualInterception(ActivationInterception):
 
 
 class _Renormalized(torch.autograd.Function):
-    """(branch, z) -> branch; backward g -> what makes z's gradient through the branch decay alpha l."""
+    """(branch, z) -> branch; backward makes the gradient of z through the branch equal to decay alpha l."""
 
     @staticmethod
     def forward(ctx: Any, branch: Tensor, z: Tensor, block: Block, decay: float) -> Tensor:
@@ -115,7 +115,7 @@ class _Renormalized(torch.autograd.Function):
         linear = block.gradient(grad)
         with block.plain():
             plain = block.gradient(grad)
-        # The branch itself brings l; this adds what is lacking to decay alpha l.
+        # The branch contributes l itself; this adds the difference to decay alpha l.
         return grad, (ctx.decay * ratio(plain, linear) - 1) * linear, None, None
 
 

@@ -1,4 +1,4 @@
-"""The base of every rule."""
+"""Base class of all rules."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["BP", "Rule"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(BackwardOverride):
-    """A replacement backward for some torch functions at chosen sites of a model; the forward stays as it is.
+    """A replacement backward for some torch functions at chosen sites of a model; the forward is unchanged.
 
-    A subclass is a frozen dataclass with a ``name``, the ``functions`` that it re-defines, and `replace`.
+    A subclass is a frozen dataclass with a ``name``, the ``functions`` that it overrides, and `replace`.
     """
 
     def attach(self, model: nn.Module, *, strict: bool = False) -> Attached:
         """Override the backward of ``model`` until `Attached.remove` or the end of a ``with`` block.
 
-        Wrappers (``torch.compile``, DDP, DataParallel) are seen through. Of two rules that select the same
+        Wrappers (``torch.compile``, DDP, DataParallel) are unwrapped. If two rules select the same
         site, the one attached last acts. Call the model itself, not its ``forward``.
 
         Args:
             model: the model.
-            strict: whether it is an error if the rule cannot reach a part of the model; else it is a warning, and
-                `Attached.unreachable` names the part.
+            strict: True to raise an error if the rule cannot reach a part of the model; False warns and lists the part
+                in `Attached.unreachable`.
 
         Raises:
             NoSiteError: the model is scripted, so its operations cannot be reached; or, with ``strict``, a part of it.
@@ -47,7 +47,7 @@ class Rule(BackwardOverride):
 
 @dataclass(frozen=True, kw_only=True)
 class BP(Rule):
-    """Plain backpropagation: re-defines nothing. The rule to compare others with."""
+    """Plain backpropagation: overrides nothing. Baseline of comparisons."""
 
     name: ClassVar[str] = "bp"
     functions = {}  # noqa: RUF012

@@ -24,10 +24,10 @@ _CATS = frozenset((torch.cat, torch.concat, torch.concatenate))
 
 
 class _BranchInterception(OperandInterception):
-    """An interception that finds the branches of residual sums and the new features of concatenations."""
+    """Interception that finds the branches of residual sums and the new features of concatenations."""
 
     blind: str | None = None
-    """Path of a module whose sums were called without gradients, while the model's call asks for them."""
+    """Path of a module whose sums were called without gradients although the model's call enables them."""
 
     def find(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
         """Return the branch of a sum, or the new features of a concatenation."""
@@ -49,7 +49,7 @@ class _BranchInterception(OperandInterception):
         return () if branch is None else ((places[branch],),)
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a sum or a concatenation as its site is decided."""
+        """Call a sum or a concatenation by the decision for its site."""
         if func in _CATS and args and isinstance(args[0], list | tuple) and isinstance(args[0][0], Tensor):
             site.shape = args[0][0].shape
         return super().at(site, func, args, kwargs)
@@ -63,13 +63,13 @@ class _BranchInterception(OperandInterception):
         site: SiteCall | None,
     ) -> Any:
         """Call a function with the gradients of the branches multiplied; a sum may overwrite its branch."""
-        if writes_sum(func) and operands == ((0,),):
+        if writes_sum(func) and len(operands) == 1 and len(operands[0]) == 1 and operands[0][0] == 0:
             args[0].copy_(self.scale(args[0], site))
             return func(*args, **kwargs)
         return super().scaled(operands, func, args, kwargs, site)
 
     def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:
-        """Note a module's output; at the end of the model, there must have been a skip connection."""
+        """Record a module's output; raise an error at the end of the model if it has no skip connection."""
         output = super().leave(module, call, output)
         if is_dynamo_compiling() or len(self.running) > 1 or self.replayed is not None or output is None:
             return output
@@ -95,23 +95,25 @@ class _BranchAttached(OperandAttached):
 class SGM(OperandRule):
     """Skip gradient method: the gradient through each residual branch is multiplied by ``decay``.
 
-    skip(z) + f(z) passes J_skip^T g + decay J_f^T g on to z, g the gradient at the sum. A concatenation
-    [z, f(z)] passes its first part on unchanged, and the gradient of the new features f(z) multiplied by ``decay``.
-    Behind k blocks in series, a path through m branches is thus multiplied by decay to the power m.
+    skip(z) + f(z) has the gradient J_skip^T g + decay J_f^T g with respect to z, with g the gradient at the sum. In a
+    concatenation [z, f(z)] the gradient of the new features f(z) is multiplied by ``decay``. Over blocks in series, a
+    path through m branches is thus multiplied by decay^m.
 
-    The sites are sums and concatenations. The branch is found in the graph of the call, with or without activations in
-    it; no module name matters.
+    Source: Wu et al., ICLR 2020, arXiv 2002.05990, Section 3.
+
+    The sites are sums and concatenations. The branch is found in the autograd graph, with or without activations in
+    it, independent of module names.
 
     Args:
         decay: factor of the branches' gradients, in [0, 1]; 0.2 for ResNets and 0.5 for DenseNets in the paper.
         start: first skip connection: an index from the front (7), from the end (-2: the last two), a fraction of all
             (0.5: the second half), or the path of a module (the first inside it); None: the first.
         stop: one past the last skip connection, given like ``start``; None: up to the end.
-        where: which of them, a function of a `Site`; None: all.
+        where: predicate on a `Site` that selects among them; None: all.
 
     Raises:
         BackpassError: a setting is out of its range.
-        NoSiteError: at the first call of the model that asks for gradients, if it has no skip connection, or if none is
+        NoSiteError: at the first call of the model that computes gradients, if it has no skip connection or none is
             selected.
     """
 

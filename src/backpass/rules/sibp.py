@@ -32,26 +32,28 @@ class SIBP(Rule):
     of the paper; any optimizer may use the direction. The forward pass is unchanged.
 
     Layers are F.linear, convolutions (also transposed), matrix products, addmm and einsum with a parameter. s is the
-    activation that is called on the layer's own output; where something else stands between (a normalization, pooling,
-    a sum), or the activation has weights or is overridden by another rule, s is the identity, g the gradient at z, and
-    what stands between is ordinary backpropagation.
+    activation that is called on the layer's own output; if another operation lies in between (a normalization, pooling,
+    a sum), or if the activation has weights or is overridden by another rule, s is the identity, g is the gradient at
+    z, and the operations in between use ordinary backpropagation.
 
     Args:
         eta: step size of the neurons, positive, for a loss that is a sum over the batch; None takes
             1 / (number of layers the rule acts on).
         lam: penalty on the weights' increment, positive. lam -> inf gives eta / lam times the gradient.
         lam_bias: penalty on the biases' increment, positive; None takes lam.
-        newton_steps: Gauss-Newton steps on the sub-problem where s is not the identity, at least 1.
-        cg_steps: conjugate-gradient iterations in each, at least 1. Without s the solve is direct.
-        descent_steps: the Gauss-Newton model does not see the kinks of a piecewise linear s that the step crosses. So
-            many of the last ``cg_steps`` iterations, all but one at most, then descend on the sub-problem itself. From
-            1 on, no unit takes a step that raises its objective, whatever s is. 0 leaves plain Gauss-Newton steps.
+        newton_steps: Gauss-Newton steps on the sub-problem if s is not the identity, at least 1.
+        cg_steps: conjugate-gradient iterations per Gauss-Newton step, at least 1. If s is the identity, the solve is
+            direct.
+        descent_steps: number of the last ``cg_steps`` iterations that are steepest-descent steps on the sub-problem
+            itself if s is piecewise linear, because the Gauss-Newton model ignores the kinks of s; at most ``cg_steps``
+            - 1. From 1 on, a step that raises the objective of a unit is rejected for any s. 0: plain Gauss-Newton
+                steps.
         reduction: how the loss combines the samples of a batch, ``"mean"`` or ``"sum"``. With ``"mean"`` gradients are
             multiplied by the size of the first dimension of the layer's input.
-        updated_weights: whether input gradients are propagated through W + dW; False: through W.
+        updated_weights: True to propagate input gradients through W + dW; False: through W.
         loss_scale: factor by which the loss is multiplied before the backward pass, positive; the steps are those of
             the loss itself, times this factor. For a ``GradScaler`` use ``attach(model, scaler=scaler)`` instead.
-        where: which layers are semi-implicit, a function of a `Site`; None: all.
+        where: predicate on a `Site` that selects layers; None: all.
 
     Raises:
         BackpassError: a setting is out of its range.
@@ -95,8 +97,8 @@ class SIBP(Rule):
 
         Args:
             model: the model.
-            scaler: the ``torch.amp.GradScaler`` that scales the loss, if there is one. A semi-implicit step is no
-                linear function of the loss's scale, so the rule must know it.
+            scaler: the ``torch.amp.GradScaler`` that scales the loss, if any. A semi-implicit step is nonlinear in the
+                scale of the loss, so the rule has to divide by it.
             strict: as in `Rule.attach`.
 
         Raises:
@@ -106,5 +108,5 @@ class SIBP(Rule):
 
     @property
     def ratio(self) -> float:
-        """Penalty on weights over penalty on biases."""
+        """Ratio of the penalties, lam / lam_bias."""
         return 1.0 if self.lam_bias is None else self.lam / self.lam_bias

@@ -1,4 +1,4 @@
-"""Sites: the places of a network where a rule can re-define the backward pass."""
+"""Sites: calls in a network whose backward pass a rule can override."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Site:
         index: position among the model's sites, in call order, from 0.
         module: path of the innermost module whose forward makes the call; ``""`` is the model itself.
         function: name of the torch function, for instance ``"relu"``.
-        call: call index: number of calls of this function in this module before, in this call of the model.
+        call: call index: number of earlier calls of this function in this module, within this call of the model.
         shape: shape of the function's first argument.
-        key: the chain of module calls that leads here; unlike ``index`` it is known in a recomputation too.
+        key: chain of enclosing module calls; unlike ``index`` it is also known in a recomputation.
     """
 
     index: int
@@ -29,7 +29,7 @@ class Site:
     key: str = field(default="", repr=False, compare=False)
 
     def inside(self, module: str) -> bool:
-        """Return whether the call happens in the module of this path or below it."""
+        """Return True if the call happens in the module of this path or below it."""
         return module in ("", self.module) or self.module.startswith(module + ".")
 
 
@@ -37,7 +37,7 @@ class SiteTable(list[Site]):
     """A list of sites that prints as a table.
 
     Attributes:
-        unreachable: what a rule cannot reach in the model: a list of reasons for each module path.
+        unreachable: parts of the model that a rule cannot reach: a list of reasons by module path.
     """
 
     _HEADER = ("site", "module", "function", "call", "shape")

@@ -1,4 +1,4 @@
-"""The text form of settings, as the command line and the reports write it: ``linbp:start=-2,slope=0.5``."""
+"""Text form of settings in the command line and in reports: ``linbp:start=-2,slope=0.5``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SETTING = re.compile(r"\s*(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|[^,']*)\s*(?:,|$)")
 
 
 def read_settings(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of ``name`` or ``name:setting=value,...``; the inverse of `format_settings`.
+    """Parse ``name`` or ``name:setting=value,...`` into name and settings; the inverse of `format_settings`.
 
-    A value is an int, a float, ``none``, ``true``, ``false``, or a word; a word with other characters stands in
-    single quotes (``start='0.1'``).
+    A value is an int, a float, ``none``, ``true``, ``false``, or a word; a word with other characters is written
+    in single quotes (``start='0.1'``).
 
     Raises:
         BackpassError: the text has another form.
@@ -42,7 +42,7 @@ def read_settings(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def format_settings(name: str, settings: Any) -> str:
-    """The name, and the fields of the dataclass ``settings`` that differ from their defaults."""
+    """Format the name and the fields of the dataclass ``settings`` that differ from their defaults."""
     changed = [
         f"{field.name}={_write(value)}"
         for field in fields(settings)

@@ -29,9 +29,10 @@ _LAYERS = frozenset((F.linear, F.conv1d, F.conv2d, F.conv3d))
 
 
 class _TokenInterception(AttentionInterception):
-    """An interception that also finds the linear layers before an attention, and those before an activation.
+    """Interception that also finds the linear layers before an attention, and those before an activation.
 
-    The input of each linear layer that acts on tokens is marked. Its role shows later, and the backward pass asks.
+    The input of each linear layer that acts on tokens is marked. Its role becomes known later in the forward pass; the
+    backward pass reads it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,7 +42,7 @@ class _TokenInterception(AttentionInterception):
         self._marked: list[SiteCall] = []
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call an attention as its site is decided, or a linear layer with its input marked."""
+        """Call an attention by the decision for its site, or a linear layer with its input marked."""
         if func is not F.linear:
             return super().at(site, func, args, kwargs)
         x = args[0] if args else kwargs["input"]
@@ -67,7 +68,7 @@ class _TokenInterception(AttentionInterception):
         return out
 
     def find(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
-        """Return the attention matrix of a call, and note which linear layers it comes from."""
+        """Return the attention matrix of a call, and record which linear layers it is computed from."""
         found = super().find(func, args, kwargs)
         if func is _SDPA:
             if kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0):
@@ -79,10 +80,10 @@ class _TokenInterception(AttentionInterception):
         return found
 
     def called(self, func: TorchFunction, args: tuple[Any, ...], out: Any) -> None:
-        """Follow attention matrices and the values of linear layers."""
+        """Track attention matrices and outputs of linear layers."""
         super().called(func, args, out)
         if func in ACTIVATIONS:
-            # After a residual sum, what comes is no longer the MLP that the layer begins.
+            # A residual sum ends the MLP that the layer begins.
             self._note_role([site for site in self._sources(args) if id(args[0]) not in self._summed], self.rule.mlp)
         elif func is not _SDPA and not self.found and (func not in _LAYERS or self._is_matrix(args[0])):
             source = next((one for one in args if self._sources((one,))), None)
@@ -94,12 +95,12 @@ class _TokenInterception(AttentionInterception):
         self.found = ()
 
     def _keep(self, out: Tensor, sources: list[SiteCall], *, summed: bool = False) -> None:
-        """Note the linear layers that a tensor comes from."""
+        """Record the linear layers that a tensor is computed from."""
         self._linear[id(out)] = ref(out), sources
         (self._summed.add if summed else self._summed.discard)(id(out))
 
     def _sources(self, args: Any) -> list[SiteCall]:
-        """Return the linear layers that these arguments come from."""
+        """Return the linear layers that these arguments are computed from."""
         found: list[SiteCall] = []
         for one in args:
             if isinstance(one, list | tuple):
@@ -115,7 +116,7 @@ class _TokenInterception(AttentionInterception):
                 self._count(site, factor)
 
     def _count(self, site: SiteCall, factor: float | None) -> None:
-        """Settle whether a linear layer is a site."""
+        """Decide if a linear layer is a site."""
         if self.replayed is not None:
             return
         site.factor = factor  # type: ignore[attr-defined]
@@ -123,7 +124,7 @@ class _TokenInterception(AttentionInterception):
             self.run.plan, site.counted, site.selected = None, factor is not None, None
 
     def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:
-        """Note a module's output; at the end of the model, every linear layer is known."""
+        """Record a module's output; at the end of the model, decide about the remaining linear layers."""
         output = super().leave(module, call, output)
         if len(self.running) == 1:
             for site in self._marked:
@@ -131,12 +132,12 @@ class _TokenInterception(AttentionInterception):
         return output
 
     def changed(self, x: Tensor, site: SiteCall | None) -> Tensor:
-        """Return an attention matrix with its gradient regularized, if the site so decides."""
+        """Return an attention matrix with a regularized gradient if the site is active."""
         apply: Callable[..., Tensor] = _Matrix.apply
         return apply(x, site, self.rule.attention, self.rule.tokens)
 
     def note_same(self, x: Tensor, other: Tensor) -> None:
-        """Note that another tensor stands for x."""
+        """Record that another tensor replaces x."""
         super().note_same(x, other)
         sources = self._sources((x,))
         if sources:
@@ -150,7 +151,7 @@ class _TokenInterception(AttentionInterception):
         kwargs: dict[str, Any],
         site: SiteCall | None,
     ) -> Any:
-        """Call an attention with the gradient of its matrix regularized."""
+        """Call an attention with a regularized gradient of its matrix."""
         if func is not _SDPA:
             return super().scaled(operands, func, args, kwargs, site)
         assert site is not None  # noqa: S101 -- compiled code is refused
@@ -172,22 +173,23 @@ class _TokenAttached(AttentionAttached):
 
     @constant_while_tracing
     def refuse_to_compile(self, path: str) -> None:
-        """Raise the error of compiled code, in which no layer's role is known before the backward pass."""
+        """Raise an error: compiled code cannot decide the role of a layer before the backward pass."""
         raise BackpassError(f"{self.rule} does not work under torch.compile: use the model without it.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TGR(OperandRule):
-    """Token gradient regularization: extreme token gradients are dropped in attention, QKV layers and MLPs.
+    """Token gradient regularization: zeroes extreme token gradients in attention, QKV layers and MLPs.
 
     - Attention matrix A of each head: in dL/dA, the row and the column of the largest and of the smallest entry are set
       to zero, and the rest is multiplied by ``attention``.
-    - Linear layers whose values become queries, keys and values: of the gradient of their input, the largest and the
+    - Linear layers that compute queries, keys and values: in the gradient of their input, the largest and the
       smallest entry over all tokens are set to zero in each channel, and the rest is multiplied by ``qkv``.
-    - Linear layers before an activation, the first of an MLP: the same, with ``mlp``.
+    - Linear layers before an activation (the first layer of an MLP): likewise, with ``mlp``.
 
-    Each sample counts by itself, and so does each window where attention has windows. The sites are the attentions, as
-    in `PNA`, and these linear layers, in the order of their calls; linear layers need three dimensions or more.
+    Samples are independent, and so are windows of windowed attention. The sites are the attentions, as
+    in `PNA`, and these linear layers, in the order of their calls; the input of a linear
+    layer must have three dimensions or more.
 
     The settings are those of `PNA` and:
 
@@ -195,11 +197,11 @@ class TGR(OperandRule):
         attention: factor of the gradients of attention matrices, at least 0.
         qkv: factor of the input gradients of layers before an attention.
         mlp: factor of the input gradients of layers before an activation.
-        tokens: number of extreme entries at either end.
+        tokens: number of extreme entries at each end.
 
     Raises:
         BackpassError: a setting is out of its range.
-        NoSiteError: at the first call of the model that asks for gradients, if no site is selected.
+        NoSiteError: at the first call of the model that computes gradients, if no site is selected.
     """
 
     name: ClassVar[str] = "tgr"
@@ -241,7 +243,7 @@ def attention(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        # A row without a key has the value 0, as in PyTorch's own function.
+        # A fully masked row has the output 0, as in PyTorch's function.
         scores = scores.masked_fill(~attn_mask, -torch.inf)
         matrix = torch.where(attn_mask.any(-1, keepdim=True), scores, 0.0).softmax(-1)
         matrix = torch.where(attn_mask.any(-1, keepdim=True), matrix, 0.0)
@@ -251,18 +253,18 @@ def attention(
 
 
 def _is_batch(x: Any) -> bool:
-    """Return whether an operand of a sum is more than a bias."""
+    """Return True if an operand of a sum is a batch of features, not a bias."""
     return isinstance(x, Tensor) and x.dim() > 1
 
 
 def _extremes(gradient: Tensor, count: int) -> Tensor:
-    """Return the places (..., 2 count) of the largest and the smallest entries of each row (..., T)."""
+    """Return the indices (..., 2 count) of the largest and the smallest entries of each row (..., T)."""
     count = min(count, gradient.shape[-1])
     return torch.cat([gradient.topk(count, largest=largest).indices for largest in (True, False)], -1)
 
 
 class _Valued(torch.autograd.Function):
-    """(x, value) -> value; backward: the gradient goes to x, which equals the value but for rounding."""
+    """(x, value) -> value; backward: the gradient goes to x, which equals the value up to rounding."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
@@ -298,7 +300,7 @@ class _Matrix(torch.autograd.Function):
 
 
 class _Tokens(torch.autograd.Function):
-    """x -> x; backward: extreme tokens of each channel are zero, the rest is multiplied, as the site then decides."""
+    """x -> x; backward: extreme tokens of each channel are zero, the rest is multiplied, if the site is active."""
 
     passes_on = True
 

@@ -1,7 +1,7 @@
-"""Private parts of torch that the rules rely on, all in one place; tested with torch 2.9 and 2.13.
+"""Private APIs of torch that the rules rely on; tested with torch 2.9 and 2.13.
 
-Everything here is undocumented and may change with a release of torch: the tests of the rules run on the oldest and the
-newest supported one.
+They are undocumented and may change in any release of torch. The tests of the rules run on the oldest and the newest
+supported release.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ def function_modes() -> list[Any]:
 
 
 def push_mode(mode: Any) -> None:
-    """Make a mode the innermost one; unlike ``with mode:`` this can happen in a hook."""
+    """Push a mode as the innermost one; unlike ``with mode:`` this works in a hook."""
     torch._C._push_on_torch_function_stack(mode)
 
 
 def pop_mode() -> Any:
-    """Take the innermost mode off the stack."""
+    """Pop the innermost mode."""
     return torch._C._pop_torch_function_stack()
 
 
 def restore_modes(modes: Iterable[Any]) -> None:
-    """Make these modes, the innermost first, the whole stack."""
+    """Replace the stack by these modes, the innermost first."""
     while torch._C._len_torch_function_stack():
         pop_mode()
     for mode in reversed(list(modes)):
@@ -92,7 +92,7 @@ FUNCTION_NODE: type = torch.autograd.function.BackwardCFunction
 
 
 def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Return ``function.apply`` for eager calls, without what `torch.func` needs of it; ten times as fast."""
+    """Return ``function.apply`` for eager calls, without the support for `torch.func`; ten times as fast."""
     base: Any = super(torch.autograd.Function, function)
     return base.apply  # type: ignore[no-any-return]
 
@@ -103,7 +103,7 @@ def function_class(node: Any) -> type | None:
 
 
 def custom_functions(output: Any) -> list[type]:
-    """Return the custom autograd functions in the graph of an output, but not the package's own."""
+    """Return the custom autograd functions in the graph of an output, except those of this package."""
     nodes = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor) and x.grad_fn is not None]
     seen, found = set(nodes), []
     while nodes and len(seen) < _GRAPH_LIMIT:
@@ -119,12 +119,12 @@ def custom_functions(output: Any) -> list[type]:
 
 
 def graph_node(x: Tensor) -> Any:
-    """Return the graph node that a tensor's gradient goes to, or None; a leaf has one too."""
+    """Return the graph node that receives a tensor's gradient, or None; for a leaf, its accumulation node."""
     return torch.autograd.graph.get_gradient_edge(x).node if x.requires_grad else None
 
 
 def sequence_number(node: Any) -> int:
-    """Return the number of a graph node: what it is computed from has smaller ones, except for leaves."""
+    """Return the sequence number of a graph node; nodes that it depends on have smaller ones, except leaves."""
     return int(node._sequence_nr())
 
 
@@ -133,28 +133,28 @@ saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def checkpoint_hooks() -> Any:
-    """Return the innermost saved-tensor hook if it is a checkpoint's, each of which has its own; else None."""
+    """Return the innermost saved-tensor hook if it belongs to a checkpoint (unique per checkpoint), else None."""
     top = saved_tensor_hooks(True)
     return top[0] if top is not None and top[0].__module__ == _CHECKPOINT else None
 
 
 def transforms() -> bool:
-    """Return whether ``torch.func`` transforms are running."""
+    """Return True if a ``torch.func`` transform is active."""
     return torch._C._are_functorch_transforms_active()
 
 
 def eager_without_modes() -> bool:
-    """Return whether functions are called as they are: not traced, transformed, or seen by a mode."""
+    """Return True in plain eager calls: no tracing, no transform, no mode."""
     return not (is_dynamo_compiling() or transforms() or torch._C._len_torch_function_stack())
 
 
 def forward_mode() -> bool:
-    """Return whether forward-mode differentiation is running."""
+    """Return True if forward-mode differentiation is active."""
     return forward_ad._current_level >= 0
 
 
 def called_through(caller: Any, code: Any) -> int:
-    """Count the calls of a module that are running in this thread, by the frames of ``code``."""
+    """Count the running calls of a module in this thread by the stack frames of ``code``."""
     frame, running = sys._getframe(1), 0
     while frame.f_back is not None:
         frame = frame.f_back
@@ -166,18 +166,18 @@ def called_through(caller: Any, code: Any) -> int:
 
 
 def dynamo_has_run() -> bool:
-    """Return whether this process may hold compiled code."""
+    """Return True if this process may hold compiled code."""
     return "torch._dynamo" in sys.modules
 
 
 def constant_while_tracing(function: Function) -> Function:
-    """Let Dynamo run the function while it traces; the graph takes the answer as a constant."""
+    """Make Dynamo call the function while tracing and use its result as a constant."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def keep_out_of_frames(function: Function) -> Function:
-    """Let Dynamo inline the function, but never compile it as a frame of its own.
+    """Make Dynamo inline the function, but never compile it as a separate frame.
 
     The hooks of a compiled model's outermost module run outside the graph; they push and pop modes, which a frame
     compiled by itself cannot do.
@@ -189,7 +189,7 @@ def keep_out_of_frames(function: Function) -> Function:
 
 
 def without_tracing(function: Callable[[], Any]) -> Any:
-    """Call a function in which nothing is compiled, not even what was compiled before."""
+    """Call a function with compilation disabled, including the use of previously compiled code."""
     frames = torch._C._dynamo.eval_frame
     callback = frames.set_eval_frame(None)
     try:
@@ -200,10 +200,10 @@ def without_tracing(function: Callable[[], Any]) -> Any:
 
 
 def show_to_modes(functions: Iterable[Callable[..., Any]]) -> None:
-    """Let Dynamo hand these functions to torch function modes, as eager PyTorch does.
+    """Make Dynamo pass these functions to torch function modes, as eager PyTorch does.
 
-    Its own list lacks some, for instance ``F.tanh``, ``F.hardswish`` and ``torch.relu_``. Code compiled without a mode
-    is the same with the longer list.
+    The list of Dynamo lacks some, for instance ``F.tanh``, ``F.hardswish`` and ``torch.relu_``. Code compiled without a
+    mode does not change.
     """
     if dynamo_has_run():
         from torch._dynamo.variables.torch import get_overridable_functions

@@ -1,4 +1,4 @@
-"""Certificate that the SDE describes a training run, or does not."""
+"""Test of the SDE as a description of a training run."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ from backpass.sde.svag import SVAG
 __all__ = ["OBSERVABLES", "Certificate", "certify", "ensemble", "process"]
 
 OBSERVABLES = ("expected_loss", "adversarial_loss", "gradient_penalty")
-"""Methods of `AdversarialSDE` that are recorded: clean loss, loss under the adversary, E|grad_x L|^2."""
+"""Recorded methods of `AdversarialSDE`: clean loss, adversarial loss, E|grad_x L|^2."""
 
 
 _TRIED = 256
-"""Samples on which the loss is evaluated once before anything is measured."""
+"""Number of samples for the initial evaluation of the loss, which validates model and data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """Verdict on the SDE as a description of training at these settings, with the numbers behind it.
+    """Verdict on the SDE as a description of training at these settings, with the underlying numbers.
 
     Attributes:
         checks: the conditions.
         local: drift, noise and curvature at the start.
-        values: by amplification l and observable, the value of each replica at the end; l = 1 is training itself.
+        values: final value of each replica by amplification l and observable; l = 1 is training itself.
         schedule: the optimal schedule of the linear-quadratic problem with the measured curvature, noise and gradient.
-        steps: of training.
+        steps: number of training steps.
     """
 
     checks: tuple[Check, ...]
@@ -84,7 +84,7 @@ def process(
     adversary: InnerLoop,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[AdversarialSDE, Tensor]:
-    """Return the SDE of adversarial training of a network, and its present parameters (P,)."""
+    """Return the SDE of adversarial training of a network, and its current parameters (P,)."""
     if not isinstance(adversary, InnerLoop):
         raise BackpassError(
             f"adversary must be an InnerLoop, for instance InnerLoop(steps=3, eta=0.1); got {adversary!r}."
@@ -139,17 +139,17 @@ def ensemble(
     sampling: Sampling = "iid",
     generator: torch.Generator | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Train replicas from one start; return each observable of each replica at the end, and the parameters (M, P).
+    """Train replicas from one start; return their final observables and parameters (M, P).
 
     Args:
         sde: the process.
-        theta: (P,), the start.
-        steps: of training; l times as many are taken at the amplification l.
-        replicas: M.
-        probe: measures the observables.
+        theta: (P,) initial parameters.
+        steps: training steps; the amplification l takes l times as many.
+        replicas: number M of replicas.
+        probe: SDE on the samples that the observables are measured on.
         amplification: l of `SVAG`.
-        sampling: of the batches.
-        generator: of the batches.
+        sampling: sampling of the batches.
+        generator: random generator of the batches.
     """
     chain = SVAG(sde, amplification)
     end = run_chain(
@@ -185,30 +185,30 @@ def certify(
     - **Sampling**: spread of the replicas, permuted against independent batches, at the nearest end of an epoch if the
       run reaches one. Failed below .8.
 
-    A check fails only where its whole 95 % interval is on the wrong side, and is undecided where the interval has the
-    limit inside. The memory of the process is 1 / (eta a) steps, a the curvature along the gradient, and at most 20
+    A check fails only where its whole 95 % interval violates the limit, and is undecided if the interval contains the
+    limit. The memory of the process is 1 / (eta a) steps, a the curvature along the gradient, and at most 20
     and the steps of the run. The cost is that of (1 + 2 l_2 + ...) replicas of the run: 41 times for (1, 4, 16).
 
     Args:
-        model: the network at the weights to start from, in eval mode where that matters; it is not changed.
+        model: network at the initial weights, in the mode to evaluate it in; it is not modified.
         data: x (N, ...) and y (N, ...).
-        eta: the learning rate of SGD without momentum.
-        batch_size: B.
-        adversary: the inner loop.
+        eta: learning rate of SGD without momentum.
+        batch_size: batch size B.
+        adversary: inner loop of adversarial training.
         criterion: (output, y) -> (N,); None for cross-entropy.
-        steps: of the run that the certificate is for.
-        sampling: of the training that is certified, ``"permuted"`` as trainers do, or ``"iid"``.
-        amplifications: l of SVAG, increasing from 1.
-        replicas: independent runs at each l, >= 4.
+        steps: number of steps of the certified run.
+        sampling: batch sampling of the certified run: ``"permuted"`` (without replacement) or ``"iid"``.
+        amplifications: values of l, increasing from 1.
+        replicas: independent runs per l, at least 4.
         tolerance: relative difference of means that counts as agreement.
-        probe: samples on which observables and local numbers are measured, the first of the data.
-        seed: of all draws.
-        progress: called with what is measured and the part done.
+        probe: number of samples, the first of the data, for observables and local measurements.
+        seed: random seed.
+        progress: called with a description and the finished fraction.
 
     Raises:
         BackpassError: a setting is out of its range.
 
-    Source: amplification by arXiv 2102.12470; the checks are put together for this project.
+    Source: amplification by arXiv 2102.12470; the set of checks is defined by this project.
     """
     ls = list(amplifications) if isinstance(amplifications, Sequence) else []
     if len(ls) < 2 or not all(is_whole(one, 1) for one in ls) or ls[0] != 1 or ls != sorted(set(ls)):
@@ -250,7 +250,7 @@ def certify(
     checks += [check_stability(eta, local), check_normality(eta, batch_size, steps, local), check_tails(local)]
     if sampling == "permuted":
         progress("replicas with permuted batches", done / work)
-        # At the end of an epoch, where permuting matters most, if the run has one.
+        # At the end of an epoch, where permuted sampling has the largest effect, if the run reaches one.
         epoch = max(1, sde.noise_dim // batch_size)
         until = steps if steps < epoch else round(steps / epoch) * epoch
         spreads = {

@@ -1,4 +1,4 @@
-"""Conditions for an SDE to describe a training run, each with its interval and verdict."""
+"""Validity conditions of an SDE approximation, each with interval and verdict."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Verdict = Literal["passed", "failed", "undecided"]
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval."""
+    """Estimate with its 95 % interval."""
 
     value: float
     low: float
@@ -41,13 +41,13 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One condition for the SDE to describe the run.
+    """Condition for the SDE to describe a training run.
 
     Attributes:
-        name: in one or two words.
-        estimate: the measured number.
-        limit: the condition in words.
-        verdict: ``"failed"`` only where the whole interval violates the condition.
+        name: short name.
+        estimate: measured value.
+        limit: the condition as text.
+        verdict: ``"failed"`` only if the whole interval violates the condition.
     """
 
     name: str
@@ -57,10 +57,10 @@ class Check:
 
 
 def check_agreement(name: str, amplification: int, ours: Tensor, amplified: Tensor, tolerance: float) -> Check:
-    """Compare means; the interval is Welch's, of the difference over the mean of training."""
+    """Check the agreement of two means: Welch's interval of their difference relative to the mean of training."""
     a, b = ours.double(), amplified.double()
     mean = float(a.mean())
-    if torch.equal(a, b):  # both 0: an input gradient that vanishes
+    if torch.equal(a, b):  # also for vanishing input gradients, where both are 0
         difference = error = 0.0
     elif torch.isfinite(torch.cat([a, b])).all() and mean != 0:
         difference = float(b.mean() - a.mean()) / abs(mean)
@@ -82,7 +82,7 @@ def check_agreement(name: str, amplification: int, ours: Tensor, amplified: Tens
 
 
 def check_stability(eta: float, local: Local) -> Check:
-    """Compare eta times the largest curvature with its limit of stability."""
+    """Check eta times the largest curvature against the stability limit."""
     value = eta * local.largest
     return Check(
         name="eta times curvature",
@@ -93,7 +93,7 @@ def check_stability(eta: float, local: Local) -> Check:
 
 
 def check_normality(eta: float, batch_size: int, steps: int, local: Local) -> Check:
-    """Compare the excess kurtosis of the noise, accumulated over the memory of the process, with its limit."""
+    """Check the excess kurtosis of the noise accumulated over the memory of the process."""
     relaxation = 1 / (eta * local.curvature) if local.curvature > 0 else math.inf
     memory = max(1.0, min(float(steps), relaxation, _LONGEST))
     scale = 1 / (batch_size * memory)
@@ -108,7 +108,7 @@ def check_normality(eta: float, batch_size: int, steps: int, local: Local) -> Ch
 
 
 def check_tails(local: Local) -> Check:
-    """Compare Hill's tail index of the gradient noise with the limit of finite variance, with a margin."""
+    """Check Hill's tail index of the gradient noise against the limit of finite variance, with a margin."""
     value, error = local.tail
     low, high = value - _LEVEL * error, value + _LEVEL * error
     estimate = Estimate(*(1 / one if one > 0 else math.inf for one in (value, high, low)))
@@ -121,7 +121,7 @@ def check_tails(local: Local) -> Check:
 
 
 def check_sampling(permuted: Tensor, independent: Tensor) -> Check:
-    """Compare tr Cov of the replicas' parameters; the interval is that of the log of two means of squares."""
+    """Check the ratio of tr Cov of the replicas' parameters; the interval is that of the log ratio of mean squares."""
     squares = [(part - part.mean(0)).double().square().sum(1) for part in (permuted, independent)]
     finite = all(bool(torch.isfinite(one).all()) and float(one.sum()) > 0 for one in squares)
     if not finite:

@@ -1,4 +1,4 @@
-"""SVAG: amplify a stochastic gradient chain towards its SDE with minibatches alone."""
+"""SVAG: stochastic variance amplified gradients, a chain that converges to the SDE of SGD."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def svag_weights(amplification: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class SVAG:
-    """The chain theta <- theta - (eta/l) (a+ g(batch 1) - a- g(batch 2)), l steps in the time of one.
+    """SVAG chain theta <- theta - (eta/l) (a+ g(batch 1) - a- g(batch 2)), with l steps per unit of time.
 
     Its gradient has the mean of g and l times its covariance, so that l steps have the drift and the covariance of one
     step of the chain, and l -> infinity is the SDE dTheta = -h dt + sqrt(eta) S^{1/2} dW. l = 1 is the chain itself.
-    Where statistics agree at l = 1, 4, 16, the SDE describes the chain at this learning rate. Pass it to `run_chain`.
+    If statistics agree at l = 1, 4, 16, the SDE describes the chain at this learning rate. Pass it to `run_chain`.
 
     Args:
-        sde: the process; its mode and order do not matter.
+        sde: the process; its mode and order have no effect.
         amplification: l >= 1.
 
     Source: Li, Malladi, Arora, arXiv 2102.12470, for SGD; used here for adversarial training.
@@ -59,7 +59,7 @@ class SVAG:
 
     @property
     def batch_size(self) -> int:
-        """Samples in both batches of a step together; one batch at l = 1."""
+        """Samples per step over both batches; one batch at l = 1."""
         return self.sde.batch_size * (2 if self.amplification > 1 else 1)
 
     @property
@@ -73,7 +73,7 @@ class SVAG:
         return self.sde.order
 
     def chain_step(self, theta: Tensor, *, index: Tensor) -> Tensor:
-        """One step on the batch of indices, the first half of which is batch 1; (..., P)."""
+        """Take one step on a batch of indices, whose first half is batch 1; returns (..., P)."""
         size, moves = self.sde.batch_size, []
         for place, weight in enumerate(svag_weights(self.amplification)[: index.shape[-1] // size]):
             batch = index[..., place * size : (place + 1) * size]

@@ -1,4 +1,4 @@
-"""Training of any model with any optimizer, rule and objective, resumable bit for bit, in one or several processes."""
+"""Training with any model, optimizer, rule and objective, in one or several processes, with bit-exact resumption."""
 
 from backpass.allocator import keep_freed_memory
 from backpass.training.adversary import AdversarialTraining

@@ -33,7 +33,7 @@ _LENGTHS = ("eps", "step", "start_eps", "noise")
 
 @dataclass(frozen=True)
 class AdversarialTraining:
-    r"""Objective of PGD adversarial training, and of TRADES where ``trades`` is given.
+    r"""Objective of PGD adversarial training, or of TRADES if ``trades`` is given.
 
     PGD-AT: :math:`\min_\theta E\, \ell(f_\theta(x'), y)`, where x' maximises the attack's loss in the ball around x.
     TRADES: :math:`\min_\theta E\, [\ell(f_\theta(x), y) + \beta\, KL(p_\theta(x) \| p_\theta(x'))]`, where x' maximises
@@ -47,8 +47,8 @@ class AdversarialTraining:
     computes x and x' in one batch, from which BatchNorm takes the statistics.
 
     Args:
-        attack: inner maximiser. Each sample is searched once, and to the end: `restarts` and `early_stop` have no
-            effect. Its ``logits`` selects the logits in the model's output.
+        attack: inner maximiser. It runs once per sample without early stopping: `restarts` and `early_stop` have
+            no effect. Its ``logits`` selects the logits in the model's output.
         rule: rule for the attack's gradients; None for plain backpropagation.
         trades: beta of TRADES, positive; None for PGD-AT.
         warmup: epochs before the ball has its full size; in epoch e < warmup every length of the attack is multiplied
@@ -98,7 +98,7 @@ class AdversarialTraining:
 
     @cached_property
     def examples(self) -> AdversarialExamples:
-        """Search for x'."""
+        """Inner maximiser that computes x'."""
         return AdversarialExamples(self.attack, self.rule, self.warmup)
 
     @cached_property
@@ -121,7 +121,7 @@ class AdversarialTraining:
         self.examples.close()
 
     def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
-        """Evaluate the objective; `Evaluated.correct` and its metric are about x', of TRADES `correct` about x."""
+        """Evaluate the objective; accuracy and metric are those of x', the accuracy of TRADES that of x."""
         chosen = self.attack.logits
         against: Loss | None = None
         if self.trades is not None:
@@ -151,7 +151,7 @@ class AdversarialTraining:
             correct=clean.detach().argmax(1) == batch.y,
             metrics={"adversarial_accuracy": right.float().mean()},
             again=lambda model, rows: evaluate(model, rows)[0].mean(),
-            # Examples of sign steps and of Square do not depend smoothly on the parameters.
+            # Examples by sign steps or by Square are not smooth functions of the parameters.
             moves=self.attack.norm != "linf" or isinstance(self.attack, FAB | AutoAttack),
         )
 
@@ -164,31 +164,31 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
         logits: (B, K) logits.
 
     Returns:
-        (B,), at least 0, with graph in both.
+        (B,), nonnegative, differentiable in both.
     """
     log_p, log_q = F.log_softmax(reference.float(), 1), F.log_softmax(logits.float(), 1)
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 class AdversarialExamples:
-    """Compute x_adv of a batch, the end of one search of the attack.
+    """Compute the adversarial examples of a batch by one run of the attack.
 
-    The model is in eval mode meanwhile: BatchNorm uses its running statistics and does not move them, and nothing is
-    dropped out. The random draws for a sample are made from (attack.seed, batch.seed, batch.epoch, its position in the
-    data), so that a resumed run, and any number of processes, get the same examples.
+    The model is in eval mode: BatchNorm uses its running statistics without updating them, and dropout is off. The
+    random numbers of a sample depend on (attack.seed, batch.seed, batch.epoch, position in the data) only, so that the
+    examples do not depend on resumption or on the number of processes.
 
     Args:
-        attack: inner maximiser; its `restarts` and `early_stop` have no effect, because each sample is searched once
-            and to the end. AutoAttack, which is no single search, is run as it is.
+        attack: inner maximiser; its `restarts` and `early_stop` have no effect. AutoAttack, an ensemble of attacks, is
+            run unchanged.
         rule: rule for its gradients; None for plain backpropagation.
-        warmup: epochs in which eps, and every other length of the attack, rises in equal parts, as in `scaled`.
+        warmup: number of epochs in which all lengths of the attack rise linearly, see `scaled`.
     """
 
     def __init__(self, attack: Attack, rule: Rule | None, warmup: int) -> None:
         self.attack, self.rule, self.warmup = attack, rule, warmup
         self._attached: Attached | None = None
         self._model: Callable[[], nn.Module | None] = lambda: None
-        self._rest = ExitStack()  # outside of searches the rule is attached and suspended
+        self._rest = ExitStack()  # outside of attacks the rule stays attached, suspended
 
     def __call__(
         self,
@@ -197,7 +197,7 @@ class AdversarialExamples:
         plain: Plain,
         value: Loss | None = None,
     ) -> Tensor:
-        """Return x_adv (B, ...) for ``batch.x``, or x itself where outputs are not finite, which the loss shows.
+        """Return x_adv (B, ...) for ``batch.x``, or x itself where outputs are not finite.
 
         Args:
             model: the network; a DDP wrapper is removed.
@@ -206,7 +206,7 @@ class AdversarialExamples:
             value: function to maximise instead of the attack's loss, (logits (B, C), row (B,)) -> (B,).
 
         Raises:
-            BackpassError: as the attack does.
+            BackpassError: as in a call of the attack.
         """
         inside = local_model(model)
         attack = replace(

@@ -1,4 +1,4 @@
-"""The SVAG objective: training amplified towards its SDE."""
+"""SVAG objective: amplifies the gradient noise of training towards its SDE limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Amplified"]
 
 @dataclass(frozen=True)
 class Amplified:
-    r"""a+ L(first half) - a- L(second half) of a batch, :math:`a_\pm = (\sqrt{2l - 1} \pm 1) / 2`.
+    r"""SVAG objective a+ L(first half) - a- L(second half) of a batch, :math:`a_\pm = (\sqrt{2l - 1} \pm 1) / 2`.
 
     With ``batch_size=2 * B``, the learning rate eta / l and l times as many steps, the mean of an update per unit of
     time and its covariance are those of training with B and eta, and l -> infinity is the SDE. If losses at l = 1, 4,
@@ -25,7 +25,7 @@ class Amplified:
     Works for any network and any objective; `backpass.sde.certify` does the comparison for plain SGD.
 
     Args:
-        objective: of the training that is amplified, for instance `AdversarialTraining`.
+        objective: objective to amplify, for instance `AdversarialTraining`.
         amplification: l >= 1.
 
     Raises:
@@ -49,7 +49,7 @@ class Amplified:
         """Evaluate the objective on both halves; losses and metrics other than ``loss`` are plain means.
 
         Raises:
-            BackpassError: the batch has no two halves of one size.
+            BackpassError: the batch size is odd.
         """
         if self.amplification == 1:
             return self.objective(model, batch, plain)

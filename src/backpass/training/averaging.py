@@ -1,4 +1,4 @@
-"""Averages of the weights over the steps of a run."""
+"""Weight averaging over the steps of a run: EMA and Polyak."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Averaging", "read_average"]
 
 
 def read_average(text: str) -> tuple[Literal["ema", "polyak"], float]:
-    """Return kind and amount of an average of the weights theta_k over the steps k, from its text form.
+    """Parse the text form of an average of the weights theta_k over the steps k into kind and parameter.
 
     ``"ema:d"``: a_1 = theta_1, a_k = d a_{k-1} + (1 - d) theta_k, 0 < d < 1.
     ``"polyak:f"``: the mean over the last part f of all steps, 0 < f <= 1.
@@ -41,7 +41,7 @@ def read_average(text: str) -> tuple[Literal["ema", "polyak"], float]:
 
 
 class Averaging:
-    """The running average of a model's parameters and floating-point buffers (BatchNorm's statistics).
+    """Running average of a model's parameters and floating-point buffers (BatchNorm's statistics).
 
     It is kept in float32 at least. Other buffers are those of the model.
 
@@ -71,14 +71,14 @@ class Averaging:
             self.values = [tensor.clone() for tensor in now]
             return
         weight = 1 - self._amount if self._decays else 1 / self.count
-        for sharded in (False, True):  # buffers are whole where parameters are sharded, and are not mixed with them
+        for sharded in (False, True):  # buffers are never sharded, and are averaged separately
             pairs = [pair for pair in zip(self.values, now, strict=True) if hasattr(pair[0], "full_tensor") == sharded]
             if pairs:
                 torch._foreach_lerp_([one for one, _ in pairs], [one for _, one in pairs], weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the averaged weights, and its own again afterwards."""
+        """Load the averaged weights into the model in a context, and restore its own afterwards."""
         own = [tensor.detach().clone() for tensor in self._of.values()]
         try:
             self._write(self.values)

@@ -1,4 +1,4 @@
-"""Batches of a training run: order of the samples, and the part of each process."""
+"""Batches of a training run: order of the samples, and their distribution over processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Samples that a process computes at once; with several processes or parts, one slice of a step's samples.
+    """Samples that a process computes at once: the batch of a step, or a slice of it.
 
     Attributes:
         x: (B, ...) inputs, prepared, on the model's device; or a dict of these, with which the model is called by
@@ -77,7 +77,7 @@ def forward(model: nn.Module, x: Any) -> Any:
 
 
 def chosen(x: Any, rows: slice | Tensor) -> Any:
-    """Return some rows of the inputs."""
+    """Return the given rows of the inputs."""
     return {name: one[rows] for name, one in x.items()} if isinstance(x, Mapping) else x[rows]
 
 
@@ -91,8 +91,8 @@ class Order:
 
     A sampler of a ``DataLoader`` is asked once per epoch, with the generators of torch, Python and NumPy seeded by
     (seed, epoch); ``set_epoch`` is called where it exists. To resume, the state of its ``generator`` (or its own
-    ``state_dict``) is restored; a sampler without either is iterated once for each epoch that went before. The hash
-    of the order proves that the resumed epoch is the interrupted one.
+    ``state_dict``) is restored; a sampler without either is iterated once per earlier epoch. The hash of the order
+    verifies that the resumed epoch equals the interrupted one.
 
     Args:
         source: the data.
@@ -120,12 +120,12 @@ class Order:
             raise BackpassError(f"batch_size={size} is more than the {self._count} samples of the data: lower it.")
 
     def __len__(self) -> int:
-        """Batches of an epoch, as the sampler announces them."""
+        """Return the number of batches of an epoch according to the sampler."""
         return self._count if self._size is None else len(self.sizes)
 
     @property
     def sizes(self) -> list[int]:
-        """Sizes of the batches where they are known before the sampler is asked; else empty."""
+        """Sizes of the batches if they are known before iterating the sampler; else empty."""
         if self._size is None:
             return []
         whole, rest = divmod(self._count, self._size)
@@ -135,7 +135,7 @@ class Order:
         """Return the batches of an epoch, each (B,) int64 positions.
 
         Raises:
-            BackpassError: the sampler yields nothing, or something else than positions.
+            BackpassError: the sampler yields nothing, or values that are no positions.
         """
         if self._drawn is None or self._drawn[0] != epoch:
             self._before = self.states()
@@ -185,7 +185,7 @@ class Order:
         return {"epoch": epoch, "digest": _digest(batches), "before": self._before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Bring the sampler to where it was.
+        """Restore the state of the sampler.
 
         Raises:
             BackpassError: the sampler yields another order than before.
@@ -272,11 +272,11 @@ class Batches:
         return len(self.order)
 
     def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[list[Batch], int, bool]]:
-        """Yield the steps of an epoch: this process's parts, the samples of all processes, and if it is the last one.
+        """Yield the steps of an epoch: this process's parts, the number of samples of all processes, True if last.
 
         Args:
             epoch: counted from 0.
-            start: batches of the epoch to leave out.
+            start: number of batches of the epoch to skip.
             step: optimizer steps before the first one.
 
         Raises:
@@ -287,7 +287,7 @@ class Batches:
         steps = [self._parts(batch) for batch in drawn]
         rows = [part for parts in steps for part in parts]
         before = sum(map(len, steps[:start]))
-        # One transfer per epoch: one in each step would wait for the device.
+        # One transfer per epoch: a transfer per step would synchronise with the device.
         placed = iter(torch.split(torch.cat(rows).to(self.device), list(map(len, rows)))[before:])
         reader = self.source.read(rows, before, self.device, mixed(self.seed, epoch, self.rank))
         for place in range(start, len(drawn)):

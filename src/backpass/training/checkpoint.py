@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, recognised when damaged, read without running code."""
+"""Checkpoints with atomic writes and checksums, read without executing code."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
 class Checkpoints:
-    """The checkpoints of a run: ``step-00000400.pt`` beside its SHA-256 sum, in the format of ``sha256sum``.
+    """Checkpoints of a run: ``step-00000400.pt`` beside its SHA-256 sum, in the format of ``sha256sum``.
 
     Args:
         folder: their folder, created at the first save.
-        keep: number of the last ones that are kept, at least 1.
+        keep: number of latest checkpoints to keep, at least 1.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -34,16 +34,16 @@ class Checkpoints:
         self._proven = False
 
     def steps(self) -> list[int]:
-        """Return the steps after which there are checkpoints, in order."""
+        """Return the steps of the existing checkpoints, in order."""
         found = (_NAME.fullmatch(path.name) for path in self._folder.glob("step-*.pt"))
         return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
-        """Return the file of a step."""
+        """Return the path of the checkpoint of a step."""
         return self._folder / f"step-{step:08d}.pt"
 
     def clean(self) -> None:
-        """Delete what a killed process left unfinished: parts of files, and sums without their file."""
+        """Delete partial files of a killed process, and checksums without a checkpoint."""
         for path in (*self._folder.glob(".*.part"), *self._folder.parent.glob(".*.part")):
             path.unlink(missing_ok=True)
         for path in self._folder.glob("step-*.pt.sha256"):
@@ -51,7 +51,7 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint and delete those that are no longer kept.
+        """Write a checkpoint and delete old ones.
 
         Raises:
             BackpassError: the state has other types than tensors, numbers, strings, lists and dicts; or the checkpoint
@@ -72,7 +72,7 @@ class Checkpoints:
         path = self.path(step)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # The sum first: a checkpoint that can be seen has one.
+            # Write the checksum first, so that every visible checkpoint has one.
             write_whole(_sum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
             write_whole(path, content)
         except OSError as error:
@@ -95,10 +95,10 @@ class Checkpoints:
         return BackpassError(f"{error.filename} cannot be written: {error.strerror}. {kept}")
 
     def load(self) -> dict[str, Any]:
-        """Return the last checkpoint that is whole; each damaged one is named in a warning.
+        """Return the last valid checkpoint, with a warning for each damaged one.
 
         Raises:
-            BackpassError: there is none.
+            BackpassError: there is no valid checkpoint.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -108,7 +108,7 @@ class Checkpoints:
             if expected == [hashlib.sha256(content).hexdigest().encode()]:
                 try:
                     return _read(content)
-                except Exception as error:  # torch raises many kinds for bytes that it has not written
+                except Exception as error:  # torch raises various exceptions for invalid files
                     raise BackpassError(
                         f"{path} is no checkpoint of backpass, or cannot be read without running code: resume in the "
                         "folder of the run itself, or start anew in another folder."

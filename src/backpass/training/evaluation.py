@@ -29,13 +29,13 @@ Metric = Callable[[Any, Tensor], float | Tensor]
 
 
 class Evaluation:
-    """Evaluate a model in eval mode and restore it: flags, running statistics, gradients, generators.
+    """Evaluate a model in eval mode and restore its state: flags, running statistics, gradients, generators.
 
     Args:
         settings: settings of the run.
-        model: the model as one process calls it.
-        plain: suspends the rules.
-        autocast: precision.
+        model: model without a DDP wrapper, or the sharded model.
+        plain: returns a context without the rules.
+        autocast: returns the autocast context.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Evaluation:
         self._logits = getattr(objective, "logits", None)
 
     def __call__(self) -> dict[str, Any]:
-        """Return loss, accuracy (of a classifier) and metrics of the evaluation set, or of each by its name."""
+        """Return loss, accuracy (of a classifier) and metrics of the evaluation set, or of each set by name."""
         several = {name: self._of(source) for name, source in self._settings.evaluated.items()}
         return several.get("", several)
 
@@ -89,7 +89,7 @@ class Evaluation:
         """Return the result of ``robust`` on the first evaluation set, in process 0; the others wait.
 
         Raises:
-            BackpassError: the model is sharded, so that no process can call it alone.
+            BackpassError: the model is sharded, so that a single process cannot call it.
         """
         source, function = next(iter(self._settings.evaluated.values())), self._settings.robust
         tensors = source.tensors
@@ -112,7 +112,7 @@ class Evaluation:
             )
 
     def _read(self, source: Source) -> Iterator[tuple[Any, Tensor, bool]]:
-        """Yield this process's batches, each to be counted or, to keep sharded processes in step, only computed."""
+        """Yield (x, y, counted) of this process; uncounted batches only keep sharded processes in step."""
         own_size = source.batch_size if source.batch_size not in (None, 1) else self._settings.batch_size
         size = -(-(own_size or 256) // world())
         batches = list(_rows(source, size))
@@ -132,7 +132,7 @@ class Evaluation:
 def check_targets(settings: Trainer, model: nn.Module) -> None:
     """Compare all targets with the output for two samples, if data and objective allow it.
 
-    The evaluation set is checked too: a mistake there would otherwise show only after an epoch.
+    The evaluation set is checked too, because its errors would otherwise appear only after an epoch.
 
     Raises:
         BackpassError: the model does not take x, or the targets do not fit.
@@ -163,7 +163,7 @@ def check_targets(settings: Trainer, model: nn.Module) -> None:
 
 
 def _rows(source: Source, size: int) -> Iterator[Tensor]:
-    """Yield the positions of the evaluation set in batches: all in order, or as the sampler of its loader says."""
+    """Yield the positions of the evaluation set in batches: all in order, or in the order of its loader's sampler."""
     if source.sampler is None or source.sequential:
         yield from torch.split(torch.arange(len(source)), size)
         return
@@ -188,7 +188,7 @@ def _numbers(measured: object, expected: str) -> dict[str, float]:
 
 
 def _share_buffers(model: nn.Module) -> None:
-    """Give all processes the running statistics of process 0, which are those of checkpoints."""
+    """Broadcast the running statistics of process 0, which checkpoints store, to all processes."""
     if world() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""Description of a run in JSON's types, by which a checkpoint of another run is recognised."""
+"""Description of a run in JSON types, which detects checkpoints of another run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["describe", "describe_model", "describe_optimizer", "differences"]
 
 
 def describe(value: Any) -> Any:
-    """Describe a value in JSON's types: functions and classes by name, tensors by a hash."""
+    """Describe a value in JSON types: functions and classes by name, tensors by a hash."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
@@ -35,7 +35,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
     if isinstance(value, type) or (isinstance(value, Callable) and hasattr(value, "__qualname__")):  # type: ignore[arg-type]
-        owner = getattr(value, "__objclass__", value)  # a method of a class written in C knows its class alone
+        owner = getattr(value, "__objclass__", value)  # a method of a C class has only its class
         return f"{owner.__module__}.{value.__qualname__}"
     state = getattr(value, "__dict__", {})
     public = {name: describe(one) for name, one in state.items() if isinstance(one, bool | int | float | str | Tensor)}

@@ -28,9 +28,9 @@ class Measuring(Protocol):
     """Scheduler that measures the objective before a step.
 
     Attributes:
-        due: measure before the next step.
+        due: True if the next step needs a measurement.
 
-    An attribute ``frozen_curvature``, if it is there and true, accepts the curvature at fixed adversarial examples
+    A true optional attribute ``frozen_curvature`` accepts the curvature at fixed adversarial examples
     where they move with the parameters.
     """
 
@@ -44,8 +44,8 @@ class Products(NamedTuple):
     """Vectors over all parameters, in float32 at least, means over all processes.
 
     Attributes:
-        first: g1, the gradient of the first half.
-        second: g2, that of the second.
+        first: gradient g1 of the first half.
+        second: gradient g2 of the second half.
         curved: H2 (w g1 + scale d), the second half's curvature along the first half's step and a direction d; of an
             `AttackedHalf` through its adversary, otherwise of the loss as it is.
         scale: |w g1| / |d|, 0 where d is 0.
@@ -72,7 +72,7 @@ def half_losses(
 
     With an adversary the gradient is d/dtheta loss(model(x + delta), y) at fixed delta = delta_K(theta, x), and its
     derivative includes that of delta: D g = d^2 L / dtheta^2 + d^2 L / (dtheta dx) d delta / dtheta, by forward-mode
-    differentiation through the K steps. Give the clean x then. A measurement computes the perturbations of both halves
+    differentiation through the K steps. x must be clean then. A measurement computes the perturbations of both halves
     and costs as much as 3 to 6 training steps of K + 1 gradients, less on large batches. The derivative of sign steps
     is 0 almost everywhere.
 
@@ -111,7 +111,7 @@ def halves(
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """Return two functions, each the scalar objective on one half of this process's batch, with graph.
 
-    Adversarial examples are not searched again; rules are suspended; running statistics and random numbers are
+    Adversarial examples are reused; rules are suspended; running statistics and random numbers are
     restored.
 
     Raises:
@@ -143,7 +143,7 @@ def halves(
 
 @dataclass(frozen=True, eq=False)
 class AttackedHalf:
-    """The loss on half of a batch under an adversary, and the curvature through it.
+    """Loss on half of a batch under an adversary, and the curvature through the adversary.
 
     Args:
         model: without wrappers.
@@ -160,7 +160,7 @@ class AttackedHalf:
     adversary: InnerLoop
 
     def __call__(self) -> Tensor:
-        """Return the scalar loss at the perturbations of the present parameters, with graph."""
+        """Return the scalar loss at the perturbations for the current parameters, with graph."""
         with _plain(self.model), _without_running_statistics(self.model):
             parameters: dict[str, Tensor] = dict(self.model.named_parameters())
             at = self._attacked({name: p.detach() for name, p in parameters.items()})
@@ -237,7 +237,7 @@ def _plain(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Take the running statistics off normalisation layers in training mode, which `torch.func` cannot update."""
+    """Remove running statistics, which `torch.func` cannot update, from normalisation layers in training mode."""
     layers = [one for one in model.modules() if one.training and "running_mean" in one._buffers]
     kept = [dict(layer._buffers) for layer in layers]
     for layer in layers:
@@ -305,7 +305,7 @@ def _scalar(loss: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _vector(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """One vector over all parameters, zero for the frozen ones, the mean over the processes."""
+    """Return one vector over all parameters, averaged over processes, with zeros for frozen parameters."""
     left = iter(gradients)
     placed = [next(left) if p.requires_grad else torch.zeros_like(p) for p in parameters]
     vector = torch.cat([g.reshape(-1).to(torch.promote_types(g.dtype, torch.float32)) for g in placed])

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to save and stop after the step that is running."""
+"""Graceful interruption: Ctrl-C and SIGTERM request a checkpoint and a stop after the current step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Interrupted", "Interruption"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training run was asked to stop, by Ctrl-C or SIGTERM; the message says how to go on."""
+    """Raised when a run was stopped by Ctrl-C or SIGTERM; the message explains how to resume."""
 
 
 class Interruption:
-    """Context in which the first signal is noted, and the second one acts as before.
+    """Context that records the first signal; the second one has its usual effect.
 
     Attributes:
         received: name of the signal that was received, or None.
@@ -26,7 +26,7 @@ class Interruption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python lets only the main thread have signal handlers.
+        # Python allows signal handlers only in the main thread.
         if threading.current_thread() is threading.main_thread():
             for one in (signal.SIGINT, signal.SIGTERM):
                 self._before[one] = signal.signal(one, self._note)

@@ -1,4 +1,4 @@
-"""A learning rate that follows the optimal control of stochastic gradient descent, measured while training."""
+"""Learning rate by the optimal control of stochastic gradient descent, from measurements during training."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _SHORTEST_STEPS = 30
 
 
 class Measured(NamedTuple):
-    """Averages over the last window.
+    """Averages over the current window.
 
     Attributes:
-        progress: N, the mean of g1 . g2, an unbiased |grad|^2: what a step gains, per unit of rate.
-        loss: D, the mean of (g1 . H2 g1 + a N) / 2: what noise and curvature cost, per half squared rate.
+        progress: N, the mean of g1 . g2, an unbiased estimate of |grad|^2: decrease of the loss per unit of rate.
+        loss: D, the mean of (g1 . H2 g1 + a N) / 2: increase of the loss by noise and curvature, per rate^2 / 2.
         curvature: a, the Rayleigh quotient of Dh along the distance of the parameters from their average; 0 before
             the second measurement.
         balance: N / (rate D): 1 where the rate is optimal, 1/2 where it is stationary and a step gains nothing.
@@ -129,7 +129,7 @@ class ControlledLR(LRScheduler):
             raise BackpassError(f"frozen_curvature must be True or False, got {frozen_curvature!r}.")
         self.every, self.window, self.slope = every, window, slope
         self.frozen_curvature = frozen_curvature
-        self.inverse = 1.0  # of the control u; all rates are the largest ones times u
+        self.inverse = 1.0  # of the control u in (0, 1]; every rate is u times its maximum
         self.measurements = 0
         self.progress = self.spread = self.along = self.length = 0.0
         self.average = torch.zeros(0)  # of the parameters
@@ -150,11 +150,11 @@ class ControlledLR(LRScheduler):
         return Measured(self.progress, loss, self._curvature(), self.progress / cost if cost else math.inf)
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rates of the groups, their largest ones times the control."""
+        """Return the rates of the groups: their maximum times the control."""
         return [base / self.inverse for base in self.base_lrs]
 
     def measure(self, losses: Sequence[Callable[[], Tensor]]) -> None:
-        """Measure on the two halves of the present batch, at the parameters before the step.
+        """Measure on the two halves of the current batch, at the parameters before the step.
 
         Args:
             losses: two functions, each the scalar mean loss of one half, with graph, as `half_losses` makes them. Each
@@ -171,7 +171,7 @@ class ControlledLR(LRScheduler):
             )
         weights = _step_weights(self.optimizer, self._base_rates())
         if weights is None:
-            return  # Adam's scales come with its first step
+            return  # the scales of Adam exist after its first step
         parameters = self._parameters()
         n = self.measurements + 1
         shortest = max(_SHORTEST, math.ceil(_SHORTEST_STEPS / self.every))
@@ -192,7 +192,7 @@ class ControlledLR(LRScheduler):
         )
         progress, spread, along, length = numbers.tolist()
         if not all(map(math.isfinite, (progress, spread, along))):
-            return  # the step itself will show it
+            return  # not finite: the step reports the divergence
         self.measurements, self.average = n, torch.lerp(average, place, part)
         self.progress += part * (progress - self.progress)
         self.spread += part * (spread - self.spread)
@@ -206,7 +206,7 @@ class ControlledLR(LRScheduler):
             self.inverse += self.every * self.slope * pace * largest * max(self._curvature(), 0.0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint, on the device of the parameters."""
+        """Restore a checkpoint, on the device of the parameters."""
         super().load_state_dict(state_dict)
         self.average = self.average.to(self._parameters()[0].device)
 
@@ -217,36 +217,36 @@ class ControlledLR(LRScheduler):
         return [float(rate) for rate in self.base_lrs]
 
     def _loss(self) -> float:
-        """D, from E g1 . H2 g1 = grad . H grad + 2 tr(H Cov g): half a batch has twice its variance."""
+        """Return D, from E g1 . H2 g1 = grad . H grad + 2 tr(H Cov g): half a batch has twice its variance."""
         return (self.spread + self._curvature() * max(self.progress, 0.0)) / 2
 
     def _curvature(self) -> float:
-        """Rayleigh quotient along the distance from the average, in the metric of the steps."""
+        """Return the Rayleigh quotient along the distance from the average, in the metric of the steps."""
         return self.along / self.length if self.length > 0 else 0.0
 
     def _rate(self) -> float:
-        """The largest effective rate at present."""
+        """Return the largest current effective rate."""
         return _largest_rate(self.optimizer, self._base_rates()) / self.inverse
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """One vector, in float32 at least."""
+    """Return one vector, in float32 at least."""
     return torch.cat([one.reshape(-1).to(torch.promote_types(one.dtype, torch.float32)) for one in tensors])
 
 
 def _largest_rate(optimizer: Optimizer, rates: list[float]) -> float:
-    """The largest effective rate of the groups, lr / (1 - momentum): a heavy ball takes that many gradients each.
+    """Return the largest effective rate lr / (1 - momentum) of the groups.
 
     Args:
-        optimizer: whose groups.
-        rates: a learning rate for each.
+        optimizer: optimizer with the groups.
+        rates: learning rate of each group.
     """
     return max(rate * _momentum(group) for rate, group in zip(rates, optimizer.param_groups, strict=True))
 
 
 @torch.no_grad()
 def _step_weights(optimizer: Optimizer, rates: list[float]) -> list[Tensor] | None:
-    """The w >= 0 with mean step -s w g, s the `_largest_rate`: one tensor per parameter, of its shape or a number.
+    """Return w >= 0 with mean step -s w g, s the `_largest_rate`: per parameter a tensor of its shape or a scalar.
 
     w is the group's rate relative to s, and for Adam and its kin (a state ``exp_avg_sq``) and RMSprop
     (``square_avg``) also divided by their root mean square gradient. Other optimizers count as descent along g.

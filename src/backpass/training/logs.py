@@ -1,4 +1,4 @@
-"""Log files of a run beside its checkpoints, and loggers of other packages."""
+"""Log files of a run, and interfaces to TensorBoard, Weights & Biases and MLflow."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Status = Literal["running", "finished", "stopped", "diverged", "interrupted"]
 
 
 class Logger(Protocol):
-    """Further place for the numbers of a run's log; process 0 calls it."""
+    """Interface of a logger; called in process 0."""
 
     def open(self, folder: Path | None, settings: dict[str, Any], step: int) -> None:
-        """Begin a run in a folder (None without one), or continue it after so many steps."""
+        """Begin a run in a folder (None without one), or continue it after ``step`` steps."""
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Take the numbers of one record, with names such as ``epoch/evaluation/accuracy``."""
+        """Log the numbers of one record, with names such as ``epoch/evaluation/accuracy``."""
 
     def close(self) -> None:
         """End the run."""
@@ -92,7 +92,7 @@ def _name(folder: Path | None) -> str:
 
 
 def _note(folder: Path | None, name: str, make: Callable[[], str | None]) -> str | None:
-    """Return the identifier in a file of the folder, written if needed, so that a resumed run continues its record."""
+    """Return the run identifier stored in the folder, created if needed, so that a resumed run keeps its entry."""
     if folder is None:
         return None
     if (folder / name).exists():
@@ -107,10 +107,10 @@ _LOGGERS: dict[str, type[Any]] = {"mlflow": _MLflow, "tensorboard": _TensorBoard
 
 
 class Logs:
-    """The log files of a run, in its folder.
+    """Log files of a run, in its folder.
 
-    ``log.jsonl`` has the records, without times, so that a resumed run's are those of an uninterrupted one to the
-    byte; ``timing.jsonl`` has seconds; ``run.json`` settings, environment, status and the last numbers.
+    ``log.jsonl`` has the records without times, so that it is byte-identical for resumed and uninterrupted runs;
+    ``timing.jsonl`` has seconds; ``run.json`` settings, environment, status and the last numbers.
 
     Args:
         folder: folder to write to; None writes nothing.
@@ -147,7 +147,7 @@ class Logs:
         if len(self._content) < offset:
             lost = offset - len(self._content)
             _LOG.warning("%s has lost %d bytes since the checkpoint: records are missing from it.", path, lost)
-        if path.exists():  # with records of steps that are taken again
+        if path.exists():  # truncate the records of steps that are repeated
             with _reported():
                 write_whole(path, bytes(self._content))
 
@@ -171,7 +171,7 @@ class Logs:
             _append(self._folder / "timing.jsonl", _line(timing))
 
     def _mended(self, folder: Path) -> Path:
-        """Return the log's path, after writing all records again where another program has deleted or changed it."""
+        """Return the path of the log, rewritten if another program deleted or changed it."""
         path = folder / "log.jsonl"
         if (path.stat().st_size if path.exists() else 0) != len(self._content):
             _LOG.warning("%s was deleted or changed by another program: its records are written again.", path)
@@ -228,7 +228,7 @@ def check_loggers(loggers: Sequence[str | Logger]) -> None:
     """Validate the setting.
 
     Raises:
-        BackpassError: a logger lacks a method, or there is none of such a name.
+        BackpassError: a logger lacks a method, or a name is unknown.
     """
     if isinstance(loggers, str) or not isinstance(loggers, Sequence):
         raise BackpassError(f'loggers must be a sequence, such as ("tensorboard",); got {loggers!r}.')
@@ -252,7 +252,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Replace infinities and NaN, which JSON does not know, by null."""
+    """Replace infinities and NaN, which JSON does not support, by null."""
     if isinstance(value, dict):
         return {name: _finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Loop of a training run: epochs, records, evaluations, checkpoints, and its end."""
+"""Training loop: epochs, log records, evaluations, checkpoints and termination."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Loop:
 
     Args:
         settings: settings of the run.
-        attached: rules in force on the model.
-        interruption: signals that ask the run to stop.
+        attached: rules attached to the model.
+        interruption: received stop signals.
     """
 
     def __init__(self, settings: Trainer, attached: Sequence[Attached], interruption: Interruption) -> None:
@@ -93,14 +93,14 @@ class Loop:
         self._stopped: str | None = None
 
     def run(self, resume: Resume) -> TrainingResult:
-        """Train from the start, or the last checkpoint, to the end."""
+        """Train to the end, from the start or from the last checkpoint."""
         self._open(resume)
         position = self._position
         try:
             self._status("running")
             if position.epoch >= self._settings.epochs or self._ended:
                 for rule in self._attached:
-                    rule.remove()  # it would warn that nothing called the model
+                    rule.remove()  # otherwise it warns that the model was not called
             self._evaluate_at_mark()
             while position.epoch < self._settings.epochs and not self._ended:
                 self._epoch()
@@ -128,7 +128,7 @@ class Loop:
         return self._diverged is not None or self._stopped is not None or self._position.step >= self._steps
 
     def _check_weights(self) -> None:
-        """Report a divergence in the very last step, which shows in no loss."""
+        """Check the weights after the last step, whose divergence no loss would show."""
         weights = [p for group in self._settings.optimizer.param_groups for p in group["params"]]
         if self._diverged is None and not all(bool(whole(p.isfinite().all())) for p in weights):
             self._end_as_diverged(f"the weights after step {self._position.step} are not finite")
@@ -166,7 +166,7 @@ class Loop:
                 self._update(parts, samples)
             except (NotFiniteError, DivergedError) as error:
                 if position.step == 0:
-                    raise  # the network or the data, not a divergence
+                    raise  # an error of network or data, not a divergence
                 return self._end_as_diverged(str(error))
             position.within += 1
             position.step += 1
@@ -179,7 +179,7 @@ class Loop:
             if position.step % settings.log_every == 0 or last or position.step >= self._steps:
                 self._record_steps()
             if self._diverged is not None:
-                return None  # the last checkpoint is from before
+                return None  # the last checkpoint precedes the divergence
             self._evaluate_at_mark()
             if self._ended and not last:
                 return self._save()
@@ -192,7 +192,7 @@ class Loop:
 
     def _save_within_epoch(self) -> None:
         every = self._settings.checkpoint_every
-        # Processes must save and stop after the same step, and to agree costs an exchange.
+        # Processes must save and stop after the same step, which costs a collective call.
         agreed = self._alone or self._position.step % self._settings.log_every == 0
         if self._between is not None:
             due = agreed and time.monotonic() - self._saved >= self._between

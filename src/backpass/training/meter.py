@@ -1,4 +1,4 @@
-"""Numbers of a run's steps: losses, accuracy, metrics, and the criterion for divergence."""
+"""Accumulation of losses, accuracy and metrics, and the divergence criterion."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Divergence", "Meter"]
 
 
 class Meter:
-    """Keep each step's numbers on the device until they are read, so that no step waits for it; add up an epoch's.
+    """Accumulate the numbers of steps and epochs on the device, so that no step synchronises with it.
 
     Args:
-        device: where the numbers are.
+        device: device of the numbers.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Meter:
         self._counts: list[int] = []
 
     def forget_epoch(self) -> None:
-        """Begin the sums of an epoch anew."""
+        """Reset the sums of the epoch."""
         self._sums: dict[str, float] = {}
         self._samples, self._steps = 0, 0
 
@@ -43,7 +43,7 @@ class Meter:
         Args:
             scalars: ``loss`` and the objective's metrics, detached; their mean over the processes is the batch's.
             correct: (B,) bool of this process's parts, or nothing.
-            samples: of the step, over all processes.
+            samples: number of samples of the step over all processes.
         """
         self._names = list(scalars)
         self._scalars += scalars.values()
@@ -111,9 +111,9 @@ class Meter:
 
 
 class Divergence:
-    """A run has diverged where a loss or gradient is not finite, or the mean loss is far above the first one.
+    """Divergence criterion: a loss or gradient is not finite, or the mean loss is far above the first one.
 
-    Far above is more than ``factor`` times the larger of the first step's loss and 1, in the mean over one record of
+    The threshold is ``factor`` times the larger of the first step's loss and 1, in the mean over one record of
     the log. The floor of 1 keeps a run that starts near 0 (fine-tuning) from being stopped by noise.
 
     Args:
@@ -130,7 +130,7 @@ class Divergence:
         Args:
             losses: losses of the steps since the last check, at least one.
             last_step: number of the last of them, counted from 1.
-            gradient_norm: gradient norm of the last of them, where it is known.
+            gradient_norm: gradient norm of the last of them, if known.
         """
         first_step = last_step - len(losses) + 1
         for step, loss in enumerate(losses, first_step):

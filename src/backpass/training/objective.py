@@ -1,4 +1,4 @@
-"""Objectives of a training step, and their value on one batch."""
+"""Training objectives, and their values on a batch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Evaluated:
         metrics: further scalars to log, each a mean over the batch, detached.
         again: ``again(model, rows)`` evaluates the loss once more on some rows of the batch, with graph. Adversarial
             examples and other draws stay fixed. None if the objective does not support this.
-        moves: whether adversarial examples in it depend smoothly on the parameters, so that the second derivative of
+        moves: True if its adversarial examples depend smoothly on the parameters, so that the second derivative of
             ``again`` is not the derivative of the training gradient. False for sign steps.
     """
 
@@ -137,8 +137,8 @@ class PerSample(_OfOutput):
     """Mean of a loss per sample, L = 1/B sum_i loss(f(x_i), y_i).
 
     Args:
-        loss: (output, y) -> (B,), for instance ``lambda output, y: (output - y).square().mean(1)``. It is given the
-            model's output as it is, also a dict.
+        loss: (output, y) -> (B,), for instance ``lambda output, y: (output - y).square().mean(1)``. It receives
+            the unmodified output of the model, which may be a dict.
     """
 
     loss: Loss
@@ -164,8 +164,8 @@ class CrossEntropy(_OfOutput):
 
     Args:
         label_smoothing: part of the target that is spread evenly over all classes, in [0, 1].
-        mixup: alpha >= 0 of mixup. Each batch is mixed with a permutation of itself, x <- w x + (1 - w) x', and so are
-            the targets, with w from Beta(alpha, alpha). 0 is no mixup.
+        mixup: alpha >= 0 of mixup. Inputs and targets of each batch are mixed with a permutation of themselves,
+            x <- w x + (1 - w) x', with w from Beta(alpha, alpha). 0 disables mixup.
         logits: where the logits are in the model's output: a key, an attribute, an index, or a function of it.
 
     Raises:
@@ -267,7 +267,7 @@ class CrossEntropy(_OfOutput):
             raise BackpassError(f"labels are int64 or uint8, got {y.dtype}: convert them (y.long()).")
         try:
             return F.cross_entropy(output, y, reduction=reduction, label_smoothing=self.label_smoothing)
-        except IndexError as error:  # the labels of a Dataset are not known before
+        except IndexError as error:  # labels of a Dataset are not validated beforehand
             raise _out_of_range(y, output.shape[1], "") from error
 
 

@@ -1,4 +1,4 @@
-"""Several processes that train together, started by ``torchrun``."""
+"""Distributed training with processes started by ``torchrun``."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process, from 0; only process 0 writes."""
+    """Return the rank of this process, from 0; only process 0 writes files."""
     return dist.get_rank() if world() > 1 else 0
 
 
 def local_device() -> torch.device:
-    """Return the device for this process's model: a GPU of its own where there are GPUs, else the CPU."""
+    """Return the device for this process's model: its own GPU if available, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -59,10 +59,10 @@ def local_device() -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Join the processes that ``torchrun`` started: gloo on CPU, NCCL on GPU. A group that exists already stays.
+    """Join the processes that ``torchrun`` started: gloo on CPU, NCCL on GPU. An existing group is kept.
 
     Raises:
-        BackpassError: another process failed; the message has its error.
+        BackpassError: another process failed; the message contains its error.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
     own = started and dist.is_available() and not dist.is_initialized()
@@ -89,7 +89,7 @@ def _telling_others() -> Iterator[None]:
         yield
     except RuntimeError as error:
         problem = None
-        with suppress(Exception):  # the process that kept the store may be the one that died
+        with suppress(Exception):  # the process that hosts the store may have died
             problem = store.get(key).decode() if store.check([key]) else None
         if problem is None and not _is_lost(error):
             _publish(store, key, error)
@@ -114,7 +114,7 @@ def _publish(store: Any, key: str, error: BaseException) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether ``fully_shard`` (FSDP2) has sharded a part of the model."""
+    """Return True if ``fully_shard`` (FSDP2) has sharded a part of the model."""
     if not dist.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -123,13 +123,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be sharded over processes."""
+    """Return the full tensor of a tensor that may be sharded over processes."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
 
 def like(tensor: Tensor, other: Any) -> Tensor:
-    """Return a whole tensor on the device of another one, sharded as that one is."""
+    """Return a full tensor on the device of another one, with its sharding."""
     moved: Tensor = tensor.to(other.device)
     if not hasattr(other, "full_tensor"):
         return moved
@@ -139,7 +139,7 @@ def like(tensor: Tensor, other: Any) -> Tensor:
 
 
 def distributed(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model as each process calls it: its gradients are the mean over the processes.
+    """Return the model wrapped so that its gradients are the mean over the processes.
 
     Raises:
         BackpassError: the model has a SyncBatchNorm, and is on the CPU.
@@ -196,14 +196,14 @@ def unsynchronized(model: nn.Module, more_to_come: bool) -> AbstractContextManag
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """Return the sum over all processes, in place."""
+    """Sum a tensor over all processes in place, and return it."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def any_process(here: bool, device: torch.device) -> bool:
-    """Return whether a condition is true in any process."""
+    """Return True if a condition is true in any process."""
     return bool(summed(torch.tensor(float(here), device=device)) > 0) if world() > 1 else here
 
 

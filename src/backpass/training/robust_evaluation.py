@@ -20,7 +20,7 @@ __all__ = ["RobustEvaluation"]
 
 logger = logging.getLogger(__name__)
 
-_CLEARLY = 0.2  # a network that withstands nothing yet has not collapsed
+_CLEARLY = 0.2  # minimum gap: a network without any robustness has not collapsed
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class RobustEvaluation:
     """Measure the accuracy of a model under an attack, for ``Trainer(robust=...)``.
 
     Catastrophic overfitting (Wong, Rice, Kolter, Fast is better than free, 2020): with a weak inner maximiser, say one
-    step of FGSM, the accuracy under it suddenly rises while that under several steps goes to 0. Where the training
-    attack is given, both are measured on the same images, and it is so where the attack leaves less than ``collapse``
-    of the accuracy that the training attack leaves, and 0.2 less at least.
+    step of FGSM, the accuracy under it suddenly rises while that under several steps goes to 0. With a
+    training attack, both are measured on the same images. Overfitting is reported if the accuracy under the attack is
+    less than ``collapse`` times that under the training attack, and at least 0.2 below it.
 
     Args:
         attack: attack of several steps, stronger than the one in training.
         images: number of images, the first of the evaluation set; None for all.
         training_attack: attack that the network trains with; None for no check.
         collapse: part in (0, 1) of the accuracy under the training attack.
-        stop: end the run there; a warning is logged in any case.
+        stop: end the run on catastrophic overfitting; a warning is logged in any case.
         batch_size: images attacked at a time.
 
     Raises:
@@ -101,7 +101,7 @@ class RobustEvaluation:
         return _explain(metrics["robust_accuracy"], metrics["training_attack_accuracy"])
 
     def _accuracy(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> float:
-        """Return the part that is right on x and under the attack."""
+        """Return the fraction of samples that are correct on x and under the attack."""
         standing = 0
         try:
             for rows in torch.split(torch.arange(len(y), device=y.device), self.batch_size):
@@ -110,7 +110,7 @@ class RobustEvaluation:
                 if len(right):
                     standing += int((~attack(model, x[right], y[right], indices=right).success).sum())
         except NotFiniteLogitsError:
-            return 0.0  # a network that has diverged is right nowhere
+            return 0.0  # a diverged network has accuracy 0
         return standing / len(y)
 
 

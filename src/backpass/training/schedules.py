@@ -20,7 +20,7 @@ __all__ = ["SCHEDULES", "Ramp", "Schedule", "make_schedule", "read_named"]
 
 
 class Schedule(NamedTuple):
-    """A scheduler, and whether it is called after each step or epoch."""
+    """Scheduler, and the interval of its calls: step or epoch."""
 
     scheduler: LRScheduler
     after: Literal["step", "epoch"]
@@ -62,7 +62,7 @@ class Ramp(LRScheduler):
 
 
 def _cosine(optimizer: Optimizer, steps: int, epochs: int = 0, warmup: float = 0.0, end: float = 0.0) -> Schedule:
-    """Half a cosine to the last step, after a linear warm-up; or by epochs, over so many."""
+    """Cosine annealing to the last step after a linear warm-up; with ``epochs``, per epoch over that many epochs."""
     if epochs and (warmup or end):
         raise BackpassError("cosine counts epochs or has a warm-up: leave out epochs, or warmup and end.")
     if epochs:
@@ -73,24 +73,24 @@ def _cosine(optimizer: Optimizer, steps: int, epochs: int = 0, warmup: float = 0
 
 
 def _linear(optimizer: Optimizer, steps: int, warmup: float = 0.0, start: float = 0.01, end: float = 0.0) -> Schedule:
-    """Linearly to the last step, after a linear warm-up."""
+    """Linear decay to the last step after a linear warm-up."""
     return Schedule(Ramp(optimizer, steps, warmup=warmup, start=start, end=end, cosine=False), "step")
 
 
 def _one_cycle(
     optimizer: Optimizer, steps: int, warmup: float = 0.3, start: float = 0.04, end: float = 0.0
 ) -> Schedule:
-    """Linearly up from 1/25 in the first three tenths of all steps, then half a cosine to 0."""
+    """One-cycle schedule: linear from 1/25 over the first 30 % of the steps, then cosine annealing to 0."""
     return Schedule(Ramp(optimizer, steps, warmup=warmup, start=start, end=end, cosine=True), "step")
 
 
 def _step(optimizer: Optimizer, steps: int, every: int = 30, gamma: float = 0.1) -> Schedule:
-    """Times gamma after every so many epochs."""
+    """Multiply the rate by gamma after every ``every`` epochs."""
     return Schedule(StepLR(optimizer, step_size=every, gamma=gamma), "epoch")
 
 
 def _exponential(optimizer: Optimizer, steps: int, gamma: float = 0.98) -> Schedule:
-    """Times gamma after each epoch."""
+    """Multiply the rate by gamma after each epoch."""
     return Schedule(ExponentialLR(optimizer, gamma=gamma), "epoch")
 
 

@@ -1,4 +1,4 @@
-"""Training and evaluation data in the forms that users have it, read by position."""
+"""Training and evaluation data (tensors, data sets, loaders), read by position."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Source:
 
     @property
     def sequential(self) -> bool:
-        """Whether the samples come in the order of the data."""
+        """True if the samples are read in the order of the data."""
         return type(self.sampler) is SequentialSampler
 
     @property

@@ -1,4 +1,4 @@
-"""Complete state of a run, from which it continues as if it had never stopped."""
+"""Complete state of a run for exact resumption."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """The parts of a run that change while it runs."""
+    """Mutable state of a run."""
 
     settings: Trainer
     position: Position
@@ -56,7 +56,7 @@ class RunState:
     divergence: Divergence
 
     def description(self) -> dict[str, Any]:
-        """Describe the run in JSON's types; a checkpoint of another description is refused."""
+        """Describe the run in JSON types; a checkpoint with another description is an error."""
         return {**self.settings.description, "processes": world(), "epochs": self.settings.epochs}
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class RunState:
             torch.cuda.set_rng_state(own["random_cuda"], settings.device)
 
     def _parts(self) -> dict[str, Any]:
-        """Return everything else with a state, which is that of all processes."""
+        """Return the other stateful parts that all processes share."""
         settings = self.settings
         parts: dict[str, Any] = {"scheduler": settings.scheduler, "order": settings.order}
         parts |= {"scaler": self.update.scaler, "average": self.averaging}
@@ -144,7 +144,7 @@ class RunState:
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     def _own_parts(self) -> dict[str, Any]:
-        """Return everything with a state of this process's own."""
+        """Return the stateful parts of this process only."""
         objective: Any = self.settings.objective
         return {"meter": self.meter} | ({"objective": objective} if hasattr(objective, "state_dict") else {})
 

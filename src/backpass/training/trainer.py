@@ -151,7 +151,7 @@ class Trainer(Settings):
             scheduler, when = make_schedule(self.scheduler, self.optimizer, steps)
             self._set(scheduler=scheduler, step_scheduler=when)
         self._check_scheduler()
-        self._set(description=self._describe())  # now, before a run moves rates and weights
+        self._set(description=self._describe())  # before a run changes rates and weights
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -311,7 +311,7 @@ class Trainer(Settings):
             raise BackpassError('a scheduler that measures steps is called after each: give step_scheduler="step" too.')
 
     def _describe(self) -> dict[str, Any]:
-        """Describe in JSON's types everything that the run's weights and log depend on."""
+        """Describe everything that the weights and the log of the run depend on, in JSON types."""
         scheduler = self.scheduler
         assert not isinstance(scheduler, str)  # noqa: S101  made above
         evaluated = {name: one.describe() for name, one in self.evaluated.items()}

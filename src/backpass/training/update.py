@@ -46,7 +46,7 @@ class Update:
         self._norm: Tensor | None = None
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context of forward passes, with their precision."""
+        """Return the autocast context of forward passes."""
         return nullcontext() if self._dtype is None else torch.autocast(self._kind, dtype=self._dtype)
 
     @contextmanager
@@ -68,7 +68,7 @@ class Update:
         scalars: dict[str, Tensor] = {}
         correct: list[Tensor] = []
         for batch in parts:
-            # Processes average their gradients; the weights turn means over parts into the mean over all samples.
+            # Processes average their gradients. The weights turn means over parts into the mean over all samples.
             weight = len(batch) * self._processes / samples
             with unsynchronized(self._model, batch is not parts[-1]):
                 with self.autocast(), _enough(batch):
@@ -120,7 +120,7 @@ class Update:
 
 @contextmanager
 def _enough(batch: Batch) -> Iterator[None]:
-    """Say what to do where BatchNorm has no statistics of one sample."""
+    """Explain the remedy if BatchNorm raises an error for a batch of one sample."""
     try:
         yield
     except ValueError as error:

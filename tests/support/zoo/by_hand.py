@@ -304,6 +304,13 @@ class Autoencoder(nn.Module):
         return self.up(self.down(x).tanh()).sigmoid()
 
 
+def zeros_by_a_loop(like: Tensor) -> Tensor:
+    zeros = torch.zeros_like(like)
+    for _ in range(60):
+        zeros = 2 * (zeros + zeros)
+    return zeros
+
+
 BY_HAND: dict[str, Architecture] = {
     **{
         kind.__name__: with_module(kind)
@@ -354,6 +361,8 @@ BY_HAND: dict[str, Architecture] = {
     "x*(1+gate)": gated(lambda x, gate: x * (1 + gate)),
     "gate expanded": gated(lambda x, gate: gate.expand_as(x) * x),
     "gate interpolated": gated(lambda x, gate: x * F.interpolate(gate, size=x.shape[-2:], mode="nearest")),
+    "gate padded": gated(lambda x, gate: x * F.pad(gate, (1, 1, 1, 1))[..., 1:2, 1:2]),
+    "gate after a loop": gated(lambda x, gate: zeros_by_a_loop(x) + x * gate),
     "gate by einsum": gated(lambda x, gate: torch.einsum("nchw,nc->nchw", x, gate.flatten(1))),
     "gate by relu6": gated(lambda x, gate: x * gate, lambda z: F.relu6(z + 3) / 6),
     "gate by 2*sigmoid": gated(lambda x, gate: x * (2 * gate)),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from support.straight_through import straight_through
 from support.torchvision_operators import define_missing_operators
 from support.zoo.architecture import Architecture
 
@@ -42,6 +46,30 @@ def words() -> Mapping[str, Tensor]:
 
 def images() -> Mapping[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+def sequence() -> Mapping[str, Tensor]:
+    return {"inputs_embeds": torch.randn(2, TOKENS, WIDTH)}
+
+
+def sound() -> Mapping[str, Tensor]:
+    return {"input_values": torch.randn(2, 400)}
+
+
+def squared_relus_rewritten(model: nn.Module, start: int, stop: int | None) -> Callable[..., Any]:
+    """The network with ``square(relu(x))`` straight-through from ``start``."""
+
+    def rewritten(**given: Tensor) -> Any:
+        numbers, square, relu = itertools.count(), torch.square, torch.relu
+
+        def of_relu(x: Tensor) -> Tensor:
+            selected = start <= next(numbers) < (math.inf if stop is None else stop)
+            return straight_through(x, lambda z: square(relu(z))) if selected else square(relu(x))
+
+        with patch.object(torch, "relu", lambda x: x), patch.object(torch, "square", of_relu):
+            return model(**given)
+
+    return rewritten
 
 
 def to_translate() -> Mapping[str, Tensor]:
@@ -115,5 +143,90 @@ HUGGING_FACE: dict[str, Architecture] = {
     ),
     "qwen2": Architecture(
         build=huggingface("Qwen2ForCausalLM", "Qwen2Config", **SMALL, **TEXT, **DECODER), inputs=embedded, sites=2
+    ),
+    # In each block square(relu(x)); the receptances are gates, which are used after a loop over the tokens.
+    "rwkv": Architecture(
+        build=huggingface(
+            *("RwkvForCausalLM", "RwkvConfig"),
+            vocab_size=WORDS,
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            attention_hidden_size=WIDTH,
+            intermediate_size=24,
+            use_cache=False,
+        ),
+        inputs=sequence,
+        sites=2,
+        reference=squared_relus_rewritten,
+    ),
+    # In each block silu after the convolution, and in the gated normalization; the step sizes softplus(dt) are gates.
+    "mamba2": Architecture(
+        build=huggingface(
+            *("Mamba2ForCausalLM", "Mamba2Config"),
+            vocab_size=WORDS,
+            hidden_size=WIDTH,
+            state_size=4,
+            num_hidden_layers=2,
+            num_heads=4,
+            head_dim=8,
+            n_groups=1,
+            chunk_size=4,
+        ),
+        inputs=sequence,
+        sites=2 * 2,
+        gate_functions=("softplus",),
+    ),
+    # silu in the convolution and the normalization of the linear attention, softplus in its decay; its other sigmoid
+    # is a gate, which is padded before. silu in two experts of each block, and in the shared one.
+    "qwen3_next": Architecture(
+        build=huggingface(
+            *("Qwen3NextForCausalLM", "Qwen3NextConfig"),
+            **SMALL,
+            **TEXT,
+            **DECODER,
+            head_dim=8,
+            linear_num_value_heads=2,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+            num_experts=2,
+            num_experts_per_tok=2,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=12,
+            experts_implementation="eager",
+        ),
+        inputs=sequence,
+        sites=3 + 2 * 3,
+        gate_functions=("sigmoid",),
+    ),
+    # gelu after two convolutions, after that of the positions, whose value is a part of a tensor, and in each block.
+    "wavlm": Architecture(
+        build=huggingface(
+            *("WavLMModel", "WavLMConfig"),
+            **SMALL,
+            conv_dim=(8, 8),
+            conv_kernel=(10, 3),
+            conv_stride=(5, 2),
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+        ),
+        inputs=sound,
+        sites=2 + 1 + 2,
+        gate_functions=("sigmoid",),
+    ),
+    # gelu, relu in the MLP of the position bias, and the sigmoid of its value, in each block.
+    "swinv2_hf": Architecture(
+        build=huggingface(
+            *("Swinv2Model", "Swinv2Config"),
+            image_size=16,
+            patch_size=4,
+            embed_dim=8,
+            depths=[1, 1],
+            num_heads=[1, 2],
+            window_size=2,
+        ),
+        inputs=images,
+        sites=2 * 3,
     ),
 }

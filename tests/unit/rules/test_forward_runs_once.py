@@ -11,6 +11,7 @@ from torch import nn
 from backpass import LinBP
 from support.names import name_of
 from support.straight_through import Rewritten
+from support.zoo.activations_by_hand import QuickGELU
 
 STARTS = (None, 0, 1, 0.5, -1, "second")
 SETTINGS = [{"start": start} for start in STARTS] + [{"stop": -1}, {"where": lambda site: site.index == 1}]
@@ -268,3 +269,38 @@ def test_a_gradient_inside_the_forward_is_a_part_of_it_and_stays_plain(start):
             assert torch.equal(out, plain)
             (found,) = torch.autograd.grad(out.square().sum(), x)
             assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+class OfParts(nn.Module):
+    """Activations of tensors with gaps in memory, on which torch may round differently than on their copies."""
+
+    def __init__(self, activation, part):
+        super().__init__()
+        self.first, self.activation, self.part = nn.Linear(41, 41), activation, part
+
+    def forward(self, x):
+        return self.activation(self.part(self.first(x)))
+
+
+PARTS = {
+    "a part": lambda h: h[..., :-1],
+    "every other": lambda h: h[..., ::2],
+    "expanded": lambda h: h[:, :1].expand(-1, 16, -1),
+    "a part that is expanded": lambda h: h[:, :1, :-1].expand(-1, 16, -1),
+    "overlapping": lambda h: h.unfold(-1, 7, 1),
+}
+
+
+GAPS = [(activation, part) for part in PARTS for activation in (nn.GELU(), nn.Mish(), QuickGELU())]
+GAPS += [(nn.SiLU(inplace=True), part) for part in ("a part", "every other")]
+
+
+@pytest.mark.parametrize(("activation", "part"), GAPS, ids=str)
+def test_the_forward_has_the_bits_of_the_plain_one_on_tensors_with_gaps(activation, part):
+    torch.manual_seed(0)
+    model = OfParts(activation, PARTS[part]).double()
+    x = torch.randn(2, 16, 41).double()
+    plain = model(x)
+    with LinBP().attach(model):
+        for _ in range(3):
+            assert torch.equal(model(x), plain)

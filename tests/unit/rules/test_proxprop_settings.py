@@ -219,3 +219,16 @@ def test_names_are_checked():
     model, _ = small()
     with pytest.raises(UnknownNameError, match="module"):
         ProxProp(start="fc").attach(model)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4), (2, 2, 5, 4)])
+def test_an_activation_may_write_into_the_value_of_a_layer(shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x = torch.randn(shape).double()
+    found = []
+    for in_place in (False, True):
+        model[1].inplace = in_place
+        with ProxProp(tau=0.5).attach(model):
+            found.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)

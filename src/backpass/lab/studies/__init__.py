@@ -1,1 +1,1 @@
-"""What the commands measure of what a user gives them: one folder a command."""
+"""Measurements of the commands ``attack``, ``transfer`` and ``demo``, one package each."""

@@ -1,1 +1,1 @@
-"""The one mechanism: how a rule comes to stand between a model and its backward pass."""
+"""Attaching rules to models: interception of torch functions and selection of sites."""

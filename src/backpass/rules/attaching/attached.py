@@ -1,4 +1,4 @@
-"""A rule in force on a model."""
+"""A rule attached to a model."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ __all__ = ["Attached", "attachments"]
 
 
 class Attached:
-    """A rule in force on a model: ``with rule.attach(model) as attached: ...``.
+    """A rule attached to a model: ``with rule.attach(model) as attached: ...``.
 
-    A copy of the model (deepcopy, pickle) carries the rule along; `attachments` finds it there.
+    A copy of the model (deepcopy, pickle) includes the rule; `attachments` returns it.
 
     Attributes:
         rule: the rule.
-        operators: names of the rule's functions.
-        unreachable: what the rule cannot reach: a list of reasons for each module path. Complete after the first call
+        operators: names of the functions of the rule.
+        unreachable: parts that the rule cannot reach: a list of reasons by module path. Complete after the first call
             of the model.
     """
 
@@ -61,7 +61,7 @@ class Attached:
         self._forget_calls()
         if any(other.rule == rule and not other._suspensions for other in attachments(model)) and rule.functions:
             warnings.warn(f"{rule} is in force on this model already: the one attached last acts.", stacklevel=4)
-        if rule.functions:  # a rule that overrides nothing costs nothing
+        if rule.functions:  # no hooks for a rule that overrides nothing
             modules = [(path, one) for path, one in named_modules(model) if type(one) not in rule.skipped or not path]
             self._hooked = [ref(module) for _, module in modules]
             for path, module in modules:
@@ -88,7 +88,7 @@ class Attached:
         """The attached model, without wrappers.
 
         Raises:
-            BackpassError: the model is gone; the rule does not keep it alive.
+            BackpassError: the model was garbage collected; only a weak reference is kept.
         """
         model = self._model()
         if model is None:
@@ -97,18 +97,18 @@ class Attached:
 
     @property
     def seen(self) -> SiteTable:
-        """All sites of the last whole call of the model."""
+        """All sites of the last complete call of the model."""
         last = self._last_call()
         return last.table() if last else SiteTable()
 
     @property
     def sites(self) -> SiteTable:
-        """The sites where the rule acted in the last whole call of the model."""
+        """Sites where the rule acted in the last complete call of the model."""
         last = self._last_call()
         return last.selected() if last else SiteTable()
 
     def remove(self) -> None:
-        """Give the model its own backward again; a second call does nothing."""
+        """Detach the rule and restore the plain backward; a second call does nothing."""
         for reference in self._hooked:
             module = reference()
             if module is not None:
@@ -119,11 +119,11 @@ class Attached:
 
     @contextmanager
     def suspended(self) -> Iterator[Self]:
-        """Out of force in a ``with`` block, and in force again after it, in its old place among other rules.
+        """Suspend the rule in a ``with`` block; its position among other rules is restored afterwards.
 
-        What the rule keeps is kept: its sites, contributions to the next step, compiled code. Blocks may be nested;
-        after `remove` they do nothing. A graph built outside the block keeps the rule's backward inside it, and a copy
-        of the model made inside is plain.
+        The state of the rule is kept: sites, contributions to the next step, compiled code. Blocks may be nested. After
+        `remove` they do nothing. A graph built outside the block keeps the rule's backward inside it. A copy of the
+        model made inside the block is plain.
         """
         disabled = self._disable() if not self._suspensions else []
         self._suspensions += 1
@@ -131,7 +131,7 @@ class Attached:
             yield self
         finally:
             self._suspensions -= 1
-            if self._hooked:  # not removed meanwhile
+            if self._hooked:  # not removed inside the block
                 for module, pair in disabled:
                     hooks.swap(module, self._identifier, pair)
 
@@ -163,10 +163,10 @@ class Attached:
         return f"Attached({self.rule!r}, {type(self._model()).__name__}, {len(self.sites)} sites)"
 
     def learn(self, *args: Any, **kwargs: Any) -> None:
-        """Call the model once to find its sites, leaving no lasting effect; compiled code needs them beforehand.
+        """Call the model once without side effects to find its sites, which compiled code needs beforehand.
 
         Raises:
-            BackpassError: the model has lazy modules that were not called yet.
+            BackpassError: the model has uninitialized lazy modules.
         """
         model = self.model
         if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
@@ -180,10 +180,10 @@ class Attached:
         finally:
             torch_internals.restore_modes(modes)
 
-    # --- Calls of the model; the hooks report here ------------------------------------------------------------------
+    # --- Calls of the model; invoked by the hooks -------------------------------------------------------------------
 
     def begin(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interception:
-        """Return the interception of a call of the model, or of a part of it that is called again by itself."""
+        """Return the interception of a call of the model, or of a recomputed part of it."""
         if torch.compiler.is_dynamo_compiling():
             self.prepare(module.training, *args, **kwargs)
             return self.interception(self, Run(self.rule, None))
@@ -191,7 +191,7 @@ class Attached:
             return self._begin_again(path)
         if torch_internals.forward_mode() and not torch.is_grad_enabled():
             raise BackpassError(f"{self.rule} gives no forward-mode derivative under no_grad: enable gradients.")
-        # If this call turns out to run compiled code, its sites are looked for before that is made.
+        # If this call compiles code, its sites are found before the compilation.
         if not self._shown and torch_internals.dynamo_has_run():
             torch_internals.show_to_modes((*self.rule.functions, *self.rule.observed))
             self._shown = True
@@ -200,14 +200,14 @@ class Attached:
 
     @constant_while_tracing
     def prepare(self, training: bool, /, *args: Any, **kwargs: Any) -> None:
-        """Make sure that the sites are known; while compiled code is made."""
+        """Make sure that the sites are known; called while Dynamo traces."""
         self._training, self._arguments = training, (args, kwargs)
         torch_internals.show_to_modes((*self.rule.functions, *self.rule.observed))
         self._plan()
 
     @constant_while_tracing
     def planned(self, key: str) -> bool:
-        """Return whether the rule acts on a call; while compiled code is made."""
+        """Return True if the rule acts on a call; called while Dynamo traces."""
         by_key = self._plan().by_key
         if key not in by_key:
             raise BackpassError(
@@ -218,16 +218,16 @@ class Attached:
 
     @constant_while_tracing
     def is_composed(self, key: str) -> bool:
-        """Return whether a module call is one activation as a whole; while compiled code is made."""
+        """Return True if a module call computes a single activation; called while Dynamo traces."""
         return key in self._plan().composed
 
     @constant_while_tracing
     def verify(self, traced: int, met: frozenset[str] = frozenset()) -> str:
-        """Check that compiled code passes all sites; a name of the plan that it follows.
+        """Check that compiled code contains all sites, and return the name of the plan that it follows.
 
         Args:
             traced: number of calls in compiled code.
-            met: keys of calls beside it.
+            met: keys of calls outside compiled code.
         """
         plan = self._plan()
         hidden = {one.key: one for one in plan.order if one.is_composed and one.function not in self.operators}
@@ -247,13 +247,13 @@ class Attached:
         return "train" if self._training else "eval"
 
     def _plan(self) -> Plan:
-        """Return the plan of the running call, by an eager call of the model if there is none yet."""
+        """Return the plan of the running call; without one, make an eager call of the model first."""
         if (self._training, True) not in self._plans:
             self.learn(*self._arguments[0], **self._arguments[1])
         return self._plans[self._training, True]
 
     def end(self, mode: Interception, failed: bool) -> None:
-        """Take note of a call that ended, or failed with an exception."""
+        """Process the end of a call, regular or by an exception."""
         if torch.compiler.is_dynamo_compiling():
             self._served = self.verify(mode.traced)
             return
@@ -278,26 +278,26 @@ class Attached:
             self._report(run.unreachable)
 
     def is_aside(self) -> bool:
-        """Return whether this thread is inside a module whose calls are left alone."""
+        """Return True if this thread is inside a module whose calls are not intercepted."""
         return get_ident() in self._aside
 
     def step_aside(self, mode: Interception) -> None:
-        """Take the interception off the stack until `step_back`."""
+        """Remove the interception from the stack until `step_back`."""
         if not self.is_aside():
             modes = torch_internals.function_modes()
             self._aside[get_ident()] = (mode.running[-1].path, modes)
             torch_internals.restore_modes(one for one in modes if one is not mode)
 
     def step_back(self, path: str) -> None:
-        """Put back what `step_aside` took off in the module of this path."""
+        """Restore the interception that `step_aside` removed in the module of this path."""
         if self._aside.get(get_ident(), (None,))[0] == path:
             torch_internals.restore_modes(self._aside.pop(get_ident())[1])
 
     def replayed_key(self, path: str) -> str:
-        """Return the key of the call of a part of the model that a call by itself repeats.
+        """Return the key of the module call that a separate call of this submodule recomputes.
 
         Raises:
-            BackpassError: no whole call came before, or several of its calls could be meant.
+            BackpassError: there was no complete call of the model before, or the call is ambiguous.
         """
         run = self._last
         keys = [call.key for call in run.entered if call.path == path] if isinstance(run, Run) else []
@@ -370,12 +370,12 @@ _SERIAL: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def attachments(model: nn.Module) -> list[Attached]:
-    """Return the rules in force on a model, in the order in which they were attached."""
+    """Return the rules attached to a model, in the order of attachment."""
     return [enter.__self__.attached for enter in hooks.of(unwrap(model))]
 
 
 def _may_be_activation(module: nn.Module) -> bool:
-    """Return whether a module has no tensors of its own, and is not one of torch's, whose calls are seen themselves."""
+    """Return True for modules without own tensors, except those of torch, whose calls are intercepted directly."""
     return not type(module).__module__.startswith("torch.") and not any(
         one._parameters or one._buffers for one in module.modules()
     )

@@ -1,7 +1,7 @@
-"""Module hooks under an identifier of our own.
+"""Module hooks under a stable identifier.
 
-PyTorch numbers hooks by a running counter, and compiled code guards on the number: attaching a rule again would
-compile the model again. The same identifier for the same place lets compiled code serve every time.
+PyTorch numbers hooks by a running counter, and compiled code guards on the number: re-attaching a rule would recompile
+the model. A stable identifier lets compiled code be reused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Pair", "free_identifier", "insert", "of", "remove", "swap"]
 _PREFIX = "backpass-"
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
-"""The hooks ``enter`` and ``leave`` of one module."""
+"""Hooks (``enter``, ``leave``) of one module."""
 
 
 def free_identifier(model: nn.Module) -> str:
@@ -30,16 +30,16 @@ def free_identifier(model: nn.Module) -> str:
 
 
 def of(module: nn.Module) -> list[Any]:
-    """Return our ``enter`` hooks on this very module, in the order of insertion, without those that `swap` disabled."""
+    """Return the active ``enter`` hooks of this module, in the order of insertion."""
     own = [hook for name, hook in module._forward_pre_hooks.items() if str(name).startswith(_PREFIX)]
     return [hook for hook in own if hook is not _disabled]
 
 
 class _Marked(dict[str, Any]):
-    """A module's table of members while hooks are on it.
+    """Type of a module's member tables while hooks are attached.
 
-    Compiled code does not look again at hooks that were not there when it was made, but it does look at the types of
-    these tables: their change makes it compile anew, for this module alone.
+    Compiled code has no guard on hook tables that were empty at compile time, but it guards on the types of these
+    tables. Changing the type forces a recompilation, for this module only.
     """
 
 
@@ -53,7 +53,7 @@ def _mark(module: nn.Module, kind: type[dict[str, Any]]) -> None:
 def insert(
     module: nn.Module, identifier: str, enter: Callable[..., Any], leave: Callable[..., Any], with_kwargs: bool
 ) -> None:
-    """Call ``enter`` last before the forward, and ``leave`` first after it, also after an exception."""
+    """Insert ``enter`` as the last pre-hook and ``leave`` as the first forward hook, called after exceptions too."""
     hooks: Any = module
     hooks._forward_pre_hooks[identifier] = enter
     if with_kwargs:
@@ -66,7 +66,7 @@ def insert(
 
 
 def remove(module: nn.Module, identifier: str) -> None:
-    """Remove the hooks that `insert` put there."""
+    """Remove the hooks that `insert` added."""
     for hooks in (
         module._forward_pre_hooks,
         module._forward_pre_hooks_with_kwargs,
@@ -79,9 +79,9 @@ def remove(module: nn.Module, identifier: str) -> None:
 
 
 def swap(module: nn.Module, identifier: str, pair: Pair | None) -> Pair | None:
-    """Replace the hooks that `insert` put there by others, or by none, and return those that were there, or None.
+    """Replace the hooks that `insert` added by others, or disable them (None), and return the previous ones or None.
 
-    The place among the other hooks stays, and so does the identifier, which nobody else can take meanwhile.
+    Their position among other hooks and their identifier are kept.
     """
     hooks: Any = module
     if identifier not in hooks._forward_pre_hooks:

@@ -1,8 +1,8 @@
-"""The one mechanism: while an attached module runs, its torch functions pass through a mode.
+"""Interception of torch functions: while an attached model runs, its calls pass through a torch function mode.
 
-Hooks on the model and on every module below it keep the chain of module calls; the outermost of them pushes a
-fresh `Interception` on the thread's stack of torch function modes and pops it when the call ends, also by an
-exception. Module calls, functional calls, methods, in-place calls and re-used activation modules all arrive there.
+Hooks on the model and on its submodules maintain the chain of module calls. The outermost hook pushes a new
+`Interception` on the thread's stack of torch function modes and pops it at the end of the call, also on exceptions.
+Module calls, functional calls, methods, in-place calls and re-used activation modules all reach the mode.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ __all__ = ["Interception", "checkpointed_function", "choose", "outer_interceptio
 
 
 class Interception(TorchFunctionMode):
-    """One call of an attached model: notes its sites and hands those that the rule selects to the rule.
+    """Torch function mode of one call of an attached model: records the sites and applies the rule to selected ones.
 
     Attributes:
-        follows: whether calls may be made as the plan says, without a `SiteCall` for each.
-        fast: whether they are in this call.
-        partial: whether the rule acts on a part of its functions' calls.
-        watched: running modules that may be one activation as a whole.
-        attached: the rule on the model.
-        run: the sites of this call.
-        running: the chain of running module calls, the outermost first.
-        replayed: the calls of the last whole run by key, where a part of the model is called again by itself.
-        traced: number of sites that compiled code has passed.
-        handled: the exception that was being handled when the call began.
+        follows: True if calls may follow the plan, without a `SiteCall` for each.
+        fast: True if they follow it in this call.
+        partial: True if the rule covers only some calls of its functions.
+        watched: running modules that may compute a single activation.
+        attached: the attached rule.
+        run: sites of this call.
+        running: chain of running module calls, the outermost first.
+        replayed: in a recomputation, the calls of the last complete run by key; else None.
+        traced: number of sites in compiled code so far.
+        handled: exception that was being handled when the call began.
     """
 
     follows = False
@@ -69,7 +69,7 @@ class Interception(TorchFunctionMode):
         if is_dynamo_compiling():
             return func(*args, **kwargs) if caller.plain else self._traced(caller, name, func, args, kwargs)
         follows = caller.planned
-        if follows is not None and name is not None:  # as the plan says; no more is done than what every call needs
+        if follows is not None and name is not None:  # fast path: the call follows the plan
             if caller.grad_enabled != torch.is_grad_enabled():
                 return func(*args, **kwargs)
             run = self.run
@@ -93,7 +93,7 @@ class Interception(TorchFunctionMode):
         if name is None:
             return self.other(caller, func, args, kwargs)
         if caller.grad_enabled != torch.is_grad_enabled():
-            # No gradient reaches this call: it is made under no_grad, or in the forward of a custom autograd function.
+            # No gradient reaches this call: it runs under no_grad or in the forward of a custom autograd function.
             self.hide(caller, name)
             return func(*args, **kwargs)
         self._refuse_checkpointed(caller, name)
@@ -108,7 +108,7 @@ class Interception(TorchFunctionMode):
     def _call_selected(
         self, caller: ModuleCall, name: str, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Call a function on which the rule acts, as the plan says."""
+        """Call a function that the plan selects."""
         run = self.run
         if saved_tensor_hooks(True) is not None:
             self._refuse_checkpointed(caller, name)
@@ -117,13 +117,13 @@ class Interception(TorchFunctionMode):
         return self.replace_planned(func, args, kwargs, PlannedSite(run, len(run) - 1) if run.revisable else None)
 
     def _call_unplanned(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call one of the rule's functions where the plan says something else."""
+        """Call a function of the rule that differs from the plan."""
         self.run.plan = None
         self._leave_plan()
         return self.__torch_function__(func, (), args, kwargs)
 
     def step_into(self, path: str) -> bool:
-        """Note that a call of a module begins, if it is one of which the plan says all."""
+        """Record the start of a module call if the plan fully describes it; return False otherwise."""
         call = self._next_call(path)
         if (
             call is None
@@ -137,7 +137,7 @@ class Interception(TorchFunctionMode):
         return True
 
     def _next_call(self, path: str) -> ModuleCall | None:
-        """Return the call of a module that the plan knows, or None, also where it expects another one."""
+        """Return the planned call of a module, or None if the plan expects another one."""
         plan = self.run.plan
         if plan is None or not self.fast:
             return None
@@ -149,7 +149,7 @@ class Interception(TorchFunctionMode):
         return None
 
     def key_of(self, path: str) -> str:
-        """Return the key of a call of a module that begins."""
+        """Return the key of a starting module call."""
         call = None if is_dynamo_compiling() else self._next_call(path)
         if call is not None:
             return call.key
@@ -157,7 +157,7 @@ class Interception(TorchFunctionMode):
         return f"{outer.key}/{path}#{outer.count(path)}"
 
     def _leave_plan(self) -> None:
-        """Count the calls of the running modules, which following a plan does not."""
+        """Leave the plan: restore the call counts of the running modules, which the fast path does not maintain."""
         for call in self.running:
             call.planned, call.calls = None, self.run.counts(call)
 
@@ -171,11 +171,11 @@ class Interception(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def hide(self, caller: ModuleCall, name: str) -> None:
-        """Note a function of the rule that is called without gradients."""
+        """Record a function of the rule that is called without gradients."""
         caller.hidden = (*caller.hidden, name)
 
     def meet(self, caller: ModuleCall, name: str, x: Any, key: str = "") -> SiteCall:
-        """Note a call that may be a site; in a recomputation, find it again."""
+        """Record a call that may be a site; in a recomputation, look it up."""
         key = key or f"{caller.key}:{name}#{caller.count(name + '()')}"
         if self.replayed is None:
             planned = self.run.plan
@@ -188,7 +188,7 @@ class Interception(TorchFunctionMode):
         return self.replayed[key]
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function as its site is decided: plain, by the rule, or so that the backward pass decides."""
+        """Call a function by the decision for its site: plain, with the rule, or decided in the backward pass."""
         again = self.replayed is not None and site.kernel  # a recomputation saves what the first pass saved
         if site.selected is False and not again and (site.fixed or self.rule.acts_on_nodes):
             out = func(*args, **kwargs)
@@ -224,8 +224,8 @@ class Interception(TorchFunctionMode):
             func: the function.
             args: its arguments.
             kwargs: its keyword arguments.
-            site: asked in the backward pass whether the rule acts; where not, other rules on the stack do. None: the
-                rule acts.
+            site: site queried in the backward pass; if it is inactive, other rules on the stack act. None: the rule
+                acts.
         """
         if site is None:
             return self.rule.replace(func, args, kwargs)
@@ -237,7 +237,7 @@ class Interception(TorchFunctionMode):
     def replace_planned(
         self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
     ) -> Any:
-        """Call a function with the rule's backward, where surely or most likely the rule acts; see `replace`."""
+        """Call a function with the rule's backward where the plan predicts that the rule acts; see `replace`."""
         return self.replace(func, args, kwargs, site)
 
     def _traced(
@@ -252,11 +252,11 @@ class Interception(TorchFunctionMode):
         return self.replace(func, args, kwargs, None)
 
     def plain_in_graph(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function of the rule plainly in compiled code, if possible as an operator that no mode sees."""
+        """Call a function with its plain backward in compiled code, if possible as an operator that bypasses modes."""
         return func(*args, **kwargs)
 
     def enter(self, module: nn.Module, path: str, key: str, args: tuple[Any, ...], activation: bool) -> Any:
-        """Note that a call of a module begins; return other arguments for it, or None."""
+        """Record the start of a module call; return replaced arguments, or None."""
         call = ModuleCall(path, key, len(self.running))
         if len(self.running) > 0 and self.running[-1].plain:
             call.plain = True
@@ -269,13 +269,13 @@ class Interception(TorchFunctionMode):
         return None
 
     def leave(self, module: nn.Module, call: ModuleCall, output: Any) -> Any:
-        """Note that a module's call ends, and return its output, which is None after an exception."""
+        """Record the end of a module call and return its output; None after an exception."""
         if call.hidden and output is not None and self.run.plan is None and not is_dynamo_compiling():
             self._name_hidden(call, output)
         return output
 
     def note_unreachable(self, path: str, reason: str) -> None:
-        """Note what the rule cannot reach in a module."""
+        """Record a part of a module that the rule cannot reach."""
         reasons = self.run.unreachable.setdefault(path, [])
         if reason not in reasons:
             reasons.append(reason)
@@ -288,20 +288,20 @@ class Interception(TorchFunctionMode):
 
 
 def _operator(func: TorchFunction) -> str:
-    """Return the name of an operator that is called past torch's functions, as ``torch.ops.aten.relu``; or ""."""
+    """Return the name of a directly called operator such as ``torch.ops.aten.relu``; else ""."""
     if not isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return ""
     return func.__name__.partition(".")[0].rstrip("_")
 
 
 def choose(plain: Tensor, replaced: Tensor, site: SiteCall) -> Any:
-    """Return the common value of two tensors, with the gradient of the one that the site is decided for."""
+    """Return the common value of two tensors, with the gradient path that the site selects."""
     apply: Callable[..., Any] = _Choice.apply
     return apply(plain, replaced, site)
 
 
 class _Choice(torch.autograd.Function):
-    """(plain, replaced) -> their common value; backward gives the gradient to one of them."""
+    """(plain, replaced) -> their common value; backward passes the gradient to one of them."""
 
     @staticmethod
     def forward(ctx: Any, plain: Tensor, replaced: Tensor, site: SiteCall) -> Tensor:
@@ -315,14 +315,14 @@ class _Choice(torch.autograd.Function):
 
 
 def outer_interceptions() -> list[Interception]:
-    """Return the interceptions that lie further out on this thread's stack of modes than the one that asks."""
+    """Return the interceptions that are further out on this thread's stack of modes than the calling one."""
     if not torch._C._len_torch_function_stack():
         return []
     return [mode for mode in torch_internals.function_modes() if isinstance(mode, Interception)]
 
 
 def checkpointed_function(name: str, path: str) -> BackpassError:
-    """Return the error of a checkpointed function: its recomputation runs no hook of a module."""
+    """Return the error for a checkpointed function, whose recomputation runs no module hook."""
     return BackpassError(
         f"{name!r} in module {path or '(model)'!r} runs inside a checkpointed function, and its recomputation would "
         "silently be plain backpropagation. Checkpoint a module instead of a function: put the code into an nn.Module "

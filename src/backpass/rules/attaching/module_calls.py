@@ -1,4 +1,4 @@
-"""The hooks that begin and end an interception, and keep the chain of module calls."""
+"""Hooks that start and end an interception and maintain the chain of module calls."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 __all__ = ["FUSED", "ModuleCalls", "pop_interceptions"]
 
 FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-"""Modules that compute by other means where they see a mode and no gradient is asked for."""
+"""Modules that take another code path under a mode if gradients are disabled."""
 
 _NOTHING: dict[str, Any] = {}
 
 
 class ModuleCalls:
-    """The pair of hooks of one module in an attached model.
+    """Pair of hooks of one module in an attached model.
 
     Args:
-        attached: the rule on the model.
-        path: of the module.
-        activation: whether the module may be one activation as a whole.
-        fused: whether it is one of `FUSED`.
+        attached: the attached rule.
+        path: path of the module.
+        activation: True if the module may compute a single activation.
+        fused: True if it is one of `FUSED`.
     """
 
     def __init__(self, attached: Attached, path: str, activation: bool, fused: bool) -> None:
@@ -43,12 +43,12 @@ class ModuleCalls:
 
     @keep_out_of_frames
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] = _NOTHING) -> Any:
-        """Forward pre-hook: note the call, and begin the interception where this is the outermost one."""
+        """Forward pre-hook: record the call, and start the interception in the outermost module."""
         mode = self._current()
         if mode is not None and not (is_dynamo_compiling() or self.fused) and self.path and mode.step_into(self.path):
             return None
         if mode is not None and not self.path and not is_dynamo_compiling() and not _calls_itself(module):
-            # Ctrl-C cut a call short: PyTorch runs no hook then.
+            # A previous call was ended by Ctrl-C, after which PyTorch runs no hook.
             pop_interceptions(self.attached)
             mode = None
         if mode is None:
@@ -67,17 +67,17 @@ class ModuleCalls:
 
     @keep_out_of_frames
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook, run after an exception too: end what `enter` began, and nothing else."""
+        """Forward hook, also called after exceptions: end the call that `enter` recorded."""
         if self.fused and not is_dynamo_compiling():
             self.attached.step_back(self.path)
         mode = self._current()
-        # Where another pre-hook failed before ours, there is nothing of this module to end.
+        # If another pre-hook failed before ours, there is no call of this module to end.
         if mode is None or mode.running[-1].path != self.path:
             return None
         if is_dynamo_compiling():
             changed = self._end(mode, mode.leave(module, mode.running[-1], output))
         elif mode.running[-1].planned is not None and len(mode.running) > 1:
-            mode.running.pop()  # most calls need no more
+            mode.running.pop()  # fast path
             return None
         else:
             finished = None
@@ -99,7 +99,7 @@ class ModuleCalls:
         attached = self.attached
         depth = torch._C._len_torch_function_stack()
         while depth:
-            depth -= 1  # mostly the innermost one
+            depth -= 1  # usually the innermost one
             mode = torch._C._get_function_stack_at(depth)
             if isinstance(mode, Interception) and mode.attached is attached:
                 return mode
@@ -116,7 +116,7 @@ def _asks_for_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def pop_interceptions(attached: Attached | None = None) -> None:
-    """Take the interceptions of an attached rule, or all, off this thread's stack of modes, wherever they lie."""
+    """Remove the interceptions of an attached rule, or all, from this thread's stack of modes."""
     torch_internals.restore_modes(
         mode
         for mode in torch_internals.function_modes()

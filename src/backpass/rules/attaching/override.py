@@ -1,4 +1,4 @@
-"""The contract between a rule and the mechanism that applies it to a model."""
+"""Interface between a rule and the code that applies it to a model."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ TorchFunction = Callable[..., Any]
 
 
 class BackwardOverride:
-    """A replacement backward for some torch functions at chosen sites of a model; the forward stays as it is.
+    """A replacement backward for some torch functions at chosen sites of a model; the forward is unchanged.
 
     Attributes:
         name: the rule's name in its text form.
-        functions: the torch functions that are sites of this rule, with the name each has in a site table.
-        observed: further functions that an interception of the rule looks at.
-        opaque: functions that compute, out of reach, what the rule acts on, with the name of each.
+        functions: torch functions that are sites of this rule, with their names in a site table.
+        observed: further functions that an interception of the rule handles.
+        opaque: functions that compute such operations internally, unreachable for the rule, with their names.
         skipped: module classes whose own forward calls none of the functions.
-        needs_plain: whether its backward goes through the plain graph of an activation too.
-        acts_on_nodes: whether `on_node` gives a plain call this rule's backward afterwards.
-        compositions: whether activations that are composed of several calls are sites too.
-        gates: whether activations whose value only multiplies another tensor are sites too.
-        needs_site: whether a call of the model without a selected site is an error.
+        needs_plain: True if its backward also uses the plain graph of an activation.
+        acts_on_nodes: True if `on_node` can apply the rule to a plain call afterwards.
+        compositions: True if activations composed of several calls are sites.
+        gates: True if activations that only gate another tensor are sites.
+        needs_site: True if a call of the model without a selected site is an error.
         start: first site.
         stop: one past the last site.
-        where: which of the sites from ``start`` to ``stop``; None: all.
+        where: predicate that selects sites from ``start`` to ``stop``; None: all.
     """
 
     name: ClassVar[str]
@@ -51,15 +51,15 @@ class BackwardOverride:
         functions: ClassVar[Mapping[TorchFunction, str]]
 
     def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the value of ``func(*args, **kwargs)``, to the bit, with this rule's backward; here plain."""
+        """Return the value of ``func(*args, **kwargs)``, bit-identical, with this rule's backward; here plain."""
         return func(*args, **kwargs)
 
     def covers(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call of one of the functions is a site; its parameters may decide that."""
+        """Return True if a call of one of the functions is a site, depending on its arguments."""
         return True
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model that the rule's settings do not fit.
+        """Validate the settings of the rule against a model.
 
         Raises:
             UnknownNameError: ``start`` or ``stop`` is the path of a module that the model does not have.
@@ -68,7 +68,7 @@ class BackwardOverride:
 
 
 def no_site(rule: BackwardOverride, table: SiteTable, unreachable: Mapping[str, list[str]]) -> NoSiteError:
-    """Return the error of a rule that selects none of a model's sites."""
+    """Return the error for a rule that selects no site of a model."""
     if table:
         return NoSiteError(f"{rule} selects none of the {len(table)} sites of this model:\n{table}")
     listing = "; ".join(f"{path or '(model)'}: {', '.join(reasons)}" for path, reasons in unreachable.items())

@@ -1,8 +1,8 @@
-"""One call of an attached model: its sites in order, and which of them the rule selects.
+"""Record of one call of an attached model: its sites in order, and the selection by the rule.
 
-A range that is counted from the end is known only when the call has ended. A site whose selection is not known when
-its function is called gets a kernel that asks `SiteCall.active` in the backward pass. What a call showed is kept as a
-`Plan`: the next call follows it, key by key, and checks at its end that the plan was right.
+A range counted from the end is known only at the end of the call. A site whose selection is not known when its function
+is called gets a kernel that queries `SiteCall.active` in the backward pass. The sites of a call are kept as a `Plan`.
+The next call follows it, key by key, and checks at its end that the plan was right.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ __all__ = ["Asked", "ModuleCall", "Plan", "PlannedSite", "Run", "SiteCall"]
 
 
 class SiteCall:
-    """One call of a function that may be a site.
+    """Call of a function that may be a site.
 
     Attributes:
-        run: the call of the model that it belongs to.
-        key: the chain of module calls that leads here, the function and its call index; the same in a recomputation.
+        run: call of the model that it belongs to.
+        key: chain of enclosing module calls, function and call index; the same in a recomputation.
         module: path of the innermost running module.
         function: name of the function.
         shape: shape of its input.
-        covered: whether the rule acts on such calls of the function.
-        by_hand: whether it is a clamp that is a ReLU.
-        counted: whether it is a site; False for a gate, or for a part of a composed activation.
-        excluded: whether the rule leaves the site plain although it is in its range.
-        selected: whether the rule acts here; None while that is not known.
-        undecided: whether it was called before the rule's selection was known.
-        kernel: whether the call went through the rule's kernel.
-        fixed: whether the decision was taken when the function was called, and cannot be revised.
-        hooked: whether the rule acts by a hook on the graph node of the plain call.
-        node: graph node of a plain call that may yet turn out to be selected.
-        delegate: the site of a rule further in that may act in the place of this one.
+        covered: True if the rule covers such calls of the function.
+        by_hand: True for a clamp that computes a ReLU.
+        counted: True if it is a site; False for a gate, or for a part of a composed activation.
+        excluded: True if the rule leaves the site plain although it is in its range.
+        selected: True if the rule acts here; None while unknown.
+        undecided: True if it was called before the selection was known.
+        kernel: True if the call used the rule's kernel.
+        fixed: True if the decision was made at the call and cannot be revised.
+        hooked: True if the rule acts by a hook on the graph node of the plain call.
+        node: graph node of a plain call that may be selected later.
+        delegate: site of an inner rule that may act instead of this one.
         power_of: activations of which it is a power.
     """
 
@@ -66,9 +66,9 @@ class SiteCall:
         self.shape = shape
 
     def active(self) -> bool:
-        """Return whether the rule acts here; the backward pass asks.
+        """Return True if the rule acts here; queried in the backward pass.
 
-        A gradient that the model computes inside its own forward is a part of the forward, which no rule changes.
+        A gradient that the model computes inside its forward belongs to the forward, which rules do not change.
         """
         if not self.run.finished:
             self.run.inner = True
@@ -77,27 +77,27 @@ class SiteCall:
         return self.delegate is None or not self.delegate.active()
 
     def inside(self, module: str) -> bool:
-        """Return whether the call happens in the module of this path or below it."""
+        """Return True if the call happens in the module of this path or below it."""
         return module in ("", self.module) or self.module.startswith(module + ".")
 
 
 class ModuleCall:
-    """One running call of a module.
+    """Running call of a module.
 
     Attributes:
-        path: of the module.
-        key: the chain of calls that leads here.
-        depth: number of running module calls around it.
-        calls: how often each function and module below was called so far.
-        grad_enabled: whether gradients were asked for when it began.
+        path: path of the module.
+        key: chain of enclosing module calls.
+        depth: number of enclosing module calls.
+        calls: number of calls of each function and submodule so far.
+        grad_enabled: True if gradients were enabled when it began.
         checkpoint: hook of the innermost checkpoint when it began.
-        planned: the call in the plan, where this one is made as the plan says.
-        repeats: whether the next call of the model may make it without looking further than its plan.
-        plain: whether its calls are left alone.
-        looks: whether all its calls are looked at, not only those of the rule's functions.
-        x: its input, where it is one activation as a whole.
-        hidden: functions of the rule that were called without gradients, as a custom autograd function does.
-        origins: of the results of elementwise functions, where all calls are looked at; else None.
+        planned: the planned call, if this one follows the plan.
+        repeats: True if the next call of the model may follow the plan here without analysis.
+        plain: True if its calls are not intercepted.
+        looks: True if all its calls are analysed, not only those of the rule's functions.
+        x: its input, if it may compute a single activation.
+        hidden: functions of the rule that were called without gradients, as in a custom autograd function.
+        origins: origins of the results of elementwise functions, if all calls are analysed; else None.
     """
 
     grad_enabled = True
@@ -117,7 +117,7 @@ class ModuleCall:
         self.calls: dict[str, int] = {}
 
     def again(self) -> ModuleCall:
-        """Return a call that is made as this one of a plan."""
+        """Return a new call that follows this planned one."""
         call = ModuleCall(self.path, self.key, self.depth)
         call.planned = self
         if not self.grad_enabled:
@@ -133,17 +133,17 @@ class ModuleCall:
 
 @dataclass(slots=True)
 class Planned:
-    """A call of the last run, to be met again.
+    """Planned call: a call of the last run that the next one is expected to repeat.
 
     Attributes:
         key: as in `SiteCall`.
-        caller: the module call that makes it.
+        caller: module call that contains it.
         module: as in `SiteCall`.
         function: as in `SiteCall`.
         covered: as in `SiteCall`.
-        counted: whether it is a site.
-        selected: whether the rule acted.
-        turns: whether the rule may act yet although it is planned otherwise, if the call of the model ends otherwise.
+        counted: True if it is a site.
+        selected: True if the rule acted.
+        turns: True if the decision may change when the call of the model ends differently from the plan.
     """
 
     key: str
@@ -157,22 +157,22 @@ class Planned:
 
     @property
     def is_composed(self) -> bool:
-        """Whether it may be a composition of several calls, by functions of a module that calls others too."""
+        """True if it may be a composition of several calls in a module that also makes other calls."""
         return "#" in self.key.rpartition(":")[2]
 
 
 class Plan:
-    """The calls of modules and sites in a finished call of the model, to follow in the next one.
+    """Plan: module calls and sites of a finished call of the model, which the next call follows.
 
     Attributes:
-        order: all calls that were noted, but for those inside a module that was one activation as a whole.
-        steps: the same, and one that ends them.
-        by_key: the same by key.
-        entered: the module calls, and one that ends them.
-        composed: keys of module calls that were one activation as a whole.
+        order: all recorded calls, except those inside a module that computes a single activation.
+        steps: ``order`` with an end marker.
+        by_key: ``order`` by key.
+        entered: module calls, with an end marker.
+        composed: keys of module calls that compute a single activation.
         composing: paths of modules whose own forward composes an activation of several calls.
-        writing: those of ``composed`` that write into their input.
-        inner: whether the model computes gradients inside its forward.
+        writing: those of ``composed`` that modify their input in place.
+        inner: True if the model computes gradients inside its forward.
     """
 
     def __init__(self, run: Run) -> None:
@@ -218,12 +218,12 @@ class Plan:
 
 
 def _is_inside(key: str, module: str) -> bool:
-    """Return whether a call is one of this module call, or below it."""
+    """Return True if a call happens in this module call or below it."""
     return key == module or key.startswith(f"{module}/") or (key.startswith(f"{module}:") and "#" in key[len(module) :])
 
 
 class PlannedSite:
-    """A call that the rule acts on if the run ends as its plan says; the backward pass asks."""
+    """Site that is active if the run ends as planned; queried in the backward pass."""
 
     __slots__ = ("position", "run")
 
@@ -234,7 +234,7 @@ class PlannedSite:
         self.position = position
 
     def active(self) -> bool:
-        """Return whether the rule acts here."""
+        """Return True if the rule acts here."""
         run = self.run
         if run.plan is not None and run.finished and self.position not in run.made:
             return not run.plain
@@ -242,32 +242,32 @@ class PlannedSite:
 
 
 Asked = SiteCall | PlannedSite
-"""A site that is asked in the backward pass whether the rule acts there."""
+"""Site with ``active()``, queried in the backward pass."""
 
 
 class Run:
-    """The sites of one call of an attached model, in the order of their calls.
+    """Sites of one call of an attached model, in call order.
 
-    As long as a call does the same as the last one, its sites are those of the plan. What a range counted from the
-    front selects is then certain; what a range counted from the end selects is so if the call also ends alike.
+    As long as a call repeats the previous one, its sites are those of the plan. The selection by a range counted from
+    the front is then final. The selection by a range counted from the end is final if the call also ends as planned.
 
     Attributes:
         rule: the rule.
-        plan: the sites of the last call, as long as this one is the same; else None.
-        entered: the module calls.
-        unreachable: what the rule cannot reach, by module.
+        plan: plan of the previous call, as long as this one follows it; else None.
+        entered: module calls.
+        unreachable: reasons why the rule cannot reach a part, by module.
         composed: as in `Plan`.
         composing: as in `Plan`.
         writing: as in `Plan`.
-        relative: whether the range is counted from the end.
-        revisable: whether a decision of the plan may turn out to be wrong when the call ends.
-        plain: whether the backward pass leaves all sites plain, for the time being.
-        finished: whether the call has ended.
-        inner: whether the model computes gradients inside its forward.
+        relative: True if the range is counted from the end.
+        revisable: True if the end of the call can change a decision of the plan.
+        plain: True while all sites are temporarily plain in the backward pass.
+        finished: True if the call has ended.
+        inner: True if the model computes gradients inside its forward.
         steps: as in `Plan`.
-        shapes: of the inputs of the calls so far.
-        made: the calls so far of which a `SiteCall` was needed, by position.
-        nodes: graph nodes of plain calls that may yet turn out to be selected, by position.
+        shapes: shapes of the inputs of the calls so far.
+        made: `SiteCall` objects created so far, by position.
+        nodes: graph nodes of plain calls that may be selected later, by position.
     """
 
     def __init__(self, rule: BackwardOverride, plan: Plan | None) -> None:
@@ -294,11 +294,11 @@ class Run:
 
     @property
     def sites(self) -> list[SiteCall]:
-        """The calls so far, sites and others."""
+        """All recorded calls so far, sites or not."""
         return [self.site(position) for position in range(len(self))]
 
     def site(self, position: int) -> SiteCall:
-        """Return one of the calls so far."""
+        """Return the recorded call at a position."""
         site = self.made.get(position)
         if site is None:
             planned = self.steps[position]
@@ -310,11 +310,11 @@ class Run:
         return site
 
     def seen_from_outside(self) -> list[SiteCall]:
-        """Return the calls so far, without those inside modules that are one activation as a whole."""
+        """Return the calls so far, without those inside modules that compute a single activation."""
         return [site for site in self.sites if not any(_is_inside(site.key, module) for module in self.composed)]
 
     def follow(self, caller: str, function: str) -> bool:
-        """Return whether the plan says that this is the next call; if not, leave the plan."""
+        """Return True if this is the next planned call; otherwise leave the plan."""
         planned = self.steps[len(self.shapes)]
         follows = planned.function == function and planned.caller.key == caller
         if not follows:
@@ -322,18 +322,18 @@ class Run:
         return follows
 
     def last(self) -> SiteCall:
-        """Return the call that was met last."""
+        """Return the last recorded call."""
         return self.site(len(self) - 1)
 
     def meet(self, key: str, module: str, function: str, shape: tuple[int, ...]) -> SiteCall:
-        """Note a call, and decide about it if that can be done now."""
+        """Record a call, and decide its selection if possible."""
         if self.plan is None or not self.follow(key.rpartition(":")[0], function):
             self.made[len(self)] = SiteCall(self, key, module, function, shape)
         self.shapes.append(shape)
         return self.last()
 
     def counts(self, call: ModuleCall) -> dict[str, int]:
-        """Return how often a running module call has called each function and module."""
+        """Return the number of calls of each function and submodule in a running module call."""
         counts: Counter[str] = Counter()
         for one in self.entered:
             if one.depth == call.depth + 1 and one.key.startswith(call.key + "/"):
@@ -356,19 +356,19 @@ class Run:
         return table
 
     def selected(self) -> SiteTable:
-        """Return the sites where the rule acts, less those that a rule further in took over."""
+        """Return the sites where the rule acts, without those delegated to an inner rule."""
         counted = [site for site in self.sites if site.counted]
         return SiteTable(row for row, site in zip(self.table(), counted, strict=True) if site.active())
 
     def finish(self, unreachable: Mapping[str, list[str]]) -> None:
-        """Decide about every site, now that their number is known.
+        """Decide the selection of every site at the end of the call.
 
         Args:
-            unreachable: what is known to be out of reach, for the error.
+            unreachable: known unreachable parts, for the error message.
 
         Raises:
             NoSiteError: the rule selects no site.
-            BackpassError: a decision that was already acted on turns out to be wrong.
+            BackpassError: a decision that was already applied is wrong.
         """
         self.finished = True
         if self.plan is None or len(self) != len(self.plan.order) or (self.inner and not self.plan.inner):
@@ -382,7 +382,7 @@ class Run:
             raise no_site(self.rule, self.table(), {**unreachable, **self.unreachable})
 
     def settle(self, plan: Plan) -> None:
-        """Decide about every site as in another call, where compiled code has passed a part of them."""
+        """Decide the selection of every site by a plan, if compiled code contains a part of them."""
         self.finished = True
         for site in self.sites:
             planned = plan.by_key.get(site.key)
@@ -390,7 +390,7 @@ class Run:
         self.abandon()
 
     def abandon(self) -> None:
-        """Let go of the graph: one that refers to its own nodes would never be freed."""
+        """Release references to the graph, whose cycles would never be freed."""
         self.nodes.clear()
         for site in self.made.values():
             site.node = None
@@ -426,7 +426,7 @@ class Run:
         return self.rule.where is None or bool(self.rule.where(row))
 
     def decide_early(self, site: SiteCall) -> None:
-        """Decide about a site before the call has ended, because its function is computed differently then.
+        """Decide the selection of a site during the call, because it changes the forward computation.
 
         Raises:
             BackpassError: the range is counted from the end.

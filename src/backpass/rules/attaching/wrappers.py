@@ -1,4 +1,4 @@
-"""Seeing through what is wrapped around a model, and what cannot be seen into."""
+"""Unwrapping of models, and detection of parts that no rule can reach."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module with its path in the user's model, wrappers left out."""
+    """Yield every module with its path in the unwrapped model."""
     for path, module in model.named_modules():
         if unwrap(module) is module:
             yield ".".join(part for part in path.split(".") if part != "_orig_mod"), module
 
 
 def out_of_reach(model: nn.Module) -> dict[str, list[str]]:
-    """Return the parts of a model that call no torch function which Python could see, with the reasons.
+    """Return the parts of a model without torch function calls in Python, with reasons by module path.
 
     Raises:
         NoSiteError: the model itself is scripted.

@@ -12,7 +12,17 @@ from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError
 
-__all__ = ["COMPUTED", "LINEAR", "NORMALIZATIONS", "OPAQUE", "PRODUCTS", "LinearCall", "linear_call", "read_call"]
+__all__ = [
+    "COMPUTED",
+    "LINEAR",
+    "NORMALIZATIONS",
+    "OPAQUE",
+    "PRODUCTS",
+    "LinearCall",
+    "learns",
+    "linear_call",
+    "read_call",
+]
 
 aten: Any = torch.ops.aten
 
@@ -81,7 +91,7 @@ _SETTINGS = {
 
 def _settings(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     defaults = dict(_SETTINGS[kind])
-    return defaults | dict(zip(defaults, args, strict=False)) | kwargs
+    return defaults | dict(zip([*defaults][: len(args)], args, strict=True)) | kwargs
 
 
 class LinearCall(NamedTuple):
@@ -109,10 +119,10 @@ class LinearCall(NamedTuple):
     batched: bool = True
     before: Callable[[], LinearCall] | None = None
 
-    @property
-    def learns(self) -> bool:
-        """Whether weight or bias requires a gradient."""
-        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+def learns(call: LinearCall) -> bool:
+    """Return whether weight or bias of a layer requires a gradient."""
+    return call.weight.requires_grad or (call.bias is not None and call.bias.requires_grad)
 
 
 def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearCall | None:
@@ -353,7 +363,7 @@ def _transposed_parent(weight: Tensor) -> Tensor | None:
 
 def _checked(call: LinearCall) -> LinearCall:
     """Refuse weights for which a step would not be that of a parameter."""
-    if not call.learns:
+    if not learns(call):
         return call
     if call.weight.is_complex():
         raise BackpassError(

@@ -13,7 +13,7 @@ from backpass.rules import torch_internals
 from backpass.rules.attaching.interception import Interception, choose
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import SiteCall
-from backpass.rules.implicit.calls import PRODUCTS, LinearCall, read_call
+from backpass.rules.implicit.calls import PRODUCTS, LinearCall, learns, read_call
 from backpass.rules.implicit.uses import Call, implicit_layer
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class LayerInterception(Interception):
 
     def _is_plain(self) -> bool:
         """Whether nothing learns in the call at hand."""
-        return self._call is None or (isinstance(self._call, LinearCall) and not self._call.learns)
+        return self._call is None or (isinstance(self._call, LinearCall) and not learns(self._call))
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a layer; where nothing in it learns, the rule does not act."""
@@ -87,7 +87,7 @@ class LayerInterception(Interception):
         try:
             if isinstance(call, BackpassError):
                 raise call
-            acts = call is not None and call.learns and self.accepts(call)
+            acts = call is not None and learns(call) and self.accepts(call)
         except BackpassError as error:
             if site is None or (site.selected and site.fixed):
                 raise

@@ -200,7 +200,8 @@ class _Eager(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, z)
-        return compute(x, weight, bias, *rest) if z is None else compute(z)
+        # Without a view of the value, so that an activation may write into the result.
+        return (compute(x, weight, bias, *rest) if z is None else compute(z)).data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

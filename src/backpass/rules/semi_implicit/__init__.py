@@ -1,1 +1,1 @@
-"""Semi-implicit steps: a layer's weight step, and its neurons through the updated weights."""
+"""Semi-implicit back propagation: implicit weight steps, and input gradients through the updated weights."""

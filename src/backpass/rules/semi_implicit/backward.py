@@ -1,4 +1,4 @@
-"""The backward pass of a layer under `SIBP`: semi-implicit weight steps, neurons through the updated weights."""
+"""Backward pass of a layer under `SIBP`: implicit weight steps, input gradients through the updated weights."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from backpass.rules.semi_implicit.weight_step import Curved, increment
 __all__ = ["DivergedError", "SemiImplicitAttached"]
 
 _JUMP = 1e3
-"""Steps outgrow their weights by a factor near 1 in any training that learns, and by 1e5 where one explodes."""
+"""Limit of |step| / |weights|: near 1 in regular training, about 1e5 in a diverging run."""
 
 
 class DivergedError(BackpassError):
-    """A semi-implicit step is not finite, or so long that the network has diverged."""
+    """Error: a semi-implicit step is not finite or too long, so the network has diverged."""
 
 
 class SemiImplicitAttached(LayerAttached):
-    """`SIBP` in force on a model; its steps are exact for one use of each weight per optimizer step.
+    """`SIBP` attached to a model; its steps are exact for one use of each weight per optimizer step.
 
     Attributes:
         scaler: the GradScaler that scales the loss, or None.
@@ -52,7 +52,7 @@ class SemiImplicitAttached(LayerAttached):
         self.scaler: Any = scaler
 
     def start(self) -> None:
-        """Begin without any use of a weight; for a copy of the model too."""
+        """Initialise the state, also in a copy of the model."""
         super().start()
         self.scaler = None
         self._longest: dict[str, float] = {}
@@ -61,10 +61,10 @@ class SemiImplicitAttached(LayerAttached):
         """Change settings of the step from the next backward pass on, for schedules.
 
         Args:
-            settings: of `SIBP`, all but ``where``.
+            settings: settings of `SIBP` except ``where``.
 
         Raises:
-            BackpassError: another setting, or a value out of its range.
+            BackpassError: a setting is unknown or out of its range.
         """
         known = [field.name for field in fields(self.rule) if field.name != "where"]
         for name in settings:
@@ -73,7 +73,7 @@ class SemiImplicitAttached(LayerAttached):
         self.rule = replace(self.rule, **settings)
 
     def gradients(self, use: Use) -> Found:
-        """The input gradient through the updated weights, and the negative steps of weight and bias.
+        """Return the input gradient through the updated weights, and the negative steps of weight and bias.
 
         Raises:
             BackpassError: the weight has another contribution already, or several processes contribute.
@@ -106,7 +106,7 @@ class SemiImplicitAttached(LayerAttached):
                 found = increment(system, system.arrange(of_z), weighting, curved, length, rule)
             except NotFiniteError:
                 raise self._not_finite(weight, eta) from None
-            # Negated while it is small: the weight's own size may be much larger.
+            # Negate before the expansion to the size of the weight, which may be much larger.
             of_weight, of_bias = system.weights(found.neg_())
             self._check_length(use, (of_weight, of_bias), eta)
         of_x = None
@@ -120,9 +120,10 @@ class SemiImplicitAttached(LayerAttached):
         return of_x, of_weight, of_bias
 
     def _check_length(self, use: Use, steps: Gradients, eta: float) -> None:
-        """Refuse a step out of all proportion; weights, data and loss may have any scale.
+        """Raise an error for a step that is far too long relative to the weights and to earlier steps.
 
-        The first step has none before it and passes, also where weights start from zero.
+        The criterion is invariant to the scales of weights, data and loss. The first step always passes, so that
+        weights can start from zero.
         """
         step, learning = (steps[0], use.weight) if steps[0] is not None else (steps[1], use.bias)
         if step is None or learning is None:

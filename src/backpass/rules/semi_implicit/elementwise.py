@@ -1,4 +1,4 @@
-"""Activation functions as value and derivative, by aten operators alone: they serve where autograd does not run."""
+"""Activation functions with explicit derivatives, by aten operators, for use without autograd."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Elementwise:
 
     Attributes:
         name: its name in a site table.
-        numbers: its parameters as numbers, which a compiled graph can carry; 1 stands for gelu's ``"tanh"``.
+        numbers: its parameters as numbers, which a compiled graph can store; 1 stands for gelu's ``"tanh"``.
     """
 
     name: str
@@ -69,19 +69,19 @@ class Elementwise:
 
     @property
     def has_kinks(self) -> bool:
-        """Whether s is piecewise linear, so that its derivative says nothing of where it changes."""
+        """True if s is piecewise linear, so that a Gauss-Newton model does not see its kinks."""
         return self.name in _PIECEWISE_LINEAR
 
     def value(self, z: Tensor) -> Tensor:
-        """s(z), of any shape."""
+        """Return s(z) for z of any shape."""
         return _BY_NAME[self.name].compute(z, *self._parameters())
 
     def derivative(self, z: Tensor) -> Tensor:
-        """s'(z); at a kink, what autograd takes."""
+        """Return s'(z), with the convention of autograd at kinks."""
         return self.backward(torch.ones_like(z), z)
 
     def backward(self, grad: Tensor, z: Tensor) -> Tensor:
-        """s'(z) times ``grad``."""
+        """Return s'(z) * grad."""
         product: Tensor = _DERIVATIVES[self.name](grad, z, *self._parameters())
         return product
 
@@ -94,7 +94,7 @@ class Elementwise:
 def elementwise(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Elementwise, Tensor, bool] | None:
-    """Return a call of an activation as (s, its input, whether it overwrites that); None for learned or random ones."""
+    """Return (s, input, True if in place) of an activation call; None for learned or random activations."""
     activation, z, parameters, in_place = read_call(func, args, kwargs)
     if activation.name == "gelu":
         return Elementwise("gelu", (float(parameters[0] == "tanh"),)), z, in_place

@@ -1,4 +1,4 @@
-"""Calls of layers and activations under `SIBP`: an activation on a layer's output takes over the layer's backward."""
+"""Interception for `SIBP`: a layer and the activation on its output get a joint backward."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["SemiImplicitInterception"]
 
 
 class SemiImplicitInterception(LayerInterception):
-    """An interception that gives layers their semi-implicit backward, together with the activation that follows.
+    """Interception that applies the semi-implicit backward to layers, jointly with the following activation.
 
     Attributes:
-        outputs: of the layers no activation was called on so far, with the layer and where it was called.
-        recomputed: outputs that a checkpoint will compute again, with the place of it.
+        outputs: outputs of layers without an activation so far, with the layer and its module call.
+        recomputed: outputs that a checkpoint will recompute, with its module call.
     """
 
     attached: Any
@@ -41,7 +41,7 @@ class SemiImplicitInterception(LayerInterception):
         self.recomputed: list[tuple[ref[Tensor], Any]] = []
 
     def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function that is no layer; an activation on a layer's output takes over its backward."""
+        """Call a function that is no layer; an activation on a layer's output joins the backward of the layer."""
         if func in ACTIVATIONS and (self.outputs or self.recomputed) and not _is_overridden(func):
             found = elementwise(func, args, kwargs)
             if found is not None:
@@ -53,7 +53,7 @@ class SemiImplicitInterception(LayerInterception):
         return super().other(caller, func, args, kwargs)
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a layer; without gradients, note where a checkpoint will call it again."""
+        """Call a layer; without gradients, record the checkpoint that will recompute it."""
         z = super().at(site, func, args, kwargs)
         if not torch.is_grad_enabled() and site.selected:
             place = _checkpointed_without_gradients(self.running)
@@ -65,7 +65,7 @@ class SemiImplicitInterception(LayerInterception):
         """Return True.
 
         Raises:
-            BackpassError: float16 without a scaler that is known.
+            BackpassError: float16 inputs without ``attach(model, scaler=...)``.
         """
         kind = call.weight.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
@@ -78,14 +78,14 @@ class SemiImplicitInterception(LayerInterception):
         return True
 
     def node(self, layer: LinearCall, site: SiteCall | None) -> Any:
-        """Return the value of a layer; its input gradient is used unless an activation follows."""
+        """Return the output of a layer with its own backward, which is unused if an activation follows."""
         z = super().node(layer, site)
         if layer.batched:
             self.outputs.append((z, layer, None if is_dynamo_compiling() else torch_internals.checkpoint_hooks()))
         return z
 
     def _refuse_parted(self, z: Tensor, name: str) -> None:
-        """Refuse an activation that a recomputation would find without its layer, or its layer without it."""
+        """Raise an error if a checkpoint separates an activation from its layer."""
         if is_dynamo_compiling():
             return
         here = _checkpointed_without_gradients(self.running)
@@ -105,18 +105,18 @@ class SemiImplicitInterception(LayerInterception):
         before = z.detach().clone() if in_place else z.detach()
         call = Call(layer.text, (s.name, s.numbers), torch_internals.transforms(), self.attached.token)
         y = implicit_layer(layer.x, layer.weight, layer.bias, before, s.value, (), call)
-        # Cut off from the layer's own node, which no longer acts.
+        # Detach from the node of the layer, which is replaced by the joint one.
         return z.detach_().copy_(y) if in_place else y
 
 
 def _is_overridden(func: TorchFunction) -> bool:
-    """Whether a rule around this one overrides the function."""
+    """Return True if an outer rule overrides the function."""
     modes = torch_internals.function_modes()
     return any(isinstance(mode, Interception) and func in mode.rule.functions for mode in modes)
 
 
 def _checkpointed_without_gradients(running: Sequence[ModuleCall]) -> ModuleCall | None:
-    """Return the call whose module a reentrant checkpoint runs without gradients now, to run it again later.
+    """Return the module call that a reentrant checkpoint runs without gradients and will recompute, or None.
 
     Args:
         running: the chain of module calls, the outermost first.

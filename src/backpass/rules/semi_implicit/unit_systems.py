@@ -1,12 +1,12 @@
 # ruff: noqa: D102  the methods' docstrings are at UnitSystem
-"""The unknowns of a layer's sub-problem, in the rows of its input or in its columns.
+"""Linear systems of a layer's sub-problems, in row or column coordinates.
 
-Every output unit j has its own problem in its weights w_j, with the same rows A. A bias with another penalty than
-the weights is a column of the constant sqrt(c) in A, c = lam / lam_bias: b = sqrt(c) times that column's weight.
+Each output unit j has a least-squares problem in its weights w_j with the common matrix A. A bias is a constant column
+sqrt(c) of A, with c = lam / lam_bias, and b = sqrt(c) times the weight of that column.
 
-By rows, w_j = A^T u_j and u_j is the unknown: only K = A A^T is needed, and A^T in front of a vector is left out.
-By columns, w_j itself is the unknown and A is applied as an operator, which for a convolution writes out no patches.
-Tensors of unknowns and of outputs have all units side by side.
+By rows, w_j = A^T u_j with the unknown u_j: only K = A A^T is needed, and A^T v is represented by v. By columns, w_j
+is the unknown and A is applied as an operator, without materialising the patches of a convolution. Tensors of unknowns
+and outputs hold all units.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backpass.rules.implicit.systems import row_gram, solve
 
 __all__ = ["ByColumns", "ByRows", "UnitSystem", "unit_system"]
 
-# Squared pivots of a float32 Cholesky factor that spread further are computed anew in float64.
+# If the squared pivots of a float32 Cholesky factor spread further, it is recomputed in float64.
 _ROWS_FLOOR = 1e-7
 _COLUMNS_FLOOR = 1e-6
 
@@ -30,13 +30,13 @@ Wants = tuple[bool, bool]
 
 
 class UnitSystem(ABC):
-    """A with the unknowns' coordinates.
+    """Matrix A in the coordinates of the unknowns.
 
     Args:
         layer: the layer.
-        x: its input, in the precision to solve in.
-        wants: whether weight and bias learn; what does not is held fixed.
-        ratio: c, the penalty on weights over the penalty on biases.
+        x: input of the layer, in the precision of the solve.
+        wants: flags for weight and bias; the other one is held fixed.
+        ratio: c = lam / lam_bias.
     """
 
     def __init__(self, layer: LinearLayer, x: Tensor, wants: Wants, ratio: float) -> None:
@@ -47,35 +47,35 @@ class UnitSystem(ABC):
 
     @abstractmethod
     def arrange(self, outputs: Tensor) -> Tensor:
-        """A tensor like the layer's output in the arrangement that the other methods take."""
+        """Arrange a tensor of the shape of the layer's output for the other methods."""
 
     @abstractmethod
     def apply(self, unknown: Tensor, out: Tensor | None = None) -> Tensor:
-        """A w, in the memory of ``out`` where that serves."""
+        """Return A w, in the memory of ``out`` if possible."""
 
     @abstractmethod
     def adjoint(self, outputs: Tensor) -> Tensor:
-        """The unknown that stands for A^T v."""
+        """Return the unknown that represents A^T v."""
 
     def damped(self, weighting: Tensor, applied: Tensor, unknown: Tensor, out: Tensor) -> Tensor:
-        """A^T diag(weighting) A w + w, with ``applied`` = A w; overwrites ``out``, which is like that."""
+        """Return A^T diag(weighting) A w + w, given ``applied`` = A w; overwrites ``out``."""
         return self.adjoint(torch.mul(weighting, applied, out=out)).add_(unknown)
 
     @abstractmethod
     def inner(self, first: Tensor, second: Tensor, applied: Tensor) -> Tensor:
-        """<w, w'> per unit, where ``applied`` is A w'; broadcasts over unknowns."""
+        """Return <w, w'> per unit, given ``applied`` = A w'; the result broadcasts over unknowns."""
 
     def over_outputs(self, per_unit: Tensor) -> Tensor:
-        """The result of `inner`, to broadcast over outputs instead."""
+        """Reshape a result of `inner` so that it broadcasts over outputs."""
         return per_unit
 
     @abstractmethod
     def square(self, outputs: Tensor) -> Tensor:
-        """|v|^2 of each unit's outputs; broadcasts over unknowns."""
+        """Return |v|^2 per unit; the result broadcasts over unknowns."""
 
     @abstractmethod
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
-        """The unknown that stands for (A^T A + lam I)^{-1} A^T v, the same system for all units; the last call.
+        """Return the unknown that represents (A^T A + lam I)^{-1} A^T v for all units. Must be the last call.
 
         Raises:
             NotFiniteError: A is not finite.
@@ -83,11 +83,11 @@ class UnitSystem(ABC):
 
     @abstractmethod
     def weights(self, unknown: Tensor) -> Gradients:
-        """The unknown as tensors like weight and bias, None for what is held fixed."""
+        """Convert the unknown to tensors of the shapes of weight and bias; None for a fixed one."""
 
 
 class ByRows(UnitSystem):
-    """Unknowns u with w = A^T u: (blocks, n, units), as the outputs."""
+    """Row coordinates: unknowns u with w = A^T u, (blocks, n, units) like the outputs."""
 
     def __init__(self, layer: LinearLayer, x: Tensor, wants: Wants, ratio: float) -> None:
         super().__init__(layer, x, wants, ratio)
@@ -113,7 +113,7 @@ class ByRows(UnitSystem):
         return torch.addcmul(unknown, weighting, applied, out=out)
 
     def inner(self, first: Tensor, second: Tensor, applied: Tensor) -> Tensor:
-        # In one piece of memory for all calls: fresh pages cost more than the products.
+        # Reuse one buffer in all calls: allocating fresh pages costs more than the products.
         if self._products is None:
             self._products = torch.empty_like(first)
         return torch.mul(first, applied, out=self._products).sum(-2, keepdim=True)
@@ -122,7 +122,7 @@ class ByRows(UnitSystem):
         return self.inner(outputs, outputs, outputs)
 
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
-        """(K + lam I)^{-1} v."""
+        """Return (K + lam I)^{-1} v."""
 
         def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             return self.gram if dtype == self.gram.dtype else self._gram(dtype), outputs.to(dtype)
@@ -135,7 +135,7 @@ class ByRows(UnitSystem):
 
 
 class ByColumns(UnitSystem):
-    """Unknowns w: (blocks, units, columns), the bias's column last; outputs by rows, of a convolution as its own."""
+    """Column coordinates: unknowns w, (blocks, units, columns), with the column of the bias last."""
 
     def __init__(self, layer: LinearLayer, x: Tensor, wants: Wants, ratio: float) -> None:
         super().__init__(layer, x, wants, ratio)
@@ -179,7 +179,7 @@ class ByColumns(UnitSystem):
         return outputs.movedim(1, -1).square().flatten(0, -2).sum(0).reshape(self.layer.blocks, -1, 1)
 
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
-        """(A^T A + lam I)^{-1} A^T v."""
+        """Return (A^T A + lam I)^{-1} A^T v."""
 
         def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             same = self if dtype == self.x.dtype else ByColumns(self.layer, self.x.to(dtype), self.wants, self.ratio)
@@ -204,7 +204,7 @@ class ByColumns(UnitSystem):
 
 
 def unit_system(layer: LinearLayer, x: Tensor, wants: Wants, ratio: float, direct: bool) -> UnitSystem:
-    """The system on the cheaper side, for a direct solve or for conjugate gradients."""
+    """Return the cheaper system, for a direct solve or for conjugate gradients."""
     if isinstance(layer, Linear):
         # An iteration costs one product with K, or one with A and one with A^T.
         few_rows = layer.count(x) <= layer.columns(False) * (1 if direct else 2)

@@ -1,8 +1,8 @@
-"""The weight step of semi-implicit back propagation (Liu & Zhang 2020, arXiv 2002.03516).
+"""Weight step of semi-implicit back propagation (Liu & Zhang 2020, arXiv 2002.03516).
 
-A layer z = A w, y = s(z) gets the gradient g at y. Its targets are T = y - eta g, and its step is, for every unit,
+A layer z = A w, y = s(z) gets the gradient g at y. With the targets T = y - eta g, its step is, per unit,
 argmin_d |s(z + A d) - T|^2 + lam |d|^2,
-with the bias's part of d under lam_bias instead. Everything is solved for the increment d, never for w + d.
+with lam_bias for the bias entry of d. The increment d is the unknown, not w + d.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Curved", "increment"]
 
 
 class Curved(NamedTuple):
-    """An activation at a layer's output.
+    """Activation at a layer's output.
 
     Attributes:
         s: the activation.
@@ -43,17 +43,17 @@ def increment(
     scale: float,
     step: SIBP,
 ) -> Tensor:
-    """The increment d of all units.
+    """Return the increments d of all units.
 
     With D = diag s'(z) a Gauss-Newton step from d = 0 solves (A^T D^2 A + lam I) d = -eta A^T D g.
 
     Args:
         system: A and the coordinates of d.
-        of_z: D g, arranged as the system's outputs, as the other tensors.
-        weighting: the diagonal of D^2, overwritten; None for the identity, which one direct solve does.
-        curved: the activation, arranged alike; None for the identity.
-        scale: eta for the loss as it is given, -eta D g = -scale * ``of_z``.
-        step: the rule, of which ``eta`` is not used.
+        of_z: D g, in the arrangement of `UnitSystem.arrange`, like the other tensors.
+        weighting: diagonal of D^2, overwritten; None for the identity, which needs one direct solve.
+        curved: the activation; None for the identity.
+        scale: eta for the given scaling of the loss, so that -eta D g = -scale * ``of_z``.
+        step: the rule; its ``eta`` is not used.
 
     Returns:
         d in the system's coordinates.
@@ -81,16 +81,16 @@ def increment(
 
 
 def _descents(s: Elementwise, step: SIBP) -> int:
-    """Number of iterations that descend on the sub-problem itself; the first stays with the Gauss-Newton model."""
+    """Return the number of descent iterations on the sub-problem itself; the first one is always Gauss-Newton."""
     return min(step.descent_steps, step.cg_steps - 1) if s.has_kinks else 0
 
 
 def _descend(system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor, scale: float, step: SIBP) -> None:
-    """Drop ``found`` for units whose objective it raises, then add steps of steepest descent on the sub-problem.
+    """Reject ``found`` for units whose objective it raises, then take steepest-descent steps on the sub-problem.
 
-    The Gauss-Newton model does not see the kinks that A d crosses: where targets lie far it may overshoot without
-    bound, and layer upon layer of that is how a network explodes. Each further step is the model's exact one along the
-    gradient where the unit now stands, and a unit takes it if its objective does not rise.
+    The Gauss-Newton model ignores the kinks that A d crosses. For distant targets it can overshoot without bound, which
+    over several layers makes a network diverge. Each further step minimises the Gauss-Newton model along the gradient
+    at the present point of the unit, and is taken if it does not raise the objective.
     """
     s, lam, at = curved.s, step.lam, system.apply(found)
     descents = _descents(s, step)
@@ -99,7 +99,7 @@ def _descend(system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor,
     before = system.square(misfit) / lam
     helps = before + system.inner(found, found, at) <= system.square(curved.grad) * (scale**2 / lam)
     if not bool(helps.all()):
-        # Not by a product: what overflowed is dropped too. A unit that is left without a step gets one.
+        # `where` instead of a product also removes overflowed values. Units without a step continue from zero.
         descents = max(descents, 1)
         found.copy_(torch.where(helps, found, 0.0))
         at = torch.where(system.over_outputs(helps), at, 0.0)
@@ -125,7 +125,7 @@ def _descend(system: UnitSystem, curved: Curved, targets: Tensor, found: Tensor,
 
 
 def _length(system: UnitSystem, curved: Curved, targets: Tensor, start: Tensor, further: Tensor, lam: float) -> Tensor:
-    """1 for units whose objective does not rise by ``further``; for others halved, four times at most."""
+    """Return step lengths per unit by backtracking: 1, halved at most four times until the objective does not rise."""
     at, to = system.apply(start), system.apply(further)
 
     def objective(length: Tensor) -> Tensor:
@@ -142,10 +142,10 @@ def _length(system: UnitSystem, curved: Curved, targets: Tensor, start: Tensor, 
 
 
 def _conjugate_gradients(system: UnitSystem, weighting: Tensor, residual: Tensor, steps: int) -> Tensor:
-    """The ``steps``-th iterate on (A^T diag(weighting) A + I) d = residual from d = 0, each unit by itself.
+    """Return the ``steps``-th conjugate-gradient iterate for (A^T diag(weighting) A + I) d = residual, per unit.
 
-    Inner products are those of the weights in either coordinates, so every iterate lowers the quadratic model of the
-    sub-problem, and what comes out depends on the coordinates by rounding alone. ``residual`` is overwritten.
+    The start is d = 0. Inner products are those of the weights in both coordinates, so that every iterate lowers the
+    quadratic model of the sub-problem and the coordinates differ by rounding only. ``residual`` is overwritten.
     """
     direction = residual.clone()
     applied = system.apply(direction)
@@ -154,7 +154,7 @@ def _conjugate_gradients(system: UnitSystem, weighting: Tensor, residual: Tensor
     solution = direction
     for iteration in range(steps):
         image = system.damped(weighting, applied, direction, scratch)
-        # The matrix is no smaller than I. Rounding may say otherwise where a unit has arrived, and would blow up.
+        # The matrix is at least I. At convergence rounding can violate this, and the step would blow up.
         length = _ratio(square, system.inner(image, direction, applied)).clamp_(0, 1)
         solution = solution.addcmul_(direction, length) if iteration else direction * length
         if iteration == steps - 1:
@@ -169,5 +169,5 @@ def _conjugate_gradients(system: UnitSystem, weighting: Tensor, residual: Tensor
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """The quotient, and 0 / 0 = 0 for units that have arrived; inf and NaN stay what they are."""
+    """Return the quotient with 0 / 0 = 0 for converged units; inf and NaN are kept."""
     return above / (below + torch.finfo(below.dtype).tiny)

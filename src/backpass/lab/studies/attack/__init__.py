@@ -1,1 +1,1 @@
-"""One network attacked with plain gradients and with those of rules."""
+"""Attacks on one network with plain gradients and under backward rules."""

@@ -1,4 +1,4 @@
-"""The rules compared on the same images, attack by attack and in the worst case."""
+"""Paired comparison of rules per attack, and the worst case over attacks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Comparison:
 
     Attributes:
         plan: the attack.
-        rule: whose gradients.
-        difference: to the first rule, on the images that the network has right; ``None`` for the first rule itself
-            and where no image is right.
+        rule: backward rule used for the attack's gradients.
+        difference: paired difference to the first rule on the correctly classified images; ``None`` for the first rule
+            and if no image is classified correctly.
     """
 
     plan: Plan
@@ -36,13 +36,13 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Worst:
-    """All attacks at one radius together.
+    """Worst case over all attacks at one radius.
 
     Attributes:
         eps: the radius.
-        by_rule: by rule, the part that at least one attack fools.
-        together: the part that at least one attack with at least one rule fools.
-        further: how many images that makes beyond the first rule's.
+        by_rule: by rule, the rate of images that at least one attack fools.
+        together: rate of images that at least one attack under at least one rule fools.
+        further: number of these images that the first rule does not fool.
         fooled: (N,) bool, the images of `together`.
     """
 
@@ -54,12 +54,12 @@ class Worst:
 
 
 def rule_name(rule: str) -> str:
-    """A rule in a legend."""
+    """Return the label of a rule in a legend."""
     return "BP" if rule == "bp" else rule
 
 
 def compare(measured: Measured) -> list[Comparison]:
-    """Every attack with every rule that can change it, attack by attack."""
+    """Compare every attack under every rule that affects it with the first rule."""
     study = measured.study
     base = measured.reports[study.rules[0]]
     right = base.correct
@@ -77,7 +77,7 @@ def compare(measured: Measured) -> list[Comparison]:
 
 
 def worst_cases(measured: Measured) -> list[Worst]:
-    """For every radius, what all attacks and all rules fool together."""
+    """Return the worst case over all attacks and rules, by radius."""
     study = measured.study
     base = measured.reports[study.rules[0]]
     right = int(base.correct.sum())
@@ -103,7 +103,7 @@ def worst_cases(measured: Measured) -> list[Worst]:
 
 
 def claims(comparisons: Sequence[Comparison], base: str) -> list[Claim]:
-    """That a rule's gradients fool more images than the first rule's, for every attack."""
+    """Return the claims that a rule fools more images than the first rule, for every attack."""
     made: list[Claim] = []
     for one in comparisons:
         if one.difference is None:

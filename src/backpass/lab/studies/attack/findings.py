@@ -1,4 +1,4 @@
-"""Findings of an attack: sentences made from the numbers."""
+"""Findings of an attack study, generated from the numbers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _summary(measured: Measured, comparisons: Sequence[Comparison], worst: Seque
 
 
 def subject_findings(study: Study) -> list[Finding]:
-    """What a reader must know about weights, data and protocol."""
+    """Return findings about weights, data and protocol."""
     found = []
     if not study.subject.trained:
         found.append(
@@ -124,7 +124,7 @@ def _placing(text: str, placing: Placing) -> Finding:
 
 
 def _together(study: Study, worst: Sequence[Worst]) -> list[Finding]:
-    """Whether the other rules find what the first does not."""
+    """Return a finding about images that only the further rules fool."""
     if len(study.rules) < 2:
         return []
     parts = [f"{one.further:,} at eps {fraction_text(one.eps)} ({percent_text(one.together)} in all)" for one in worst]
@@ -138,7 +138,7 @@ def _together(study: Study, worst: Sequence[Worst]) -> list[Finding]:
 
 
 def _masking(measured: Measured) -> list[Finding]:
-    """Whether the attack without gradients fools what gradients do not."""
+    """Return a finding about gradient masking: images that only the gradient-free attack fools."""
     study = measured.study
     base = measured.reports[study.rules[0]]
     found = []

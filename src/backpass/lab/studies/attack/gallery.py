@@ -1,4 +1,4 @@
-"""Images before, after, and what was added."""
+"""Gallery of original images, adversarial images and perturbations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RULES_SHOWN = 3
 
 
 def gallery(measured: Measured) -> list[Gallery]:
-    """Return the samples in rows: the image, then for every rule the attacked image and the difference."""
+    """Return one row per sample: original image, then adversarial image and perturbation of every rule."""
     samples, data = measured.samples, measured.study.data
     if not samples:
         return []

@@ -1,4 +1,4 @@
-"""A data set's images in the space in which a protocol attacks, one by one."""
+"""Data set of images in the input space of a protocol."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["AttackImages"]
 
 
 class AttackImages(Dataset[tuple[Tensor, int]]):
-    """Pairs (image, label); images become floats when they are asked for, so that only bytes stay in memory.
+    """Pairs (image, label); images are converted to floats on access, so that only bytes are kept in memory.
 
     Args:
         data: the images.
-        protocol: says in which space they are attacked.
+        protocol: protocol that defines the input space.
     """
 
     def __init__(self, data: Labelled, protocol: Protocol) -> None:

@@ -1,4 +1,4 @@
-"""One network attacked with plain gradients and with a rule's: the same images, starts and steps."""
+"""Attacks on one network under several rules, with equal images, starts and steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from backpass.rules import parse_rule
 __all__ = ["measure"]
 
 Progress = Callable[[str, float], None]
-"""Called with what is going on and with the part that is done, in [0, 1]."""
+"""Called with a description of the current work and the finished fraction in [0, 1]."""
 
 
 def measure(study: Study, progress: Progress = lambda what, part: None) -> Measured:
-    """Attacks, and compares the rules.
+    """Run the attacks of a study under every rule.
 
     Raises:
-        BackpassError: the attacks cannot be run on this network and these images; the message says why.
+        BackpassError: the attacks cannot be run on this network and these images.
     """
     began = time.perf_counter()
     runner = _Runner(study, progress)
@@ -46,7 +46,7 @@ def measure(study: Study, progress: Progress = lambda what, part: None) -> Measu
 
 
 class _Runner:
-    """Evaluates under a rule, counts shards, and reports how much of all the work is done."""
+    """Evaluator under rules that counts shards and reports progress."""
 
     def __init__(self, study: Study, progress: Progress) -> None:
         self.study, self.progress = study, progress
@@ -58,7 +58,7 @@ class _Runner:
         self.total = runs + swept * len(study.rules) * sum(len(attacks) for *_, attacks in planned_sweeps(study))
 
     def run(self, rule: str, data: Labelled, attacks: dict[str, Attack]) -> Report:
-        """One evaluation with the rule attached."""
+        """Run one evaluation with the rule attached."""
         before = self.done
 
         def report_progress(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""``linbp:start=auto`` in a study: linear backpropagation starts where it does best on images set aside for that."""
+"""``linbp:start=auto`` in a study: the start of LinBP is selected on held-out images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MOST = 200
 
 
 def set_aside(data: Labelled, limit: int | None, rules: Sequence[str]) -> tuple[Labelled, Labelled | None]:
-    """The images to attack, and those by which a start is chosen, where a rule asks for that.
+    """Split the images into those to attack and, if a rule has ``start=auto``, those for the selection of its start.
 
-    The latter follow the first ``limit``, at most 200; where none is left, they are the last of all, at most a quarter.
+    The latter are up to 200 images after the first ``limit``; if none is left, at most the last quarter of all images.
 
     Raises:
         BackpassError: there are fewer than two images.
@@ -39,7 +39,7 @@ def set_aside(data: Labelled, limit: int | None, rules: Sequence[str]) -> tuple[
 
 
 def place(study: Study, aside: Labelled) -> Study:
-    """The study with a start in the place of every ``auto``, chosen by its first attack that uses gradients.
+    """Return the study with every ``auto`` replaced by a start, selected by the first gradient-based attack.
 
     Raises:
         BackpassError: no attack uses gradients.

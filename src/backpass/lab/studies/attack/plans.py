@@ -1,4 +1,4 @@
-"""From an attack's text form and the options of a command to attacks with all their settings."""
+"""Construction of attacks from text forms and command-line options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backpass.rules.text import read_settings
 
 __all__ = ["Plan", "make_plans", "mixing_pool"]
 
-_ELSEWHERE = {"eps": "--eps", "seed": "--seed", "dtype": "--dtype"}  # settings with an option of their own
+_ELSEWHERE = {"eps": "--eps", "seed": "--seed", "dtype": "--dtype"}  # settings that have their own option
 _NOT_IN_TEXT = {"bounds", "logits", "targeted", "pool"}
 
 
@@ -27,9 +27,9 @@ class Plan:
     """One attack at one radius.
 
     Attributes:
-        text: the attack as it was asked for, for instance ``apgd:steps=20``.
-        eps: the radius as it was asked for; the protocol says what the attack makes of it.
-        attack: with all its settings.
+        text: text form as given, for instance ``apgd:steps=20``.
+        eps: radius as given, before the protocol converts it.
+        attack: attack with all settings.
     """
 
     text: str
@@ -38,12 +38,12 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Tells it from the others."""
+        """Unique name of the plan."""
         return f"{self.text} at eps {fraction_text(self.eps)}"
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether a rule can make a difference to it."""
+        """True if the attack uses gradients, so that a rule affects it."""
         return self.attack.uses_gradients
 
 
@@ -54,14 +54,14 @@ def make_plans(
     protocol: Protocol,
     gradients: int | None = None,
 ) -> list[Plan]:
-    """All attacks at all radii, attack by attack.
+    """Return all attacks at all radii, ordered by attack.
 
     Args:
         texts: names with settings of their own, as in ``apgd:steps=20,loss=dlr``.
-        radii: as the user has given them.
-        options: settings for every attack that has them; what is ``None`` was not given.
-        protocol: adds its own settings and defaults.
-        gradients: budget of each image, of which steps are made; None for the attacks' own number of steps.
+        radii: radii as given by the user.
+        options: settings for every attack that has them; ``None`` means not given.
+        protocol: protocol, which adds settings and defaults.
+        gradients: budget in gradients per image, converted to steps; None for the attacks' own number of steps.
 
     Raises:
         UnknownNameError: no attack, or no setting, has that name.
@@ -123,7 +123,7 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _typed(field: Field[Any], value: Any, text: str) -> Any:
-    """A setting's value in the type of its default; fractions become numbers."""
+    """Convert the value of a setting to the type of its default; fractions become floats."""
     default = field.default
     if (isinstance(default, float) or default is None) and isinstance(value, str):
         return read_number(value, f"{field.name} of {text!r}")

@@ -1,4 +1,4 @@
-"""An attack's numbers as a result: tables, curves, images, claims and words."""
+"""Result of an attack study: tables, curves, images, claims and findings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MOST_CLASSES = 30
 
 
 def describe(measured: Measured) -> Result:
-    """The result that the report shows."""
+    """Return the content of the report."""
     study = measured.study
     comparisons, worst = compare(measured), worst_cases(measured)
     classes, numbers_by_class = _classes(measured, worst)
@@ -176,7 +176,7 @@ def _classes(measured: Measured, worst: Sequence[Worst]) -> tuple[Table, list[di
 
 
 def _placing(text: str, placing: Placing) -> Table:
-    """How every start did that was tried."""
+    """Return a table of all candidate starts with their success."""
     choice = placing.choice
     rows: list[list[Cell]] = [["none: BP", percent(choice.plain)]]
     rows += [[f"{start}", percent(rate)] for start, rate in choice.rates.items()]
@@ -209,7 +209,7 @@ def _worst(measured: Measured, worst: Sequence[Worst]) -> Table:
 
 
 def _confusion(measured: Measured) -> Table:
-    """What becomes what, under the first attack."""
+    """Return the confusion table of labels and predicted classes under the first attack."""
     study = measured.study
     name = study.plans[0].name
     cells = measured.reports[study.rules[0]].confusion(name)
@@ -231,7 +231,7 @@ def _confusion(measured: Measured) -> Table:
 
 
 def _differences(measured: Measured, comparisons: Sequence[Comparison]) -> list[Series]:
-    """Return a plot for each attack: what each rule's gradients add to the first rule's success, by radius."""
+    """Return a plot for each attack: the difference of each rule's success to that of the first rule, by radius."""
     study = measured.study
     label, unit = _radius_axis(study.radii)
     made = []

@@ -1,4 +1,4 @@
-"""A few images that were fooled, before and after."""
+"""Selection of example images that were fooled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of attacks in words, as every report names them."""
+"""Settings of attacks as text for reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["plan_settings", "protocol_settings", "subject_text", "target_text"]
 
 
 def plan_settings(plans: Sequence[Plan]) -> dict[str, str]:
-    """Every setting of every attack, by the plan's name."""
+    """Return the settings of every attack by name of the plan."""
     return {
         plan.name: ", ".join(
             f"{name.replace('_', ' ')} {_plain(value)}"
@@ -27,7 +27,7 @@ def plan_settings(plans: Sequence[Plan]) -> dict[str, str]:
 
 
 def protocol_settings(protocol: Protocol, radii: Sequence[float]) -> dict[str, str]:
-    """The protocol with what it means, and the radii."""
+    """Return the protocol with its description, and the radii."""
     return {
         "protocol": f"{protocol.name}. {protocol.explain(radii, None)}",
         "eps": ", ".join(map(fraction_text, radii)),
@@ -35,12 +35,12 @@ def protocol_settings(protocol: Protocol, radii: Sequence[float]) -> dict[str, s
 
 
 def target_text(data: Labelled, target: str | int) -> str:
-    """The class that targeted attacks lead to."""
+    """Return the target class of targeted attacks as text."""
     return target if isinstance(target, str) else f"{data.class_name(target)} ({target})"
 
 
 def subject_text(subject: Subject) -> str:
-    """A network with its weights."""
+    """Return the name of a network with its weights."""
     return f"{subject.name}, {subject.size:,} parameters; weights: {subject.weights} (SHA-256 {subject.digest})"
 
 

@@ -1,4 +1,4 @@
-"""The study of one network under attack: its settings, and what was measured."""
+"""Settings and measurements of an attack study on one network."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["Measured", "Placing", "Sample", "Study", "Sweep", "check_rules", "or
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Placing:
-    """Where ``linbp:start=auto`` has come to start.
+    """Selected start of ``linbp:start=auto``.
 
     Attributes:
         choice: the rule, and how every start did.
-        plan: the attack by which it was chosen.
+        plan: attack used for the selection.
         images: on which.
     """
 
@@ -41,23 +41,23 @@ class Placing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Study:
-    """What is attacked, and how.
+    """Settings of an attack study.
 
     Attributes:
         subject: the network.
         data: the images.
-        protocol: where the attacks move and what eps means.
-        attacks: in their text forms.
-        radii: as the user has given them.
+        protocol: input space of the attacks and unit of eps.
+        attacks: text forms of the attacks.
+        radii: radii as given by the user.
         options: settings for every attack that has them.
-        rules: in their text forms; the others are compared with the first.
+        rules: text forms of the rules; each is compared with the first.
         batch_size: images searched at a time, and in one shard.
-        device: where the network is.
-        swept: how many images the curves over eps and steps are measured on; 0 leaves the curves out.
-        shown: how many fooled images are shown.
-        shards: the folder that keeps finished parts.
-        target: class that targeted attacks lead to, see `choose_targets`; None for attacks away from the label.
-        placings: by the text form that asked for it, the start that was chosen.
+        device: device of the network.
+        swept: number of images for the curves over eps and steps; 0 disables the curves.
+        shown: number of example images.
+        shards: folder of finished parts.
+        target: target class of targeted attacks, see `choose_targets`; None for attacks away from the label.
+        placings: selected start by text form of the rule with ``start=auto``.
     """
 
     subject: Subject
@@ -77,25 +77,25 @@ class Study:
 
     @property
     def plans(self) -> list[Plan]:
-        """Every attack at every radius."""
+        """All attacks at all radii."""
         return make_plans(self.attacks, self.radii, self.options, self.protocol)
 
     def plans_of(self, rule: str) -> list[Plan]:
-        """Those that a rule can change; for the first rule, all."""
+        """Return the plans that a rule affects; all of them for the first rule."""
         return [plan for plan in self.plans if plan.uses_gradients or rule == self.rules[0]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Success as one setting of an attack varies.
+    """Success rate as a function of one setting of an attack.
 
     Attributes:
-        attack: its text form.
-        over: the setting, ``eps`` or ``steps``.
-        places: its values.
-        fixed: what else matters, in words.
-        rates: by rule, the part fooled of the images that the network has right, at every place.
-        images: how many images there are, right or wrong.
+        attack: text form of the attack.
+        over: varied setting, ``eps`` or ``steps``.
+        places: values of the setting.
+        fixed: fixed settings, as text.
+        rates: by rule, success rate on the correctly classified images at every value.
+        images: number of images, correctly classified or not.
     """
 
     attack: str
@@ -108,16 +108,16 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One image before, and after each rule's attack.
+    """Example image, before and after the attack under each rule.
 
     Attributes:
-        index: its place in the data.
-        label: its class.
+        index: index in the data.
+        label: label.
         before: (C, H, W) pixels.
         after: by rule, pixels, outside [0, 1] where the protocol allows it.
-        seen: by rule, the class that the network sees in it.
-        confidence: the softmax probability of the label, before.
-        confidences: by rule, that of the class that is seen.
+        seen: by rule, predicted class of the adversarial image.
+        confidence: softmax probability of the label before the attack.
+        confidences: by rule, softmax probability of the predicted class.
     """
 
     index: int
@@ -131,7 +131,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """What was measured.
+    """Measurements of an attack study.
 
     Attributes:
         study: the settings.
@@ -140,7 +140,7 @@ class Measured:
         samples: images that the first plan fools.
         computed: shards computed.
         reused: shards found finished.
-        seconds: how long it took.
+        seconds: duration in seconds.
     """
 
     study: Study
@@ -153,7 +153,7 @@ class Measured:
 
 
 def order_rules(rules: Sequence[str], model: str | None = None) -> list[str]:
-    """The rules with plain backpropagation first, where it is among them: the others are compared with it.
+    """Return the rules with plain backpropagation, the baseline of the comparison, first if it is among them.
 
     Args:
         rules: text forms.
@@ -179,10 +179,10 @@ def order_rules(rules: Sequence[str], model: str | None = None) -> list[str]:
 
 
 def check_rules(subject: Subject, rules: Sequence[str], x: Tensor, data: str) -> None:
-    """Every rule finds something to act on in the subject, for images x (N, C, H, W) of ``data``.
+    """Check that every rule has a site in the subject for images x (N, C, H, W) of ``data``.
 
     Raises:
-        NoSiteError: one does not.
+        NoSiteError: a rule has no site.
     """
     for text in rules:
         rule = parse_rule_for(subject.name, text)

@@ -1,4 +1,4 @@
-"""Which attacks to run for the curves of success against eps and against steps."""
+"""Attacks for the curves of success against eps and against steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from backpass.lab.studies.attack.study import Study
 
 __all__ = ["planned_sweeps"]
 
-_SWEPT = (FGSM, Iterative, APGD)  # quick enough to be run at many places
+_SWEPT = (FGSM, Iterative, APGD)  # fast enough for many values
 _EPS_LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 _STEPS_LADDER = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _ENOUGH_RADII = 4
 
 
 def planned_sweeps(study: Study) -> list[tuple[str, str, str, dict[float, Attack]]]:
-    """The sweeps to make: (attack, setting, what stays fixed, attacks by place)."""
+    """Return the planned sweeps: (attack, setting, fixed settings as text, attacks by value)."""
     if study.swept == 0:
         return []
     first = study.radii[0]

@@ -1,1 +1,1 @@
-"""The demo: the rules of four papers at work on real handwritten digits, one page."""
+"""Demo: the methods of four papers on handwritten digits, as one report."""

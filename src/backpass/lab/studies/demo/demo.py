@@ -1,4 +1,4 @@
-"""The four parts of the demo, one after the other, as one result."""
+"""Execution of the four parts of the demo as one result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backpass.report.result import Finding, Result, environment
 __all__ = ["SCALES", "Demo", "run"]
 
 Progress = Callable[[str, float], None]
-"""Called with what was finished and with the part that is done, in [0, 1]."""
+"""Called with a description of the finished work and the finished fraction in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +42,14 @@ SCALES = {
         prediction=Prediction(seeds=3, paths=8, samples=16, steps=10, records=2),
     ),
 }
-"""The demo's sizes by name."""
+"""Sizes of the demo by name."""
 
 
 def run(demo: Demo, progress: Progress = lambda what, part: None) -> Result:
-    """Run the demo on one CPU thread; all numbers but those in seconds depend on settings and versions alone."""
+    """Run the demo on one CPU thread; all numbers except timings depend on settings and versions only."""
     began = time.perf_counter()
     parts = (demo.transfer, demo.implicit_steps, demo.initial_weights, demo.prediction)
-    done, pieces = 0, sum(part.seeds for part in parts[:3]) + 3  # the last part reports thrice
+    done, pieces = 0, sum(part.seeds for part in parts[:3]) + 3  # the last part reports three times
 
     def report(what: str) -> None:
         nonlocal done

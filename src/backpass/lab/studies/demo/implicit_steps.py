@@ -26,7 +26,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {"AdamW": (), "ProxProp + AdamW": (ProxPro
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitSteps:
-    """Settings: each method takes the rate of ``rates`` with the lowest training loss at the end of the time."""
+    """Settings; each method uses the rate of ``rates`` with the lowest final training loss."""
 
     seeds: int = 5
     model: str = "mlp:widths=512-512-512"
@@ -39,7 +39,7 @@ class ImplicitSteps:
         runs: dict[tuple[str, float], list[list[float]]] = {(name, r): [] for name in _RULES for r in self.rates}
         durations: dict[str, list[float]] = {name: [] for name in _RULES}
         for seed in range(self.seeds):
-            for name, rate in runs:  # interleaved: other work of the machine slows both
+            for name, rate in runs:  # interleaved, so that other load of the machine affects both methods
                 losses, seconds = self._train(split, name, rate, seed)
                 runs[name, rate].append(losses)
                 durations[name] += seconds
@@ -115,7 +115,7 @@ class ImplicitSteps:
 
 
 def _at(losses: Sequence[float], epoch: float) -> float:
-    """Return the loss between two epochs, log-linearly."""
+    """Return the loss between two epochs by log-linear interpolation."""
     before = min(int(epoch), len(losses) - 2)
     share = epoch - before
     return math.exp((1 - share) * math.log(losses[before]) + share * math.log(losses[before + 1]))

@@ -1,4 +1,4 @@
-"""Bad initial weights: a network with small weights learns with SIBP, and not with SGD."""
+"""Small initial weights: training with SIBP and with SGD."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["InitialWeights"]
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """Settings: weights from N(0, ``std``^2), biases zero; SGD is tried at all ``rates`` and the best is shown."""
+    """Settings: weights from N(0, ``std``^2), zero biases; of all SGD ``rates`` the best one is shown."""
 
     seeds: int = 5
     model: str = "mlp:widths=100-100-100-100"

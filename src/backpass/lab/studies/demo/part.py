@@ -1,4 +1,4 @@
-"""One part of the demo, the digits, and the words for a difference."""
+"""Part of the demo, its network, and the text of a difference."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from backpass.report.wording import interval_text
 __all__ = ["Part", "Report", "compare", "make"]
 
 Report = Callable[[str], None]
-"""Called with one finished piece of work, in words."""
+"""Called with a description of each finished run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One question of the demo with its plot, its claims and one sentence."""
+    """Part of the demo: a question with plot, claims and a one-sentence summary."""
 
     finding: Finding
     series: Series

@@ -1,4 +1,4 @@
-"""The SDE's prediction of adversarial training: the input gradient and the loss under attack against time."""
+"""SDE prediction of adversarial training: input gradient and adversarial loss against time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LOSS = functools.partial(F.binary_cross_entropy_with_logits, reduction="none")
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Settings: a tanh network tells 3 from 8 in images of 4x4 pixels, from one start per seed, ``paths`` times."""
+    """Settings: a tanh network classifies 3 against 8 in 4x4 images; ``paths`` runs from one start per seed."""
 
     seeds: int = 5
     paths: int = 100
@@ -40,7 +40,7 @@ class Prediction:
     eta_inner: float = 0.1
 
     def run(self, split: Split, report: Report) -> Part:
-        """Return what training, adversarial training and its SDE do to the input gradient."""
+        """Return the input gradient under training, adversarial training and its SDE."""
         sde, starts = self._problem(split)
         time = self.steps * self.eta
         draws = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Transfer: images made against one network with plain gradients and with those of rules, shown to another network."""
+"""Transferability of adversarial images between two networks, with plain gradients and under rules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SOURCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """Settings: images of ``source`` are judged by ``target``, which was trained from other weights."""
+    """Settings: adversarial images of ``source`` are evaluated on ``target``, trained from other initial weights."""
 
     seeds: int = 5
     source: str = "resnet:width=8"

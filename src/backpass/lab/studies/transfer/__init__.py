@@ -1,1 +1,1 @@
-"""Images made against some networks, and shown to others."""
+"""Transferability of adversarial images between networks."""

@@ -1,4 +1,4 @@
-"""Images made against some networks and shown to others, with plain gradients and with a rule's."""
+"""Settings and measurement of a transfer study: attacks on sources under rules, evaluated on targets."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ from backpass.lab.subjects import Subject
 __all__ = ["Measured", "Study", "measure"]
 
 Progress = Callable[[str, float], None]
-"""Called with what is going on and with the part that is done, in [0, 1]."""
+"""Called with a description of the current work and the finished fraction in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Study:
-    """What is attacked, who judges, and how.
+    """Settings of a transfer study.
 
     Attributes:
         sources: networks to attack, by name; rules are attached to them.
-        targets: networks that judge the images, by name; may be the same.
+        targets: networks to evaluate on, by name; may be the same.
         data: the images.
-        protocol: where the attacks move and what eps means.
-        attacks: in their text forms.
-        radii: as the user has given them.
+        protocol: input space of the attacks and unit of eps.
+        attacks: text forms of the attacks.
+        radii: radii as given by the user.
         options: settings for every attack that has them.
-        rules: in their text forms; the others are compared with the first.
+        rules: text forms of the rules; each is compared with the first.
         batch_size: images searched at a time.
-        device: where the networks are.
-        shards: the folder that keeps finished parts.
-        target: class that targeted attacks lead to, see `choose_targets`; None for attacks away from the label.
-        gradients: budget of each image, at which all attacks and rules are compared; None for the attacks' own steps.
+        device: device of the networks.
+        shards: folder of finished parts.
+        target: target class of targeted attacks, see `choose_targets`; None for attacks away from the label.
+        gradients: budget in gradients per image, at which all attacks and rules are compared; None for the attacks' own
+            steps.
     """
 
     sources: Mapping[str, Subject]
@@ -62,11 +63,11 @@ class Study:
 
     @property
     def plans(self) -> list[Plan]:
-        """Every attack at every radius."""
+        """All attacks at all radii."""
         return make_plans(self.attacks, self.radii, self.options, self.protocol, self.gradients)
 
     def marks(self, plan: Plan) -> list[int] | None:
-        """Return the numbers of gradients after which an attack is judged: 1, 2, 5, 10, ... and the budget."""
+        """Return the numbers of gradients at which an attack is evaluated: 1, 2, 5, 10, ... and the budget."""
         if self.gradients is None or not isinstance(plan.attack, Iterative):
             return None
         least, budget = plan.attack.cost(1), self.gradients
@@ -74,23 +75,23 @@ class Study:
         return sorted({budget, *(mark for mark in series if least <= mark < budget)})
 
     def rules_of(self, plan: Plan) -> Sequence[str]:
-        """The rules that can change an attack; for one without gradients, the first stands for all."""
+        """Return the rules that affect an attack; only the first one for an attack without gradients."""
         return self.rules if plan.uses_gradients else self.rules[:1]
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Source and target, where they are not the same network."""
+        """Pairs (source, target) of different networks."""
         return [(source, target) for source in self.sources for target in self.targets if source != target]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """What was measured.
+    """Measurements of a transfer study.
 
     Attributes:
         study: the settings.
-        reports: by (plan, rule), who fools whom, image by image.
-        seconds: how long it took.
+        reports: transfer report by (plan, rule).
+        seconds: duration in seconds.
     """
 
     study: Study
@@ -99,24 +100,24 @@ class Measured:
 
     @property
     def correct(self) -> dict[str, Tensor]:
-        """By target, (N,) bool: the images that it has right when they are clean."""
+        """Correctly classified clean images (N,) bool, by target."""
         return next(iter(self.reports.values())).correct
 
     @property
     def clean(self) -> dict[str, Rate]:
-        """By target, right of all images."""
+        """Clean accuracy by target."""
         return {target: Rate(int(right.sum()), len(right)) for target, right in self.correct.items()}
 
     def rate(self, plan: str, rule: str, source: str, target: str) -> Rate:
-        """Fooled, of the images that the target has right."""
+        """Return the success rate on the images that the target classifies correctly."""
         return self.reports[plan, rule].rates[source][target]
 
 
 def measure(study: Study, progress: Progress = lambda what, part: None) -> Measured:
-    """Makes the images of every attack with every rule, and shows them to every target.
+    """Run every attack under every rule and evaluate the images on every target.
 
     Raises:
-        BackpassError: the attacks cannot be run on these networks and images; the message says why.
+        BackpassError: the attacks cannot be run on these networks and images.
     """
     began = time.perf_counter()
     sources = {name: study.protocol.model(subject.model) for name, subject in study.sources.items()}

@@ -1,4 +1,4 @@
-"""Transfer's numbers as a result: a matrix for every attack and rule, curves, claims and words."""
+"""Result of a transfer study: a matrix per attack and rule, curves, claims and findings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _REFERENCE = "Guo, Li, Chen, NeurIPS 2020: images made with linear backpropagati
 
 
 def describe(measured: Measured) -> Result:
-    """The result that the report shows."""
+    """Return the content of the report."""
     study = measured.study
     claims = _claims(measured)
     return Result(
@@ -129,7 +129,7 @@ def _cell(rate: Rate) -> Cell:
 
 
 def _claims(measured: Measured) -> list[Claim]:
-    """That a rule's images transfer better than the first rule's, for every attack and pair."""
+    """Return the claims that a rule's images transfer better than the first rule's, for every attack and pair."""
     study = measured.study
     base = study.rules[0]
     compared = [
@@ -217,12 +217,12 @@ def _average(measured: Measured, plan: Plan) -> Finding:
 
 
 def _series(measured: Measured) -> list[Series]:
-    """Black-box success against eps, and with a budget against the gradients used."""
+    """Return plots of the success on targets against eps and, with a budget, against the number of gradients."""
     return [*_against_eps(measured), *_against_gradients(measured)]
 
 
 def _against_gradients(measured: Measured) -> list[Series]:
-    """For every pair and radius, a curve for every attack and rule."""
+    """Return a plot per pair and radius, with a curve per attack and rule."""
     study = measured.study
     if study.gradients is None or study.gradients < 2:
         return []
@@ -256,7 +256,7 @@ def _against_gradients(measured: Measured) -> list[Series]:
 
 
 def _against_eps(measured: Measured) -> list[Series]:
-    """For every attack and pair, where there are radii enough for a line."""
+    """Return a plot per attack and pair, if there are enough radii for a line."""
     study = measured.study
     if len(study.radii) < 2:
         return []
