@@ -184,7 +184,7 @@ def test_processes_of_their_own_tell_what_they_compute(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_side_by_side_they_find_what_they_find_one_by_one(tmp_path, monkeypatch):
     monkeypatch.undo()  # processes of their own see the real catalogue
-    names = ["linbp-fig1", "sde-long-run"]
+    names = ["linbp-fig1", "linbp-fig2"]
     both, single = (
         {done.name: done.result.claims for done in run(tmp_path / str(jobs), *names, jobs=jobs)} for jobs in (2, 1)
     )
