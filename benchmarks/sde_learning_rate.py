@@ -1,7 +1,7 @@
 """ControlledLR against its rivals, and what it costs: writes docs/results/sde-learning-rate.{md,json}.
 
 Run with BACKPASS_DATA set, from the repository root; about a quarter of an hour on one core. Interrupted, it goes on
-from its finished pieces.
+from its stored outcomes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from backpass.lab.bench.experiment import Bench
-from backpass.lab.bench.pieces import Pieces
-from backpass.lab.experiments.sde.image_rates import network
-from backpass.lab.experiments.sde.learning_rate import EXPERIMENTS
+from backpass.errors import BackpassError
+from backpass.experiments.image_rates import network
+from backpass.experiments.running import Failed, run
+from backpass.papers.learning_rates import EXPERIMENTS, images
 from backpass.report.result import Cell, Result, Table
 from backpass.report.statistics import Interval
 from backpass.report.wording import interval_text
@@ -74,7 +74,8 @@ def page(results: list[Result], costs: dict[str, float]) -> str:
     )
     for result in results:
         parts.append(f"## {result.title}\n")
-        parts.append(f"{result.scale}: " + ", ".join(f"{k} {v}" for k, v in result.settings.items()) + ".\n")
+        shared = {name: value for name, value in result.settings.items() if not isinstance(value, dict)}
+        parts.append(f"{result.scale}: " + ", ".join(f"{k} {v}" for k, v in shared.items()) + ".\n")
         parts += [f"**{finding.topic}.** {finding.text}\n" for finding in result.findings]
         parts += [markdown(table) for table in result.tables]
         parts.append("### Verdicts\n")
@@ -89,14 +90,18 @@ def page(results: list[Result], costs: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pieces", type=Path, default=Path("runs/sde-learning-rate"), help="finished pieces")
+    parser.add_argument("--outcomes", type=Path, default=Path("runs/sde-learning-rate"), help="what is finished")
     parser.add_argument("--models", default="mlp,cnn", help="for MNIST")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(pieces=Pieces(arguments.pieces, progress=print))
-    regression, mnist = EXPERIMENTS
-    sizes = replace(mnist.settings("small"), models=tuple(arguments.models.split(",")))
-    results = [regression.run("small", bench), replace(mnist, scales={"small": sizes}).run("small", bench)]
+    regression, mnist, _ = EXPERIMENTS
+    mnist = replace(mnist, scales={"small": images(3, tuple(arguments.models.split(",")))})
+    results = []
+    for experiment in (regression, mnist):
+        (done,) = run([experiment], scale="small", out=arguments.outcomes, progress=print)
+        if isinstance(done, Failed):
+            raise BackpassError(done.reason)
+        results.append(done.result)
     costs = {f"{name}, batch {batch}": cost(name, batch) for name in ("mlp", "cnn") for batch in (50, 500)}
     OUT.with_suffix(".md").write_text(page(results, costs))
     together = {"cost": costs, "results": [json.loads(result.as_json()) for result in results]}

@@ -26,12 +26,10 @@ def test_control_writes_the_schedule_of_the_worked_example(tmp_path):
 def test_long_run_predicts_the_law_that_it_measures(tmp_path):
     done = run("long-run", "--paths", 64, "--relaxations", 8, "--eta", 0.05, "--dim", 1, "--out", tmp_path)
     assert done.exit_code == 0
-    assert "The minimum moves" in done.stdout
     result = json.loads((tmp_path / "result.json").read_text())
-    rows = {row[0]: row[1] for row in result["tables"][0]["rows"]}
-    measured = rows["mean, measured"]
-    width = measured["high"] - measured["low"]
-    assert abs(measured["mean"] - float(rows["mean, predicted"])) < 2 * width
+    chain, prediction = result["tables"][0]["rows"]
+    width = chain[1]["high"] - chain[1]["low"]
+    assert abs(chain[1]["mean"] - prediction[1]["mean"]) < 2 * width
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 

@@ -9,7 +9,15 @@ from backpass.errors import UnknownNameError
 from backpass.experiments.experiment import Experiment
 from backpass.lab.bench import experiment as bench
 from backpass.lab.experiments import catalogue
-from backpass.papers import linbp_adversarial, linbp_simulations, linbp_training, proxprop, sibp
+from backpass.papers import (
+    adversarial_sde,
+    learning_rates,
+    linbp_adversarial,
+    linbp_simulations,
+    linbp_training,
+    proxprop,
+    sibp,
+)
 
 __all__ = ["EXPERIMENTS", "choose", "every_experiment", "experiment_names"]
 
@@ -19,6 +27,8 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     *linbp_adversarial.EXPERIMENTS,
     *proxprop.EXPERIMENTS,
     *sibp.EXPERIMENTS,
+    *adversarial_sde.EXPERIMENTS,
+    *learning_rates.EXPERIMENTS,
 )
 """Experiments in the declarative form of `backpass.experiments`."""
 

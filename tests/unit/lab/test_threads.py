@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from backpass.lab.experiments.sde import compare, control, long_run, weak_error
+from backpass.experiments.experiment import Place
+from backpass.experiments.long_run import LongRun, run_long
+from backpass.experiments.robustness import Paired, run_paths
+from backpass.experiments.weak_orders import Orders, weak_errors
+from backpass.lab.experiments.sde import control
 from backpass.lab.threads import one_thread
 
 
@@ -23,8 +27,8 @@ def test_one_inside_and_as_many_as_before_afterwards(threads):
 
 
 def test_the_studies_of_the_sde_leave_it(threads):
-    weak_error.measure(weak_error.Study(t=0.04, halvings=1))
+    weak_errors(Orders(t=0.04, halvings=1), 0, Place())
     control.measure(control.Study(t=1.0))
-    long_run.measure(long_run.Study(dimension=1, paths=8, relaxations=2.0, eta=0.1))
-    compare.measure(compare.Study(paths=2, t=0.3, records=3, points=2))
+    run_long(LongRun(dimension=1, paths=8, relaxations=2.0, eta=0.1), 0, Place())
+    run_paths(Paired(paths=2, t=0.3, records=3), 0, Place())
     assert torch.get_num_threads() == 3

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backpass.cli.printing import print_claims, print_findings, print_table, print_written, working
 from backpass.cli.sde.group import group
+from backpass.cli.sde.showing import show
+
+if TYPE_CHECKING:
+    from backpass.experiments.experiment import Scale
 
 __all__ = ["compare"]
 
@@ -35,27 +38,14 @@ def compare(
 
     Recorded are the mean squared input gradient, the clean loss and the loss under the training attack.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with working("loading torch") as report:
-        from backpass.lab.experiments.sde.compare import Study, measure
-        from backpass.lab.experiments.sde.compare_result import describe
-        from backpass.report.page import write_report
 
-        study = Study(
-            paths=paths,
-            t=t,
-            records=records,
-            eta=eta,
-            eta_inner=eta_inner,
-            steps=steps,
-            batch_size=batch_size,
-            seed=seed,
+    def table() -> Scale:
+        from backpass.experiments.robustness import Paired
+        from backpass.papers.adversarial_sde import robustness
+
+        settings = Paired(
+            paths=paths, t=t, records=records, eta=eta, eta_inner=eta_inner, steps=steps, batch_size=batch_size
         )
-        measured = measure(study, report)
-        result = describe(measured)
-        written = write_report(result, out)
-    for table in result.tables:
-        print_table(table, columns=len(table.columns))
-    print_claims(result, "Claims, 95 % intervals")
-    print_findings(result)
-    print_written(measured.seconds, written)
+        return robustness(settings, seed)
+
+    show("sde-robustness", table, out)

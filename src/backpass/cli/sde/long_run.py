@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backpass.cli.printing import print_claims, print_findings, print_table, print_written, working
 from backpass.cli.sde.group import group
+from backpass.cli.sde.showing import show
+
+if TYPE_CHECKING:
+    from backpass.experiments.experiment import Scale
 
 __all__ = ["long_run"]
 
@@ -36,12 +39,12 @@ def long_run(
     The shifted minimum, the mean, the covariance and the rate of relaxation, and whether fluctuation and dissipation
     balance.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with working("loading torch"):
-        from backpass.lab.experiments.sde.long_run import Study, describe, measure
-        from backpass.report.page import write_report
 
-        study = Study(
+    def table() -> Scale:
+        from backpass.experiments.long_run import LongRun
+        from backpass.papers import adversarial_sde
+
+        settings = LongRun(
             dimension=dim,
             steps=steps,
             eta=eta,
@@ -49,13 +52,7 @@ def long_run(
             batch_size=batch_size,
             paths=paths,
             relaxations=relaxations,
-            seed=seed,
         )
-        measured = measure(study)
-        result = describe(measured)
-        written = write_report(result, out)
-    for table in result.tables:
-        print_table(table, columns=len(table.columns))
-    print_claims(result, "Claims, 95 % intervals")
-    print_findings(result)
-    print_written(measured.seconds, written)
+        return adversarial_sde.long_run(settings, seed)
+
+    show("sde-long-run", table, out)

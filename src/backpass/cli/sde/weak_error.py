@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backpass.cli.printing import print_claims, print_findings, print_table, print_written, working
 from backpass.cli.sde.group import group
+from backpass.cli.sde.showing import show
+
+if TYPE_CHECKING:
+    from backpass.experiments.experiment import Scale
 
 __all__ = ["weak_error"]
 
@@ -34,17 +37,16 @@ def weak_error(
 
     A linear regression on four points; the chain's transfer operator against the exponential of each SDE's generator.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with working("loading torch"):
-        from backpass.lab.experiments.sde.weak_error import Study, describe, measure
-        from backpass.report.page import write_report
 
-        study = Study(dimension=dim, steps=steps, rho=rho, batch_size=batch_size, t=t, largest=eta, halvings=halvings)
-        measured = measure(study)
-        result = describe(measured)
-        written = write_report(result, out)
-    for table in result.tables:
-        print_table(table, columns=5)
-    print_claims(result, "Claims: the slope less 1.5, over three test functions")
-    print_findings(result)
-    print_written(measured.seconds, written)
+    def table() -> Scale:
+        from backpass.experiments.weak_orders import Orders
+        from backpass.papers.adversarial_sde import weak_orders
+
+        return weak_orders(
+            Orders(
+                dimensions=(dim,), steps=(steps,), rhos=(rho,), batch_size=batch_size, t=t, largest=eta,
+                halvings=halvings,
+            )
+        )  # fmt: skip
+
+    show("sde-weak-error", table, out)

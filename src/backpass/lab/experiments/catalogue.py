@@ -13,7 +13,6 @@ from backpass.lab.experiments.linbp import (
     transfer,
     white_box_conditions,
 )
-from backpass.lab.experiments.sde import adversarial_rates, learning_rate, theorems
 
 __all__ = ["EXPERIMENTS", "choose", "experiment_names"]
 
@@ -22,9 +21,6 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     *halving.EXPERIMENTS,
     *transfer.EXPERIMENTS,
     *white_box_conditions.EXPERIMENTS,
-    *theorems.EXPERIMENTS,
-    *learning_rate.EXPERIMENTS,
-    *adversarial_rates.EXPERIMENTS,
 )
 
 

@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from backpass.lab.experiments.sde.regression_problems import Problem
+from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.regression_problems import Problem
 from backpass.training import ControlledLR
 
-__all__ = ["RATES", "regress"]
+__all__ = ["RATES", "Regression", "regress"]
 
 RATES = 10
 """The grid: the problem's largest rate, halved from one to the next."""
 
 
-def regress(problem: Problem, *, seed: int, steps: int, every: int) -> dict[str, list[float]]:
-    """Return the excess of every schedule after the last step.
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """Settings of the comparison.
+
+    Attributes:
+        problem: what is learned.
+        steps: of every run.
+        every: between measurements of the second `ControlledLR`.
+    """
+
+    problem: Problem
+    steps: int = 2000
+    every: int = 10
+
+
+def regress(settings: Regression, seed: int, place: Place) -> Outcome:
+    """Learn under all schedules, on the same batches.
 
     Fixed rates, their Polyak averages over the second half, linear decay and cosine decay to 0 start at each rate of
     the grid; `ControlledLR` starts at the largest.
 
-    Args:
-        problem: what is learned.
-        seed: of the batches, which all share.
-        steps: of each run.
-        every: between measurements of `ControlledLR`.
-
     Returns:
-        By schedule, a number per rate of the grid (one for `ControlledLR`): the excess of the effective loss, and
-        under the same name with `` attacked`` E L(x + delta_K).
+        By schedule, a number per rate of the grid (one for `ControlledLR`): the excess of the effective loss after the
+        last step, and under the same name with `` attacked`` E L(x + delta_K).
     """
+    problem, steps, every = settings.problem, settings.steps, settings.every
     grid = problem.largest_rate * 0.5 ** torch.arange(RATES)
     theta, average = torch.zeros(3 * RATES, problem.size), torch.zeros(RATES, problem.size)
     own = [_Controlled(problem, 1), _Controlled(problem, every)]

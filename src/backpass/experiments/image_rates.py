@@ -1,4 +1,4 @@
-"""Learning rates on MNIST: a perceptron and a convolutional network, plain and adversarial, one run at a time."""
+"""Learning rates on MNIST as one outcome: a perceptron or a convolutional network, plain or adversarial."""
 
 from __future__ import annotations
 
@@ -12,42 +12,44 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
+from backpass.data import load_data
+from backpass.experiments.experiment import Outcome, Place
 from backpass.training import Batch, ControlledLR, Evaluated, Trainer
 
-__all__ = ["Run", "Task", "network", "train"]
+__all__ = ["Images", "network", "train_images"]
+
+
+RATES = 10
+"""The grid: the largest rate, halved from one to the next."""
+
+_METRICS = ("", " attacked", " accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A training task.
+class Images:
+    """Settings of the comparison.
 
     Attributes:
         model: ``mlp`` or ``cnn``.
         attack_steps: K ascent steps of the adversary, 0 for none.
         eta_inner: its step.
+        images: for training, the first of the training set.
+        test: for judging, the first of the test set.
         epochs: passes over the training images.
         batch: images per step.
+        rate: the largest of the grid, where all schedules start.
         every: between measurements of `ControlledLR`.
     """
 
     model: str
     attack_steps: int
-    eta_inner: float
-    epochs: int
-    batch: int
-    every: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """Numbers on the test images: the effective loss E[L + K eta_I / 2 |L_x|^2], E L(x + delta_K), accuracy.
-
-    ``accuracy`` is in per cent and under the adversary of training.
-    """
-
-    effective: float
-    attacked: float
-    accuracy: float
+    eta_inner: float = 0.1
+    images: int = 5000
+    test: int = 1000
+    epochs: int = 4
+    batch: int = 50
+    rate: float = 0.5
+    every: int = 5
 
 
 def network(name: str, seed: int) -> nn.Sequential:
@@ -65,23 +67,34 @@ def network(name: str, seed: int) -> nn.Sequential:
     )
 
 
-def train(
-    task: Task, schedule: str, rate: float, seed: int, images: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
-) -> list[Run]:
-    """One run of SGD without momentum; the same seed gives the same initial weights and the same batches.
-
-    Args:
-        task: what is trained.
-        schedule: ``fixed``, ``linear``, ``cosine`` or ``controlled``.
-        rate: at the start.
-        seed: of weights and batches.
-        images: x (N, 1, 28, 28) and y (N,), for training.
-        test: the same for judging.
+def train_images(settings: Images, seed: int, place: Place) -> Outcome:
+    """Train under all schedules from the same weights on the same batches of MNIST, by SGD without momentum.
 
     Returns:
-        The last network's numbers, and those of the Polyak average over the second half of the steps.
+        By schedule, a number per rate of the grid for ``fixed`` and for its ``Polyak`` average over the second half of
+        the steps, one for the others: the effective test loss E[L + K eta_I / 2 |L_x|^2], and under the same name with
+        `` attacked`` E L(x + delta_K) and with `` accuracy`` the accuracy under the adversary of training, in per cent.
     """
-    model, (x, y) = network(task.model, seed), images
+    sizes = {"train": settings.images, "test": settings.test}
+    parts = (load_data("mnist", split=split).first(size).images for split, size in sizes.items())
+    images, test = ((part.x.to(place.device), part.y.to(place.device)) for part in parts)
+    found: dict[str, list[float]] = {}
+    plans = [("fixed", settings.rate * 0.5**k) for k in range(RATES)]
+    for schedule, rate in (*plans, *((name, settings.rate) for name in ("linear", "cosine", "controlled"))):
+        averaged = {"fixed": "Polyak", "controlled": "controlled, Polyak"}.get(schedule, f"{schedule}, Polyak")
+        ends = _train(settings, schedule, rate, seed, images, test)
+        for name, numbers in zip((schedule, averaged), ends, strict=True):
+            for metric, number in zip(_METRICS, numbers, strict=True):
+                found.setdefault(name + metric, []).append(number)
+    return found
+
+
+def _train(
+    task: Images, schedule: str, rate: float, seed: int, images: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+) -> list[tuple[float, float, float]]:
+    """Return the last network's numbers, and those of the Polyak average."""
+    x, y = images
+    model = network(task.model, seed).to(x.device)
     steps = len(y) // task.batch * task.epochs
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     controlled = schedule == "controlled"
@@ -101,7 +114,7 @@ def train(
         diverged_above=None,
         log_every=steps,
     ).fit()
-    average = network(task.model, seed)
+    average = network(task.model, seed).to(x.device)
     if result.averaged is not None:
         average.load_state_dict(result.averaged)
     return [_judge(model, test, task), _judge(average if result.averaged is not None else model, test, task)]
@@ -110,7 +123,7 @@ def train(
 class _Attacked:
     """Cross-entropy at the end of the adversary's ascent."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Images) -> None:
         self.task = task
 
     def __call__(self, model: nn.Module, batch: Batch, plain: object) -> Evaluated:
@@ -138,13 +151,13 @@ def _slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return gradient
 
 
-def _attacked(model: nn.Module, x: Tensor, y: Tensor, task: Task) -> Tensor:
+def _attacked(model: nn.Module, x: Tensor, y: Tensor, task: Images) -> Tensor:
     for _ in range(task.attack_steps):
         x = x + task.eta_inner * _slope(model, x, y)
     return x
 
 
-def _judge(model: nn.Module, test: tuple[Tensor, Tensor], task: Task) -> Run:
+def _judge(model: nn.Module, test: tuple[Tensor, Tensor], task: Images) -> tuple[float, float, float]:
     x, y = test
     squares = _slope(model, x, y).flatten(1).square().sum(1).mean()
     at = _attacked(model, x, y, task)
@@ -152,4 +165,4 @@ def _judge(model: nn.Module, test: tuple[Tensor, Tensor], task: Task) -> Run:
         clean, logits = F.cross_entropy(model(x), y), model(at)
         effective = clean + task.attack_steps * task.eta_inner / 2 * squares
         right = (logits.argmax(1) == y).float().mean()
-        return Run(float(effective), float(F.cross_entropy(logits, y)), 100 * float(right))
+        return float(effective), float(F.cross_entropy(logits, y)), 100 * float(right)

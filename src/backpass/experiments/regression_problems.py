@@ -17,8 +17,8 @@ __all__ = ["PROBLEMS", "Problem"]
 class Problem:
     """y = x . target + noise, x with covariance diag(k^-decay) or real; L = (x . theta - y)^2 / 2.
 
-    The adversary takes ``steps`` ascent steps of size ``eta_inner`` on x from x itself; for this loss they have the
-    closed form delta = theta r (c - 1) / q, with r = x . theta - y, q = |theta|^2, c = (1 + eta_inner q)^steps.
+    The adversary takes ``attack_steps`` ascent steps of size ``eta_inner`` on x from x itself; for this loss they have
+    the closed form delta = theta r (c - 1) / q, with r = x . theta - y, q = |theta|^2, c = (1 + eta_inner q)^K.
 
     Attributes:
         name: in the table.
@@ -26,7 +26,7 @@ class Problem:
         decay: of the curvatures' spectrum.
         noise: standard deviation of the targets' noise.
         batch: samples in a step.
-        steps: K of the adversary, 0 for none.
+        attack_steps: K of the adversary, 0 for none.
         eta_inner: the adversary's step.
         heavy: noise with Student's t of 3 degrees of freedom, scaled to the same variance.
         real: scikit-learn's diabetes data in the place of drawn inputs, standardised.
@@ -37,7 +37,7 @@ class Problem:
     decay: float
     noise: float
     batch: int
-    steps: int = 0
+    attack_steps: int = 0
     eta_inner: float = 0.0
     heavy: bool = False
     real: bool = False
@@ -82,7 +82,7 @@ class Problem:
         """Half of the largest rate at which E |theta|^2 stays bounded for Gaussian inputs, without an adversary."""
         top, trace = torch.linalg.eigvalsh(self.covariance)[-1], self.covariance.trace()
         stable = top * (1 - 1 / self.batch) + (trace + top) / self.batch
-        adversary = (1 + self.eta_inner * self.target.square().sum()) ** (2 * self.steps)
+        adversary = (1 + self.eta_inner * self.target.square().sum()) ** (2 * self.attack_steps)
         return float(1 / (stable * adversary))
 
     def batches(self, seed: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -103,8 +103,8 @@ class Problem:
     def factor(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """C and (c - 1) / q, by which the adversary multiplies residuals; (...) for theta (..., d)."""
         q = theta.square().sum(-1)
-        c = (1 + self.eta_inner * q) ** self.steps
-        return c, torch.where(q > 0, (c - 1) / q.clamp(min=1e-30), self.steps * self.eta_inner)
+        c = (1 + self.eta_inner * q) ** self.attack_steps
+        return c, torch.where(q > 0, (c - 1) / q.clamp(min=1e-30), self.attack_steps * self.eta_inner)
 
     def attacked(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """The batch as the adversary leaves it, for one theta (d,)."""
@@ -157,7 +157,7 @@ PROBLEMS = (
     Problem("curvatures 1/k^2", 12, 2.0, 0.4, 8),
     Problem("heavy-tailed noise", 15, 0.5, 0.6, 12, heavy=True),
     Problem("diabetes", 10, 0.0, 0.0, 8, real=True),
-    Problem("adversarial, k^-1/2", 10, 0.5, 0.4, 8, steps=3, eta_inner=0.1),
-    Problem("adversarial, 1/k", 20, 1.0, 0.5, 16, steps=3, eta_inner=0.1),
+    Problem("adversarial, k^-1/2", 10, 0.5, 0.4, 8, attack_steps=3, eta_inner=0.1),
+    Problem("adversarial, 1/k", 20, 1.0, 0.5, 16, attack_steps=3, eta_inner=0.1),
 )
 """None of them was used to choose a setting of `ControlledLR`."""

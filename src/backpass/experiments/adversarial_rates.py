@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jacfwd
 
-from backpass.lab.bench.experiment import Bench, Experiment, Outcome
-from backpass.report.claims import judge
-from backpass.report.result import Cell, Finding, Table
-from backpass.report.statistics import geometric_interval
+from backpass.experiments.experiment import Outcome, Place
 from backpass.sde import AdversarialSDE, InnerLoop
 from backpass.sde.long_run import find_zero
 from backpass.sde.sampling import draw_batches
 from backpass.training import ControlledLR, half_losses
 
-__all__ = ["EXPERIMENTS", "PROBLEMS", "RATES", "AttackedProblem", "Sizes", "compare_rates"]
+__all__ = ["PROBLEMS", "Attacked", "AttackedProblem", "compare_rates"]
 
 RATES = 10
 """The grid: the problem's largest rate, halved from one to the next."""
@@ -105,21 +101,35 @@ class _Parameters(nn.Module):
         return self.theta, x
 
 
-def compare_rates(problem: AttackedProblem, *, seed: int, steps: int, every: int) -> dict[str, list[float]]:
-    """Return the excess after the last step, by schedule: fixed, one number per rate of the grid; controlled, one.
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """Settings of the comparison.
 
-    Args:
-        problem: the training problem.
-        seed: of the batches, which all schedules share.
-        steps: of each run.
+    Attributes:
+        problem: name of one of `PROBLEMS`.
+        steps: of every run.
         every: between measurements of `ControlledLR`.
     """
-    sde, settings = problem.sde, problem.adversary
+
+    problem: str
+    steps: int = 1500
+    every: int = 10
+
+
+def compare_rates(settings: Attacked, seed: int, place: Place) -> Outcome:
+    """Learn under all schedules, on the same batches.
+
+    Returns:
+        The excess after the last step: ``fixed``, one number per rate of the grid, ``controlled`` and ``controlled,
+        frozen``, one.
+    """
+    (problem,) = (one for one in PROBLEMS if one.name == settings.problem)
+    sde, adversary = problem.sde, problem.adversary
     rates = problem.largest_rate * 0.5 ** torch.arange(RATES, dtype=torch.float64)
     theta = torch.zeros(RATES + len(_CONTROLLED), problem.size, dtype=torch.float64)
     models = [_Parameters(problem.size) for _ in _CONTROLLED]
     schedulers = [
-        ControlledLR(torch.optim.SGD(model.parameters(), lr=float(rates[0])), every=every) for model in models
+        ControlledLR(torch.optim.SGD(model.parameters(), lr=float(rates[0])), every=settings.every) for model in models
     ]
 
     def mean(output: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
@@ -128,7 +138,7 @@ def compare_rates(problem: AttackedProblem, *, seed: int, steps: int, every: int
     batches: Iterator[Tensor] = draw_batches(
         "iid", sde.noise_dim, sde.batch_size, (), torch.Generator().manual_seed(seed), torch.device("cpu")
     )
-    for _ in range(steps):
+    for _ in range(settings.steps):
         index = next(batches)
         gradients = theta - sde.chain_step(theta, index=index.expand(len(theta), -1))
         x, y = (part[index] for part in sde.data)
@@ -136,9 +146,9 @@ def compare_rates(problem: AttackedProblem, *, seed: int, steps: int, every: int
         for row, (name, model, scheduler) in enumerate(zip(_CONTROLLED, models, schedulers, strict=True), RATES):
             if scheduler.due:
                 if name == "controlled":
-                    scheduler.measure(half_losses(model, mean, x, y, adversary=settings))  # type: ignore[arg-type]
+                    scheduler.measure(half_losses(model, mean, x, y, adversary=adversary))  # type: ignore[arg-type]
                 else:
-                    at = x + _perturbation(settings, problem.loss, model.theta.detach(), x, y)
+                    at = x + _perturbation(adversary, problem.loss, model.theta.detach(), x, y)
                     scheduler.measure(half_losses(model, mean, at, y))  # type: ignore[arg-type]
             model.theta.grad = gradients[row]
             scheduler.optimizer.step()
@@ -148,8 +158,8 @@ def compare_rates(problem: AttackedProblem, *, seed: int, steps: int, every: int
     return {"fixed": ends[:RATES], **{name: [end] for name, end in zip(_CONTROLLED, ends[RATES:], strict=True)}}
 
 
-def _perturbation(settings: InnerLoop, loss: Loss, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return settings.run(torch.func.grad(lambda delta: loss(theta, x + delta, y).sum()), x)
+def _perturbation(adversary: InnerLoop, loss: Loss, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return adversary.run(torch.func.grad(lambda delta: loss(theta, x + delta, y).sum()), x)
 
 
 def _logistic(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -216,100 +226,3 @@ PROBLEMS = (
     AttackedProblem("squared hinge", _squared_hinge, _signs(1200, 15, 0.5), 15, 12, InnerLoop(steps=4, eta=0.1)),
 )
 """The first four were known when the rule took its present form; the last two served to choose nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Sizes of the comparison.
-
-    Attributes:
-        steps: of every run.
-        runs: seeds.
-        every: between measurements of `ControlledLR`.
-    """
-
-    steps: int = 1500
-    runs: int = 6
-    every: int = 10
-
-
-def _measure(sizes: Sizes, bench: Bench) -> Outcome:
-    ends: dict[str, dict[str, list[float]]] = {}
-    for problem in PROBLEMS:
-        runs = [
-            bench.pieces.value(
-                f"{problem.name}, seed {seed}",
-                partial(compare_rates, problem, seed=seed, steps=sizes.steps, every=sizes.every),
-                problem=problem.name,
-                seed=seed,
-                steps=sizes.steps,
-                every=sizes.every,
-            )
-            for seed in range(sizes.runs)
-        ]
-        means = [math.fsum(run["fixed"][place] for run in runs) for place in range(RATES)]
-        best = min(range(RATES), key=lambda place: means[place] if math.isfinite(means[place]) else math.inf)
-        ends[problem.name] = {
-            "fixed": [run["fixed"][best] for run in runs],
-            **{name: [run[name][0] for run in runs] for name in _CONTROLLED},
-        }
-    ratios: dict[str, dict[str, list[float]]] = {
-        name: {
-            problem: [ours / base for ours, base in zip(row[name], row["fixed"], strict=True)]
-            for problem, row in ends.items()
-        }
-        for name in _CONTROLLED
-    }
-    rows: list[list[Cell]] = [
-        [problem, *(geometric_interval(ratios[name][problem]) for name in _CONTROLLED)] for problem in ends
-    ]
-    lower = sum(math.fsum(row["controlled"]) < math.fsum(row["fixed"]) for row in ends.values())
-    return Outcome(
-        findings=[
-            Finding(
-                "Against the best fixed rate",
-                f"With the curvature through the attack ControlledLR has the lower mean excess in {lower} of "
-                f"{len(ends)} problems.",
-            )
-        ],
-        series=[],
-        claims=[
-            judge(
-                f"below-fixed-{place}",
-                f"{problem}: ControlledLR ends lower than the best of {RATES} fixed rates",
-                ours=[math.log(value) for value in row["controlled"]],
-                theirs=[math.log(value) for value in row["fixed"]],
-                direction="lower",
-                quantity="log of the excess",
-                reference="derived for this project",
-            )
-            for place, (problem, row) in enumerate(ends.items())
-        ],
-        tables=[
-            Table(
-                id="ratios",
-                title="Excess over that of the best fixed rate",
-                columns=["Problem", "curvature through the attack", "curvature at frozen perturbations"],
-                rows=rows,
-                note="Geometric means over the seeds on the same batches, with 95 % intervals; lower is better.",
-            )
-        ],
-        data="made from a seed, drawn with replacement",
-        seeds=range(sizes.runs),
-    )
-
-
-EXPERIMENTS = (
-    Experiment(
-        name="sde-learning-rate-adversarial",
-        title="Does the controlled learning rate need the curvature through the attack?",
-        question=(
-            "ControlledLR in adversarial training of six convex losses, with the curvature through the attack and at "
-            "frozen perturbations, beside ten fixed rates of which the best is chosen in hindsight. The excess is that "
-            "of the loss that adversarial training descends, to second order at its minimum."
-        ),
-        source="derived for this project",
-        scales={"small": Sizes(), "paper": Sizes(steps=10_000, runs=20, every=1)},
-        measure=_measure,
-    ),
-)
