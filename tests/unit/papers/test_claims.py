@@ -13,8 +13,9 @@ OTHER_NETWORKS = ("linbp-fig7", "linbp-fig10")  # at the paper's scale, which na
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda one: one.name)
 def test_both_scales_have_the_claims_that_were_always_asked(experiment):
-    committed = json.loads((SMALL / experiment.name / "result.json").read_text())
-    ids = {claim["id"].partition(".")[2] for claim in committed["claims"]}
-    assert {one.id for one in experiment.scales["small"].comparisons} == ids
+    small, paper = ({one.id for one in experiment.scales[name].comparisons} for name in ("small", "paper"))
+    if (SMALL / experiment.name).exists():
+        committed = json.loads((SMALL / experiment.name / "result.json").read_text())
+        assert small == {claim["id"].partition(".")[2] for claim in committed["claims"]}
     if experiment.name not in OTHER_NETWORKS:
-        assert {one.id for one in experiment.scales["paper"].comparisons} >= ids
+        assert paper >= small
