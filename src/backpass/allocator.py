@@ -1,4 +1,4 @@
-"""How this process's memory allocator treats what torch frees."""
+"""Settings of the process's memory allocator: freed memory is kept."""
 
 from __future__ import annotations
 

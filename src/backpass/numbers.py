@@ -13,7 +13,7 @@ _MOST_DIGITS = 18  # no count or size here is longer, and Python reads no number
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether this is a finite int or float; a bool is none, nor is an int that no float can hold."""
+    """Return whether this is a finite int or float; a bool is none, nor is an int that no float can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -23,7 +23,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def is_whole(value: object, least: int) -> TypeGuard[int]:
-    """Whether this is an int of at least ``least`` that 64 bits hold; a bool is none."""
+    """Return whether this is an int of at least ``least`` that 64 bits hold; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
@@ -53,7 +53,7 @@ def read_numbers(text: str, name: str) -> tuple[float, ...]:
 
 
 def is_whole_text(text: str) -> bool:
-    """Whether a text is a whole number at least 0, in ASCII digits alone, of a length that can be meant."""
+    """Return whether a text is a whole number at least 0, in ASCII digits alone, of a length that can be meant."""
     return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 
 

@@ -1,4 +1,4 @@
-"""What other packages add under a name: classes that their entry points offer."""
+"""Rules and attacks of other packages: classes named by entry points."""
 
 from __future__ import annotations
 

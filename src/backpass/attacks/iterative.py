@@ -141,7 +141,7 @@ class Iterative(SearchAttack):
 
     @property
     def _random(self) -> bool:
-        """Whether restarts differ."""
+        """True if restarts differ."""
         return self.random_start or self.noise > 0
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What a run ends at under a schedule: outcomes have a number per rate of a grid for every schedule, arms name one."""
+"""Last values of runs under a schedule: outcomes have a number per rate of a grid for every schedule, arms name one."""
 
 from __future__ import annotations
 

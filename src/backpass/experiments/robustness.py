@@ -73,7 +73,7 @@ class Paired:
 
     @property
     def times(self) -> list[float]:
-        """When the paths are recorded."""
+        """Times at which the paths are recorded."""
         return [self.t * k / self.records for k in range(self.records + 1)]
 
 

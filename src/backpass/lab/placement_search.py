@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
 
 def is_automatic(rule: Rule | str) -> bool:
-    """Whether a rule, or its text form, is LinBP with ``start=auto``, which stands for the search."""
+    """Return whether a rule, or its text form, is LinBP with ``start=auto``, which stands for the search."""
     rule = parse_rule(rule, placeholders=PLACEHOLDERS) if isinstance(rule, str) else rule
     return isinstance(rule, LinBP) and rule.start == _AUTO
 

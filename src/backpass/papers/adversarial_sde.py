@@ -18,7 +18,7 @@ _DERIVED = f"derived for this project in the setting of {_PAPER}"
 _FLOW = f"{_PAPER}, abstract: the SDE confirms the robustness as a gradient flow"
 
 _ORDER_WITHIN, _SPREAD_WITHIN = 0.15, 0.1
-"""How far from the prediction a number may be at finite learning rates."""
+"""Largest accepted distance of a number from its prediction at finite learning rates."""
 
 _SDES = {"b0": "b0: gradient flow", "b0+sigma": "b0 + sigma: noise", "B": "B: expanded", "C": "C: exact attack"}
 

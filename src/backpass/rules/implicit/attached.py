@@ -67,7 +67,7 @@ class LayerAttached(Attached):
 
     @property
     def active(self) -> bool:
-        """Whether the rule is in force still."""
+        """True if the rule is in force still."""
         return not self._removed
 
     def remove(self) -> None:
@@ -166,5 +166,5 @@ def world_size() -> int:
 
 
 def holds_something(parameter: Tensor) -> bool:
-    """Whether a parameter's gradient is there and not zero."""
+    """Return whether a parameter's gradient is there and not zero."""
     return parameter.grad is not None and bool(parameter.grad.any())

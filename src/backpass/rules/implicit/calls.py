@@ -379,7 +379,7 @@ def _checked(call: LinearCall) -> LinearCall:
 
 
 def _is_parameter(tensor: Tensor) -> bool:
-    """Whether a tensor is a leaf, or a view of one in which no two entries share memory."""
+    """Return whether a tensor is a leaf, or a view of one in which no two entries share memory."""
     if tensor.is_leaf or not tensor.requires_grad or isinstance(tensor, nn.Parameter):
         return True
     parent = tensor._base

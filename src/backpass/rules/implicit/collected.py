@@ -44,7 +44,7 @@ class Collected:
 
     @property
     def has_rows(self) -> bool:
-        """Whether rows are kept, and not their Gram matrix."""
+        """True if rows are kept, and not their Gram matrix."""
         return self.gram is None
 
     def add(self, use: Use, parameters: Parameters, now: int) -> None:

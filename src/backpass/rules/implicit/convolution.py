@@ -25,7 +25,7 @@ __all__ = ["Convolution", "correlated_gram", "patch_count", "patch_gram", "patch
 aten = torch.ops.aten
 
 _CHUNK = 2**21
-"""How many numbers are written out at once: 8 MiB of float32 stay in a processor's cache, more or less."""
+"""Number of values written out at once: 8 MiB of float32, which about fit a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Convolution(LinearLayer):
 
 
 def patch_count(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes) -> Sizes:
-    """How many patches fit along each dimension of ``x`` (N, C, *spatial)."""
+    """Number of patches along each dimension of ``x`` (N, C, *spatial)."""
     sizes = zip(x.shape[2:], kernel, stride, dilation, strict=True)
     return tuple((size - (k - 1) * d - 1) // s + 1 for size, k, s, d in sizes)
 

@@ -1,4 +1,4 @@
-"""How layers reach the rules with implicit steps: the seam to the mechanism of `attaching`."""
+"""Interception of linear layers for the rules with implicit steps."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class LayerInterception(Interception):
         return any(tensor is p for p in module._parameters.values())
 
     def _is_plain(self) -> bool:
-        """Whether nothing learns in the call at hand."""
+        """Return whether nothing learns in the call at hand."""
         return self._call is None or (isinstance(self._call, LinearCall) and not learns(self._call))
 
     def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

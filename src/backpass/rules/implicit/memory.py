@@ -59,7 +59,7 @@ class Memory:
             layer.inverse = None
 
     def is_due(self, name: str) -> bool:
-        """Whether the next step of a layer needs its Gram matrix."""
+        """Return whether the next step of a layer needs its Gram matrix."""
         layer = self.layers.get(name)
         return layer is None or layer.age >= layer.due
 
@@ -128,7 +128,7 @@ class Memory:
         self.layers = {name: _Layer(**{**saved, "mean": saved["mean"].clone()}) for name, saved in state.items()}
 
     def pays(self, one: Collected) -> bool:
-        """Whether memory costs a layer fewer multiplications in a step than the exact step."""
+        """Return whether memory costs a layer fewer multiplications in a step than the exact step."""
         layer, rows = one.layer, one.count
         d, weights = layer.columns(one.wants[1]), torch.Size(layer.shape).numel()
         o, side = weights // layer.columns(False), d / layer.parts(self.step.max_side)

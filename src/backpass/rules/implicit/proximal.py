@@ -61,7 +61,7 @@ class ProximalStep:
     max_side: int
 
     def added(self, count: float, samples: float, columns: int = 0) -> Callable[[Tensor], float]:
-        """What is added to the diagonal of a Gram matrix: A^T A, or A A^T if ``columns`` of A are given."""
+        """Damping added to the diagonal of a Gram matrix: A^T A, or A A^T if ``columns`` of A are given."""
         if self.damping != "relative":
             number = {"sum": 1, "mean": count, "sample_mean": samples}[self.damping] / self.tau
             return lambda gram: number
@@ -266,7 +266,7 @@ class ProximalAttached(LayerAttached):
     rule: Any
 
     def is_due(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether the backward pass needs the rows of a layer; else its calls can stay plain."""
+        """Return whether the backward pass needs the rows of a layer; else its calls can stay plain."""
         return True
 
     def set(self, **settings: Any) -> None:

@@ -93,7 +93,7 @@ class ProximalAtStep(ProximalAttached):
         self._collected = {}
 
     def is_due(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether the next step needs the rows of a layer; else its calls can stay plain."""
+        """Return whether the next step needs the rows of a layer; else its calls can stay plain."""
         if self.memory is None:
             return True
         named = self.parameter(weight if weight.requires_grad or bias is None else bias)
@@ -199,7 +199,7 @@ class ProximalAtStep(ProximalAttached):
                     self._write(partial(self.memory.direction, name), *learning)
 
     def _remembers(self, name: str, one: Collected) -> bool:
-        """Whether a layer has a memory; decided at its first step."""
+        """Return whether a layer has a memory; decided at its first step."""
         if self.memory is None or name in self._exact:
             return False
         if name in self.memory.layers or not self.rule.chooses or self.memory.pays(one):
@@ -224,7 +224,7 @@ class ProximalAtStep(ProximalAttached):
                 self._written[gradient] = gradient._version
 
     def _is_written(self, gradient: Tensor) -> bool:
-        """Whether a gradient is a direction already: of a step without a backward pass before, or of two optimizers."""
+        """Return whether a gradient is a direction already: of a step without a backward pass before, or of two optimizers."""
         return gradient in self._written and bool(self._written[gradient] == gradient._version)
 
     def _save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:

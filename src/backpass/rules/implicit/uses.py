@@ -257,7 +257,7 @@ def _under_transforms(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _is_asked_for(ctx: Any, position: int) -> bool:
-    """Whether this backward pass computes the gradient of an argument; ``autograd.grad`` names what it wants."""
+    """Return whether this backward pass computes the gradient of an argument; ``autograd.grad`` names what it wants."""
     edges = getattr(ctx, "next_functions", None)
     node = edges[position][0] if edges else None
     if node is None or torch._C._current_graph_task_id() < 0:

@@ -210,7 +210,7 @@ def _one_step(settings: WhiteBox, found: Sequence[_Measured]) -> Finding:
 
 
 def _agreement(found: Sequence[_Measured]) -> Finding:
-    """Whether LinBP does the worse the less the directions agree, over all networks and placements."""
+    """Return whether LinBP does the worse the less the directions agree, over all networks and placements."""
     points = [
         (numbers["cosine"], ours - theirs)
         for one in _networks(found)
