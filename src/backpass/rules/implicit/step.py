@@ -224,7 +224,7 @@ class ProximalAtStep(ProximalAttached):
                 self._written[gradient] = gradient._version
 
     def _is_written(self, gradient: Tensor) -> bool:
-        """Return whether a gradient is a direction already: of a step without a backward pass before, or of two optimizers."""
+        """Return whether a gradient is a direction already: of a step before, or of another optimizer."""
         return gradient in self._written and bool(self._written[gradient] == gradient._version)
 
     def _save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
