@@ -83,7 +83,7 @@ def constant(scale, values):
 
 
 def judged(out, scale):
-    """Claims of a table, by id, after a check that they can be recomputed."""
+    """Claims of a table, by id, after a check that they can be recomputed; and its result."""
     tiny = Experiment(name="tiny", title="T", question="Q?", source="P", scales={"tiny": scale})
     (done,) = run([tiny], scale="tiny", out=out)
     assert verify(out / "tiny", [tiny]).problems == ()

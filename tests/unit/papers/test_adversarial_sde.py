@@ -8,26 +8,17 @@ import torch
 from typer.testing import CliRunner
 
 from backpass import BackpassError, cli
-from backpass.experiments.experiment import Experiment, Place
+from backpass.experiments.experiment import Place
 from backpass.experiments.long_run import LongRun, find_minimum, predict_law, run_long
 from backpass.experiments.robustness import QUANTITIES, Paired, compare_slopes, predict_paths, run_paths
-from backpass.experiments.running import run
 from backpass.experiments.tanh_network import make_problem
-from backpass.experiments.verifying import verify
 from backpass.experiments.weak_orders import FUNCTIONS, Orders, weak_errors
 from backpass.lab.experiments.sde import control
 from backpass.papers import adversarial_sde
 from backpass.sde import VARIANTS, fit_slope
+from support.experiments import judged
 
 TINY = Paired(paths=40, t=1.5, records=3, points=40)
-
-
-def judged(out, scale):
-    """Claims of a table, by id, after a check that they can be recomputed."""
-    tiny = Experiment(name="tiny", title="T", question="Q?", source="P", scales={"tiny": scale})
-    (done,) = run([tiny], scale="tiny", out=out)
-    assert verify(out / "tiny", [tiny]).problems == ()
-    return {claim.id.partition(".")[2]: claim for claim in done.result.claims}, done.result
 
 
 def test_weak_orders_are_those_of_the_derivation_over_all_problems(tmp_path):

@@ -9,16 +9,14 @@ from backpass.data import load_data
 from backpass.errors import BackpassError
 from backpass.experiments import adversarial_rates
 from backpass.experiments.adversarial_rates import Attacked, compare_rates
-from backpass.experiments.experiment import Arm, Experiment, Place, Runs
+from backpass.experiments.experiment import Arm, Place, Runs
 from backpass.experiments.image_rates import Images, train_images
 from backpass.experiments.rate_ends import end
 from backpass.experiments.regression_problems import PROBLEMS
 from backpass.experiments.regression_rates import RATES, Regression, regress
-from backpass.experiments.running import run
-from backpass.experiments.verifying import verify
 from backpass.papers import learning_rates
 from backpass.sde import AdversarialSDE
-from support.experiments import Shift, draw
+from support.experiments import Shift, draw, judged
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 IDS = list(BY_NAME)
@@ -88,14 +86,6 @@ def test_the_best_rate_is_that_of_the_lowest_mean_over_the_seeds():
     assert end("x", metric=" attacked", chosen_by=" attacked").values(fixed) == [1.0, 1.0]
     logs = end("x", log=True, over="fixed, best of 10 rates").values(controlled)
     assert logs == pytest.approx([math.log(2 / 3), math.log(2)])
-
-
-def judged(out, scale):
-    """Claims of a table, by id, after a check that they can be recomputed, and the result."""
-    tiny = Experiment(name="tiny", title="T", question="Q?", source="P", scales={"tiny": scale})
-    (done,) = run([tiny], scale="tiny", out=out)
-    assert verify(out / "tiny", [tiny]).problems == ()
-    return {claim.id.partition(".")[2]: claim for claim in done.result.claims}, done.result
 
 
 def test_the_comparison_on_regression_pools_the_problems(tmp_path):

@@ -6,22 +6,13 @@ import pytest
 import torch
 
 from backpass.attacks import PGD
-from backpass.experiments.experiment import Experiment, Place
-from backpass.experiments.running import run
+from backpass.experiments.experiment import Place
 from backpass.experiments.sleeping import Asleep, Sleeper, attack_sleepers
 from backpass.experiments.students import Attacked, Taught, attack_students, teach_students
-from backpass.experiments.verifying import verify
 from backpass.papers import linbp_simulations as paper
+from support.experiments import judged
 
 SLOPES = {"bp": lambda z: (z > 0).double(), "linbp": torch.ones_like}
-
-
-def judged(out, scale):
-    """Claims of a table, by id, after a check that they can be recomputed; and its result."""
-    tiny = Experiment(name="tiny", title="T", question="Q?", source="P", scales={"tiny": scale})
-    (done,) = run([tiny], scale="tiny", out=out)
-    assert verify(out / "tiny", [tiny]).problems == ()
-    return {claim.id.partition(".")[2]: claim for claim in done.result.claims}, done.result
 
 
 def mean_and_error(values):
