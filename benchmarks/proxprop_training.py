@@ -252,8 +252,8 @@ def difference(first: list[dict], second: list[dict], by: str) -> tuple[float, f
 
 
 def verdict(mean: float, half: float) -> str:
-    """Whether the first has the lower loss."""
-    return "undecided" if abs(mean) < half else "holds" if mean < 0 else "does not hold"
+    """Return "same direction" if the first surely has the lower loss, "opposite direction" if the second has."""
+    return "undecided" if abs(mean) < half else "same direction" if mean < 0 else "opposite direction"
 
 
 def report(stored: dict, seeds: int) -> str:

@@ -35,7 +35,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], mark: str, what: str) 
         return "undecided (a run diverged)"
     good = mean - half > 0 if what == "accuracies" else mean + half < 0
     bad = mean + half < 0 if what == "accuracies" else mean - half > 0
-    verdict = "holds" if good else "does not hold" if bad else "undecided"
+    verdict = "same direction" if good else "opposite direction" if bad else "undecided"
     digits = 2 if what == "accuracies" else 3
     return f"{verdict}: {mean:+.{digits}f} ± {half:.{digits}f}"
 
