@@ -7,6 +7,7 @@ import io
 import logging
 import pickle
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,9 @@ class Checkpoints:
             write_whole(_sum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
             write_whole(path, content)
         except OSError as error:
-            if not path.exists():
-                _sum(path).unlink(missing_ok=True)
+            with suppress(OSError):
+                if not path.exists():
+                    _sum(path).unlink(missing_ok=True)
             raise self._lost(error) from error
         for old in self.steps()[: -self._keep]:
             self.path(old).unlink(missing_ok=True)

@@ -67,6 +67,8 @@ class Trainer(Settings):
             ``step:every=30``, ``exponential:gamma=0.98`` or ``controlled``; in Python also any torch scheduler of the
             optimizer, or one with ``measure``, such as `ControlledLR`.
         step_scheduler: call a scheduler object after each ``"step"`` or ``"epoch"``. Schedules by name know it.
+            ``ReduceLROnPlateau`` is given the loss of the first evaluation set, with ``mode="max"`` its accuracy, after
+            each evaluation; without ``evaluation``, that of training.
         clip_norm: upper limit of the gradient's l2 norm over all parameters, positive.
         normalize_gradient: divide the gradient by its l2 norm: ``model``, over all parameters, or ``tensor``, each
             parameter's by its own.

@@ -158,6 +158,14 @@ class TestFullDisk:
         assert not list(tmp_path.rglob("*.part"))
         trainer("BP", tmp_path).fit(resume=True)
 
+    @pytest.mark.parametrize(
+        ("name", "kind"), [("log.jsonl", "mkdir"), ("run.json", "mkdir"), ("checkpoints", "touch")]
+    )
+    def test_what_is_in_the_way_is_named(self, name, kind, tmp_path):
+        getattr(tmp_path / name, kind)()
+        with pytest.raises(BackpassError, match=f"{name}.* cannot be written"):
+            trainer("BP", tmp_path).fit()
+
     def test_a_record_that_did_not_fit_is_not_in_the_log_after_resumption(self, tmp_path, monkeypatch):
         whole = trainer("BP", tmp_path / "whole")
         expected = outcome(whole, whole.fit())
