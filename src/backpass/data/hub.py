@@ -179,7 +179,7 @@ def _download(name: DataName, revision: str, files: Sequence[str], *, local: boo
 
 
 def _unreachable(name: DataName, error: Exception) -> BackpassError:
-    """Which exception it is depends on the library's version and on its HTTP client."""
+    """Return the error of a data set that is not found; the hub's exceptions differ by version and HTTP client."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     place = os.environ.get("BACKPASS_DATA")
     here = f"there is no {Path(place) / name.name}" if place else "the environment variable BACKPASS_DATA is not set"
