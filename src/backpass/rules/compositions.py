@@ -78,9 +78,7 @@ _ADDITIONS = _functions("add add_ __add__ __radd__ __iadd__")
 SUMS = _ADDITIONS | _functions("sub sub_ subtract rsub __sub__ __rsub__ __isub__")
 """Sums and differences."""
 
-_AFFINE = _functions(
-    "neg negative __neg__ clone contiguous to float half bfloat16 double type type_as detach"
-)
+_AFFINE = _functions("neg negative __neg__ clone contiguous to float half bfloat16 double type type_as detach")
 
 ELEMENTWISE = PRODUCTS | CHOICES | BENT | POWERS | SUMS | _AFFINE | _functions("fmax logaddexp")
 """Elementwise functions."""

@@ -67,7 +67,7 @@ class _Node:
             edges = edges[1:]  # what is overwritten, or a bias
         self.inputs = [(known.get(one), output) for one, output in edges]
         given = [one for one, _ in self.inputs if one is not None]
-        self.is_data = any(one.is_data for one in given)
+        self.is_data: bool = any(one.is_data for one in given)
         self.sources = self.factors = frozenset[Any]()
         each = [self._of(one, output) for one, output in self.inputs if one is not None]
         if hasattr(node, "variable"):
