@@ -21,7 +21,7 @@ from backpass.rules.sites import Site
 __all__ = ["ProxProp", "ProximalAttached"]
 
 _TAU = 3.0
-_MEMORY, _REFRESH = 0.9, 10
+_MEMORY = 0.9
 _SIDE, _MEMORY_SIDE = 4096, 512
 
 
@@ -49,11 +49,11 @@ class ProxProp(Rule):
         cg_steps: iterations of ``solver="cg"``, at least 1.
         solve: ``"backward"`` solves in the backward pass, for one use of each weight per step. ``"step"`` solves at
             the optimizer's step, over all contributions since the last: micro-batches, shared weights, processes.
-        memory: with ``solve="step"``, the share in [0, 1) of the running average of A^T A / rows that each refresh
-            keeps; None takes 0.9, and the exact step for layers where that is cheaper. 0 with ``refresh=1`` is the
+        memory: with ``solve="step"``, the share in [0, 1) of the running average of A^T A / rows that each step
+            keeps; None takes 0.9, and the exact step for layers where that is cheaper. 0 without ``refresh`` is the
             exact step for all layers.
-        refresh: number of steps from one refresh of a layer's average to the next; None takes 10 unless ``memory``
-            is 0, which takes 1. The layers take turns.
+        refresh: number of steps from one refresh of a layer's average to the next, for which the layers take turns;
+            None: 1 at first, then a tenth of the steps so far, at most 10.
         embeddings: True to include embeddings.
         norms: True to include the weights of normalizations.
         max_side: maximum side of a Gram matrix over columns. A larger one is replaced by its diagonal blocks of at most
@@ -162,10 +162,10 @@ class ProxProp(Rule):
 
     @property
     def share(self) -> float:
-        """Decay of the running average at a refresh."""
+        """Share of the running average that a step keeps."""
         return self.memory if self.memory is not None else _MEMORY if self.chooses else 0.0
 
     @property
-    def refreshed(self) -> int:
-        """Number of steps from one refresh to the next."""
-        return self.refresh or (_REFRESH if self.share else 1)
+    def remembers(self) -> bool:
+        """True if layers keep a Gram matrix for several steps."""
+        return self.share > 0 or (self.refresh or 1) > 1

@@ -74,7 +74,7 @@ class ProximalAtStep(ProximalAttached):
         """Begin without any use of a weight; for a copy of the model too."""
         super().start()
         rule, self.optimizers, self._hooks = self.rule, [], []
-        self.memory = Memory(rule.share, rule.refreshed, rule.step) if rule.share or rule.refreshed > 1 else None
+        self.memory = Memory(rule.share, rule.refresh, rule.step) if rule.remembers else None
         self._collected: dict[str, Collected] = {}
         self._exact: set[str] = set()
         self._written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
