@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -20,9 +20,9 @@ from backpass.rules.sites import Site
 
 __all__ = ["ProxProp", "ProximalAttached"]
 
-_TAU = 3.0
+_TAU, _MEMORY_TAU = 3.0, 30.0
 _MEMORY = 0.9
-_SIDE, _MEMORY_SIDE = 4096, 512
+_SIDE, _MEMORY_SIDE = 4096, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class ProxProp(Rule):
     and einsum with a parameter, with their biases. Embeddings and the weights of normalizations are optional.
 
     Args:
-        tau: step size of the proximal step, positive; None takes 3 with ``damping="relative"``. tau -> 0 gives tau
-            times the gradient, tau -> inf the least-squares solution of A T = A Theta - g.
+        tau: step size of the proximal step, positive; None takes 3 with ``damping="relative"``, and 30 in layers with
+            memory. tau -> 0 gives tau times the gradient, tau -> inf the least-squares solution of A T = A Theta - g.
         damping: what 1/tau is relative to. ``"sum"``: A^T A as above (the paper), where the effect of tau depends
             on the batch size if the loss is a mean. ``"mean"``: A^T A / rows (FOOF), rows are samples, tokens or
             output pixels. ``"sample_mean"``: A^T A / samples (K-FAC's convention for convolutions). ``"relative"``:
@@ -57,7 +57,7 @@ class ProxProp(Rule):
         embeddings: True to include embeddings.
         norms: True to include the weights of normalizations.
         max_side: maximum side of a Gram matrix over columns. A larger one is replaced by its diagonal blocks of at most
-            this side; None takes 512 with memory, else 4,096. Systems over rows have no limit.
+            this side; None takes 128 with memory, else 4,096. Systems over rows have no limit.
         start: first site, as in `LinBP`.
         stop: one past the last site; -1 leaves the last layer plain, as in the paper.
         where: predicate on a `Site` that selects sites from ``start`` to ``stop``; None: all.
@@ -153,6 +153,11 @@ class ProxProp(Rule):
         tau = _TAU if self.tau is None else float(self.tau)
         side = self.max_side or (_MEMORY_SIDE if self.share else _SIDE)
         return ProximalStep(tau, damping, self.solver, self.cg_steps, side)
+
+    @property
+    def memory_step(self) -> ProximalStep:
+        """Settings of the solve in layers with memory."""
+        return self.step if self.tau is not None else replace(self.step, tau=_MEMORY_TAU)
 
     @property
     def chooses(self) -> bool:
