@@ -59,17 +59,17 @@ class Checkpoints:
                 cannot be written.
         """
         stream = io.BytesIO()
-        torch.save(state, stream)
-        content = stream.getvalue()
-        if not self._proven:
-            try:
+        try:
+            torch.save(state, stream)
+            content = stream.getvalue()
+            if not self._proven:
                 _read(content)
-            except pickle.UnpicklingError as error:
-                raise BackpassError(
-                    "a checkpoint holds tensors, numbers, strings, lists and dicts only; the state_dict of the "
-                    f"optimizer, scheduler, objective or model has something else: {error}"
-                ) from error
-            self._proven = True
+        except (pickle.PickleError, AttributeError, TypeError) as error:
+            raise BackpassError(
+                "a checkpoint holds tensors, numbers, strings, lists and dicts only; the state_dict of the "
+                f"optimizer, scheduler, objective or model has something else: {error}"
+            ) from error
+        self._proven = True
         path = self.path(step)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -258,6 +258,20 @@ def test_scaled_losses_are_unscaled_before_the_gradient_is_measured(settings):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("settings", [{}, {"clip_norm": 1e-2}, {"normalize_gradient": "tensor"}], ids=str)
+def test_sparse_gradients_of_embeddings_are_those_of_dense_ones(settings):
+    def trained(sparse):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3))
+        x = torch.arange(80).view(40, 2) % 5
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        result = Trainer(model, optimizer, (x, Y), epochs=2, batch_size=10, log_every=1, **settings).fit()
+        return [*model.parameters(), torch.tensor(result.history[-1]["loss"])]
+
+    for a, b in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def gradient_norm(model) -> float:
     loss = F.cross_entropy(model(X), Y)
     return float(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm())
