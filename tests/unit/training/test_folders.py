@@ -66,6 +66,16 @@ class TestLock:
             pass
         assert all(f"process {os.getpid()}" in one for one in messages)
 
+    def test_a_folder_that_cannot_be_locked_is_named(self, tmp_path, monkeypatch):
+        (tmp_path / "a" / "lock").mkdir(parents=True)
+        with pytest.raises(BackpassError, match="a cannot be made or locked: Is a directory"):
+            trainer("BP", tmp_path / "a").fit()
+        with monkeypatch.context() as context:
+            full_at(context, "lock", 1)
+            with pytest.raises(BackpassError, match="b cannot be made or locked: No space left"):
+                trainer("BP", tmp_path / "b").fit()
+        trainer("BP", tmp_path / "b").fit()
+
     def test_it_is_free_after_an_error(self, tmp_path):
         with pytest.raises(ZeroDivisionError):
             trainer("BP", tmp_path, on_step=lambda step: 1 / 0).fit()

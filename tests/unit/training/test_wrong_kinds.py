@@ -137,7 +137,7 @@ def test_data_that_changes_its_length_is_refused():
 
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BackpassError, match="file cannot be made: .*another path"):
+    with pytest.raises(BackpassError, match="file cannot be made or locked: .*another path"):
         make(folder=tmp_path / "file").fit()
 
 
