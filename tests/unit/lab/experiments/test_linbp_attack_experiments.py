@@ -17,8 +17,8 @@ from backpass.lab.experiments.linbp.trials import Trial, attack_images, run_tria
 from backpass.lab.experiments.linbp.victims import Training, victims
 from backpass.lab.experiments.linbp.white_box import Condition, WhiteBox
 from backpass.lab.placements import parse_rule_for
+from backpass.lab.plans import make_plans
 from backpass.lab.protocols import Standard
-from backpass.lab.studies.attack.plans import make_plans
 from backpass.rules import parse_rule
 
 MLP = Training(model="mlp:widths=24-16", data="digits", epochs=3)

@@ -17,8 +17,8 @@ from backpass.lab.bench.experiment import Bench
 from backpass.lab.experiments.linbp.victims import Victim
 from backpass.lab.placement_search import choose_start, is_automatic
 from backpass.lab.placements import parse_rule_for
+from backpass.lab.plans import make_plans
 from backpass.lab.protocols import make_protocol
-from backpass.lab.studies.attack.plans import make_plans
 from backpass.numbers import fraction_text
 from backpass.rules import LinBP, Rule
 
