@@ -16,8 +16,8 @@ from backpass.experiments.experiment import Measurement, Outcome, Place, Runs
 from backpass.experiments.victims import Victim, load_victim
 from backpass.lab.placement_search import choose_start, is_automatic
 from backpass.lab.placements import parse_rule_for
+from backpass.lab.plans import make_plans
 from backpass.lab.protocols import make_protocol
-from backpass.lab.studies.attack.plans import make_plans
 from backpass.models.weights import weights_hash
 from backpass.numbers import fraction_text
 from backpass.rules import LinBP, Rule
