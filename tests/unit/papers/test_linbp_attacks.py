@@ -26,8 +26,8 @@ from backpass.experiments.experiment import Arm, Place, Runs
 from backpass.experiments.input_gradients import Directions, compare_gradients, measure_steps
 from backpass.experiments.victims import Loaded, Victim, describe_victim, load_victim
 from backpass.lab.placements import parse_rule_for
+from backpass.lab.plans import make_plans
 from backpass.lab.protocols import make_protocol
-from backpass.lab.studies.attack.plans import make_plans
 from backpass.lab.subjects import Subject
 from backpass.lab.training.assembly import complete
 from backpass.papers import linbp_tables, linbp_transfer, linbp_white_box
