@@ -116,7 +116,7 @@ class LayerInterception(Interception):
     def node(self, layer: LinearCall, site: SiteCall | None) -> Any:
         """Return the value of a layer whose gradients come from this attachment in the backward pass."""
         call = Call(layer.text, ("", ()), torch_internals.transforms(), self.attached.token, site)
-        z = implicit_layer(layer.x, layer.weight, layer.bias, layer.z, layer.compute, layer.rest, call)
+        z = implicit_layer(layer.x, layer.weight, layer.bias, layer.z, layer.compute, call)
         return z if layer.batched else z.squeeze(0)
 
     @staticmethod
