@@ -16,7 +16,7 @@ from backpass.numbers import fraction_text
 from backpass.report.claims import Claim, agreement
 from backpass.report.proportions import judge_images, paired_difference, percent, percent_text
 from backpass.report.result import Cell, Curve, Finding, Result, Series, Table, environment
-from backpass.report.statistics import holm_levels
+from backpass.report.statistics import holm
 from backpass.report.wording import number
 from backpass.wording import listing
 
@@ -147,7 +147,7 @@ def _claims(measured: Measured) -> list[Claim]:
         (fooled(plan, rule, source, target), fooled(plan, base, source, target))
         for plan, rule, source, target in compared
     ]
-    levels = holm_levels([paired_difference(ours, theirs).p for ours, theirs in outcomes])
+    levels = [one.level for one in holm([paired_difference(ours, theirs).p for ours, theirs in outcomes])]
     return [
         judge_images(
             f"transfer-{number}",
