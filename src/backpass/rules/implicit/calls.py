@@ -39,12 +39,24 @@ LINEAR: Mapping[Callable[..., Any], str] = {
 """Torch functions with a weight, and the name of each."""
 
 _MULTIPLICATIONS = ("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "mv")
+_UNREAD = (
+    *("addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_", "addmv", "addmv_", "tensordot", "inner", "dot", "vdot"),
+    *("chain_matmul", "multi_dot", "vecdot"),
+)
+_PLACES = (torch, Tensor, torch.linalg)
+
+
+def _functions(*names: str) -> list[Callable[..., Any]]:
+    return [f for place in _PLACES for name in names if (f := getattr(place, name, None)) is not None]
+
+
 PRODUCTS: Mapping[Callable[..., Any], str] = {
     torch.einsum: "einsum",
-    **{f: "addmm" for place in (torch, Tensor) if (f := getattr(place, "addmm", None))},
-    **{f: "matmul" for place in (torch, Tensor) for name in _MULTIPLICATIONS if (f := getattr(place, name, None))},
+    **dict.fromkeys(_functions("addmm"), "addmm"),
+    **dict.fromkeys(_functions(*_MULTIPLICATIONS), "matmul"),
+    **{function: name for name in _UNREAD for function in _functions(name)},
 }
-"""Torch functions that are layers where one of their arguments is a parameter, and the name of each."""
+"""Torch functions that may be layers where one of their arguments is a parameter, and the name of each."""
 
 NORMALIZATIONS: Mapping[Callable[..., Any], str] = {
     getattr(F, name): name for name in ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
@@ -144,7 +156,7 @@ def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 def read_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_parameter: Callable[[Tensor], bool]
 ) -> LinearCall | None:
-    """The call of a torch function as a layer; None for a product of which not exactly one argument is a parameter.
+    """Return the call of a torch function as a layer; None for products other than of one parameter and one input.
 
     Args:
         func: a function of `LINEAR`, `NORMALIZATIONS` or `PRODUCTS`.
@@ -166,7 +178,7 @@ def read_call(
         parent = _transposed_parent(tensor)
         return parent is not None and is_parameter(parent)
 
-    if kwargs.get("out") is not None:
+    if kwargs.get("out") is not None or PRODUCTS[func] in _UNREAD:
         return None
     if PRODUCTS[func] == "addmm":
         return _addmm(_settings("addmm", args, kwargs), weight_of)

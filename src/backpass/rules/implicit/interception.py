@@ -46,10 +46,7 @@ class LayerInterception(Interception):
             return True
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(x, Tensor) and x.requires_grad and self._is_parameter(x) for x in leaves):
-            name = PRODUCTS[func]
-            self.note_unreachable(
-                self.running[-1].path, f"{name} of several parameters is linear in none of them alone"
-            )
+            self.note_unreachable(self.running[-1].path, f"{PRODUCTS[func]} of parameters is not read as a layer")
         return False
 
     def _is_parameter(self, tensor: Tensor) -> bool:
