@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves
 
 from backpass.errors import BackpassError
@@ -50,7 +51,10 @@ class LayerInterception(Interception):
         return False
 
     def _is_parameter(self, tensor: Tensor) -> bool:
-        if isinstance(tensor, nn.Parameter):
+        """Return whether a tensor is a parameter or a view of one."""
+        if isinstance(tensor, nn.Parameter) or (
+            not is_dynamo_compiling() and isinstance(tensor._base, nn.Parameter) and tensor.requires_grad
+        ):
             return True
         if not torch_internals.transforms():
             return False
