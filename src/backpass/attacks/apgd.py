@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from backpass.attacks.checks import check_counts, check_flags
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, normal, uniform
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.search import SearchAttack
+from backpass.attacks.settings import count
 from backpass.attacks.state import State, choose
 from backpass.attacks.threat import per_sample
 from backpass.errors import BackpassError
@@ -98,16 +98,14 @@ class APGD(SearchAttack):
             loss is not compared at the first checkpoint.
     """
 
-    steps: int = 100
-    restarts: int = 1
-    targets: int = 9
+    steps: int = count(100)
+    restarts: int = count(1)
+    targets: int = count(9)
     published: bool = False
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         super().__post_init__()
-        check_counts(steps=self.steps, restarts=self.restarts, targets=self.targets)
-        check_flags(published=self.published)
         if self.targeted and self.loss == "dlr-targeted":
             raise BackpassError(
                 "loss 'dlr-targeted' leads away from y to classes of its own choice: "

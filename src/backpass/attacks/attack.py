@@ -11,22 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from backpass.attacks.checks import (
-    check_counts,
-    check_flags,
-    check_images,
-    check_labels,
-    check_mask,
-    check_model,
-    check_radius,
-    normalised_bounds,
-    normalised_eps,
-)
+from backpass.attacks.checks import check_images, check_labels, check_mask, check_model
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.losses import Loss, make_objective
 from backpass.attacks.oracle import LogitsSelector, Oracle
 from backpass.attacks.restarts import Best
 from backpass.attacks.result import Result
+from backpass.attacks.settings import check_count, check_settings, count, normalised_bounds, normalised_eps
 from backpass.attacks.threat import Bounds, Threat, make_threat
 from backpass.errors import BackpassError
 from backpass.preserved import preserved
@@ -96,22 +87,19 @@ class Attack(ABC):
     seed: int = 0
     early_stop: bool = True
     dtype: torch.dtype | None = None
-    eot: int = 1
+    eot: int = count(1)
     logits: LogitsSelector = None
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         # A tensor can be neither compared nor hashed; settings are both.
-        object.__setattr__(self, "bounds", normalised_bounds(self.bounds))
-        object.__setattr__(self, "eps", normalised_eps(self.eps))
-        make_threat(self.norm, 0.0, self.bounds)
-        check_flags(targeted=self.targeted, early_stop=self.early_stop)
+        bounds = normalised_bounds(self.bounds)
+        object.__setattr__(self, "bounds", bounds)
+        make_threat(self.norm, 0.0, bounds)
+        eps = normalised_eps(self.eps, self.norm, bounds, infinite=self.minimum_norm)
+        object.__setattr__(self, "eps", eps)
+        check_settings(self)
         make_objective(self.loss, self.targeted)
-        for radius in self.eps if isinstance(self.eps, tuple) else (self.eps,):
-            check_radius("eps", radius, self.norm, self.bounds, infinite=self.minimum_norm)
-        check_counts(eot=self.eot)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise BackpassError(f"seed must be a whole number; got {self.seed!r}.")
         if self.dtype not in (None, torch.bfloat16, torch.float16):
             raise BackpassError(f"dtype must be torch.bfloat16, torch.float16 or None; got {self.dtype}.")
 
@@ -215,7 +203,7 @@ class Attack(ABC):
         elif isinstance(self.eps, tuple) and len(self.eps) != len(x):
             raise BackpassError(f"eps has {len(self.eps)} radii for {len(x)} samples: give one for each, or indices=.")
         if batch_size is not None:
-            check_counts(batch_size=batch_size)
+            check_count("batch_size", batch_size)
         if start is not None and (not isinstance(start, Tensor) or start.shape != x.shape or start.dtype != x.dtype):
             raise BackpassError("start must be images of x's shape and dtype.")
         mask = check_mask(mask, x)

@@ -9,12 +9,12 @@ import torch
 
 from backpass.attacks.apgd import APGD
 from backpass.attacks.attack import Attack, Batch
-from backpass.attacks.checks import check_counts
 from backpass.attacks.fab import FAB
 from backpass.attacks.jobs import batch_sizes, pad
 from backpass.attacks.losses import make_objective
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.restarts import Best
+from backpass.attacks.settings import count
 from backpass.attacks.square import Square
 from backpass.errors import BackpassError, UnknownNameError
 
@@ -44,9 +44,9 @@ class AutoAttack(Attack):
     """
 
     version: str = "standard"
-    steps: int = 100
-    queries: int = 5000
-    targets: int = 9
+    steps: int = count(100)
+    queries: int = count(5000)
+    targets: int = count(9)
 
     def __post_init__(self) -> None:
         """Validate the settings."""
@@ -59,7 +59,6 @@ class AutoAttack(Attack):
             raise BackpassError("AutoAttack leads away from y: leave targeted=False, or use APGD(targeted=True).")
         if self.loss != "ce":
             raise BackpassError(f"AutoAttack chooses its losses itself; got loss={self.loss!r}. Use APGD(loss=...).")
-        check_counts(steps=self.steps, queries=self.queries, targets=self.targets)
 
     def parts(self, classes: int) -> tuple[Attack, ...]:
         """Return the attacks for a model of so many classes, in their order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -130,15 +130,14 @@ def name_attacks(attacks: Attacks) -> dict[str, Attack]:
     Raises:
         BackpassError: there is none, or one of them is no attack.
     """
-    if isinstance(attacks, Attack):
-        attacks = [attacks]
     if not isinstance(attacks, Mapping):
+        listed: list[Any] = list(attacks) if isinstance(attacks, Iterable) else [attacks]
         names: list[str] = []
-        for attack in attacks:
+        for attack in listed:
             name = type(attack).__name__
             again = sum(other.split("-")[0] == name for other in names)
             names.append(f"{name}-{again + 1}" if again else name)
-        attacks = dict(zip(names, attacks, strict=True))
+        attacks = dict(zip(names, listed, strict=True))
     for attack in attacks.values():
         if not isinstance(attack, Attack):
             raise BackpassError(f"attacks must be attacks, for instance PGD(eps=8/255); got {type(attack).__name__}.")

@@ -9,15 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backpass.attacks.checks import check_counts, check_radius
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.losses import make_objective
 from backpass.attacks.oracle import Oracle, Verdict
 from backpass.attacks.search import SearchAttack
+from backpass.attacks.settings import count, setting
 from backpass.attacks.state import State, choose
 from backpass.attacks.threat import Threat, make_threat, per_sample
 from backpass.errors import BackpassError
-from backpass.numbers import is_number
 
 __all__ = ["FMN", "MinimumNorm", "Nearest"]
 
@@ -109,20 +108,16 @@ class FMN(MinimumNorm):
         gamma_end: c at the end.
     """
 
-    steps: int = 100
-    step: float = 1.0
-    gamma: float = 0.05
-    gamma_end: float = 0.001
+    steps: int = count(100)
+    step: float = setting(1.0, "[0, inf)")
+    gamma: float = setting(0.05, "(0, 1)")
+    gamma_end: float = setting(0.001, "(0, 1)")
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         super().__post_init__()
-        check_counts(steps=self.steps)
-        check_radius("step", self.step, "l2", self.bounds)
-        if not (is_number(self.gamma) and is_number(self.gamma_end) and 0 < self.gamma_end <= self.gamma < 1):
-            raise BackpassError(
-                f"gamma and gamma_end must be in (0, 1), the end no larger; got {self.gamma!r} and {self.gamma_end!r}."
-            )
+        if self.gamma_end > self.gamma:
+            raise BackpassError(f"gamma_end must be at most gamma={self.gamma}; got {self.gamma_end}.")
 
     @property
     def iterations(self) -> int:

@@ -9,15 +9,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from backpass.attacks.checks import check_counts, check_flags
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, signs, uniform
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.search import SearchAttack
+from backpass.attacks.settings import count, setting
 from backpass.attacks.state import State, choose
 from backpass.attacks.threat import per_sample
 from backpass.errors import BackpassError
-from backpass.numbers import is_number
 
 __all__ = ["Square", "window_share"]
 
@@ -55,19 +54,15 @@ class Square(SearchAttack):
 
     uses_gradients: ClassVar[bool] = False
 
-    queries: int = 5000
-    restarts: int = 1
-    share: float = 0.8
+    queries: int = count(5000)
+    restarts: int = count(1)
+    share: float = setting(0.8, "(0, 1]")
     loss: str = "margin"
     published: bool = False
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         super().__post_init__()
-        check_counts(queries=self.queries, restarts=self.restarts)
-        check_flags(published=self.published)
-        if not (is_number(self.share) and 0 < self.share <= 1):
-            raise BackpassError(f"share must be in (0, 1]; got share={self.share!r}.")
         if self.norm == "l1":
             raise BackpassError("Square moves windows in l_inf and l_2 only: use APGD or FMN for norm='l1'.")
 

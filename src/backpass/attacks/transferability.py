@@ -148,12 +148,18 @@ def transfer(
         BackpassError: there is no source or no target, a targeted attack has no classes, or a budget is too small for
             one step or used with an attack that is not `Iterative`.
     """
-    if not sources or not targets:
-        raise BackpassError("transfer needs at least one source and one target, by name.")
+    for what, given in (("sources", sources), ("targets", targets), ("rules", {"": None} if rules is None else rules)):
+        if not isinstance(given, Mapping) or not given:
+            raise BackpassError(f"{what} must be a dict of at least one by name; got {given!r}.")
     if not isinstance(attack, Attack):
         raise BackpassError(f"attack must be an attack, for instance PGD(eps=8/255); got {type(attack).__name__}.")
     if attack.targeted and classes is None:
         raise BackpassError("a targeted attack needs classes=, for instance classes='next'.")
+    for name, rule in (rules or {}).items():
+        if rule is not None and not hasattr(rule, "attach"):
+            raise BackpassError(
+                f"rule {name!r} must be a rule, as backpass.parse_rule('linbp') makes it; got {rule!r}."
+            )
     attack, steps = _budget(replace(attack, early_stop=False), gradients)
     marks = list(gradients or ())
     rows = [
@@ -326,8 +332,8 @@ def _budget(attack: Attack, gradients: Sequence[int] | None) -> tuple[Attack, li
             f"a budget in gradients needs an attack that takes steps, as ifgsm, mifgsm or pgd; got "
             f"{type(attack).__name__}."
         )
-    if not gradients or sorted(set(gradients)) != list(gradients):
-        raise BackpassError(f"gradients must be increasing numbers, the last being the budget; got {list(gradients)}.")
+    if not isinstance(gradients, Sequence) or not gradients or sorted(set(gradients)) != list(gradients):
+        raise BackpassError(f"gradients must be increasing numbers, the last being the budget; got {gradients!r}.")
     steps = [attack.within(number).steps for number in gradients]
     return attack.within(gradients[-1]), steps
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from backpass.experiments.describing import describe
 from backpass.experiments.experiment import Experiment, Outcome, Place
 from backpass.experiments.judging import collect
 from backpass.experiments.outcomes import Store, Task, tasks_of
-from backpass.lab.reproduction.running import Done, Failed
 from backpass.report.page import write_report
 from backpass.report.reading import read_result
 from backpass.report.result import Result, plain
@@ -27,6 +27,39 @@ __all__ = ["OUTCOMES", "Done", "Failed", "run"]
 
 OUTCOMES = "outcomes"
 """Name of the folder of all outcomes, next to the folders of the experiments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """An experiment with a result.
+
+    Attributes:
+        result: the result.
+        paths: its page and its JSON file.
+        kept: True if the files of an earlier run were kept.
+    """
+
+    result: Result
+    paths: tuple[Path, Path]
+    kept: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment."""
+        return self.result.experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """An experiment without a result.
+
+    Attributes:
+        name: name of the experiment.
+        reason: error message.
+    """
+
+    name: str
+    reason: str
 
 
 def run(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpass.attacks import FAB, Attack, AutoAttack
-from backpass.attacks.checks import NotFiniteLogitsError
+from backpass.attacks.first_look import NotFiniteLogitsError
 from backpass.attacks.losses import Loss
 from backpass.attacks.search import SearchAttack
 from backpass.errors import BackpassError

@@ -1,11 +1,11 @@
-"""Certify a training run: the settings of its recipe, the certificate, predictions, and the page."""
+"""Certificate of a training run, from its recipe and weights."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,19 +16,17 @@ from torch import Tensor, nn
 from backpass.attacks import FGSM, MIFGSM, Attack
 from backpass.attacks.iterative import Iterative
 from backpass.errors import BackpassError
-from backpass.lab.experiments.sde.certify_result import describe_certificate
 from backpass.lab.subjects import load_subject
 from backpass.lab.threads import one_thread
 from backpass.lab.training.assembly import complete
 from backpass.lab.training.optimizers import OPTIMIZERS
 from backpass.lab.training.parts import load_parts
 from backpass.lab.training.recipe import Recipe, read_recipe
-from backpass.report.result import Result
 from backpass.sde import Certificate, InnerLoop, Predictor, certify, explore
 from backpass.sde.certify import process
 from backpass.training.schedules import read_named
 
-__all__ = ["Measured", "Study", "describe", "inner_loop", "measure"]
+__all__ = ["Certified", "Study", "certify_run", "inner_loop"]
 
 Progress = Callable[[str, float], None]
 
@@ -38,15 +36,14 @@ class Study:
     """Settings of a certificate.
 
     Attributes:
-        run: the folder of a training run, which holds ``recipe.toml`` and weights; or a recipe's file, whose initial
-            weights are taken.
-        steps: of training that the certificate is for.
+        run: folder of a training run, with ``recipe.toml`` and weights; or a recipe's file, for its initial weights.
+        steps: steps of training that the certificate is for.
         replicas: independent runs at each amplification.
         amplifications: l of SVAG.
         probe: images on which losses and local numbers are measured.
         limit: training images in memory.
-        predict: whether to explore other learning rates and adversaries.
-        seed: of all draws.
+        predict: explore other learning rates and adversaries.
+        seed: seed of all draws.
     """
 
     run: Path
@@ -60,23 +57,21 @@ class Study:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Certified:
     """A certificate with its circumstances.
 
     Attributes:
-        study: the settings.
-        recipe: of the run.
-        adversary: as an inner loop.
-        eta: the effective learning rate.
-        certificate: of the run.
-        predictor: of other settings; None where none were explored.
+        study: settings.
+        recipe: recipe of the run.
+        eta: effective learning rate.
+        certificate: certificate of the run.
+        predictor: predictor of other settings, or None.
         notes: differences between the run and the process that was certified.
         seconds: duration.
     """
 
     study: Study
     recipe: Recipe
-    adversary: InnerLoop
     eta: float
     certificate: Certificate
     predictor: Predictor | None
@@ -85,7 +80,7 @@ class Measured:
 
 
 class _Clamped(nn.Module):
-    """A network that sees pixels of [0, 1] only, as the attack of training keeps them."""
+    """Network on pixels clamped to [0, 1], the bounds of the attack of training."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -124,8 +119,8 @@ def _unit(gradient: Tensor) -> Tensor:
 
 
 @one_thread()
-def measure(study: Study, progress: Progress = lambda what, part: None) -> Measured:
-    """Certify the run, and explore other settings where asked.
+def certify_run(study: Study, progress: Progress = lambda what, part: None) -> Certified:
+    """Certify the run, and explore other settings if asked for.
 
     Raises:
         BackpassError: the recipe does not describe SGD on a loss that the SDE models.
@@ -182,10 +177,9 @@ def measure(study: Study, progress: Progress = lambda what, part: None) -> Measu
             generator=torch.Generator().manual_seed(study.seed + 1),
             progress=lambda what, part: progress(what, share + share * part),
         )
-    return Measured(
+    return Certified(
         study=study,
         recipe=recipe,
-        adversary=adversary,
         eta=eta,
         certificate=certificate,
         predictor=predictor,
@@ -208,20 +202,3 @@ def _effective_rate(recipe: Recipe, notes: list[str]) -> float:
     if recipe.scheduler:
         notes.append("The learning rate is the recipe's first; its schedule is left out.")
     return float(lr / (1 - momentum)) if math.isfinite(lr) else lr
-
-
-def describe(measured: Measured) -> Result:
-    """Return the result that the page shows."""
-    study = measured.study
-    return describe_certificate(
-        measured.certificate,
-        measured.predictor,
-        title=f"Does the SDE describe {study.run.name}?",
-        eta=measured.eta,
-        batch_size=measured.recipe.batch_size,
-        data=measured.recipe.data,
-        settings={**asdict(study), "run": str(study.run), "model": measured.recipe.model},
-        seed=study.seed,
-        notes=measured.notes,
-        seconds=measured.seconds,
-    )

@@ -1,16 +1,16 @@
-"""A certificate as a result: checks, plots of SVAG and of predictions, and the recommended schedule."""
+"""Page of a certificate: checks, plots of SVAG and of predictions, and the recommended schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
 
+from backpass.experiments.certificate import Certified
 from backpass.report.result import Curve, Finding, Result, Series, Table, environment
 from backpass.report.statistics import Interval, mean_interval
 from backpass.sde import Certificate, Predictor
 
-__all__ = ["describe_certificate"]
+__all__ = ["describe"]
 
 _WORDS = {
     "expected_loss": "clean loss",
@@ -20,36 +20,13 @@ _WORDS = {
 _POINTS = 9
 
 
-def describe_certificate(
-    certificate: Certificate,
-    predictor: Predictor | None,
-    *,
-    title: str,
-    eta: float,
-    batch_size: int,
-    data: str,
-    settings: dict[str, Any],
-    seed: int,
-    notes: Sequence[str],
-    seconds: float,
-) -> Result:
-    """Return the page's content.
-
-    Args:
-        certificate: of the run.
-        predictor: of other settings, or None.
-        title: heading.
-        eta: learning rate.
-        batch_size: B.
-        data: the data set's name.
-        settings: of the study.
-        seed: of the draws.
-        notes: differences between the run and what was certified.
-        seconds: duration.
-    """
+def describe(certified: Certified) -> Result:
+    """Return the content of the page."""
+    study, recipe, certificate = certified.study, certified.recipe, certified.certificate
+    predictor = certified.predictor
     return Result(
         experiment="sde-certify",
-        title=title,
+        title=f"Does the SDE describe {study.run.name}?",
         question=(
             "Adversarial training from the present weights is run several times beside its SVAG amplifications, which "
             "approach the SDE with minibatches alone. The SDE describes the run where losses agree, the learning rate "
@@ -57,24 +34,25 @@ def describe_certificate(
             "not change the spread."
         ),
         scale="standard",
-        findings=_findings(certificate, eta, batch_size, notes),
+        findings=_findings(certified),
         environment={
-            **environment(device="cpu", threads=1, data=data, seeds=[seed]),
-            "seconds": round(seconds, 1),
+            **environment(device="cpu", threads=1, data=recipe.data, seeds=[study.seed]),
+            "seconds": round(certified.seconds, 1),
         },
-        settings=settings,
+        settings={**asdict(study), "run": str(study.run), "model": recipe.model},
         series=[_svag(certificate), *(_predictions(predictor) if predictor else [])],
-        tables=[_checks(certificate), _local(certificate, eta)],
+        tables=[_checks(certificate), _local(certificate, certified.eta)],
         claims=[],
         plots_note="Bands are 95 % intervals: over the replicas for SVAG, of a new run for predictions.",
     )
 
 
-def _findings(certificate: Certificate, eta: float, batch_size: int, notes: Sequence[str]) -> list[Finding]:
+def _findings(certified: Certified) -> list[Finding]:
+    certificate, eta = certified.certificate, certified.eta
     failed = [check for check in certificate.checks if check.verdict == "failed"]
     open_ones = [check.name for check in certificate.checks if check.verdict == "undecided"]
     verdict = (
-        f"No check failed at eta = {eta:g}, B = {batch_size} over {certificate.steps} steps."
+        f"No check failed at eta = {eta:g}, B = {certified.recipe.batch_size} over {certificate.steps} steps."
         if certificate.valid
         else "Failed: "
         + "; ".join(f"{one.name} is {one.estimate.value:.3g}, expected {one.limit}" for one in failed)
@@ -94,8 +72,8 @@ def _findings(certificate: Certificate, eta: float, batch_size: int, notes: Sequ
             else f"hold {eta:g} for {hold:.0f} steps, then let 1/rate grow by {schedule.problem.effective:.3g} a step"
         )
         found.append(Finding("Schedule", f"From curvature, noise and gradient at the start: {text}."))
-    if notes:
-        found.append(Finding("Not covered", " ".join(notes)))
+    if certified.notes:
+        found.append(Finding("Not covered", " ".join(certified.notes)))
     return found
 
 
