@@ -96,7 +96,7 @@ class Memory:
             names = (weight.name if weight else None, bias.name if bias else None)
             self.layers[name] = _Layer(collected.text, collected.layer.shape, names, gram, samples)
         else:
-            layer.mean.lerp_(gram, 1 - self.decay ** (layer.age - layer.last))
+            layer.mean = layer.mean.to(gram).lerp_(gram, 1 - self.decay ** (layer.age - layer.last))
             layer.samples, layer.last, layer.inverse = samples, layer.age, None
 
     def spread(self) -> None:

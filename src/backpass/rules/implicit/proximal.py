@@ -245,7 +245,7 @@ class ProximalInterception(LayerInterception):
             BackpassError: a compiled transform, of which Dynamo does not say what gradients are asked for.
         """
         if not is_dynamo_compiling():
-            return self.attached.is_due(call.weight, call.bias)
+            return bool(torch_internals.transforms()) or self.attached.is_due(call.weight, call.bias)
         if torch_internals.transforms():
             raise BackpassError(
                 "ProxProp does not work in a compiled torch.func.grad: take torch.func.grad of the compiled model, or "
