@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parameter import is_lazy
 
-from backpass.errors import BackpassError
+from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.override import BackwardOverride
@@ -35,14 +36,17 @@ class LayerAttached(Attached):
     Attributes:
         step_name: the kind of step, for errors.
         way_out: advice where several uses of a weight contribute.
+        settable: names of the settings that `set` changes.
         excluded: keys of layers in which nothing learns.
     """
 
     interception: type[Interception] = LayerInterception
     step_name: ClassVar[str]
     way_out: ClassVar[str] = ""
+    settable: ClassVar[tuple[str, ...]]
     transient: ClassVar[tuple[str, ...]] = ("_named", "_uses", "_early")
     _early: Any = ()
+    rule: Any
 
     def __init__(self, rule: BackwardOverride, model: nn.Module, strict: bool) -> None:
         _refuse_sharded(rule, unwrap(model))
@@ -65,6 +69,20 @@ class LayerAttached(Attached):
     def gradients(self, use: Use) -> Found:
         """Return the gradients of input, weight and bias that are wanted."""
         raise NotImplementedError
+
+    def set(self, **settings: Any) -> None:
+        """Change settings from the next backward pass or step on, for schedules.
+
+        Args:
+            settings: values by the rule's names: ``tau`` and ``cg_steps`` of `ProxProp`, all but ``where`` of `SIBP`.
+
+        Raises:
+            BackpassError: another setting, or a value out of its range.
+        """
+        for name in settings:
+            if name not in self.settable:
+                raise UnknownNameError("setting that can change while the rule is attached", name, self.settable)
+        self.rule = replace(self.rule, **settings)
 
     @property
     def active(self) -> bool:

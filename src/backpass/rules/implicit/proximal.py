@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 
-from backpass.errors import BackpassError, UnknownNameError
+from backpass.errors import BackpassError
 from backpass.rules import torch_internals
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.implicit.attached import LayerAttached
@@ -263,25 +263,16 @@ class ProximalAttached(LayerAttached):
         "optimizer=optimizer)"
     )
     interception = ProximalInterception
-    rule: Any
+    settable = ("tau", "cg_steps")
 
     def is_due(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Return whether the backward pass needs the rows of a layer; else its calls can stay plain."""
         return True
 
     def set(self, **settings: Any) -> None:
-        """Change settings of the solve from the next backward pass or step on, for schedules.
-
-        Args:
-            settings: ``tau`` and ``cg_steps``, as of `ProxProp`.
-
-        Raises:
-            BackpassError: another setting, or a value out of its range.
-        """
-        for name in settings:
-            if name not in ("tau", "cg_steps"):
-                raise UnknownNameError("setting that can change while the rule is attached", name, ("tau", "cg_steps"))
-        self.rule = replace(self.rule, damping=self.rule.step.damping, **settings)
+        """Change settings of the solve; see `LayerAttached.set`."""
+        self.rule = replace(self.rule, damping=self.rule.step.damping)
+        super().set(**settings)
         self.step = self.rule.step
 
     def start(self) -> None:

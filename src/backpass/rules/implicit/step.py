@@ -80,7 +80,7 @@ class ProximalAtStep(ProximalAttached):
         self._written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def set(self, **settings: Any) -> None:
-        """Change settings of the solve from the next step on; see `ProximalAttached.set`."""
+        """Change settings of the solve; see `LayerAttached.set`."""
         super().set(**settings)
         if self.memory is not None:
             self.memory.take(self.rule.memory_step)
