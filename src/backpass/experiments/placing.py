@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from backpass.data import Labelled
 from backpass.errors import BackpassError
-from backpass.lab.placement_search import choose_start, is_automatic
-from backpass.lab.studies.attack.study import Placing, Study
+from backpass.experiments.studies import Study
+from backpass.lab.placement_search import Choice, choose_start, is_automatic
 from backpass.rules import LinBP, parse_rule
 from backpass.rules.registry import PLACEHOLDERS
 
-__all__ = ["place", "set_aside"]
+__all__ = ["Placing", "place", "set_aside"]
 
 _MOST = 200
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Placing:
+    """Selected start of ``linbp:start=auto``.
+
+    Attributes:
+        choice: selected rule, with the success of every start.
+        plan: attack used for the selection.
+        images: description of the images used for the selection.
+    """
+
+    choice: Choice
+    plan: str
+    images: str
 
 
 def set_aside(data: Labelled, limit: int | None, rules: Sequence[str]) -> tuple[Labelled, Labelled | None]:
@@ -38,8 +53,11 @@ def set_aside(data: Labelled, limit: int | None, rules: Sequence[str]) -> tuple[
     return attacked, data.some(rows, f"{rows.stop - first:,} after the first {first:,}")
 
 
-def place(study: Study, aside: Labelled) -> Study:
-    """Return the study with every ``auto`` replaced by a start, selected by the first gradient-based attack.
+def place(study: Study, aside: Labelled) -> tuple[Study, dict[str, Placing]]:
+    """Replace every ``auto`` by a start, selected by the first gradient-based attack.
+
+    Returns:
+        The study, and the selected start by text form of the rule.
 
     Raises:
         BackpassError: no attack uses gradients.
@@ -57,4 +75,4 @@ def place(study: Study, aside: Labelled) -> Study:
         )
         placed[text] = Placing(choice=choice, plan=plan.name, images=aside.description)
     rules = [str(placed[text].choice.rule) if text in placed else text for text in study.rules]
-    return replace(study, rules=list(dict.fromkeys(rules)), placings=placed)
+    return replace(study, rules=list(dict.fromkeys(rules))), placed
