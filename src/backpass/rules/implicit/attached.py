@@ -1,4 +1,4 @@
-"""Rules with implicit steps in force on a model: what they know of its parameters, and what they refuse."""
+"""Rules with implicit steps attached to a model: its parameters by name, and checks of their uses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Named(NamedTuple):
 
 
 class LayerAttached(Attached):
-    """A rule with implicit steps in force on a model.
+    """A rule with implicit steps attached to a model.
 
     Attributes:
         step_name: the kind of step, for errors.
@@ -60,7 +60,7 @@ class LayerAttached(Attached):
         ]
 
     def start(self) -> None:
-        """Begin without any use of a weight; for a copy of the model too."""
+        """Initialise the state, also in a copy of the model."""
         self._named: dict[int, Named] = {}
         self._uses: dict[int, tuple[int, list[tuple[int, int]]]] = {}
         self._early: list[Any] = []
@@ -86,11 +86,11 @@ class LayerAttached(Attached):
 
     @property
     def active(self) -> bool:
-        """True if the rule is in force still."""
+        """True until the rule is removed."""
         return not self._removed
 
     def remove(self) -> None:
-        """Give the model its own backward again, and the optimizer its own step; a second call does nothing."""
+        """Restore the model's own backward and the optimizer's own step; a second call does nothing."""
         super().remove()
         while self._early:
             self._early.pop().remove()
@@ -177,7 +177,7 @@ def _refuse_sharded(rule: BackwardOverride, model: nn.Module) -> None:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First and one past the last entry of a tensor in its storage."""
+    """Return the first and one past the last entry of a tensor in its storage."""
     begin = int(tensor.storage_offset())
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + int(reach) + 1

@@ -28,7 +28,7 @@ class LayerInterception(Interception):
 
     attached: LayerAttached
     _call: LinearCall | BackpassError | None = None
-    """The call at hand, or why it is no layer, which is raised where the rule acts on it."""
+    """Current call, or the error to raise if the rule acts on it."""
 
     def __torch_function__(
         self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
