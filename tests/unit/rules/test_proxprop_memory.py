@@ -152,6 +152,7 @@ def test_refreshes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_by_default_refreshes_become_rarer_with_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(10)])
     optimizer, updated = torch.optim.SGD(model.parameters(), 0.001), [0] * 140
     update = Memory.update
