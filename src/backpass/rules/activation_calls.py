@@ -26,11 +26,10 @@ from backpass.rules.compositions import (
     POWERS,
     PRODUCTS,
     REDUCTIONS,
-    UNNAMED,
+    SUMS,
     VIEWS,
     Origin,
     Origins,
-    clamps_from_zero,
     common_path,
     composes,
     constants,
@@ -41,6 +40,7 @@ from backpass.rules.compositions import (
     limits,
     rectifies,
 )
+from backpass.rules.nonlinear import unexplained
 
 __all__ = ["ActivationInterception"]
 
@@ -70,7 +70,7 @@ class ActivationInterception(Interception):
     and analyse only modules that compose activations. Compiled code follows the plan without analysis.
 
     Attributes:
-        unnamed: possible activations that no composition has explained: (layer's output, path, function).
+        masked: graph nodes of calls that apply a mask computed from the output of a layer.
     """
 
     follows = True
@@ -78,7 +78,7 @@ class ActivationInterception(Interception):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.watched: list[_Watched] = []
-        self.unnamed: list[tuple[Tensor, str, str]] = []
+        self.masked: set[Any] = set()
         self.compositions = self.rule.compositions
 
     def _looks(self, caller: ModuleCall) -> bool:
@@ -163,6 +163,7 @@ class ActivationInterception(Interception):
             if func in REDUCTIONS and args and isinstance(args[0], Tensor):
                 _recount_power(self._origins(caller).of(args[0]))
             out = super().other(caller, func, args, kwargs)
+            self._note_mask(func, args, kwargs, out)
             if func in LAYERS and isinstance(out, Tensor):
                 self._origins(caller).note(out, Origin(out, "", (), out.numel(), path=(out,), layer=True))
             elif func in JOINS:
@@ -185,9 +186,8 @@ class ActivationInterception(Interception):
             layer = len(origins) == 1 and not origins[0].bent and self._is_layer(origins[0])
             if composes(func, origins, bool(parameters)) or (layer and rectifies(between)):
                 return self._compose(caller, source, origins, learns, func, args, kwargs)
-            if layer and (func in UNNAMED or clamps_from_zero(between)) and not caller.x:
-                self.unnamed.append((source, caller.path, func.__name__))
         out = func(*args, **kwargs)
+        self._note_mask(func, args, kwargs, out)
         if isinstance(out, Tensor) and origins:
             if func in MATRIX_PRODUCTS:
                 origins = [
@@ -197,6 +197,27 @@ class ActivationInterception(Interception):
                 ]
             self._follow(func, source, origins, learns, out)
         return out
+
+    def _note_mask(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Record a call that applies a mask which is a function of a tensor."""
+        out = args[0] if func is Tensor.__setitem__ else out
+        if func in SUMS or not isinstance(out, Tensor) or out.grad_fn is None:
+            return
+        given = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.requires_grad)
+        if any(_is_mask(x, self._origins(self.running[-1]).of(x)) for x in given):
+            self.masked.add(out.grad_fn)
+
+    def _note_unexplained(self, call: ModuleCall, output: Any) -> None:
+        """Record the nonlinear operations of the finished call that are no sites."""
+        if self.run.plan is not None or self.replayed is not None or torch_internals.transforms():
+            return
+        nodes = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor) and x.grad_fn is not None and x.dim()]
+        known = {*self.attached.unreachable, *self.run.unreachable}
+        for number, reason in unexplained(nodes, self.masked, self.rule.gates):
+            inside = [one for one in self.run.entered if one.begin <= number < one.end]
+            path = max(inside, key=lambda one: one.depth, default=call).path
+            if path not in known:
+                self.note_unreachable(path, reason)
 
     def _is_layer(self, origin: Origin) -> bool:
         """Return True if a tensor is the output of a layer, including layers called by an enclosing module."""
@@ -246,7 +267,6 @@ class ActivationInterception(Interception):
             if func in POWERS:
                 site.power_of = parts
             site.by_hand = len(origins) == 1 and not origins[0].bent
-        self.unnamed = [one for one in self.unnamed if one[0] is not source]
         self._bend()
         self.run.composing.update((caller.path, *(one.module for origin in origins for one in origin.sites)))
         learns = learns or any(origin.learns for origin in origins)
@@ -312,6 +332,7 @@ class ActivationInterception(Interception):
             return None
         known = self.run if self.replayed is not None else self.run.plan
         call.looks = self.compositions and (known is None or path in known.composing)
+        call.begin = torch_internals.next_sequence_number()
         if not activation or call.plain or len(args) != 1 or not isinstance(args[0], Tensor):
             return None
         x = args[0]
@@ -335,9 +356,9 @@ class ActivationInterception(Interception):
             planned = self.attached.planned(f"{call.key}:{type(module).__name__}")
             self.traced += 1
             return self.rule.replace_value(call.x, output.detach(), None) if planned else output
-        if len(self.running) == 1:
-            for _, path, name in self.unnamed:
-                self.note_unreachable(path, f"it calls {name} as an activation, or for another purpose")
+        call.end = torch_internals.next_sequence_number()
+        if len(self.running) == 1 and self.compositions:
+            self._note_unexplained(call, output)
         if not (self.watched or call.hidden or call.origins):
             return output
         watched = self.watched.pop() if self.watched and self.watched[-1].call is call else None
@@ -380,6 +401,11 @@ class ActivationInterception(Interception):
             return False  # the model itself
         alone = len(sites) == 1 and origin.base is watched.given and origin.direct is sites[0]
         return origin.product or not alone  # in compiled code a composed activation is visible only as a module
+
+
+def _is_mask(x: Tensor, origin: Origin) -> bool:
+    weighs = x.is_floating_point() or x.dtype == torch.bool
+    return weighs and bool(origin.bent) and origin.source is not None and origin.source.requires_grad
 
 
 def _name(func: TorchFunction, bent: str) -> str:

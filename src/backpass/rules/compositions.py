@@ -29,11 +29,10 @@ __all__ = [
     "POWERS",
     "PRODUCTS",
     "REDUCTIONS",
-    "UNNAMED",
+    "SUMS",
     "VIEWS",
     "Origin",
     "Origins",
-    "clamps_from_zero",
     "common_path",
     "composes",
     "constants",
@@ -61,9 +60,10 @@ CHOICES = _functions("maximum minimum max min where masked_fill masked_fill_")
 """Functions that select between tensors. Applied to functions of one tensor they form another, such as a leaky ReLU."""
 
 BENT = _functions(
-    "erf exp exp_ expm1 log1p log sin cos sinh cosh atan asinh "
-    "clamp clamp_ clip clip_ clamp_min clamp_max clamp_min_ clamp_max_ gt ge lt le __gt__ __ge__ __lt__ __le__ "
-    "heaviside"
+    "erf erfc ndtr exp exp_ exp2 expm1 log log1p log2 log10 sin sin_ cos cos_ tan sinc sinh cosh atan asinh acosh "
+    "abs abs_ absolute __abs__ sqrt rsqrt reciprocal sign sgn heaviside round floor ceil "
+    "clamp clamp_ clip clip_ clamp_min clamp_max clamp_min_ clamp_max_ "
+    "gt ge lt le greater greater_equal less less_equal __gt__ __ge__ __lt__ __le__ logical_not __invert__ bitwise_not"
 )
 """Nonlinear elementwise functions that can form a gate or an activation, but are no sites by themselves."""
 
@@ -73,18 +73,22 @@ POWERS = _functions("pow pow_ __pow__ square square_")
 REDUCTIONS = _functions("mean sum norm")
 """Reductions. The square of an activation that enters one is a part of a norm."""
 
-_SMOOTH = POWERS | _functions(
-    "add add_ __add__ __radd__ __iadd__ sub sub_ subtract rsub __sub__ __rsub__ __isub__ neg "
-    "negative __neg__ abs __abs__ sqrt rsqrt reciprocal clone contiguous to float half bfloat16 double type type_as"
-)
+_ADDITIONS = _functions("add add_ __add__ __radd__ __iadd__")
 
-ELEMENTWISE = PRODUCTS | CHOICES | BENT | _SMOOTH | _functions("fmax logaddexp")
+SUMS = _ADDITIONS | _functions("sub sub_ subtract rsub __sub__ __rsub__ __isub__")
+"""Sums and differences."""
+
+_AFFINE = _functions("neg negative __neg__ clone contiguous to float half bfloat16 double type type_as detach")
+
+ELEMENTWISE = PRODUCTS | CHOICES | BENT | POWERS | SUMS | _AFFINE | _functions("fmax logaddexp")
 """Elementwise functions."""
 
 MATRIX_PRODUCTS = _functions("matmul __matmul__ __rmatmul__ bmm einsum")
 """Functions that sum products."""
 
-MIXES = MATRIX_PRODUCTS | _functions("lerp lerp_ addcmul addcmul_")
+_MIXED_SUMS = _functions("lerp lerp_ addcmul addcmul_ addcdiv addcdiv_")
+
+MIXES = MATRIX_PRODUCTS | _MIXED_SUMS
 """Further functions that multiply tensors and can apply a gate."""
 
 LAYERS = _functions(
@@ -98,9 +102,6 @@ JOINS = _functions("cat concat concatenate stack hstack vstack dropout dropout1d
 
 SOFTPLUS = _functions("log log1p")
 """Functions that form a softplus from an exponential."""
-
-UNNAMED = _functions("sin cos sinh cosh atan asinh erf expm1")
-"""Functions that are possible activations if applied to a layer's output, and are reported as such."""
 
 _GREATER = _functions("maximum max fmax logaddexp")
 _CLAMPS = _functions("clamp clamp_ clip clip_ clamp_min clamp_min_")
@@ -227,11 +228,20 @@ def composes(func: Callable[..., Any], origins: list[Origin], parametrised: bool
         return len(origins) > 1
     if func in SOFTPLUS:
         return origins[0].bent == "exp"
+    if func in SUMS or func in _MIXED_SUMS:
+        residual = func in _ADDITIONS and len(origins) == 2 and _is_residual(*origins)
+        return len(origins) > 1 and any(origin.bent for origin in origins) and not residual
     if func in POWERS:
         return len(origins) == 1 and origins[0].direct is not None
     if func not in PRODUCTS or not any(origin.bent for origin in origins):
         return False
     return len(origins) > 1 or (origins[0].product and not parametrised)
+
+
+def _is_residual(a: Origin, b: Origin) -> bool:
+    """Return True if one summand is an activation of the other, which is no activation."""
+    straight, bent = (b, a) if a.bent else (a, b)
+    return not straight.bent and bent.direct is not None and bent.base is straight.base
 
 
 def limits(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -256,11 +266,6 @@ def _is_zero(x: Any) -> bool:
 def rectifies(limits: tuple[Any, Any] | None) -> bool:
     """Return True if a clamp with these limits is a ReLU."""
     return limits is not None and _is_zero(limits[0]) and limits[1] is None
-
-
-def clamps_from_zero(limits: tuple[Any, Any] | None) -> bool:
-    """Return True if a clamp has the lower limit 0 and an upper limit: a bounded ReLU or a clamp of pixels."""
-    return limits is not None and _is_zero(limits[0]) and limits[1] is not None
 
 
 def guarded(func: Callable[..., Any], operands: list[Tensor], origins: list[Origin]) -> list[SiteCall]:

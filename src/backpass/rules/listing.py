@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from backpass.errors import UnknownNameError
-from backpass.rules.activation_rule import ActivationAttached
-from backpass.rules.activations import ACTIVATIONS, FUSED_ACTIVATIONS
+from backpass.rules.activation_rule import ActivationRule
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.override import BackwardOverride, TorchFunction
 from backpass.rules.attaching.run import SiteCall
@@ -39,7 +38,7 @@ def list_sites(model: nn.Module, *args: Any, kind: str = "activation", **kwargs:
     """
     if kind not in _KINDS:
         raise UnknownNameError("kind of site", kind, _KINDS)
-    attached = ActivationAttached(_Activations(), model) if kind == "activation" else _LinearAttached(_Linear(), model)
+    attached = _Activations(stop=0).attach(model) if kind == "activation" else _LinearAttached(_Linear(), model)
     with attached:
         attached.learn(*args, **kwargs)
         table = attached.seen
@@ -58,22 +57,15 @@ class _Listing(BackwardOverride):
         return "a rule"
 
 
-class _Activations(_Listing):
-    functions = ACTIVATIONS
-    opaque = FUSED_ACTIVATIONS
-    compositions = True
+class _Activations(ActivationRule):
+    name = "listing"
+    needs_site = False
 
-    def covers(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return True
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        return grad
 
-    def replace_value(self, x: Tensor, value: Tensor, site: object, learned: Tensor | None = None) -> Tensor:
-        return value
-
-    def replace_learned(self, x: Tensor, value: Tensor, site: object) -> Tensor:
-        return value
-
-    def replace_call(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: object) -> Any:
-        return func(*args, **kwargs)
+    def __str__(self) -> str:
+        return "a rule"
 
 
 class _Linear(_Listing):

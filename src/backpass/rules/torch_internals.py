@@ -33,6 +33,7 @@ __all__ = [
     "function_modes",
     "graph_node",
     "keep_out_of_frames",
+    "next_sequence_number",
     "pop_mode",
     "push_mode",
     "restore_modes",
@@ -127,6 +128,9 @@ def sequence_number(node: Any) -> int:
     """Return the sequence number of a graph node; nodes that it depends on have smaller ones, except leaves."""
     return int(node._sequence_nr())
 
+
+next_sequence_number = torch._C._autograd._get_sequence_nr
+"""Return the sequence number of the next graph node of this thread."""
 
 saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 """Return the innermost pair of saved-tensor hooks, or None; called with True."""

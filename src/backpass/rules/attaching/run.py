@@ -98,6 +98,8 @@ class ModuleCall:
         x: its input, if it may compute a single activation.
         hidden: functions of the rule that were called without gradients, as in a custom autograd function.
         origins: origins of the results of elementwise functions, if all calls are analysed; else None.
+        begin: sequence number of the first graph node of the call, if all calls are analysed.
+        end: one past the last one.
     """
 
     grad_enabled = True
@@ -109,6 +111,7 @@ class ModuleCall:
     x: Tensor | None = None
     hidden: tuple[str, ...] = ()
     origins: Any = None
+    begin = end = 0
 
     def __init__(self, path: str, key: str, depth: int) -> None:
         self.path = path

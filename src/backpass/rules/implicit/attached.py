@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parameter import is_lazy
 
 from backpass.errors import BackpassError
 from backpass.rules.attaching.attached import Attached
@@ -51,7 +52,7 @@ class LayerAttached(Attached):
         self._early = [
             parameter.register_post_accumulate_grad_hook(self._refuse_early)  # type: ignore[no-untyped-call]
             for parameter in self.model.parameters()
-            if parameter.is_leaf and parameter.requires_grad
+            if parameter.is_leaf and parameter.requires_grad and not is_lazy(parameter)
         ]
 
     def start(self) -> None:
@@ -81,7 +82,7 @@ class LayerAttached(Attached):
         key = tensor.untyped_storage().data_ptr()
         found = self._named.get(key)
         if found is None or found.parameter.untyped_storage().data_ptr() != key:
-            named = [Named(name, p) for name, p in self.model.named_parameters()]
+            named = [Named(name, p) for name, p in self.model.named_parameters() if not is_lazy(p)]
             self._named = {one.parameter.untyped_storage().data_ptr(): one for one in named}
             found = self._named.get(key)
         return found
@@ -92,7 +93,7 @@ class LayerAttached(Attached):
         return f"the layer of {named.name!r}" if named else f"the layer with a weight of shape {tuple(weight.shape)}"
 
     def admit(self, use: Use) -> None:
-        """Admit the one use of a weight whose step is exact.
+        """Admit the one use of weight and bias whose step is exact.
 
         Raises:
             BackpassError: the weight has another contribution already, or several processes contribute.
@@ -103,21 +104,25 @@ class LayerAttached(Attached):
                 f"{world_size()} processes contribute to {self.describe(use.weight)}, and the average of their {step} "
                 f"steps is not the step of the whole batch: {self.way_out}."
             )
-        learning = use.weight if use.wants[1] or use.bias is None else use.bias
-        named = self.parameter(learning)
-        leaf = named.parameter if named else learning
+        for tensor, wanted in ((use.weight, use.wants[1]), (use.bias, use.wants[2])):
+            if tensor is not None and wanted:
+                self._admit(tensor)
+
+    def _admit(self, tensor: Tensor) -> None:
+        named = self.parameter(tensor)
+        leaf = named.parameter if named else tensor
         if named is None and not (leaf.is_leaf and leaf.requires_grad):
-            raise BackpassError(f"{self.describe(learning)} is computed from other parameters. {COMPUTED}")
+            raise BackpassError(f"{self.describe(tensor)} is computed from other parameters. {COMPUTED}")
         now = torch._C._current_graph_task_id()
         task, before = self._uses.get(id(leaf), (-1, []))
         before = before if task == now and now >= 0 else []
-        begin, end = _extent(learning)
+        begin, end = _extent(tensor)
         twice = any(begin < stop and start < end for start, stop in before)
         if twice or holds_something(leaf):
             how = "is used twice in one backward pass" if twice else "has a gradient from a backward pass before"
             raise BackpassError(
-                f"{named.name if named else 'a weight'!r} {how}, and the sum of two {step} steps is not the step of "
-                f"both: call optimizer.zero_grad() after each step, or {self.way_out}."
+                f"{named.name if named else 'a weight'!r} {how}, and the sum of two {self.step_name} steps is not the "
+                f"step of both: call optimizer.zero_grad() after each step, or {self.way_out}."
             )
         self._uses[id(leaf)] = (now, [*before, (begin, end)])
 

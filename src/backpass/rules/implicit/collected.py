@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from backpass.errors import BackpassError
 from backpass.rules.implicit.attached import Named
-from backpass.rules.implicit.layers import Gradients
+from backpass.rules.implicit.layers import Gradients, LinearLayer, in_parts
 from backpass.rules.implicit.proximal import ProximalStep, Rows, from_gradient, from_rows, gram, samples
 from backpass.rules.implicit.systems import column_gram
 from backpass.rules.implicit.uses import Use
@@ -54,8 +54,7 @@ class Collected:
             BackpassError: the same weight was used in another way before.
         """
         layer = use.layer
-        same = type(layer) is type(self.layer) and layer.blocks == self.layer.blocks
-        if not same or (use.text != self.text and use.text.startswith(("Linear", "Einsum"))):
+        if use.text != self.text and not _same_matrix(layer, self.layer):
             raise BackpassError(
                 f"{self.name!r} is shared by {self.text.split()[0]} and {use.text.split()[0]} layers that differ, or "
                 "used as itself and transposed, so its uses have no common Gram matrix: leave one out by `where`."
@@ -83,12 +82,9 @@ class Collected:
     def to_gram(self) -> None:
         """Replace the rows by their Gram matrix."""
         if self.has_rows and self._rows:
-            a = self.rows().a.to(self._dtype)
+            a, parts = self.rows().a.to(self._dtype), self.layer.parts(self._step.max_side)
             self._rows = []
-            parts = self.layer.parts(self._step.max_side)
-            if parts > 1:
-                a = a.reshape(*a.shape[:2], parts, -1).transpose(1, 2).flatten(0, 1)
-            self.gram = column_gram(a, self.wants[1] and parts == 1)
+            self.gram = column_gram(in_parts(a, parts), self.wants[1] and parts == 1)
 
     def rows(self) -> Rows:
         """A and g of all uses.
@@ -153,6 +149,12 @@ class Collected:
         if not bool(misfit <= eps**0.5 * torch.linalg.vector_norm(found)):
             return None
         return 1.0 if abs(scale - 1) < eps**0.7 else scale
+
+
+def _same_matrix(one: LinearLayer, other: LinearLayer) -> bool:
+    """Return True if two layers of one weight have the same outputs and columns, and so a common Gram matrix."""
+    positions = torch.arange(torch.Size(one.shape).numel()).reshape(one.shape)
+    return torch.equal(one.matrix(positions), other.matrix(positions))
 
 
 def gather(names: Sequence[str], collected: dict[str, Collected]) -> None:

@@ -46,10 +46,7 @@ class LayerInterception(Interception):
             return True
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(x, Tensor) and x.requires_grad and self._is_parameter(x) for x in leaves):
-            name = PRODUCTS[func]
-            self.note_unreachable(
-                self.running[-1].path, f"{name} of several parameters is linear in none of them alone"
-            )
+            self.note_unreachable(self.running[-1].path, f"{PRODUCTS[func]} of parameters is not read as a layer")
         return False
 
     def _is_parameter(self, tensor: Tensor) -> bool:
@@ -116,7 +113,7 @@ class LayerInterception(Interception):
     def node(self, layer: LinearCall, site: SiteCall | None) -> Any:
         """Return the value of a layer whose gradients come from this attachment in the backward pass."""
         call = Call(layer.text, ("", ()), torch_internals.transforms(), self.attached.token, site)
-        z = implicit_layer(layer.x, layer.weight, layer.bias, layer.z, layer.compute, layer.rest, call)
+        z = implicit_layer(layer.x, layer.weight, layer.bias, layer.z, layer.compute, call)
         return z if layer.batched else z.squeeze(0)
 
     @staticmethod

@@ -24,7 +24,7 @@ from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.implicit.attached import LayerAttached
 from backpass.rules.implicit.calls import NORMALIZATIONS, LinearCall
 from backpass.rules.implicit.interception import LayerInterception
-from backpass.rules.implicit.layers import Gradients, LinearLayer, Product
+from backpass.rules.implicit.layers import Gradients, LinearLayer
 from backpass.rules.implicit.systems import NotFiniteError, conjugate_gradients, row_gram, solve
 from backpass.rules.implicit.uses import Found, Use
 
@@ -133,7 +133,7 @@ def from_rows(layer: LinearLayer, rows: Rows, ones: bool, step: ProximalStep, ou
     if step.solver == "cg":
         kernel = row_gram(a.to(g.dtype), ones)
         damping = added(kernel)
-        factor = conjugate_gradients(kernel, g, damping, step.cg_steps, isinstance(layer, Product), rows=True)
+        factor = conjugate_gradients(kernel, g, damping, step.cg_steps, layer.is_product, rows=True)
     else:
         # The solve costs as many right sides as there are; A itself may be the fewer: D^T = ((..)^{-1} A)^T g.
         of_inputs = columns + ones < g.shape[-1]
@@ -177,7 +177,7 @@ def from_gradient(
     if step.solver == "cg":
         kernel, right = joined(dtype)
         damping = added(kernel)
-        by_column = isinstance(layer, Product)
+        by_column = layer.is_product
         found = conjugate_gradients(kernel, right, damping, step.cg_steps, by_column, rows=False)
     else:
         found, damping = solve(joined, added, dtype, _COLUMNS_FLOOR)

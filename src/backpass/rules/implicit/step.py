@@ -74,7 +74,7 @@ class ProximalAtStep(ProximalAttached):
         """Begin without any use of a weight; for a copy of the model too."""
         super().start()
         rule, self.optimizers, self._hooks = self.rule, [], []
-        self.memory = Memory(rule.share, rule.refreshed, rule.step) if rule.share or rule.refreshed > 1 else None
+        self.memory = Memory(rule.share, rule.refresh, rule.memory_step) if rule.remembers else None
         self._collected: dict[str, Collected] = {}
         self._exact: set[str] = set()
         self._written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -83,7 +83,7 @@ class ProximalAtStep(ProximalAttached):
         """Change settings of the solve from the next step on; see `ProximalAttached.set`."""
         super().set(**settings)
         if self.memory is not None:
-            self.memory.take(self.step)
+            self.memory.take(self.rule.memory_step)
 
     def remove(self) -> None:
         """Give the model its own backward again, and the optimizer its own step; a second call does nothing."""
@@ -126,11 +126,22 @@ class ProximalAtStep(ProximalAttached):
                 "optimizer.zero_grad() after each step."
             )
         if collected is None:
+            self._refuse_shared(named.name, parameters)
             keep_rows = self.memory is None or (self.rule.chooses and named.name not in self.memory.layers)
             collected = Collected(use, parameters, self.step, keep_rows)
             self._collected[named.name] = collected
         collected.add(use, parameters, now)
         return layer.gradients(x, grad, *use.wants[1:])
+
+    def _refuse_shared(self, name: str, parameters: Parameters) -> None:
+        mine = {one.name for one in parameters if one is not None}
+        for other, collected in self._collected.items():
+            shared = mine.intersection(one.name for one in collected.parameters if one is not None)
+            if other != name and shared:
+                raise BackpassError(
+                    f"{shared.pop()!r} belongs to the layers of {other!r} and {name!r}, which have no common Gram "
+                    "matrix: leave one out by `where`."
+                )
 
     def _learning(self, use: Use) -> Parameters:
         """Weight and bias, those that learn."""
