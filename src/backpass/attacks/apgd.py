@@ -114,11 +114,6 @@ class APGD(SearchAttack):
             )
 
     @property
-    def iterations(self) -> int:
-        """Gradient steps."""
-        return self.steps
-
-    @property
     def searches(self) -> int:
         """Restarts, towards every target."""
         return self.restarts * (self.targets if self.loss == "dlr-targeted" else 1)

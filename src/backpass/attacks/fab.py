@@ -55,11 +55,6 @@ class FAB(MinimumNorm):
             raise BackpassError("FAB leads away from y and chooses its targets itself: leave targeted=False.")
 
     @property
-    def iterations(self) -> int:
-        """Gradient steps."""
-        return self.steps
-
-    @property
     def searches(self) -> int:
         """Restarts, towards every target."""
         return self.restarts * (self.targets or 1)

@@ -127,11 +127,6 @@ class FMN(MinimumNorm):
             raise BackpassError(f"gamma_end must be at most gamma={self.gamma}; got {self.gamma_end}.")
 
     @property
-    def iterations(self) -> int:
-        """Number of gradient steps."""
-        return self.steps
-
-    @property
     def searches(self) -> int:
         """Number of searches per sample."""
         return 1 if self.targeted else self.restarts

@@ -73,11 +73,6 @@ class Square(SearchAttack):
         """Forward passes."""
         return self.queries + self.published
 
-    @property
-    def searches(self) -> int:
-        """Restarts."""
-        return self.restarts
-
     def begin(self, oracle: Oracle, jobs: Jobs) -> State:
         """Start at stripes or pyramids."""
         if jobs.x.dim() != 4:

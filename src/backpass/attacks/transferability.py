@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
 from backpass.attacks.checks import check_model
-from backpass.attacks.columns import Columns, processes
+from backpass.attacks.columns import Columns, device_of, processes
 from backpass.attacks.data import Data, Source
 from backpass.attacks.ensemble import Ensemble
-from backpass.attacks.evaluation import Mask, _mask_of
+from backpass.attacks.evaluation import Mask, mask_of
 from backpass.attacks.iterative import Iterative
 from backpass.attacks.paired import Paired, paired
 from backpass.attacks.report import Rate
@@ -163,18 +163,22 @@ def transfer(
     attack, steps = _budget(replace(attack, early_stop=False), gradients)
     marks = list(gradients or ())
     rows = [
-        _Row(name if rules is None else f"{name} {rule}", model, attached)
-        for name, model in ((name, _as_one(model)) for name, model in sources.items())
+        _Row(
+            name if rules is None else f"{name} {rule}",
+            model if isinstance(model, nn.Module) else Ensemble(model),
+            attached,
+        )
+        for name, model in sources.items()
         for rule, attached in (rules or {"": None}).items()
     ]
     rank, world = processes()
     source = Source(data, batch_size, several=world > 1 or resume is not None)
-    columns, done = Columns(_device(rows[0].model)), 0
+    columns, done = Columns(device_of(rows[0].model)), 0
     shards = _Folders(resume, tag, attack, source)
     for x, y, index in source.batches(rank, world):
         y = y.long()
         aim = _aim(rows[0].model, attack, classes, x, y, index)
-        own = _mask_of(mask, x, index)
+        own = mask_of(mask, x, index)
         correct = {}
         for name, model in targets.items():
             seen = shards.get(f"correct {name}", model, None, (x, y, index), partial(_predict, model, attack, x, y))
@@ -260,7 +264,7 @@ class _Images:
         """Return the images (B, ...) after each number of steps, or the final ones, on the device of x."""
         if self._images is None:
             row, attack, x, aim, index, size, mask, steps = self._make
-            device = _device(row.model)
+            device = device_of(row.model)
             given = (row.model, x.to(device), aim.to(device))
             settings: dict[str, Any] = {
                 "indices": index.to(device),
@@ -314,7 +318,7 @@ class _Folders:
     def _print(self, model: nn.Module, row: _Row | None) -> str:
         place = id(model) if row is None else id(row)
         if place not in self._known:
-            x, y = (one.to(_device(model)) for one in self._source.head)
+            x, y = (one.to(device_of(model)) for one in self._source.head)
             members = list(model.members) if isinstance(model, Ensemble) else [model]
             how = f"{model.mean} " if isinstance(model, Ensemble) else ""
             with _Row("", model, None if row is None else row.rule).attached():
@@ -338,14 +342,10 @@ def _budget(attack: Attack, gradients: Sequence[int] | None) -> tuple[Attack, li
     return attack.within(gradients[-1]), steps
 
 
-def _as_one(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
-    return model if isinstance(model, nn.Module) else Ensemble(model)
-
-
 def _aim(model: nn.Module, attack: Attack, classes: Targets | None, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
     if classes is None or not attack.targeted:
         return y
-    device = _device(model)
+    device = device_of(model)
     with preserved(model):
         logits = attack.make_oracle(model).plain(x.to(device), y.to(device)).to(x.device)
     aim = choose_targets(classes, y, logits, index, attack.seed)
@@ -354,13 +354,9 @@ def _aim(model: nn.Module, attack: Attack, classes: Targets | None, x: Tensor, y
     return aim
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
 def _predict(model: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
     """Return the classes (B,) of the model without rules, on the device of x."""
-    device = _device(model)
+    device = device_of(model)
     there = x.to(device)
     check_model(model)
     check_model(model, there)
