@@ -8,7 +8,7 @@ import pytest
 from backpass import cli, papers
 from backpass.errors import BackpassError
 from backpass.report.markdown import verdicts
-from backpass.report.overview import overview, read_results, write_overview
+from backpass.report.overview import read_results
 from backpass.report.reading import read_result
 from support.experiments import arm, claim, experiment, table
 
@@ -100,21 +100,6 @@ def test_what_is_no_result_is_refused(tmp_path, text):
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(BackpassError, match=r"there is no result\.json"):
         read_results(tmp_path)
-
-
-def test_the_page_has_every_verdict_once_each_leading_to_its_experiment(results):
-    html = write_overview(results, read_results(results)).read_text()
-    for name in ("one", "two"):
-        assert html.count(f'href="#{name}-small-{name}.up-down"') == 1
-        assert html.count(f'id="{name}-small-{name}.up-down"') == 1
-        assert f'id="{name}-small-top"' in html
-    assert "2 same direction" in html
-    assert "3 units" in html
-    ids = [part.split('"')[0] for part in html.split(' id="')[1:]]
-    assert len(ids) == len(set(ids))
-    assert "http" not in html.replace("http://www.w3.org", "")
-    assert "<script" not in html
-    assert overview(read_results(results)) == html
 
 
 def test_the_verdicts_as_markdown_have_a_row_for_every_claim(results):

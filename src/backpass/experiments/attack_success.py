@@ -20,6 +20,7 @@ from backpass.lab.plans import make_plans
 from backpass.lab.protocols import make_protocol
 from backpass.models.weights import weights_hash
 from backpass.numbers import fraction_text
+from backpass.report.proportions import marks, rate_of
 from backpass.rules import LinBP, Rule
 
 __all__ = [
@@ -106,8 +107,8 @@ def attack_images(trial: Trial, seed: int, place: Place) -> Outcome:
     with rule.attach(network):
         report = evaluate(model, (x, y), attack, batch_size=_BATCH)
     (record,) = report.attacks.values()
-    marks = _marks(report.correct, record.success)
-    return {"fooled": _rate(marks), "images": marks, "rule": str(rule), "weights": weights_hash(network)}
+    images = marks(record.success, report.correct)
+    return {"fooled": _percent(images), "images": images, "rule": str(rule), "weights": weights_hash(network)}
 
 
 def find_halvings(trial: Trial, seed: int, place: Place) -> Outcome:
@@ -161,23 +162,19 @@ def transfer_images(settings: Transfer, seed: int, place: Place) -> Outcome:
     # An image that barely fools the source transfers worst, so every search has all its steps.
     with _rule(settings, seed, place).attach(network):
         report = transfer({"": model}, {"source": model, **targets}, (x, y), replace(attack, early_stop=False))
-    marks = {name: _marks(report.correct[name], fooled) for name, fooled in report.fooled[""].items()}
+    images = {name: marks(fooled, report.correct[name]) for name, fooled in report.fooled[""].items()}
     return {
-        **{name: _rate(some) for name, some in marks.items()},
-        **{f"images of {name}": some for name, some in marks.items()},
+        **{name: _percent(some) for name, some in images.items()},
+        **{f"images of {name}": some for name, some in images.items()},
         "weights": weights_hash(network),
     }
-
-
-def _over_images(runs: Runs) -> list[float]:
-    return [100.0 * (mark == "1") for one in runs.runs for mark in one["images"] if mark != "-"]
 
 
 FOOLED = Measurement(label="images fooled", unit="percentage points", key="fooled")
 """Measurement of `attack_images`, one number per network."""
 
-FOOLED_IMAGES = Measurement(label="images fooled", unit="percentage points", key="images", derive=_over_images)
-"""The same with one number per image, for comparisons over the images of few networks."""
+FOOLED_IMAGES = Measurement(label="images fooled", unit="percentage points", key="images", images=True)
+"""The same by image, for comparisons over the images of few networks."""
 
 
 def halving(nth: int, word: str) -> Measurement:
@@ -227,12 +224,8 @@ def _rule(trial: Trial, seed: int, place: Place) -> Rule:
     return choose_start(rule, network, x, y, attack, model=model, batch_size=_BATCH).rule
 
 
-def _marks(right: Tensor, fooled: Tensor) -> str:
-    return "".join("-" if not r else str(int(f)) for r, f in zip(right.tolist(), fooled.tolist(), strict=True))
-
-
-def _rate(marks: str) -> float:
-    return _mean([100 * (mark == "1") for mark in marks if mark != "-"])
+def _percent(images: str) -> float:
+    return 100 * rate_of(images).value
 
 
 def _mean(values: Sequence[float]) -> float:

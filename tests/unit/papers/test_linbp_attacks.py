@@ -26,8 +26,8 @@ from backpass.experiments.experiment import Arm, Place, Runs
 from backpass.experiments.input_gradients import Directions, compare_gradients, measure_steps
 from backpass.experiments.victims import Loaded, Victim, describe_victim, load_victim
 from backpass.lab.placements import parse_rule_for
+from backpass.lab.plans import make_plans
 from backpass.lab.protocols import make_protocol
-from backpass.lab.studies.attack.plans import make_plans
 from backpass.lab.subjects import Subject
 from backpass.lab.training.assembly import complete
 from backpass.papers import linbp_tables, linbp_transfer, linbp_white_box
@@ -134,33 +134,26 @@ def test_a_search_in_another_precision_ends_with_a_verdict_on_all_images(place, 
     assert abs(other["fooled"] - plain["fooled"]) < 15
 
 
-class Dead(nn.Module):
-    """Logits (0, 10 relu(x - 0.6) - 0.1): a unit that sleeps at x = 0.5 and wakes inside the ball."""
+class Planted(nn.Module):
+    """Logits (0, relu(w z + b) v + c) of the first pixel z, which is 0.5."""
 
-    def __init__(self):
+    def __init__(self, w, b, v, c):
         super().__init__()
-        self.slope = nn.Parameter(torch.tensor(10.0))
+        self.hidden, self.last = nn.Linear(1, len(w)), nn.Linear(len(w), 1)
+        for parameter, value in ((self.hidden.weight, [[one] for one in w]), (self.hidden.bias, b),
+                                 (self.last.weight, [v]), (self.last.bias, [c])):  # fmt: skip
+            parameter.data = torch.tensor(value)
 
     def forward(self, x):
-        z = x.flatten(1)
-        other = self.slope * torch.relu(z[:, :1] - 0.6) - 0.1
-        return torch.cat([torch.zeros_like(other), other + 0 * z.sum(1, keepdim=True)], 1)
-
-
-class Decoy(nn.Module):
-    """A unit that never wakes points the other way, and outweighs the one that is awake."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, x):
-        z = x.flatten(1)[:, :1]
-        other = self.weight * (torch.relu(z) + 5 * torch.relu(-z - 9.0)) - 0.6
+        other = self.last(torch.relu(self.hidden(x.flatten(1)[:, :1])))
         return torch.cat([torch.zeros_like(other), other], 1)
 
 
-@pytest.mark.parametrize(("network", "bp", "linbp"), [(Dead(), 0.0, 100.0), (Decoy(), 100.0, 0.0)])
+ASLEEP = Planted([1.0], [-0.6], [10.0], -0.1)  # wakes inside the ball
+DECOY = Planted([1.0, -1.0], [0.0, -9.0], [1.0, 5.0], -0.6)  # the second never wakes, and outweighs the first
+
+
+@pytest.mark.parametrize(("network", "bp", "linbp"), [(ASLEEP, 0.0, 100.0), (DECOY, 100.0, 0.0)])
 def test_linbp_wins_where_a_sleeping_unit_decides_and_loses_to_one_that_never_wakes(monkeypatch, network, bp, linbp):
     pixels = torch.full((8, 1, 2, 2), 128, dtype=torch.uint8)
     images = Images(pixels=pixels, labels=torch.zeros(8, dtype=torch.int64))
