@@ -88,7 +88,7 @@ def sites_between(branch: Tensor, begin: Any) -> list[SiteCall]:
             sites.append(site)
         following = {one for one, _ in node.next_functions if one is not None} - seen
         seen |= following
-        nodes += [one for one in following if _age(one) is not None and (age is None or _age(one) < age)]
+        nodes += [one for one in following if (of_one := _age(one)) is not None and (age is None or of_one < age)]
     return sites
 
 

@@ -110,8 +110,8 @@ _DIVISIONS = _functions("div div_ divide true_divide __truediv__ __itruediv__ __
 
 VIEWS = frozenset((F.interpolate, F.upsample)) | _functions(
     "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split "
-    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select pad constant_pad_nd gather index_select "
-    "take_along_dim"
+    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select pad constant_pad_nd gather "
+    "index_select take_along_dim"
 )
 """Functions that arrange the same elements anew, resample them, or pad them."""
 
