@@ -95,7 +95,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     regression, mnist, adversarial = EXPERIMENTS
-    mnist = replace(mnist, scales={"small": images(3, tuple(arguments.models.split(",")))})
+    models = tuple(arguments.models.split(","))
+    mnist = replace(mnist, title=f"{mnist.title}: {', '.join(models)}", scales={"small": images(3, models)})
     results = []
     for experiment in (regression, mnist, adversarial):
         (done,) = run([experiment], scale="small", out=arguments.outcomes, progress=print)

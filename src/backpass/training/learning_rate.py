@@ -67,7 +67,7 @@ class ControlledLR(LRScheduler):
         optimizer: SGD with or without momentum; Adam, AdamW and RMSprop are followed in the metric of their present
             scales; others count as descent along the gradient. Groups keep the ratio of their rates.
         lr_max: the rate to start at, of all groups; None for the groups' own.
-        every: measure before each ``every``-th step only. A measurement costs 2.3 to 3.4 plain steps, and
+        every: measure before each ``every``-th step only. A measurement costs 2.3 to 4.1 plain steps, and
             with an adversary of K steps 3 to 6 training steps of K + 1 gradients.
         window: the part of all measurements so far that averages reach back, in (0, 1].
         slope: the growth of 1/l in a step at q = 1, in units of the curvature; above 0.
