@@ -129,13 +129,17 @@ def report(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A result.json of backpass reproduce, or its folder.", metavar="RESULT")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A result.json of reproduce, attack, transfer or demo, or its folder.", metavar="RESULT"),
+    ],
 ) -> None:
     """Recompute every verdict of a result from its stored outcomes, and compare their hashes."""
     from backpass.experiments.verifying import verify as check
     from backpass.papers import EXPERIMENTS
+    from backpass.papers.demo import DEMO
 
-    found = check(path, EXPERIMENTS)
+    found = check(path, (*EXPERIMENTS, DEMO))
     basis = f"{found.outcomes} files of outcomes" if found.from_outcomes else "the numbers in the result alone"
     if found.problems:
         raise BackpassError(f"{len(found.problems)} of {path} do not agree: " + " ".join(found.problems))

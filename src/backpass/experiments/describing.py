@@ -165,7 +165,8 @@ def _plots(plot: Plot, design: Design, found: RunsByArm) -> list[Series]:
             curves = [_line(plot, label, names, group, found) for label, names in plot.lines.items()]
         else:
             shown = [found[group, arm.name] for arm in arms if not plot.arms or arm.name in plot.arms]
-            curves = [curve for runs in shown if (curve := _curve(plot, runs)) is not None]
+            less = found[group, plot.less[0]] if plot.less else None
+            curves = [curve for runs in shown if (curve := _curve(plot, runs, less)) is not None]
         if not curves:
             continue
         title = f"{group}: {plot.title}" if group else plot.title
@@ -184,11 +185,14 @@ def _plots(plot: Plot, design: Design, found: RunsByArm) -> list[Series]:
     return made
 
 
-def _curve(plot: Plot, runs: Runs) -> Curve | None:
+def _curve(plot: Plot, runs: Runs, less: Runs | None) -> Curve | None:
     """Return the curve of an arm; None if it has no such entry, or a run diverged and its x values are unknown."""
     if any(plot.key not in one for one in runs.runs):
         return None
     rows = [one[plot.key] for one in runs.runs]
+    if less is not None:
+        pairs = zip(rows, (one[plot.key] for one in less.runs), strict=True)
+        rows = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
     x = plot.x
     if isinstance(x, str):
         x = [mean_interval(places).mean for places in zip(*(one[x] for one in runs.runs), strict=True)]

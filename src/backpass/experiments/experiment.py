@@ -216,7 +216,7 @@ class Plot:
         x: x values, or the entry of the outcomes that has them; the mean over the seeds is plotted.
         lines: instead of an entry, arms by label of a line; the line joins their `measurement` along x.
         measurement: measurement that the lines show.
-        less: arms whose measurement is subtracted along x, for lines of paired differences.
+        less: arms whose measurement is subtracted along x, for lines of paired differences; with `key` one arm.
         images: True if the entry is a list of marks along x, as of `Measurement.images`.
         arms: arms to show; empty for all arms of the group.
         groups: groups to show; empty for all.

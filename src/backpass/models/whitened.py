@@ -69,7 +69,8 @@ def whitened(
     """Whitening 2x2 convolution, then three blocks of two 3x3 convolutions with BatchNorm, each with one max pool.
 
     The convolutions begin as near-identities: their first filters pass each input channel on. The whitening weights
-    are fixed, and `WhitenedCNN.initialise_from` sets them.
+    are fixed, and `WhitenedCNN.initialise_from` sets them. The normalizations have no scale, and a bias that learns at
+    64 times the rate.
 
     Args:
         shape: (C, H, W) of one image, at least 25x25.
