@@ -75,7 +75,7 @@ def run_digits(settings: DigitSDE, seed: int, context: Context) -> Outcome:
     else:
         raise BackpassError(f"process must be plain, adversarial or sde, got {settings.process!r}.")
     return {
-        "time": [round(context * time / settings.records, 6) for context in range(settings.records + 1)],
+        "time": [round(record * time / settings.records, 6) for record in range(settings.records + 1)],
         "gradient": _means(sde.gradient_penalty(theta) for theta in values),
         "loss": _means(sde.adversarial_loss(theta) for theta in values),
     }
