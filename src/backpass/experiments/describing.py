@@ -225,14 +225,17 @@ def _line(plot: Plot, label: str, names: Sequence[str], group: str, found: RunsB
 
 
 def _settings(design: Design) -> dict[str, Any]:
-    """Return the settings that all candidates share, and the remaining settings by arm."""
+    """Return the settings with one value in all candidates that have them, and the remaining settings by arm."""
     flat = {
         (arm.group, arm.name, label): _flat(settings)
         for arm in design.arms
         for label, settings in arm.candidates.items()
     }
-    first = next(iter(flat.values()))
-    shared = {name: value for name, value in first.items() if all(one.get(name) == value for one in flat.values())}
+    values: dict[str, list[Any]] = {}
+    for settings in flat.values():
+        for name, value in settings.items():
+            values.setdefault(name, []).append(value)
+    shared = {name: each[0] for name, each in values.items() if all(value == each[0] for value in each)}
     made: dict[str, Any] = {name.replace("_", " "): value for name, value in shared.items()}
     for (group, arm, label), settings in flat.items():
         own = {name: value for name, value in settings.items() if name not in shared}

@@ -322,6 +322,7 @@ def test_every_condition_has_a_claim_beside_the_base(out):
     rows = {table.title: [row[0] for row in table.rows] for table in result.tables}
     assert rows["placement: every arm"][:3] == ["small, BP", "small, LinBP", "all, BP"]
     assert rows["The two gradients at clean images: every arm"] == ["base: small", "placement: all", "depth: one"]
+    assert result.settings["attack"] == LINEAR.attack  # of all arms that attack
     assert len(result.series) == 3  # each network and placement once; a chosen placement has no plot of its own
 
 
