@@ -165,6 +165,9 @@ class ActivationInterception(Interception):
             out = super().other(caller, func, args, kwargs)
             self._note_mask(func, args, kwargs, out)
             if func in LAYERS and isinstance(out, Tensor):
+                for site in self._origins(caller).of(args[0]).sites if args else ():
+                    site.enters_layer = True
+                    site.counted |= site.gates
                 self._origins(caller).note(out, Origin(out, "", (), out.numel(), path=(out,), layer=True))
             elif func in JOINS:
                 self._joined(func, args, out)
@@ -242,8 +245,8 @@ class ActivationInterception(Interception):
         elif func not in PRODUCTS and func not in MIXES and any(origin.layer for origin in origins):
             self._origins(self.running[-1]).note(out, Origin(out, "", (), out.numel(), path=(out,), layer=True))
         elif (func in PRODUCTS or func in MIXES) and not self.rule.gates:
-            for origin in gates(func, origins, out):
-                _discount(origin.sites)
+            for site in (site for origin in gates(func, origins, out) for site in origin.sites):
+                site.gates, site.counted = site.counted, site.counted and site.enters_layer
 
     def _compose(
         self,

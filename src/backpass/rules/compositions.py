@@ -110,7 +110,8 @@ _DIVISIONS = _functions("div div_ divide true_divide __truediv__ __itruediv__ __
 
 VIEWS = frozenset((F.interpolate, F.upsample)) | _functions(
     "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split "
-    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select pad constant_pad_nd"
+    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select pad constant_pad_nd gather "
+    "index_select take_along_dim"
 )
 """Functions that arrange the same elements anew, resample them, or pad them."""
 
@@ -286,6 +287,8 @@ def is_of_parameters(x: Tensor, origin: Origin) -> bool:
         return False
     while nodes:
         node: Any = nodes.pop()
+        if node.name().startswith("Embedding"):
+            return False
         if not node.next_functions and not isinstance(getattr(node, "variable", None), nn.Parameter):
             return False
         for following, _ in node.next_functions:

@@ -38,6 +38,9 @@ _PREFIX = re.compile("_|native|cudnn|mkldnn|miopen|adaptive|fused|special|thnn|s
 _HARMLESS = ("torch.nn.", "torch.utils.", "torch.distributed.", "backpass.")
 """Packages whose autograd functions compute no activation that the rule does not know."""
 
+_WEIGHTS = frozenset(("exp", "clamp", "clampmin", "clampmax", "maximum", "minimum"))
+"""Operations that are not reported if they compute a factor of another value, such as a decay."""
+
 _GATE, _VALUE = 1, 2
 """Uses of a value: as a factor of another value, or otherwise."""
 
@@ -146,7 +149,7 @@ def unexplained(outputs: Iterable[Any], masked: Collection[Any], gates: bool) ->
     found = []
     for node in reversed(known.values()):
         node.pass_on()
-        if node.sources and (node.use == _VALUE or (node.use and (gates or node.name != "exp"))):
+        if node.sources and (node.use == _VALUE or (node.use and (gates or node.name not in _WEIGHTS))):
             reason = node.reason(masked) or ("it calls glu" if gates and node.name == "glu" else "")
             if reason:
                 found.append((sequence_number(node.node), reason))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.rules.activations import WITHOUT_ACTIVATION
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
 from backpass.rules.implicit.proximal import ProximalAttached, ProximalStep
@@ -23,6 +24,12 @@ __all__ = ["ProxProp", "ProximalAttached"]
 _TAU, _MEMORY_TAU = 3.0, 30.0
 _MEMORY = 0.9
 _SIDE, _MEMORY_SIDE = 4096, 128
+
+_WITH_LAYERS = {nn.Linear, *(getattr(nn, f"Conv{kind}{dims}d") for kind in ("", "Transpose") for dims in (1, 2, 3))}
+_ON_REQUEST = {nn.Embedding: "embeddings"} | dict.fromkeys(
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), "norms"
+)
+_ACTIVATIONS = {nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +152,12 @@ class ProxProp(Rule):
         if optimizer is not None:
             raise BackpassError('an optimizer is for solve="step"; without it the backward pass solves: leave it out.')
         return ProximalAttached(self, model, strict)
+
+    @property
+    def skipped(self) -> frozenset[type[nn.Module]]:  # type: ignore[override]
+        """Module classes without layers of this rule, which need no hooks."""
+        asked = {kind for kind, setting in _ON_REQUEST.items() if getattr(self, setting)}
+        return (WITHOUT_ACTIVATION | _ACTIVATIONS) - _WITH_LAYERS - asked
 
     @property
     def step(self) -> ProximalStep:

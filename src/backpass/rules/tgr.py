@@ -17,7 +17,7 @@ from backpass.rules.activations import ACTIVATIONS, WITHOUT_ACTIVATION
 from backpass.rules.attaching.interception import choose, outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import ModuleCall, SiteCall
-from backpass.rules.blocks import SUMS
+from backpass.rules.branches import SUMS
 from backpass.rules.operands import OperandRule, Operands
 from backpass.rules.pna import PNA, AttentionAttached, AttentionInterception
 from backpass.rules.torch_internals import constant_while_tracing

@@ -144,7 +144,8 @@ HUGGING_FACE: dict[str, Architecture] = {
     "qwen2": Architecture(
         build=huggingface("Qwen2ForCausalLM", "Qwen2Config", **SMALL, **TEXT, **DECODER), inputs=embedded, sites=2
     ),
-    # In each block square(relu(x)); the receptances are gates, which are used after a loop over the tokens.
+    # In each block square(relu(x)); the receptances are gates, which are used after a loop over the tokens. The
+    # attention is a softmax by hand, token by token.
     "rwkv": Architecture(
         build=huggingface(
             *("RwkvForCausalLM", "RwkvConfig"),
@@ -158,6 +159,7 @@ HUGGING_FACE: dict[str, Architecture] = {
         inputs=sequence,
         sites=2,
         reference=squared_relus_rewritten,
+        unreachable=frozenset(f"rwkv.blocks.{n}.attention" for n in range(2)),
     ),
     # In each block silu after the convolution, and in the gated normalization; the step sizes softplus(dt) are gates.
     "mamba2": Architecture(

@@ -152,6 +152,7 @@ def test_refreshes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_by_default_refreshes_become_rarer_with_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(10)])
     optimizer, updated = torch.optim.SGD(model.parameters(), 0.001), [0] * 140
     update = Memory.update
@@ -231,6 +232,20 @@ def test_inputs_of_zero_and_inputs_that_are_not_finite() -> None:
         with pytest.raises(NotFiniteError, match=r"'1.weight'.*diverged"):
             optimizer.step()
         assert torch.equal(attached.memory.layers["0.weight"].mean, before)
+
+
+def test_the_memory_follows_the_model_s_dtype() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with ProxProp(solve="step", memory=0.5, refresh=1).attach(model, optimizer) as attached:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            model.to(dtype)
+            optimizer.zero_grad()
+            model(torch.ones(6, 4, dtype=dtype)).sum().backward()
+            optimizer.step()
+            mean = attached.memory.layers["0.weight"].mean
+            torch.testing.assert_close(mean, torch.ones_like(mean))
+            assert mean.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
 
 
 def test_where_the_user_does_not_choose_each_layer_gets_the_cheaper_step() -> None:

@@ -34,6 +34,8 @@ class SiteCall:
         covered: True if the rule covers such calls of the function.
         by_hand: True for a clamp that computes a ReLU.
         counted: True if it is a site; False for a gate, or for a part of a composed activation.
+        gates: True if its value gates another one.
+        enters_layer: True if its value is the input of a layer, so that it is no mere gate.
         excluded: True if the rule leaves the site plain although it is in its range.
         selected: True if the rule acts here; None while unknown.
         undecided: True if it was called before the selection was known.
@@ -48,6 +50,8 @@ class SiteCall:
     covered = True
     by_hand = False
     counted = True
+    gates = False
+    enters_layer = False
     excluded = False
     selected: bool | None = None
     undecided = False

@@ -1,8 +1,9 @@
-"""Rules with implicit steps in force on a model: what they know of its parameters, and what they refuse."""
+"""Rules with implicit steps attached to a model: its parameters by name, and checks of their uses."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parameter import is_lazy
 
-from backpass.errors import BackpassError
+from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.override import BackwardOverride
@@ -30,19 +31,22 @@ class Named(NamedTuple):
 
 
 class LayerAttached(Attached):
-    """A rule with implicit steps in force on a model.
+    """A rule with implicit steps attached to a model.
 
     Attributes:
         step_name: the kind of step, for errors.
         way_out: advice where several uses of a weight contribute.
+        settable: names of the settings that `set` changes.
         excluded: keys of layers in which nothing learns.
     """
 
     interception: type[Interception] = LayerInterception
     step_name: ClassVar[str]
     way_out: ClassVar[str] = ""
+    settable: ClassVar[tuple[str, ...]]
     transient: ClassVar[tuple[str, ...]] = ("_named", "_uses", "_early")
     _early: Any = ()
+    rule: Any
 
     def __init__(self, rule: BackwardOverride, model: nn.Module, strict: bool) -> None:
         _refuse_sharded(rule, unwrap(model))
@@ -56,7 +60,7 @@ class LayerAttached(Attached):
         ]
 
     def start(self) -> None:
-        """Begin without any use of a weight; for a copy of the model too."""
+        """Initialise the state, also in a copy of the model."""
         self._named: dict[int, Named] = {}
         self._uses: dict[int, tuple[int, list[tuple[int, int]]]] = {}
         self._early: list[Any] = []
@@ -66,13 +70,27 @@ class LayerAttached(Attached):
         """Return the gradients of input, weight and bias that are wanted."""
         raise NotImplementedError
 
+    def set(self, **settings: Any) -> None:
+        """Change settings from the next backward pass or step on, for schedules.
+
+        Args:
+            settings: values by the rule's names: ``tau`` and ``cg_steps`` of `ProxProp`, all but ``where`` of `SIBP`.
+
+        Raises:
+            BackpassError: another setting, or a value out of its range.
+        """
+        for name in settings:
+            if name not in self.settable:
+                raise UnknownNameError("setting that can change while the rule is attached", name, self.settable)
+        self.rule = replace(self.rule, **settings)
+
     @property
     def active(self) -> bool:
-        """True if the rule is in force still."""
+        """True until the rule is removed."""
         return not self._removed
 
     def remove(self) -> None:
-        """Give the model its own backward again, and the optimizer its own step; a second call does nothing."""
+        """Restore the model's own backward and the optimizer's own step; a second call does nothing."""
         super().remove()
         while self._early:
             self._early.pop().remove()
@@ -159,7 +177,7 @@ def _refuse_sharded(rule: BackwardOverride, model: nn.Module) -> None:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First and one past the last entry of a tensor in its storage."""
+    """Return the first and one past the last entry of a tensor in its storage."""
     begin = int(tensor.storage_offset())
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + int(reach) + 1

@@ -134,7 +134,7 @@ def learns(call: LinearCall) -> bool:
 
 
 def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearCall | None:
-    """The call of a function of `LINEAR` or `NORMALIZATIONS` as a layer; None for a normalization without weights.
+    """Return a call of `LINEAR` or `NORMALIZATIONS` as a layer; None for a normalization without weights.
 
     Raises:
         BackpassError: an embedding's gradient is sparse or scaled by frequency; the weight is complex or computed.
@@ -313,7 +313,7 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 
 def _normalization(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearCall | None:
-    """The call as z = x w + b with the normalized x, which is computed from the input with its graph."""
+    """Return the call as z = x w + b with the normalized x, which is computed from the input with its graph."""
     given = _settings(name, args, kwargs)
     weight, bias, eps = given["weight"], given.get("bias"), given["eps"]
 
@@ -350,7 +350,7 @@ def _normalization(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _transposed_parent(weight: Tensor) -> Tensor | None:
-    """The leaf of which a matrix is the transpose."""
+    """Return the leaf of which a matrix is the transpose, or None."""
     if is_dynamo_compiling() or weight.is_leaf or weight.dim() != 2:
         return None
     parent = weight._base

@@ -65,11 +65,11 @@ class Convolution(LinearLayer):
 
     @property
     def step(self) -> Sizes:
-        """The stride between the patches of `spread`."""
+        """Stride between the patches of `spread`."""
         return (1,) * len(self.stride) if self.transposed else self.stride
 
     def spread(self, x: Tensor) -> Tensor:
-        """The input whose patches are the rows: with zeros around it and, where transposed, inside it."""
+        """Return the input with zeros around it and, where transposed, inside it: its patches are the rows."""
         if self.transposed:
             x = self._with_zeros_inside(x)
             reach = [(k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True)]
@@ -160,7 +160,7 @@ def patch_count(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes) -> Siz
 
 
 def patch_rows(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups: int) -> Tensor:
-    """All patches written out, column by column, as in memory the input lies.
+    """Return all patches, written out column by column, in the order of the input in memory.
 
     Args:
         x: (N, C, *spatial), padded.
@@ -186,12 +186,12 @@ def patch_rows(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups:
 
 
 def patch_sums(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups: int) -> Tensor:
-    """The sum of all patches, (groups, columns): what the column of ones has in common with the others."""
+    """Return the sum of all patches, (groups, columns): the products of the column of ones with the others."""
     return patch_rows(x.sum(0, keepdim=True), kernel, stride, dilation, groups).sum(1)
 
 
 def unfolded_gram(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups: int) -> Tensor:
-    """A^T A, (groups, columns, columns), with the patches of `patch_rows` written out for a few samples at a time."""
+    """Return A^T A, (groups, columns, columns), with patches written out for a few samples at a time."""
     columns = x.shape[1] // groups * math.prod(kernel)
     per_sample = math.prod(patch_count(x, kernel, stride, dilation)) * columns * groups
     gram = x.new_zeros(groups, columns, columns)
@@ -254,7 +254,7 @@ def correlated_gram(x: Tensor, kernel: Sizes, groups: int, border: bool = True) 
 
 
 def _correlation(x: Tensor, kernel: Sizes, ends: tuple[str | None, ...], groups: int) -> Tensor:
-    """The part of the correlation whose q lie in the given strips: (groups, C, *kernel, C, *kernel)."""
+    """Return the part of the correlation with q in the given strips, (groups, C, *kernel, C, *kernel)."""
     dims = range(len(kernel))
     strips = [d for d in dims if ends[d]]
     part = x
@@ -282,7 +282,7 @@ def _correlation(x: Tensor, kernel: Sizes, ends: tuple[str | None, ...], groups:
 
 
 def _autocorrelation(part: Tensor, lags: list[int]) -> Tensor:
-    """Sum over n and q of part[a, q] part[b, q + j - i]: (groups, a, b, then i and j of each dimension)."""
+    """Return sums over n and q of part[a, q] part[b, q + j - i], (groups, a, b, i and j of each dimension)."""
     if not lags:
         return column_gram(part)
     groups, channels = part.shape[0], part.shape[2]
@@ -310,7 +310,7 @@ def _autocorrelation(part: Tensor, lags: list[int]) -> Tensor:
 
 
 def _window(strip: Tensor, i: int, j: int, k: int, low: bool) -> Tensor:
-    """From pairs (q, q + j - i) of positions in a strip to sums over the strip's q outside the window of i.
+    """Sum pairs (q, q + j - i) of positions in a strip over the strip's q outside the window of i.
 
     Low end: q < i, so W[i, j] = W[i - 1, j - 1] + S[i - 1, j - 1]; high end: W[i, j] = S[i, j] + W[i + 1, j + 1].
     """

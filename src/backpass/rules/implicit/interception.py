@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves
 
 from backpass.errors import BackpassError
@@ -27,7 +28,7 @@ class LayerInterception(Interception):
 
     attached: LayerAttached
     _call: LinearCall | BackpassError | None = None
-    """The call at hand, or why it is no layer, which is raised where the rule acts on it."""
+    """Current call, or the error to raise if the rule acts on it."""
 
     def __torch_function__(
         self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,7 +51,10 @@ class LayerInterception(Interception):
         return False
 
     def _is_parameter(self, tensor: Tensor) -> bool:
-        if isinstance(tensor, nn.Parameter):
+        """Return whether a tensor is a parameter or a view of one."""
+        if isinstance(tensor, nn.Parameter) or (
+            not is_dynamo_compiling() and isinstance(tensor._base, nn.Parameter) and tensor.requires_grad
+        ):
             return True
         if not torch_internals.transforms():
             return False

@@ -52,7 +52,7 @@ class _Layer:
 
 
 class Memory:
-    """The memory of all layers.
+    """Memory of all layers.
 
     Args:
         decay: share of the average that a step keeps.
@@ -96,11 +96,11 @@ class Memory:
             names = (weight.name if weight else None, bias.name if bias else None)
             self.layers[name] = _Layer(collected.text, collected.layer.shape, names, gram, samples)
         else:
-            layer.mean.lerp_(gram, 1 - self.decay ** (layer.age - layer.last))
+            layer.mean = layer.mean.to(gram).lerp_(gram, 1 - self.decay ** (layer.age - layer.last))
             layer.samples, layer.last, layer.inverse = samples, layer.age, None
 
     def spread(self) -> None:
-        """Give new layers their turns, so that refreshes of all layers spread evenly over the steps."""
+        """Assign turns to new layers, so that refreshes spread evenly over the steps."""
         loads = [0.0] * (self.refresh or LONGEST)
         new = [layer for layer in self.layers.values() if layer.turn < 0]
         for layer in sorted(new, key=lambda one: -one.mean.numel() * one.mean.shape[-1]):
@@ -108,7 +108,7 @@ class Memory:
             loads[layer.turn] += layer.mean.numel() * layer.mean.shape[-1]
 
     def direction(self, name: str, plain: Gradients) -> Gradients:
-        """D of a layer."""
+        """Return D of a layer."""
         one = self.layers[name]
         layer = layer_of(one.text, one.shape)
         if one.inverse is None:
@@ -133,12 +133,12 @@ class Memory:
         return (inverse * scale).to(one.mean.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages and the turns; inverses follow from them."""
+        """Return the averages and turns; inverses follow from them."""
         fields = ("text", "shape", "names", "mean", "samples", "turn", "age", "last")
         return {name: {field: getattr(layer, field) for field in fields} for name, layer in self.layers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore the state of a `state_dict`."""
         self.layers = {name: _Layer(**{**saved, "mean": saved["mean"].clone()}) for name, saved in state.items()}
 
     def pays(self, one: Collected) -> bool:

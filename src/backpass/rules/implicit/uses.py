@@ -23,7 +23,7 @@ _KINDS: dict[str, type[LinearLayer]] = {kind.__name__: kind for kind in (Convolu
 
 @lru_cache(maxsize=4096)
 def layer_of(text: str, shape: Sizes) -> LinearLayer:
-    """The layer that a text names, a string because compiled graphs can carry no objects.
+    """Return the layer that a text describes; compiled graphs carry strings, but no objects.
 
     Args:
         text: the class and its settings in order; a tuple ends with a comma: ``"Linear 0"``, ``"Einsum bd,de->be"``.
@@ -44,7 +44,7 @@ Activation = tuple[str, tuple[float, ...]]
 
 
 class Use(NamedTuple):
-    """One use of a weight in a backward pass: z = A Theta, or y = s(z) where an activation follows.
+    """Use of a weight in a backward pass: z = A Theta, or y = s(z) where an activation follows.
 
     Attributes:
         text: the layer (see `layer_of`).
@@ -69,7 +69,7 @@ class Use(NamedTuple):
 
     @property
     def layer(self) -> LinearLayer:
-        """The layer."""
+        """Layer that `text` describes."""
         return layer_of(self.text, tuple(self.weight.shape))
 
 
@@ -77,7 +77,7 @@ Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Call(NamedTuple):
-    """The call of a layer as its backward pass needs to know it.
+    """Description of a layer's call for its backward pass.
 
     Attributes:
         text: the layer (see `layer_of`).
@@ -122,7 +122,7 @@ def _take(key: str, use: Use) -> Found:
 
 
 def _like(found: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-    """A gradient in the dtype and shape of its tensor."""
+    """Convert a gradient to the dtype and shape of its tensor."""
     if found is None or tensor is None:
         return None
     found = found if found.dtype == tensor.dtype else found.to(tensor.dtype)
@@ -182,7 +182,7 @@ def _(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[in
 
 
 class _Eager(torch.autograd.Function):
-    """f(x, w, b) or s(z) forward; backward what the attached rule says."""
+    """Autograd function of f(x, w, b) or s(z); the attached rule computes the gradients."""
 
     @staticmethod
     def forward(
@@ -226,7 +226,7 @@ class _Eager(torch.autograd.Function):
 
 
 class _UnderTransforms(_Eager):
-    """The same for torch.func and torch.compile, which want the context set up apart; in eager calls it is slower."""
+    """`_Eager` with a separate `setup_context`, which torch.func and torch.compile need; slower in eager calls."""
 
     generate_vmap_rule = True
 
@@ -273,7 +273,7 @@ def implicit_layer(
     compute: Callable[..., Tensor],
     call: Call,
 ) -> Tensor:
-    """The layer's value, or that of the activation after it, with an implicit backward.
+    """Return the output of a layer, or of the activation after it, with an implicit backward.
 
     The value is ``compute(x, weight, bias)``, or ``compute(z)`` with the layer's output z without its graph.
     """
