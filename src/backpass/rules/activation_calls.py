@@ -18,6 +18,7 @@ from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import Asked, ModuleCall, SiteCall
 from backpass.rules.compositions import (
     BENT,
+    CHOICES,
     ELEMENTWISE,
     JOINS,
     LAYERS,
@@ -235,7 +236,11 @@ class ActivationInterception(Interception):
         """Record the origin of the output of an elementwise function, or that it multiplies by a gate."""
         if func in ELEMENTWISE and (source is not None or len(origins) == 1):
             sites = tuple(site for origin in origins for site in origin.sites)
-            bent = func.__name__ if func in BENT else next((one.bent for one in origins if one.bent), "")
+            bent = (
+                func.__name__
+                if func in BENT or func in CHOICES
+                else next((one.bent for one in origins if one.bent), "")
+            )
             learns = learns or any(origin.learns for origin in origins)
             path = common_path(origins) if bent else (*common_path(origins), out)
             layer = not bent and any(one.layer for one in origins)

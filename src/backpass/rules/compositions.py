@@ -21,6 +21,7 @@ from backpass.rules.attaching.run import SiteCall
 
 __all__ = [
     "BENT",
+    "CHOICES",
     "ELEMENTWISE",
     "JOINS",
     "LAYERS",
@@ -61,7 +62,7 @@ CHOICES = _functions("maximum minimum max min where masked_fill masked_fill_")
 
 BENT = _functions(
     "erf erfc ndtr exp exp_ exp2 expm1 log log1p log2 log10 sin sin_ cos cos_ tan sinc sinh cosh atan asinh acosh "
-    "abs abs_ absolute __abs__ sqrt rsqrt reciprocal sign sgn heaviside round floor ceil "
+    "abs abs_ absolute __abs__ sqrt rsqrt reciprocal sign sgn heaviside "
     "clamp clamp_ clip clip_ clamp_min clamp_max clamp_min_ clamp_max_ "
     "gt ge lt le greater greater_equal less less_equal __gt__ __ge__ __lt__ __le__ logical_not __invert__ bitwise_not"
 )
@@ -78,9 +79,7 @@ _ADDITIONS = _functions("add add_ __add__ __radd__ __iadd__")
 SUMS = _ADDITIONS | _functions("sub sub_ subtract rsub __sub__ __rsub__ __isub__")
 """Sums and differences."""
 
-_AFFINE = _functions(
-    "neg negative __neg__ clone contiguous to float half bfloat16 double type type_as detach"
-)
+_AFFINE = _functions("neg negative __neg__ clone contiguous to float half bfloat16 double type type_as detach")
 
 ELEMENTWISE = PRODUCTS | CHOICES | BENT | POWERS | SUMS | _AFFINE | _functions("fmax logaddexp")
 """Elementwise functions."""
@@ -112,8 +111,8 @@ _DIVISIONS = _functions("div div_ divide true_divide __truediv__ __itruediv__ __
 
 VIEWS = frozenset((F.interpolate, F.upsample)) | _functions(
     "view reshape expand expand_as unsqueeze squeeze flatten unflatten permute transpose __getitem__ chunk split "
-    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select pad constant_pad_nd gather index_select "
-    "take_along_dim"
+    "unbind movedim t repeat tile broadcast_to view_as reshape_as narrow select pad constant_pad_nd gather "
+    "index_select take_along_dim"
 )
 """Functions that arrange the same elements anew, resample them, or pad them."""
 
@@ -320,16 +319,20 @@ def _is_sigmoid(site: SiteCall) -> bool:
 
 
 def constants(func: Callable[..., Any], operands: list[Tensor], origins: list[Origin]) -> list[bool]:
-    """Return a mask of the operands that are constants: single numbers, parameters of the model, and compared zeros.
+    """Return a mask of the constants: single numbers, parameters, compared zeros, and summands without a gradient.
 
     A tensor that another operand depends on is no constant, whatever its size.
     """
-    choice = func in CHOICES or func in _GREATER
+    compares = func in CHOICES or func in _GREATER or func in BENT
+    shifts = func in SUMS and any(x.requires_grad for x in operands)
     sources = [origin.source for x, origin in zip(operands, origins, strict=True) if origin.source is not x]
     found = [
-        origin.source is x
-        and (isinstance(x, nn.Parameter) or (x.numel() == 1 and x.grad_fn is None) or (choice and _is_zero(x)))
-        and not any(x is source for source in sources)
+        (shifts and not x.requires_grad)
+        or (
+            origin.source is x
+            and (isinstance(x, nn.Parameter) or (x.numel() == 1 and x.grad_fn is None) or (compares and _is_zero(x)))
+            and not any(x is source for source in sources)
+        )
         for x, origin in zip(operands, origins, strict=True)
     ]
     return [False] * len(found) if all(found) else found
