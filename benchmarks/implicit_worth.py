@@ -1,13 +1,14 @@
 """Worth of implicit steps: held-out loss after equal steps and in equal time, for tuned optimizers.
 
-    OMP_NUM_THREADS=1 python benchmarks/implicit_worth.py runs.jsonl [--only GPT] [--seeds 5] [--report table.json]
+    OMP_NUM_THREADS=1 python benchmarks/implicit_worth.py runs.jsonl [--only GPT] [--methods AdamW Muon] [--costs]
+    python benchmarks/implicit_worth.py runs.jsonl --report table.json
 
 Each run is a line of the file, so an interrupted study goes on where it was; ``--report`` prints the tables of what is
 there and writes them. Rates are chosen on a seed and a held-out part of their own, by the held-out loss after the last
-step; where the best rate is at the end of the grid, the grid grows. The other seeds hold out other data. The time of a
-method is the median over seeds of its CPU time over AdamW's on one thread; "equal time" is the loss after as many steps
-as fit into the time of all of AdamW's, interpolated between evaluations. Intervals are 95 % Student intervals of the
-paired difference.
+step; where the best rate is at the end of the grid, the grid grows. The other seeds hold out other data. ``--costs``
+measures the CPU time of each method's whole run over AdamW's on one thread, the methods' steps interleaved. "Equal
+time" is the loss after as many steps as fit into the time of all of AdamW's, interpolated between evaluations.
+Intervals are 95 % Student intervals of the paired difference.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ ADAMW = Method(partial(one, AdamW), 3e-3)
 METHODS = {
     "AdamW": ADAMW,
     "ProxProp exact": replace(ADAMW, rule=ProxProp()),
-    "ProxProp with memory": replace(ADAMW, rule=ProxProp(solve="step", memory=0.9, refresh=10, max_side=512)),
+    "ProxProp with memory": replace(ADAMW, rule=ProxProp(solve="step", memory=0.9)),
     "Muon": Method(muon, 6e-3),
     "SIBP": Method(partial(one, SGD), 1.0, SIBP(eta=None)),
     "SGD": Method(partial(one, SGD, momentum=0.9), 0.03),
@@ -88,37 +89,61 @@ WORTH: dict[str, tuple[Setting, int]] = {
 }
 
 
+class Training:
+    """A method on a network from a seed: steps, their CPU time, and the held-out loss."""
+
+    def __init__(self, setting: Setting, method: Method, rate: float, seed: int, held: int) -> None:
+        self.data, self.batch, self.held, self.seconds = setting.data(seed), setting.batch, held, 0.0
+        torch.manual_seed(seed)
+        self.model = setting.make()
+        self.optimizers = method.optimizers(self.model, rate)
+        if isinstance(method.rule, ProxProp) and method.rule.solve == "step":
+            method.rule.attach(self.model, self.optimizers)
+        elif method.rule is not None:
+            method.rule.attach(self.model)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def step(self) -> None:
+        x, y = self.data[:2]
+        rows = torch.randint(len(x), (self.batch,), generator=self.generator)
+        start = time.process_time()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        F.cross_entropy(self.model(x[rows]), y[rows]).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.seconds += time.process_time() - start
+
+    def loss(self) -> float:
+        x, y = (part[: self.held] for part in self.data[2:])
+        self.model.eval()
+        with torch.no_grad():
+            loss = F.cross_entropy(self.model(x), y).item()
+        self.model.train()
+        return loss if math.isfinite(loss) else math.inf
+
+
 def train(setting: Setting, method: Method, rate: float, seed: int, steps: int, held: int) -> dict[str, Any]:
     """Held-out losses at the evaluations, infinite after a failure, and CPU seconds per step."""
-    x, y, held_x, held_y = setting.data(seed)
-    torch.manual_seed(seed)
-    model = setting.make()
-    optimizers = method.optimizers(model, rate)
-    if isinstance(method.rule, ProxProp) and method.rule.solve == "step":
-        method.rule.attach(model, optimizers)
-    elif method.rule is not None:
-        method.rule.attach(model)
-    generator, seconds, found = torch.Generator().manual_seed(seed), 0.0, []
+    run, found = Training(setting, method, rate, seed, held), []
     for step in range(1, steps + 1):
-        rows = torch.randint(len(x), (setting.batch,), generator=generator)
-        start = time.process_time()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
         try:
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            run.step()
         except BackpassError:
             found += [math.inf] * (EVALUATIONS - len(found))
             break
-        for optimizer in optimizers:
-            optimizer.step()
-        seconds += time.process_time() - start
         if step * EVALUATIONS % steps == 0:
-            model.eval()
-            with torch.no_grad():
-                loss = F.cross_entropy(model(held_x[:held]), held_y[:held]).item()
-            model.train()
-            found.append(loss if math.isfinite(loss) else math.inf)
-    return {"losses": found, "seconds": seconds / step}
+            found.append(run.loss())
+    return {"losses": found, "seconds": run.seconds / step}
+
+
+def costs(setting: Setting, methods: list[str], steps: int) -> dict[str, float]:
+    """CPU time of a run over AdamW's, steps interleaved."""
+    runs = {name: Training(setting, METHODS[name], METHODS[name].first / 3, TUNING, 1) for name in methods}
+    for _ in range(steps):
+        for run in runs.values():
+            run.step()
+    return {name: run.seconds / runs["AdamW"].seconds for name, run in runs.items()}
 
 
 def best(losses: dict[float, float]) -> tuple[float, bool]:
@@ -131,7 +156,9 @@ def work(known: dict[tuple, dict], name: str, method: str, seeds: int) -> Iterat
     """What is left to run: (rate, seed, tau), rates of the grid first; goes on as ``known`` grows."""
 
     def tuned() -> dict[float, float]:
-        return {key[2]: run["losses"][-1] for key, run in known.items() if key[:2] == (name, method) and key[3] == 100}
+        return {
+            key[2]: run["losses"][-1] for key, run in known.items() if key[:2] == (name, method) and key[3] == TUNING
+        }
 
     first = METHODS[method].first
     yield from ((rate, TUNING, None) for rate in (first / 3, first, first * 3) if rate not in tuned())
@@ -150,32 +177,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--only", default="", help="settings whose name holds this")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--costs", action="store_true")
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     lines = arguments.runs.read_text().splitlines() if arguments.runs.exists() else []
     known = {tuple(run["key"]): run for run in map(json.loads, lines)}
+
+    def keep(key: tuple, run: dict[str, Any]) -> None:
+        known[key] = run
+        with arguments.runs.open("a") as file:
+            file.write(json.dumps({"key": key, **run}) + "\n")
+
     if arguments.report:
         tables = {name: table(name, known) for name in WORTH}
         for name, rows in tables.items():
             show(name, rows)
         arguments.report.write_text(json.dumps(tables, indent=1) + "\n")
         return
-    for method, chosen in METHODS.items():
-        for name, (setting, steps) in WORTH.items():
-            if arguments.only not in name:
-                continue
+    chosen_networks = {name: one for name, one in WORTH.items() if arguments.only in name}
+    if arguments.costs:
+        for name, (setting, steps) in chosen_networks.items():
+            keep((name, "costs"), costs(setting, arguments.methods, steps))
+        return
+    for method in arguments.methods:
+        chosen = METHODS[method]
+        for name, (setting, steps) in chosen_networks.items():
             held = HELD.get(name[:3], 500)
             for rate, seed, tau in work(known, name, method, arguments.seeds):
                 key = (name, method, rate, seed, tau)
                 if key in known:
                     continue
                 rule = chosen.rule if tau is None else replace(chosen.rule, tau=tau, damping="relative")
-                known[key] = train(setting, replace(chosen, rule=rule), rate, seed, steps, held)
-                with arguments.runs.open("a") as file:
-                    file.write(json.dumps({"key": key, **known[key]}) + "\n")
+                keep(key, train(setting, replace(chosen, rule=rule), rate, seed, steps, held))
 
 
 def at(losses: list[float], share: float) -> float:
@@ -199,7 +236,8 @@ def table(name: str, known: dict[tuple, dict]) -> list[dict[str, Any]]:
     """One row for each method of a network: held-out losses of the seeds after equal steps and in AdamW's time."""
     runs: dict[tuple, dict[int, dict]] = {}
     grids: dict[str, dict[float, float]] = {}
-    for (network, method, rate, seed, tau), run in known.items():
+    interleaved = known.get((name, "costs"), {})
+    for (network, method, rate, seed, tau), run in ((key, run) for key, run in known.items() if len(key) == 5):
         if network == name and seed == TUNING:
             grids.setdefault(method, {})[rate] = run["losses"][-1]
         elif network == name:
@@ -210,7 +248,8 @@ def table(name: str, known: dict[tuple, dict]) -> list[dict[str, Any]]:
         if not seeds:
             continue
         rate, inside = best(grids[method])
-        cost = statistics.median(found[seed]["seconds"] / base[seed]["seconds"] for seed in seeds)
+        apart = statistics.median(found[seed]["seconds"] / base[seed]["seconds"] for seed in seeds)
+        cost = interleaved.get(method, apart)
         row = {"method": method, "tau": tau, "rate": rate, "inside": inside, "cost": round(cost, 2), "seeds": seeds}
         row["steps"] = [round(found[seed]["losses"][-1], 4) for seed in seeds]
         row["time"] = [round(at(found[seed]["losses"], 1 / cost), 4) for seed in seeds]

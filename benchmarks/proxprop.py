@@ -122,9 +122,9 @@ def gram_methods(options: Options) -> Iterator[Section]:
         steps = {
             "plain layer": plain,
             "patches written out": lambda w=wide: unfolded_gram(w, pair, one, one, 1),
-            "Fourier transforms, border taken out": lambda w=wide: correlated_gram(w, pair, one, 1),
+            "Fourier transforms, border taken out": lambda w=wide: correlated_gram(w, pair, 1),
             "shifted weight gradients": lambda w=wide: shifted_gram(w, 5),
-            "toeplitz, not exact": lambda w=wide: correlated_gram(w, pair, one, 1, border=False),
+            "toeplitz, not exact": lambda w=wide: correlated_gram(w, pair, 1, border=False),
             "what backpass chooses": lambda w=wide: patch_gram(w, pair, one, one, 1),
         }
         times = side_by_side(steps, device=options.device, rounds=options.rounds(3))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from backpass.attacks.paired import Paired, paired
-from backpass.report.statistics import holm_levels
+from backpass.report.statistics import holm
 
 __all__ = ["page"]
 
@@ -78,10 +78,10 @@ def _comparisons(result: dict[str, Any], targets: list[str]) -> list[str]:
             for target in targets:
                 ours, theirs = (torch.tensor(one[mark][target]).bool() for one in (fooled, base))
                 rows.append(([mark, attack, rule, target], paired(ours, theirs)))
-    levels = holm_levels([found.p_value for _, found in rows])
+    decisions = holm([found.p_value for _, found in rows])
     lines = [_COMPARED.format(count=len(rows))]
     lines += ["| gradients | attack | rule | shown to | points | interval | p | verdict |", "| --- |" + " --- |" * 7]
-    for (cells, found), level in zip(rows, levels, strict=True):
+    for (cells, found), (_, level) in zip(rows, decisions, strict=True):
         low, high = found.interval_at(level)
         verdict = "same direction" if low > 0 else "opposite direction" if high < 0 else "undecided"
         numbers = [

@@ -62,7 +62,7 @@ def preserved(
         if training is not None:
             for module in modules:
                 # train() may be overridden, for instance to keep a BatchNorm frozen.
-                if module.training != training:
+                if getattr(module, "training", training) != training:  # a frozen script module has no flag
                     module.training = training
         stack.enter_context(nullcontext() if grad is None else torch.inference_mode(False))
         stack.enter_context(nullcontext() if grad is None else torch.set_grad_enabled(grad))
@@ -81,7 +81,7 @@ class _Module:
     """Flag, hooks, and the names under which a module holds parameters, buffers and submodules."""
 
     def __init__(self, module: nn.Module, *, sharded: bool) -> None:
-        self.module, self.training = module, module.training
+        self.module, self.training = module, getattr(module, "training", None)
         own = vars(module)
         self.own = dict(own)
         hooks = [one for name, one in own.items() if "_hooks" in name and isinstance(one, dict)]
@@ -91,7 +91,7 @@ class _Module:
         self.tables = [(table, dict(table)) for table in tables if isinstance(table, dict)]
 
     def restore(self) -> None:
-        if self.module.training != self.training:
+        if self.training is not None and self.module.training != self.training:
             self.module.training = self.training
         for hooks, before in self.hooks:
             # A hook that was removed meanwhile, for instance by a finaliser, stays removed.

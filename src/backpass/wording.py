@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["listing", "visible"]
+__all__ = ["listing", "reason", "visible"]
 
 # Control characters (but for tab and line feed), line separators, bidirectional controls, surrogates, non-characters.
 _INVISIBLE = re.compile(
@@ -24,3 +24,8 @@ def visible(text: object) -> str:
 def listing(parts: Sequence[str]) -> str:
     """Join the parts as in "a, b and c"."""
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop, or the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -15,7 +15,7 @@ from torch import nn
 from backpass import BackpassError
 from backpass.attacks import PGD, evaluate, load, save
 from backpass.attacks.shards import read_tensors, write_tensors
-from backpass.lab.bench.pieces import Pieces
+from backpass.experiments.outcomes import Store, Task
 from backpass.models.weights import read_weights, save_weights
 from backpass.report.claims import judge
 from backpass.report.overview import read_results, write_overview
@@ -23,6 +23,7 @@ from backpass.report.reading import read_result
 from backpass.report.result import Curve, Finding, Result, Series, Table
 from backpass.report.statistics import Interval
 from backpass.training.checkpoint import Checkpoints
+from support.experiments import Shift, draw
 
 TENSORS = {"x": torch.arange(12.0).view(3, 4), "name": "a shard"}
 
@@ -48,11 +49,11 @@ def a_checkpoint(folder):
     return kept.save(3, {"weights": torch.ones(5), "step": 3}), lambda path: kept.load()
 
 
-def a_piece(folder):
-    Pieces(folder).value("one", lambda: [1.5, None], seed=0)
-    (path,) = folder.glob("*.json")
-    # A damaged piece is computed again, which gives the same value.
-    return path, lambda path: {"value": Pieces(folder).value("one", lambda: [1.5, None], seed=0)}
+def an_outcome(folder):
+    store, task = Store(folder), Task(label="one", work=draw, settings=Shift(shift=1.0), seed=0, device="cpu")
+    store.write(task, {"value": [1.5, None]})
+    # A damaged outcome is computed again, which gives the same value.
+    return store.path(task), lambda path: store.read(task) or {"value": [1.5, None]}
 
 
 def result():
@@ -81,8 +82,8 @@ def weights_of_torch(folder):
     return folder / "net.pt", read_weights
 
 
-MADE = [a_shard, saved_images, a_checkpoint, a_piece, a_result, weights, weights_of_torch]
-CHECKED = [a_shard, saved_images, a_checkpoint, a_piece]  # a flipped bit is seen wherever it is
+MADE = [a_shard, saved_images, a_checkpoint, an_outcome, a_result, weights, weights_of_torch]
+CHECKED = [a_shard, saved_images, a_checkpoint, an_outcome]  # a flipped bit is seen wherever it is
 
 
 def same(one, other):
@@ -110,7 +111,7 @@ def test_a_file_that_was_cut_off_is_told(files, make, part):
     path, whole, read, _ = files[make]
     cut = whole[: int(part * (len(whole) - 2))]
     path.write_bytes(cut)
-    if make is a_piece:
+    if make is an_outcome:
         assert read(path) == {"value": [1.5, None]}
     else:
         with pytest.raises(BackpassError):
@@ -141,7 +142,7 @@ def test_a_flipped_bit_is_told_or_does_no_harm(files, make, place, bit):
 def test_bytes_that_are_something_else_are_told(files, make, content):
     path, _, read, _ = files[make]
     path.write_bytes(content)
-    if make is a_piece:
+    if make is an_outcome:
         assert read(path) == {"value": [1.5, None]}
     else:
         with pytest.raises(BackpassError):
@@ -188,7 +189,7 @@ class Code:
 def test_no_file_runs_code(make, write, tmp_path):
     path, read = make(tmp_path)
     write({"x": Code(tmp_path / "ran")}, path)
-    if make is a_piece:
+    if make is an_outcome:
         read(path)
     else:
         with pytest.raises(BackpassError):

@@ -47,28 +47,26 @@ def test_rows_times_weight_is_the_convolution(geometry):
 @settings(max_examples=60, deadline=None)
 @given(geometries())
 def test_both_exact_ways_give_the_gram_matrix_of_the_rows(geometry):
-    x, kernel, stride, _, groups = geometry
+    x, kernel, _, _, groups = geometry
     expected = dense_gram(*geometry)
     torch.testing.assert_close(unfolded_gram(*geometry), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(patch_gram(*geometry), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(patch_sums(*geometry), patch_rows(*geometry).sum(1), rtol=0, atol=1e-12)
-    dense = (x, kernel, stride, (1,) * len(kernel), groups)
-    torch.testing.assert_close(correlated_gram(x, kernel, stride, groups), dense_gram(*dense), rtol=0, atol=1e-12)
+    dense = dense_gram(x, kernel, (1,) * len(kernel), (1,) * len(kernel), groups)
+    torch.testing.assert_close(correlated_gram(x, kernel, groups), dense, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
 @given(geometries())
 def test_without_the_border_s_windows_the_gram_matrix_is_larger_and_block_toeplitz(geometry):
-    x, kernel, stride, _, groups = geometry
-    exact = correlated_gram(x, kernel, stride, groups)
-    larger = correlated_gram(x, kernel, stride, groups, border=False)
+    x, kernel, _, _, groups = geometry
+    exact, larger = correlated_gram(x, kernel, groups), correlated_gram(x, kernel, groups, border=False)
     assert torch.linalg.eigvalsh(larger - exact).min() > -1e-11
-    if stride == (1,) * len(kernel):
-        blocks = larger.reshape(groups, x.shape[1] // groups, *kernel, x.shape[1] // groups, *kernel)
-        # One step along the first dimension in both indices changes nothing.
-        here = blocks.narrow(2, 0, kernel[0] - 1).narrow(3 + len(kernel), 0, kernel[0] - 1)
-        there = blocks.narrow(2, 1, kernel[0] - 1).narrow(3 + len(kernel), 1, kernel[0] - 1)
-        torch.testing.assert_close(here, there, rtol=0, atol=1e-11)
+    blocks = larger.reshape(groups, x.shape[1] // groups, *kernel, x.shape[1] // groups, *kernel)
+    # One step along the first dimension in both indices changes nothing.
+    here = blocks.narrow(2, 0, kernel[0] - 1).narrow(3 + len(kernel), 0, kernel[0] - 1)
+    there = blocks.narrow(2, 1, kernel[0] - 1).narrow(3 + len(kernel), 1, kernel[0] - 1)
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-11)
 
 
 def test_a_batch_beyond_one_chunk_gives_the_same():
@@ -77,4 +75,4 @@ def test_a_batch_beyond_one_chunk_gives_the_same():
     expected = dense_gram(*geometry)
     scale = expected.diagonal(dim1=1, dim2=2).max()
     assert (unfolded_gram(*geometry) - expected).abs().max() < 1e-13 * scale
-    assert (correlated_gram(x, (5, 5), (1, 1), 1) - expected).abs().max() < 1e-13 * scale
+    assert (correlated_gram(x, (5, 5), 1) - expected).abs().max() < 1e-13 * scale

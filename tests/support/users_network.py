@@ -1,5 +1,6 @@
 """A user's own networks in a file of theirs, and the command line called as a user does."""
 
+import json
 import sys
 
 import torch
@@ -71,6 +72,17 @@ def net(name="Net", file="net.pt"):
     state = torch.load(file, weights_only=True)
     model.load_state_dict(state.get("state_dict", state))
     return model
+
+
+def timeless(path):
+    """A result without what differs between two runs of one command."""
+    result = json.loads(path.read_text())
+    del result["sha256"]  # of the whole file, times included
+    for key in ("seconds", "date", "command", "parts"):
+        result["environment"].pop(key, None)
+    outcomes = result["numbers"]["outcomes"].items()
+    result["numbers"]["outcomes"] = {name: digest for name, digest in outcomes if "clock" not in name}
+    return result
 
 
 BASE = ["--model", "mymodel:Net", "--weights", "net.pt", "--data", "digits", "--limit", "120", "--step", "0.02"]

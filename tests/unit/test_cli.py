@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from backpass.experiments.verifying import verify
+from backpass.papers.demo import DEMO
 from backpass.version import __version__
 from support.command_line import call, run
 
@@ -84,8 +86,11 @@ def test_the_quick_demo_prints_claims_and_writes_the_report(tmp_path):
     assert written["environment"]["seeds"] == [0, 1, 2]
     assert (tmp_path / "run" / "report.html").stat().st_size > 50_000
     assert (tmp_path / "demo.svg").stat().st_size < 200_000
-    for finding in written["findings"]:
-        assert finding["topic"] in result.output
+    assert [finding["topic"] for finding in written["findings"]][-1] == "Limits"
+    assert len(written["claims"]) == 7
+    assert len(written["series"]) == 4
+    assert "1,797 real images" in written["environment"]["data"]
+    assert verify(tmp_path / "run", [DEMO]).problems == ()
 
 
 def test_a_missing_extra_is_answered_with_how_to_install_it():
@@ -100,7 +105,7 @@ def test_a_missing_part_of_the_extra_is_answered_the_same_way(monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "jinja2", None)
     from backpass.report import page
 
-    monkeypatch.setattr("backpass.lab.studies.demo.demo.run", lambda *_: page.render("report.html"))
+    monkeypatch.setattr("backpass.experiments.running.run_here", lambda *_, **__: page.render("report.html"))
     code, _, err = call(monkeypatch, capsys, "demo", "--out", str(tmp_path))
     assert code == 2
     assert "need 'jinja2'" in err

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from backpass.attacks import FAB, FGSM, PGD
 from backpass.cli import app
 from backpass.errors import BackpassError
-from backpass.lab.experiments.sde.certify import inner_loop
+from backpass.experiments.certificate import inner_loop
 
 RECIPE = """
 data = "digits"

@@ -9,16 +9,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from backpass.attacks.checks import check_counts, check_flags
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, normal, uniform
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.search import SearchAttack
+from backpass.attacks.settings import count
 from backpass.attacks.state import State, choose
+from backpass.attacks.targets import likely_wrong
 from backpass.attacks.threat import per_sample
 from backpass.errors import BackpassError
 
-__all__ = ["APGD", "Progress", "checkpoints", "likely_wrong", "published_checkpoints"]
+__all__ = ["APGD", "Progress", "checkpoints", "published_checkpoints"]
 
 _START = 1  # what the draw is for
 _PROGRESS = 0.75  # rho: the least share of steps that must raise the loss
@@ -98,26 +99,19 @@ class APGD(SearchAttack):
             loss is not compared at the first checkpoint.
     """
 
-    steps: int = 100
-    restarts: int = 1
-    targets: int = 9
+    steps: int = count(100)
+    restarts: int = count(1)
+    targets: int = count(9)
     published: bool = False
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         super().__post_init__()
-        check_counts(steps=self.steps, restarts=self.restarts, targets=self.targets)
-        check_flags(published=self.published)
         if self.targeted and self.loss == "dlr-targeted":
             raise BackpassError(
                 "loss 'dlr-targeted' leads away from y to classes of its own choice: "
                 "with targeted=True use 'ce', 'dlr' or 'margin'."
             )
-
-    @property
-    def iterations(self) -> int:
-        """Gradient steps."""
-        return self.steps
 
     @property
     def searches(self) -> int:
@@ -308,13 +302,3 @@ def _sparse(gradient: Tensor, share: Tensor) -> Tensor:
     least = size.sort(1, descending=True).values.gather(1, count[:, None] - 1)
     sign = torch.where(size >= least, gradient.flatten(1).sign(), 0.0)
     return (sign / sign.abs().sum(1, keepdim=True).clamp_min(1.0)).view(gradient.shape)
-
-
-def likely_wrong(logits: Tensor, y: Tensor, rank: Tensor) -> Tensor:
-    """(B,) the class at place `rank` (B,) among the wrong ones, the most likely first; ranks past the last wrap.
-
-    Excluded classes, whose logits are -inf, are no targets.
-    """
-    order = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-    wrong = (logits.scatter(1, y[:, None], -torch.inf) > -torch.inf).sum(1).clamp_min(1)
-    return order.gather(1, (rank % wrong)[:, None]).squeeze(1)

@@ -11,49 +11,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from backpass.attacks.checks import (
-    check_counts,
-    check_flags,
-    check_images,
-    check_labels,
-    check_mask,
-    check_model,
-    check_radius,
-    normalised_bounds,
-    normalised_eps,
-)
+from backpass.attacks.checks import check_images, check_labels, check_mask, check_model
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.losses import Loss, make_objective
 from backpass.attacks.oracle import LogitsSelector, Oracle
 from backpass.attacks.restarts import Best
 from backpass.attacks.result import Result
+from backpass.attacks.settings import check_count, check_settings, count, normalised_bounds, normalised_eps
 from backpass.attacks.threat import Bounds, Threat, make_threat
 from backpass.errors import BackpassError
 from backpass.preserved import preserved
 
-__all__ = ["Attack", "Batch"]
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Samples that are searched together: x, start and mask (B, ...) or None, y and index (B,)."""
-
-    x: Tensor
-    y: Tensor
-    index: Tensor
-    threat: Threat
-    start: Tensor | None = None
-
-    def __getitem__(self, rows: Tensor) -> Batch:
-        if len(rows) == len(self.y) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
-            return self
-        start = None if self.start is None else self.start[rows]
-        return Batch(self.x[rows], self.y[rows], self.index[rows], self.threat[rows], start)
-
-    def jobs(self, row: Tensor, restart: Tensor) -> Jobs:
-        """Return the jobs of these rows and restarts."""
-        some = self[row]
-        return Jobs(some.x, some.y, some.index, row, restart, some.threat, start=some.start)
+__all__ = ["Attack"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,22 +65,19 @@ class Attack(ABC):
     seed: int = 0
     early_stop: bool = True
     dtype: torch.dtype | None = None
-    eot: int = 1
+    eot: int = count(1)
     logits: LogitsSelector = None
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         # A tensor can be neither compared nor hashed; settings are both.
-        object.__setattr__(self, "bounds", normalised_bounds(self.bounds))
-        object.__setattr__(self, "eps", normalised_eps(self.eps))
-        make_threat(self.norm, 0.0, self.bounds)
-        check_flags(targeted=self.targeted, early_stop=self.early_stop)
+        bounds = normalised_bounds(self.bounds)
+        object.__setattr__(self, "bounds", bounds)
+        make_threat(self.norm, 0.0, bounds)
+        eps = normalised_eps(self.eps, self.norm, bounds, infinite=self.minimum_norm)
+        object.__setattr__(self, "eps", eps)
+        check_settings(self)
         make_objective(self.loss, self.targeted)
-        for radius in self.eps if isinstance(self.eps, tuple) else (self.eps,):
-            check_radius("eps", radius, self.norm, self.bounds, infinite=self.minimum_norm)
-        check_counts(eot=self.eot)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise BackpassError(f"seed must be a whole number; got {self.seed!r}.")
         if self.dtype not in (None, torch.bfloat16, torch.float16):
             raise BackpassError(f"dtype must be torch.bfloat16, torch.float16 or None; got {self.dtype}.")
 
@@ -168,8 +134,7 @@ class Attack(ABC):
         with self.prepared(model, x, y, indices=indices, batch_size=batch_size, mask=mask, start=start) as found:
             oracle, whole, capacity = found
             y = whole.y
-            rows = torch.split(torch.arange(len(x), device=x.device), capacity)
-            parts = [self._attack(oracle, whole[some], capacity) for some in rows]
+            parts = [self._attack(oracle, whole.at(some), capacity) for some in torch.split(whole.row, capacity)]
             best = parts[0] if len(parts) == 1 else Best.concatenate(parts)
             fooled = (best.verdict.prediction == y) == self.targeted
             distance = torch.where(fooled, whole.threat.size(best.z.double() - whole.x.double()), torch.inf)
@@ -197,7 +162,7 @@ class Attack(ABC):
         batch_size: int | None = None,
         mask: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Iterator[tuple[Oracle, Batch, int]]:
+    ) -> Iterator[tuple[Oracle, Jobs, int]]:
         """Check a call's arguments, and put the model into the state in which it is attacked.
 
         Yields:
@@ -215,7 +180,7 @@ class Attack(ABC):
         elif isinstance(self.eps, tuple) and len(self.eps) != len(x):
             raise BackpassError(f"eps has {len(self.eps)} radii for {len(x)} samples: give one for each, or indices=.")
         if batch_size is not None:
-            check_counts(batch_size=batch_size)
+            check_count("batch_size", batch_size)
         if start is not None and (not isinstance(start, Tensor) or start.shape != x.shape or start.dtype != x.dtype):
             raise BackpassError("start must be images of x's shape and dtype.")
         mask = check_mask(mask, x)
@@ -224,10 +189,11 @@ class Attack(ABC):
             # A clone made here is an ordinary tensor, even if the caller is under inference_mode.
             x = (x.clone() if x.is_inference() else x).detach()
             y = y.clone().long()
-            index = torch.arange(len(x), device=x.device) if indices is None else indices.clone().long()
+            row = torch.arange(len(x), device=x.device)
+            index = row if indices is None else indices.clone().long()
             start = None if start is None else start.detach().clone()
-            whole = Batch(x, y, index, self.threat(index, mask), start)
-            yield self.make_oracle(model), whole, capacity
+            jobs = Jobs(x, y, index, row, torch.zeros_like(row), self.threat(index, mask), start=start)
+            yield self.make_oracle(model), jobs, capacity
 
     def make_oracle(self, model: nn.Module) -> Oracle:
         """Return the model with the queries that this attack makes."""
@@ -242,5 +208,5 @@ class Attack(ABC):
         )
 
     @abstractmethod
-    def _attack(self, oracle: Oracle, batch: Batch, capacity: int) -> Best:
-        """Return the best images for one batch of at most `capacity` samples."""
+    def _attack(self, oracle: Oracle, jobs: Jobs, capacity: int) -> Best:
+        """Return the best images for a batch of at most `capacity` samples, whose restart is 0."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -12,96 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from backpass.attacks.settings import per_channel
 from backpass.attacks.threat import Bounds, limits
 from backpass.errors import BackpassError
-from backpass.numbers import is_number, is_whole
 
 __all__ = [
-    "NotFiniteLogitsError",
     "check_images",
     "check_labels",
     "check_logits",
     "check_model",
-    "check_radius",
     "fields_of",
-    "warn_of_probabilities",
 ]
-
-logger = logging.getLogger(__name__)
-
-
-class NotFiniteLogitsError(BackpassError):
-    """The model's outputs are not finite, so that it has no prediction."""
-
-
-def normalised_bounds(bounds: Any) -> Bounds:
-    """Return the bounds as numbers, or tuples of numbers per channel.
-
-    Raises:
-        BackpassError: they are no pair (lo, hi) with lo < hi.
-    """
-    advice = "bounds must be two finite numbers (lo, hi) with lo < hi, or two sequences of them, one number per channel"
-    try:
-        lo, hi = (_plain(limit) for limit in bounds)
-        channels = {len(limit) for limit in (lo, hi) if isinstance(limit, tuple)}
-        pairs = [(a, b) for a, b in zip(_listed(lo, channels), _listed(hi, channels), strict=True)]
-        valid = bool(pairs) and len(channels) <= 1 and all(is_number(a) and is_number(b) and a < b for a, b in pairs)
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise BackpassError(f"{advice}; got {bounds!r}.")
-    return lo, hi
-
-
-def normalised_eps(eps: Any) -> float | tuple[float, ...]:
-    """Return the radius, or a tuple of one radius per sample."""
-    found: float | tuple[float, ...] = _plain(eps)
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """Tensors, arrays and sequences as tuples, one-element ones of no dimension as numbers."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def _listed(limit: Any, channels: set[int]) -> tuple[Any, ...]:
-    return limit if isinstance(limit, tuple) else (limit,) * max(channels, default=1)
-
-
-def check_radius(name: str, value: object, norm: str, bounds: Bounds, *, infinite: bool = False) -> None:
-    """Check that a radius or a step is a non-negative number that fits the pixel range."""
-    if infinite and value == math.inf:
-        return
-    if not (is_number(value) and value >= 0):
-        raise BackpassError(f"{name} must be a finite number, at least 0; got {value!r}.")
-    largest = max(hi - lo for lo, hi in zip(*(_listed(one, _channels(bounds)) for one in bounds), strict=True))
-    if norm == "linf" and value > largest:
-        raise BackpassError(
-            f"{name}={value:g} exceeds the pixel range {bounds}, so every image would be allowed. "
-            f"Did you mean {value:g}/255? Images in [0, 255] need bounds=(0, 255)."
-        )
-
-
-def _channels(bounds: Bounds) -> set[int]:
-    return {len(one) for one in bounds if isinstance(one, tuple)}
-
-
-def check_counts(**values: object) -> None:
-    """Check that every value is a whole number of at least 1."""
-    if not all(is_whole(value, 1) for value in values.values()):
-        *rest, last = values
-        names = f"{', '.join(rest)} and {last}" if rest else last
-        got = ", ".join(f"{name}={value!r}" for name, value in values.items())
-        whole = all(type(value) is int for value in values.values())
-        raise BackpassError(f"{names} must be {'' if whole else 'whole numbers of '}at least 1; got {got}.")
-
-
-def check_flags(**values: object) -> None:
-    """Check that every value is True or False."""
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise BackpassError(f"{name} must be True or False; got {value!r}.")
 
 
 def check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -172,8 +91,11 @@ def _check_structure(model: nn.Module) -> None:
                     f"the model is {_WRAPPERS[base.__name__]}. Its forward waits for the other processes, which may "
                     "search for longer or shorter."
                 )
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(tensor) for tensor in tensors):
         raise BackpassError("the model has lazy modules without a shape: call it once on a batch of data first.")
+    if any(tensor.is_meta for tensor in tensors):
+        raise BackpassError("the model has parameters without values, on the device meta: load its weights first.")
 
 
 def check_images(x: Tensor, bounds: Bounds) -> None:
@@ -189,15 +111,18 @@ def check_images(x: Tensor, bounds: Bounds) -> None:
         raise BackpassError(f"x must be float32 or float64; got {x.dtype}: {advice}.")
     if x.dim() < 2 or x.numel() == 0:
         raise BackpassError(f"x must be a non-empty batch (N, ...); got shape {tuple(x.shape)}, an empty batch.")
-    if any(isinstance(one, tuple) for one in bounds) and x.shape[1] not in _channels(bounds):
+    if x.layout != torch.strided or x.is_meta:
+        raise BackpassError(f"x must be a dense tensor with values; got {x.layout} on {x.device}. Use x.to_dense().")
+    ranges = per_channel(bounds)
+    if any(isinstance(one, tuple) for one in bounds) and x.shape[1] != len(ranges):
         raise BackpassError(
-            f"bounds has {max(_channels(bounds))} channels, x has shape {tuple(x.shape)}: give one number per channel."
+            f"bounds has {len(ranges)} channels, x has shape {tuple(x.shape)}: give one number per channel."
         )
     lo, hi = limits(bounds, x)
     low, high = (x.detach() - lo).amin(), (x.detach() - hi).amax()
     if bool((low + high).isnan()):
         raise BackpassError("x contains NaN: look at how the images were loaded.")
-    fuzz = 1e-6 * max(b - a for a, b in zip(*(_listed(one, _channels(bounds)) for one in bounds), strict=True))
+    fuzz = 1e-6 * max(b - a for a, b in ranges)
     if float(low) < -fuzz or float(high) > fuzz:
         edge = f"max is {float(x.max()):.4g}" if float(high) > fuzz else f"min is {float(x.min()):.4g}"
         raise BackpassError(
@@ -208,18 +133,19 @@ def check_images(x: Tensor, bounds: Bounds) -> None:
 
 def check_labels(x: Tensor, y: Tensor, name: str = "y") -> None:
     """Check that labels are integers, one per image, on the images' device."""
-    if not isinstance(y, Tensor) or y.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        got = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise BackpassError(f"{name} must be an integer tensor of class labels; got {got}. Use {name}.long().")
+    if not isinstance(y, Tensor):
+        raise BackpassError(f"{name} must be an integer tensor; got {type(y).__name__}. Use torch.as_tensor({name}).")
     if y.shape != x.shape[:1]:
         raise BackpassError(
             f"{name} must hold one label per image, shape ({len(x)},); got {tuple(y.shape)}. "
-            "One-hot labels need argmax(1)."
+            "One-hot labels need argmax(1), a column of labels squeeze(1)."
         )
+    if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
+        raise BackpassError(f"{name} must be an integer tensor of class labels; got {y.dtype}. Use {name}.long().")
     if y.device != x.device:
         raise BackpassError(f"x is on {x.device}, {name} on {y.device}: move one of them with .to(device).")
-    if int(y.min()) < 0:
-        raise BackpassError(f"labels must be at least 0; the least of {name} is {int(y.min())}.")
+    if (least := int(y.long().min())) < 0:
+        raise BackpassError(f"labels must be at least 0; the least of {name} is {least}.")
 
 
 def fields_of(one: Any) -> dict[str, Any] | None:
@@ -245,34 +171,11 @@ def check_logits(output: object, batch: int) -> Tensor:
             f"the model must return a tensor of logits (N, C); got {type(output).__name__}{keys}. "
             "Select it with logits=: a key, an index or a function of the output."
         )
+    if output.is_complex():
+        raise BackpassError("the model must return real logits; got complex numbers. Use their abs() in logits=.")
     if output.dim() != 2 or output.shape[0] != batch or output.shape[1] < 2:
         raise BackpassError(
             f"the model must return logits of shape ({batch}, C) with C >= 2; got {tuple(output.shape)}. "
             "Reduce or select them with logits=."
         )
     return output
-
-
-def check_first_logits(logits: Tensor, y: Tensor) -> None:
-    """Check once, as it waits for the device: a prediction for every sample, and enough classes.
-
-    Classes may be excluded by logits of -inf.
-    """
-    if not bool(logits.amax(1).isfinite().all()):
-        raise NotFiniteLogitsError(
-            "the model's logits are not finite: its weights hold NaN or inf, or its forward overflows."
-        )
-    if int(y.max()) >= logits.shape[1]:
-        raise BackpassError(
-            f"label {int(y.max())} is out of range: the model has {logits.shape[1]} classes, "
-            f"0 to {logits.shape[1] - 1}."
-        )
-
-
-def warn_of_probabilities(logits: Tensor) -> None:
-    """Warn where the outputs look like the result of a softmax, which hides gradients."""
-    if bool(((logits >= 0).all(1) & ((logits.sum(1) - 1).abs() < 1e-4)).all()):
-        logger.warning(
-            "the model's outputs look like probabilities (non-negative, summing to 1): attacks expect logits, and a "
-            "softmax hides their gradient. Return the logits, or select them with logits=."
-        )

@@ -62,10 +62,10 @@ class Pool:
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        if images.dim() != 4 or not len(images) or labels.shape != images.shape[:1]:
+        shapes = [tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in (images, labels)]
+        if not isinstance(images, Tensor) or images.dim() != 4 or not len(images) or shapes[1] != shapes[0][:1]:
             raise BackpassError(
-                "a pool needs images (P, C, H, W) and as many labels (P,); "
-                f"got {tuple(images.shape)} and {tuple(labels.shape)}."
+                f"a pool needs tensors, images (P, C, H, W) and labels (P,); got {shapes[0]} and {shapes[1]}."
             )
         self.images, self.labels = images.detach(), labels.detach().long()
         words = hashlib.sha256(str((images.dtype, tuple(images.shape), self.labels.tolist())).encode())

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from backpass.attacks.checks import check_counts, fields_of
+from backpass.attacks.checks import fields_of
+from backpass.attacks.settings import check_count
 from backpass.errors import BackpassError
 
 __all__ = ["Data", "Source"]
@@ -44,14 +45,17 @@ class Source:
     """
 
     def __init__(self, data: Any, batch_size: int, *, several: bool = False) -> None:
-        check_counts(batch_size=batch_size)
+        check_count("batch_size", batch_size)
         data = self.data = _as_tensors(data)
         self.batch_size = batch_size
         self.read = 0
         self.head = (torch.empty(0), torch.empty(0))  # the first batch, once it was read
         if self._is_pair():
-            if not isinstance(data[1], Tensor) or len(data[0]) != len(data[1]):
-                raise BackpassError(f"data must be a pair (x, y) of tensors of equal length, or {_FORMS}.")
+            if not isinstance(data[1], Tensor) or data[1].shape[:1] != data[0].shape[:1] or not data[1].dim():
+                raise BackpassError(
+                    f"data must be a pair (x, y) of tensors of equal length, or {_FORMS}; "
+                    f"got {_shape(data[0])} and {_shape(data[1])}."
+                )
         elif isinstance(data, tuple | str | Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
             raise BackpassError(f"data must be {_FORMS}; got {_name(data)}.")
         if isinstance(data, DataLoader):
@@ -71,7 +75,7 @@ class Source:
             return len(data[0])
         try:
             return len(data) if self._is_samples() or isinstance(data, Sampler) else None
-        except (TypeError, NotImplementedError):
+        except (TypeError, ValueError, NotImplementedError):
             return None
 
     def _is_samples(self) -> bool:
@@ -120,7 +124,7 @@ class Source:
                 if number and number % world != rank:
                     yield torch.empty(0), torch.empty(last - first)
                     continue
-                yield from _collate([data[row] for row in range(first, last)])
+                yield from _collate([_row(data, row, count) for row in range(first, last)])
         else:
             yield from self._cut(self._chunks())
 
@@ -206,8 +210,15 @@ def _check_order(loader: DataLoader[Any], several: bool) -> None:
 def _length(data: Any) -> int:
     try:
         return len(data)
-    except (TypeError, NotImplementedError):
-        raise BackpassError(f"data of type {_name(data)} has no length: give {_FORMS}.") from None
+    except (TypeError, ValueError, NotImplementedError):
+        raise BackpassError(f"data of type {_name(data)} has no valid length: give {_FORMS}.") from None
+
+
+def _row(data: Any, row: int, count: int) -> Any:
+    try:
+        return data[row]
+    except IndexError as error:
+        raise BackpassError(f"the data says that it has {count} samples, but sample {row} is out of range.") from error
 
 
 def _as_tensors(data: Any) -> Any:
@@ -260,7 +271,7 @@ def _collate(samples: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _batch(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     """Images and labels of a batch as tensors."""
-    if isinstance(x, str | bytes) or not hasattr(x, "__len__"):
+    if isinstance(x, str | bytes | Mapping) or not hasattr(x, "__len__"):
         raise BackpassError(f"data must be {_FORMS}; got a batch of {_name(x)} and {_name(y)}.")
     x = x if isinstance(x, Tensor) else _image(x) if hasattr(x, "shape") else _stack(list(x))
     if x.dim() < 2:
@@ -284,6 +295,8 @@ def _image(one: Any) -> Tensor:
     if isinstance(one, Tensor):
         return one
     if hasattr(one, "convert") and hasattr(one, "getbands"):  # a PIL image
+        if one.mode[0] in "IF":
+            raise BackpassError(f"a PIL image must have 8 bits a channel; got mode {one.mode!r}. Scale it to a tensor.")
         one = one if one.mode in ("L", "RGB") else one.convert("RGB")
         flat = torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8)
         return flat.view(one.height, one.width, -1).permute(2, 0, 1).float() / 255

@@ -34,9 +34,9 @@ class Ensemble(nn.Module):
 
     def __init__(self, members: Sequence[nn.Module], *, mean: str = "logits") -> None:
         super().__init__()
-        members = list(members)
+        members = [] if isinstance(members, nn.Module) else list(members)
         if not members or not all(isinstance(member, nn.Module) for member in members):
-            raise BackpassError(f"an ensemble needs at least one torch.nn.Module; got {members!r}.")
+            raise BackpassError(f"an ensemble needs a list of at least one torch.nn.Module; got {members!r}.")
         if mean not in _MEANS:
             raise UnknownNameError("mean", str(mean), _MEANS)
         self.members, self.mean = nn.ModuleList(members), mean

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backpass.attacks.apgd import likely_wrong
-from backpass.attacks.checks import check_counts, check_flags
 from backpass.attacks.hyperplane import towards_hyperplane
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.minimum import MinimumNorm, Nearest
 from backpass.attacks.noise import make_key
 from backpass.attacks.oracle import Oracle
+from backpass.attacks.settings import count
 from backpass.attacks.state import State, choose
+from backpass.attacks.targets import likely_wrong
 from backpass.attacks.threat import Threat, make_threat, per_sample
 from backpass.errors import BackpassError
 
@@ -43,23 +43,16 @@ class FAB(MinimumNorm):
         published: with a finite eps, an image beyond it is dropped, as in auto-attack, not brought into the ball.
     """
 
-    steps: int = 100
-    restarts: int = 1
-    targets: int | None = 9
+    steps: int = count(100)
+    restarts: int = count(1)
+    targets: int | None = count(9)
     published: bool = False
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         super().__post_init__()
-        check_counts(steps=self.steps, restarts=self.restarts, targets=1 if self.targets is None else self.targets)
-        check_flags(published=self.published)
         if self.targeted:
             raise BackpassError("FAB leads away from y and chooses its targets itself: leave targeted=False.")
-
-    @property
-    def iterations(self) -> int:
-        """Gradient steps."""
-        return self.steps
 
     @property
     def searches(self) -> int:

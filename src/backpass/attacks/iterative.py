@@ -11,11 +11,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from backpass.attacks.checks import check_counts, check_flags, check_radius
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, uniform
 from backpass.attacks.oracle import Oracle, Pass
 from backpass.attacks.search import SearchAttack, keep_finite
+from backpass.attacks.settings import check_count, check_length, count, setting
 from backpass.attacks.state import State
 from backpass.attacks.threat import make_threat
 from backpass.errors import BackpassError
@@ -49,30 +49,21 @@ class Iterative(SearchAttack):
     """
 
     step: float = 2 / 255
-    steps: int = 10
-    restarts: int = 1
+    steps: int = count(10)
+    restarts: int = count(1)
     random_start: bool = False
-    start_eps: float | None = None
+    start_eps: float | None = setting(None, "[0, inf)")
     noise: float = 0.0
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         super().__post_init__()
-        check_radius("step", self.step, self.norm, self.bounds)
-        if self.start_eps is not None:
-            check_radius("start_eps", self.start_eps, "l2", self.bounds)
-            if self.start_eps > self.largest_eps:
-                raise BackpassError(f"start_eps must be in [0, eps={self.largest_eps:g}]; got {self.start_eps}.")
-        check_radius("noise", self.noise, "linf", self.bounds)
+        check_length("step", self.step, self.norm, self.bounds)
+        check_length("noise", self.noise, "linf", self.bounds)
+        if self.start_eps is not None and self.start_eps > self.largest_eps:
+            raise BackpassError(f"start_eps must be in [0, eps={self.largest_eps:g}]; got {self.start_eps}.")
         if self.loss == "dlr-targeted":
             raise BackpassError("loss 'dlr-targeted' chooses target classes, which only APGD does.")
-        check_counts(steps=self.steps, restarts=self.restarts)
-        check_flags(random_start=self.random_start)
-
-    @property
-    def iterations(self) -> int:
-        """Gradient steps."""
-        return self.steps
 
     def cost(self, steps: int) -> int:
         """Gradients of an image that so many steps of one search take."""
@@ -84,7 +75,7 @@ class Iterative(SearchAttack):
         Raises:
             BackpassError: they do not allow a step.
         """
-        check_counts(gradients=gradients)
+        check_count("gradients", gradients)
         steps = bisect_right(range(1, gradients + 1), gradients, key=self.cost)
         if not steps:
             raise BackpassError(
@@ -124,8 +115,8 @@ class Iterative(SearchAttack):
             raise BackpassError(f"steps must be numbers in ascending order, from 1 to {self.steps}; got {marks}.")
         found: list[list[Tensor]] = [[] for _ in marks]
         with self.prepared(model, x, y, indices=indices, batch_size=batch_size, mask=mask) as (oracle, whole, capacity):
-            for rows in torch.split(torch.arange(len(x), device=x.device), capacity):
-                jobs = whole.jobs(rows, torch.zeros_like(rows))
+            for rows in torch.split(whole.row, capacity):
+                jobs = whole.at(rows)
                 state: State = self.begin(oracle, jobs)
                 for iteration in range(marks[-1]):
                     state = self.advance(oracle, state, iteration)

@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backpass.attacks.checks import check_counts, check_flags
 from backpass.attacks.companions import Pool, patches_out, smooth
 from backpass.attacks.diversity import Diversity
 from backpass.attacks.iterative import Ascent, Iterative
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.noise import make_key, uniform
 from backpass.attacks.oracle import Oracle, Pass
+from backpass.attacks.settings import count, setting
 from backpass.attacks.state import State
 from backpass.attacks.threat import per_sample
 from backpass.errors import BackpassError
-from backpass.numbers import is_number, is_whole
 
 __all__ = ["MIFGSM"]
 
@@ -68,39 +67,23 @@ class MIFGSM(Iterative):
     Source: Dong et al., Boosting adversarial attacks with momentum (2018), algorithm 1.
     """
 
-    decay: float = 1.0
-    diversity: float = 0.0
-    resize: float = 0.9
-    translation: int = 0
-    scales: int = 1
+    decay: float = setting(1.0, "[0, inf)")
+    diversity: float = setting(0.0, "[0, 1]")
+    resize: float = setting(0.9, "(0, 1]")
+    translation: int = count(0, least=0)
+    scales: int = count(1)
     nesterov: bool = False
-    mix: float = 0.0
-    mixed: int = 3
+    mix: float = setting(0.0, "[0, inf)")
+    mixed: int = count(3)
     pool: Pool | None = None
-    variance: int = 0
-    beta: float = 1.5
-    patchout: float = 0.0
-    patch: int = 16
+    variance: int = count(0, least=0)
+    beta: float = setting(1.5, "[0, inf)")
+    patchout: float = setting(0.0, "[0, 1)")
+    patch: int = count(16)
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         super().__post_init__()
-        numbers = all(map(is_number, (self.decay, self.diversity, self.resize)))
-        if not numbers or self.decay < 0 or not 0 <= self.diversity <= 1 or not 0 < self.resize <= 1:
-            raise BackpassError(
-                "decay must be at least 0, diversity in [0, 1] and resize in (0, 1]; "
-                f"got decay={self.decay}, diversity={self.diversity}, resize={self.resize}."
-            )
-        check_counts(scales=self.scales, mixed=self.mixed, patch=self.patch)
-        check_flags(nesterov=self.nesterov)
-        for name in ("translation", "variance"):
-            if not is_whole(getattr(self, name), 0):
-                raise BackpassError(f"{name} must be a whole number of at least 0; got {getattr(self, name)!r}.")
-        for name in ("mix", "beta"):
-            if not is_number(getattr(self, name)) or getattr(self, name) < 0:
-                raise BackpassError(f"{name} must be at least 0; got {getattr(self, name)!r}.")
-        if not is_number(self.patchout) or not 0 <= self.patchout < 1:
-            raise BackpassError(f"patchout must be in [0, 1), a share of the patches; got {self.patchout!r}.")
         if self.pool is not None and not isinstance(self.pool, Pool):
             raise BackpassError(f"pool must be a Pool of images and labels; got {type(self.pool).__name__}.")
         if (self.nesterov or self.variance) and self.norm != "linf":

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from backpass.attacks.checks import check_first_logits, check_logits, warn_of_probabilities
+from backpass.attacks.checks import check_logits
 from backpass.attacks.ensemble import Ensemble
+from backpass.attacks.first_look import check_first_logits, warn_of_batch, warn_of_flat_loss, warn_of_model
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.losses import Objective, ce
 from backpass.attacks.threat import Threat, per_sample
 from backpass.errors import BackpassError
-from backpass.preserved import preserved
 
 __all__ = ["LogitsSelector", "Oracle", "Pass", "Verdict"]
-
-_LOG = logging.getLogger(__name__)
 
 LogitsSelector = str | int | Callable[[object], Tensor] | None
 
@@ -70,8 +66,9 @@ class Oracle:
         self.targeted, self.select, self.eot, self.dtype = targeted, logits, eot, dtype
         self.gradients = 0
         self.forwards = 0
-        self.looks_at_batches = True  # whether a model's dependence on the batch is worth two more passes
+        self.looks_at_batches = True  # whether warnings about the model are worth up to three more passes
         self._seen = False
+        self._has_gradient = False
         self._copies = True  # until a call has shown that the model leaves its input as it is
 
     @property
@@ -139,6 +136,9 @@ class Oracle:
                 "the logits do not depend differentiably on x: the model detaches its input or works under no_grad. "
                 "Use Square, which needs no gradient."
             )
+        if self.looks_at_batches and not self._has_gradient:
+            self._has_gradient = True
+            warn_of_flat_loss(model, gradient)
         return Pass(logits.detach(), value.detach(), gradient)
 
     def probe(self, x: Tensor, y: Tensor) -> Pass:
@@ -186,9 +186,23 @@ class Oracle:
         # A model may write into its input, as in x.sub_(mean): then it gets a copy.
         given = z.clone() if self._copies else z
         version = given._version
+        logits = self._answer(model, given, precision)
+        if not self._seen:
+            self._copies = given._version != version or not torch.equal(given, z)
+            check_first_logits(logits.detach(), y)
+            self._seen = True
+            warn_of_model(model, logits.detach())
+            if self.looks_at_batches and self.eot == 1 and not isinstance(model, Ensemble):
+                plain = torch.autocast(z.device.type, enabled=False)
+                warn_of_batch(model, lambda images: self._answer(model, images, plain), z.detach(), logits.detach())
+        return logits
+
+    def _answer(self, model: nn.Module, z: Tensor, precision: AbstractContextManager[object]) -> Tensor:
+        """Logits (B, C) of the model, in the type of z; it may write into z."""
+        dtype, count = z.dtype, len(z)
         with precision:
             try:
-                output = model(given)
+                output = model(z)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -196,56 +210,16 @@ class Oracle:
                     "the model computes batch statistics, which a batch of one sample does not have. Give it running "
                     "statistics: BatchNorm with track_running_stats=True, in eval mode."
                 ) from error
-        if not self._seen:
-            self._copies = given._version != version or not torch.equal(given, z)
-        if isinstance(model, Ensemble):
-            logits = torch.stack([check_logits(_select(one, self.select), len(z)).to(z.dtype) for one in output]).mean(
-                0
-            )
-        else:
-            logits = check_logits(_select(output, self.select), len(z)).to(z.dtype)
-        if not self._seen:
-            check_first_logits(logits.detach(), y)
-            self._seen = True
-            if model not in _looked_at:
-                _looked_at.add(model)
-                warn_of_probabilities(logits.detach())
-            if self.looks_at_batches:
-                warn_of_batch_statistics(model, self.select, z.detach(), logits.detach())
-        return logits
+        outputs = output if isinstance(model, Ensemble) else [output]
+        found = [check_logits(_select(one, self.select), count).to(dtype) for one in outputs]
+        if len(classes := {one.shape[1] for one in found}) > 1:
+            raise BackpassError(f"members of an ensemble must have the same classes; got {sorted(classes)} outputs.")
+        return found[0] if len(found) == 1 else torch.stack(found).mean(0)
 
 
 def _mean_size(gradient: Tensor) -> Tensor:
     size = gradient.abs().flatten(1).mean(1).clamp_min(torch.finfo(gradient.dtype).tiny)
     return per_sample(size, gradient)
-
-
-_looked_at: WeakSet[nn.Module] = WeakSet()  # models whose first logits were looked at
-_known: WeakSet[nn.Module] = WeakSet()  # models whose batches were looked at
-
-
-def warn_of_batch_statistics(model: nn.Module, select: LogitsSelector, z: Tensor, logits: Tensor) -> None:
-    """Warn, once for each model, where the answer to a sample depends on the other samples of its batch."""
-    if len(z) < 2 or model in _known or isinstance(model, Ensemble):
-        return
-    _known.add(model)
-    copies = z[:1].expand_as(z).clone(memory_format=torch.preserve_format)
-    with preserved(model), torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        among_copies = _select(model(copies), select)
-        scale = float(logits[0].nan_to_num(0.0, 0.0, 0.0).abs().amax())
-        if not _differ(check_logits(among_copies, len(z))[0], logits[0], 1e-2 * scale):
-            return
-        among_others = check_logits(_select(model(z.clone()), select), len(z))
-        if _differ(among_others, logits, 1e-3 * scale):
-            return  # random, or in another precision
-    _LOG.warning(
-        "the model's answer to a sample depends on the other samples of its batch (batch statistics?), so that success "
-        "depends on batch_size. Give the model running statistics, or attack single samples with batch_size=1."
-    )
-
-
-def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    return float((one.to(other.dtype) - other).nan_to_num(0.0, 0.0, 0.0).abs().amax()) > tolerance
 
 
 def _select(output: object, selector: LogitsSelector) -> object:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from backpass.attacks.iterative import Iterative
 from backpass.attacks.oracle import Oracle
+from backpass.attacks.settings import count
 
 __all__ = ["PGD"]
 
@@ -28,7 +29,7 @@ class PGD(Iterative):
         (torch.Size([5, 1, 2, 2]), torch.Size([5]))
     """
 
-    restarts: int = 5
+    restarts: int = count(5)
     random_start: bool = True
 
     def direction(self, oracle: Oracle, gradient: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
 from backpass.attacks.search import SearchAttack
+from backpass.attacks.settings import plain
 from backpass.errors import BackpassError
 from backpass.numbers import is_number
 
@@ -27,9 +28,9 @@ def check_radii(radii: Sequence[float], attacks: Sequence[Attack]) -> list[float
     Raises:
         BackpassError: a radius is invalid or repeated, or an attack does not support radii.
     """
-    levels = list(radii)
+    levels = list(plain(radii)) if hasattr(radii, "__iter__") else []
     if not levels or not all(is_number(radius) and radius >= 0 for radius in levels) or len(set(levels)) < len(levels):
-        raise BackpassError(f"radii must be different numbers, at least 0; got {levels!r}.")
+        raise BackpassError(f"radii must be different numbers, at least 0; got {levels or radii!r}.")
     for attack in attacks:
         if isinstance(attack.eps, tuple):
             raise BackpassError("radii are for attacks with one eps; this one has a radius for each sample.")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
-from backpass.attacks.checks import normalised_bounds
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.result import Result
+from backpass.attacks.settings import normalised_bounds
 from backpass.attacks.shards import describe, read_tensors, write_tensors
 from backpass.attacks.threat import Bounds, Threat, limits
 from backpass.errors import BackpassError

@@ -84,11 +84,13 @@ def attack(
         report = stack.enter_context(working("loading torch"))
         from backpass.data import load_data
         from backpass.data.class_map import match_classes
-        from backpass.lab.studies.attack.measure import measure
-        from backpass.lab.studies.attack.placing import place, set_aside
-        from backpass.lab.studies.attack.plans import make_plans, mixing_pool
-        from backpass.lab.studies.attack.result import describe
-        from backpass.lab.studies.attack.study import Study, check_rules, order_rules
+        from backpass.experiments.attack_report import attack_result
+        from backpass.experiments.attack_study import attack_experiment
+        from backpass.experiments.experiment import Place
+        from backpass.experiments.placing import Placing, place, set_aside
+        from backpass.experiments.running import run_here
+        from backpass.experiments.studies import Study, check_rules, order_rules
+        from backpass.lab.plans import make_plans, mixing_pool
         from backpass.lab.subjects import load_subject, parse_device
         from backpass.report.page import write_report
 
@@ -110,7 +112,7 @@ def attack(
         check_rules(subject, ordered, few, given.data)
         settings |= mixing_pool(plans, images, space)
         study = Study(
-            subject=subject,
+            sources={model: subject},
             data=images,
             protocol=space,
             attacks=given.attacks,
@@ -124,20 +126,22 @@ def attack(
             shards=o.open_shards(out, given.resume, first),
             target=given.target_class(images.class_names),
         )
+        placings: dict[str, Placing] = {}
         if aside is not None:
             report("choose where LinBP starts", 0.0)
-            study = place(study, aside)
-        measured = measure(study, report)
-        result = describe(measured)
-        written = write_report(result, out) if first else []
-    if not first:
-        return
-    for shown in result.tables[:1]:
-        print_table(shown, columns=6)
+            study, placings = place(study, aside)
+        done = run_here(attack_experiment(study), f"protocol {space.name}", out=out,
+                        place=Place(device=where, loaded=study), store=first, progress=report)  # fmt: skip
+        if done is None:
+            return
+        result = attack_result(study, *done, placings)
+        written = write_report(result, out)
+    for shown in result.tables[: len(given.attacks)]:
+        print_table(shown, columns=4)
     if result.claims:
         print_claims(result, "Rules compared on the same images, 95 % intervals")
     print_findings(result)
-    print_written(measured.seconds, written)
+    print_written(result.environment["seconds"], written)
 
 
 _SHOWN = 6  # images in the report

@@ -33,12 +33,18 @@ def demo(
     """
     out.mkdir(parents=True, exist_ok=True)  # fails before the work rather than after it
     with working("loading torch") as report:
+        from backpass.experiments.experiment import Place
+        from backpass.experiments.running import run_here
         from backpass.files import write_whole
-        from backpass.lab.studies.demo.demo import SCALES, run
+        from backpass.lab.threads import one_thread
+        from backpass.papers.demo import DEMO
         from backpass.report.page import write_report
         from backpass.report.plots import picture as draw
 
-        result = run(SCALES["quick" if quick else "standard"], report)
+        with one_thread():
+            done = run_here(DEMO, "quick" if quick else "standard", out=out, place=Place(), progress=report)
+        assert done is not None  # noqa: S101  (it stores)
+        result = done[0]
         written = [*write_report(result, out)]
     if picture is not None:
         written.append(write_whole(picture, draw(result.series, title=result.title)))

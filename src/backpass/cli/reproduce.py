@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ from backpass.cli.printing import print_grid, print_overview, print_written, say
 from backpass.errors import BackpassError
 
 if TYPE_CHECKING:
-    from backpass.lab.reproduction.running import Done, Failed
+    from backpass.experiments.running import Done, Failed
 
 __all__ = ["report", "reproduce", "verify"]
 
@@ -48,7 +48,6 @@ def reproduce(
     """
     import os
     import time
-    from itertools import chain
 
     if listing:
         _list(scale)
@@ -62,10 +61,8 @@ def reproduce(
     failed: list[Failed] = []
     damaged: list[BackpassError] = []
     with working("loading torch") as show, told_when_interrupted("Finished runs are kept: the same command goes on."):
-        from backpass.experiments.experiment import Experiment
         from backpass.experiments.running import Done
-        from backpass.experiments.running import run as run_tables
-        from backpass.lab.reproduction.running import reproduce as run_others
+        from backpass.experiments.running import run as run_experiments
         from backpass.lab.subjects import parse_device
         from backpass.papers import choose, experiment_names
         from backpass.report.claims import count_verdicts
@@ -73,21 +70,15 @@ def reproduce(
 
         chosen = choose(names)
         place = parse_device(device)
-        settings: dict[str, Any] = {
-            "scale": scale,
-            "out": out,
-            "device": place,
-            "jobs": jobs or (1 if place.type == "cuda" else os.cpu_count() or 1),
-            "again": again,
-            "progress": lambda what: show(what, (len(found) + len(failed)) / len(chosen)),
-        }
-        tables = [one for one in chosen if isinstance(one, Experiment)]
-        others = [one.name for one in chosen if not isinstance(one, Experiment)]
-        for one in chosen:
-            one.settings(scale)
-        for ended in chain(
-            run_tables(tables, cluster=cluster, **settings) if tables else (),
-            run_others(others, **settings) if others else (),
+        for ended in run_experiments(
+            chosen,
+            scale=scale,
+            out=out,
+            device=place,
+            jobs=jobs or (1 if place.type == "cuda" else os.cpu_count() or 1),
+            cluster=cluster,
+            again=again,
+            progress=lambda what: show(what, (len(found) + len(failed)) / len(chosen)),
         ):
             if isinstance(ended, Done):
                 found.append(ended)
@@ -138,13 +129,17 @@ def report(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A result.json of backpass reproduce, or its folder.", metavar="RESULT")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A result.json of reproduce, attack, transfer or demo, or its folder.", metavar="RESULT"),
+    ],
 ) -> None:
     """Recompute every verdict of a result from its stored outcomes, and compare their hashes."""
     from backpass.experiments.verifying import verify as check
     from backpass.papers import EXPERIMENTS
+    from backpass.papers.demo import DEMO
 
-    found = check(path, EXPERIMENTS)
+    found = check(path, (*EXPERIMENTS, DEMO))
     basis = f"{found.outcomes} files of outcomes" if found.from_outcomes else "the numbers in the result alone"
     if found.problems:
         raise BackpassError(f"{len(found.problems)} of {path} do not agree: " + " ".join(found.problems))
@@ -162,10 +157,9 @@ def _tell(damaged: Sequence[BackpassError]) -> None:
 
 
 def _list(scale: str) -> None:
-    from backpass.papers import every_experiment
+    from backpass.papers import EXPERIMENTS
 
-    every = every_experiment()
-    for experiment in every:
+    for experiment in EXPERIMENTS:
         experiment.settings(scale)
-    rows = [(one.name, one.title, one.source, ", ".join(one.data) or "made") for one in every]
+    rows = [(one.name, one.title, one.source, ", ".join(one.data) or "made") for one in EXPERIMENTS]
     print_grid(f"{len(rows)} experiments", ("name", "what", "from", "data"), rows, words=(1, 2, 3))

@@ -77,10 +77,11 @@ def transfer(
         report = stack.enter_context(working("loading torch"))
         from backpass.data import load_data
         from backpass.data.class_map import match_classes
-        from backpass.lab.studies.attack.plans import make_plans, mixing_pool
-        from backpass.lab.studies.attack.study import check_rules, order_rules
-        from backpass.lab.studies.transfer.measure import Study, measure
-        from backpass.lab.studies.transfer.result import describe
+        from backpass.experiments.experiment import Place
+        from backpass.experiments.running import run_here
+        from backpass.experiments.studies import Study, check_rules, order_rules
+        from backpass.experiments.transfer_study import transfer_experiment, transfer_result
+        from backpass.lab.plans import make_plans, mixing_pool
         from backpass.lab.subjects import load_named, parse_device, short_names
         from backpass.report.page import write_report
 
@@ -119,14 +120,15 @@ def transfer(
             target=given.target_class(images.class_names),
             gradients=gradients,
         )
-        measured = measure(study, report)
-        result = describe(measured)
-        written = write_report(result, out) if first else []
-    if not first:
-        return
+        done = run_here(transfer_experiment(study), f"protocol {space.name}", out=out,
+                        place=Place(device=where, loaded=study), store=first, progress=report)  # fmt: skip
+        if done is None:
+            return
+        result = transfer_result(study, *done)
+        written = write_report(result, out)
     for shown in result.tables:
         print_table(shown, columns=len(shown.columns))
     if result.claims:
         print_claims(result, "Rules compared, 95 % intervals")
     print_findings(result)
-    print_written(measured.seconds, written)
+    print_written(result.environment["seconds"], written)

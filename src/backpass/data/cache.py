@@ -80,7 +80,7 @@ def _write(path: Path, made: Decoded) -> None:
 
 
 def _read(path: Path) -> Decoded | None:
-    """What `_write` wrote; nothing where there is no such file or it is damaged."""
+    """Return what `_write` wrote, or None where there is no such file or it is damaged."""
     try:
         return _map(path)
     except FileNotFoundError:

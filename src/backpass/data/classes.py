@@ -54,14 +54,14 @@ def read_classes(folder: Path, split: str) -> tuple[Decoded, tuple[str, ...]]:
         )
     beside = [path.name for path in root.iterdir() if path.suffix.lower() in _SUFFIXES | _OTHER_IMAGES]
     if beside:
-        _LOG.warning("%s: %d images beside the folders of classes have no class: %s", root, len(beside), _few(beside))
+        _LOG.warning("%s: images beside the folders of classes, of no class: %d (%s)", root, len(beside), _few(beside))
     _check_depth(root, names)
     files = {name: _images(root / name) for name in names}
     empty = [name for name in names if not files[name]]
     if len(empty) == len(names):
         raise BackpassError(f"the folders of classes in {root} hold no PNG, JPEG, WebP or BMP image.")
     if empty:
-        _LOG.warning("%s: %d of %d folders of classes are empty: %s", root, len(empty), len(names), _few(empty))
+        _LOG.warning("%s: folders of classes that are empty: %d of %d (%s)", root, len(empty), len(names), _few(empty))
     rounds = zip_longest(*([(path, label) for path in files[name]] for label, name in enumerate(names)))
     everything = [one for several in rounds for one in several if one is not None]
     key = content_key([path for path, _ in everything], ["classes", *(f"{label}" for _, label in everything)])
@@ -82,7 +82,7 @@ def _images(folder: Path) -> list[Path]:
             raise BackpassError(f"{path} is no regular file.")
         (images if suffix in _SUFFIXES else others).append(path)
     if others:
-        _LOG.warning("%s: %d files are no images: %s", folder, len(others), _few([path.name for path in others]))
+        _LOG.warning("%s: files that are no images: %d (%s)", folder, len(others), _few([path.name for path in others]))
     return sorted(images, key=os.fsencode)
 
 
@@ -91,7 +91,7 @@ def _walk(folder: Path, seen: set[str]) -> list[Path]:
     if (real := os.path.realpath(folder)) in seen:
         return []
     seen.add(real)
-    inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    inside = [path for path in sorted(folder.iterdir()) if not _hidden(path)]
     return [file for path in inside for file in (_walk(path, seen) if path.is_dir() else [path])]
 
 
@@ -105,11 +105,16 @@ def _check_depth(root: Path, names: list[str]) -> None:
         )
 
 
+def _hidden(path: Path) -> bool:
+    """Return whether a name is hidden, or the folder that archives of macOS carry beside the classes."""
+    return path.name.startswith(".") or path.name == "__MACOSX"
+
+
 def _few(names: list[str]) -> str:
     return ", ".join(map(repr, sorted(names)[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _folders(root: Path) -> list[str]:
     """Return the names of the folders inside, in an order that no locale changes."""
-    names = (path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = (path.name for path in root.iterdir() if path.is_dir() and not _hidden(path))
     return sorted(names, key=os.fsencode)

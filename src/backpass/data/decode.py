@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError
+from backpass.wording import reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -100,9 +101,9 @@ def _read(encoded: Encoded) -> tuple[Tensor, str]:
     except UnidentifiedImageError as error:
         raise BackpassError(f"{name} is no PNG, JPEG, WebP or BMP image, or it is corrupt.") from error
     except Image.DecompressionBombError as error:
-        raise BackpassError(f"{name} is too large to be an image of a data set: {error}.") from error
+        raise BackpassError(f"{name} is too large to be an image of a data set: {reason(error)}.") from error
     except Exception as error:  # whatever Pillow makes of damaged bytes
-        raise BackpassError(f"{name} is a corrupt image: {error}.") from error
+        raise BackpassError(f"{name} is a corrupt image: {reason(error)}.") from error
 
 
 def _pixels(image: Image, name: str) -> Tensor:

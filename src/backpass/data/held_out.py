@@ -16,7 +16,7 @@ _PART = 0.1
 
 
 def held_out_rows(labels: Tensor, name: str) -> Tensor:
-    """Which images are held out, (N,) bool, for labels (N,).
+    """Choose a tenth of each class to be held out: a mask (N,) bool for labels (N,).
 
     Raises:
         BackpassError: nothing would be left to learn from.

@@ -15,6 +15,7 @@ from backpass.data.names import DataName
 from backpass.data.parquet import check_shards
 from backpass.errors import BackpassError
 from backpass.files import write_whole
+from backpass.wording import reason
 
 __all__ = ["Fetched", "fetch"]
 
@@ -179,13 +180,12 @@ def _download(name: DataName, revision: str, files: Sequence[str], *, local: boo
 
 
 def _unreachable(name: DataName, error: Exception) -> BackpassError:
-    """Which exception it is depends on the library's version and on its HTTP client."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the error of a data set that is not found; the hub's exceptions differ by version and HTTP client."""
     place = os.environ.get("BACKPASS_DATA")
     here = f"there is no {Path(place) / name.name}" if place else "the environment variable BACKPASS_DATA is not set"
     return BackpassError(
         f"cannot find {name.name!r}: {here}, and {name.repository} cannot be fetched from the Hugging Face hub "
-        f"({reason.rstrip('.')}). Without a network, set BACKPASS_DATA to a folder that holds "
+        f"({reason(error)}). Without a network, set BACKPASS_DATA to a folder that holds "
         f"{name.name}/train-*.parquet and {name.name}/test-*.parquet as they are on the hub, or give the folder itself."
     )
 

@@ -113,7 +113,7 @@ def load_data(name: str, *, split: str = "test") -> Labelled:
 
 
 def _folder(name: str) -> Path | None:
-    """Where a data set is on this machine: the folder itself, or one beneath BACKPASS_DATA."""
+    """Find the folder of a data set on this machine: the name itself, or one beneath BACKPASS_DATA."""
     if name not in HUB and Path(name).is_dir():
         return Path(name)
     place = os.environ.get("BACKPASS_DATA")

@@ -46,8 +46,10 @@ def read_name(text: str) -> DataName:
 
     Raises:
         UnknownNameError: there is no such setting.
-        BackpassError: the settings have another form.
+        BackpassError: there is no name, or the settings have another form.
     """
+    if not text.partition(":")[0].strip():
+        raise BackpassError(f"expected the name of a data set, such as mnist, or a folder; got {text!r}.")
     name, _, rest = text.partition(":")
     if "=" not in rest:
         return DataName(name=text)  # a colon may stand in the name of a folder

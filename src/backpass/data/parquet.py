@@ -11,6 +11,7 @@ from typing import Any
 from backpass.data.cache import cached, content_key
 from backpass.data.decode import Decoded, Encoded, decode
 from backpass.errors import BackpassError
+from backpass.wording import reason
 
 __all__ = ["check_shards", "parquet_files", "read_parquet"]
 
@@ -71,7 +72,7 @@ def read_parquet(
     try:
         schema = pq.read_schema(files[0])
     except ArrowException as error:
-        raise BackpassError(f"{files[0]} cannot be read as Parquet: {error}.") from error
+        raise BackpassError(f"{files[0]} cannot be read as Parquet: {reason(error)}.") from error
     columns = _column(files[0], schema, "image", image), _column(files[0], schema, "label", label)
     decoded = cached(content_key(files, ["parquet", *columns]), lambda: decode(_rows(files, columns)))
     names = _class_names(schema.metadata, columns[1])
@@ -101,7 +102,7 @@ def _rows(files: Sequence[Path], columns: tuple[str, str]) -> Iterator[Encoded]:
                         yield _encoded(f"row {number} of {path.name}", row[image], row[label])
                         number += 1
         except ArrowException as error:
-            raise BackpassError(f"{path} cannot be read as Parquet: {error}.") from error
+            raise BackpassError(f"{path} cannot be read as Parquet: {reason(error)}.") from error
 
 
 def _column(path: Path, schema: Any, kind: str, wanted: str | None) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from backpass.experiments.experiment import Arm, Experiment, Plot, Runs, Scale
+from backpass.experiments.experiment import Arm, Experiment, Plot, Runs, Scale, Values
 from backpass.experiments.judging import Found, arm_label, judge_all, pairs_of
 from backpass.experiments.outcomes import Store, Task
 from backpass.report.claims import CORRECTED, Claim
+from backpass.report.proportions import marks_difference, percent, rate_of
 from backpass.report.result import Cell, Curve, Finding, Result, Series, Table, environment
-from backpass.report.statistics import geometric_interval, mean_interval, paired_interval
+from backpass.report.statistics import Interval, geometric_interval, mean_interval
 from backpass.report.wording import anchor, interval_text
 from backpass.wording import listing
 
@@ -52,7 +53,7 @@ def describe(
         settings={**_settings(table), **({"chosen": chosen} if chosen else {})},
         series=[series for plot in table.plots for series in _plots(plot, table, found)],
         claims=claims,
-        tables=[_table(group, arms, table, found) for group, arms in table.groups()],
+        tables=[made for group, arms in table.groups() if (made := _table(group, arms, table, found)) is not None],
         numbers={
             "pairs": {one.id: pairs_of(one, found) for one in table.comparisons},
             "outcomes": {name: digest for task in tasks for name, digest in store.hashes(task).items()},
@@ -81,12 +82,12 @@ def _findings(table: Scale, found: Found, claims: Sequence[Claim]) -> list[Findi
     for one, claim in zip(table.comparisons, claims, strict=True):
         pairs, label = pairs_of(one, found), one.measurement.label
         key = (one.groups or (one.group,), one.ours, one.theirs)
-        mean = interval_text(mean_interval(pairs["ours"]))
+        mean = interval_text(_mean(pairs["ours"]))
         if not one.theirs:
             parts.setdefault(key, []).append(f"{label} {mean} ({claim.verdict})")
             continue
-        other = interval_text(mean_interval(pairs["theirs"]))
-        gap = interval_text(paired_interval(pairs["ours"], pairs["theirs"]), signed=True)
+        other = interval_text(_mean(pairs["theirs"]))
+        gap = interval_text(Interval(claim.estimate, *claim.interval, claim.n), signed=True)
         parts.setdefault(key, []).append(f"{label} {mean} against {other}, difference {gap} ({claim.verdict})")
     made = []
     for (groups, ours, theirs), texts in parts.items():
@@ -103,18 +104,26 @@ def _findings(table: Scale, found: Found, claims: Sequence[Claim]) -> list[Findi
     return made
 
 
+def _mean(values: Values) -> Interval:
+    return percent(rate_of(values)) if isinstance(values, str) else mean_interval(values)
+
+
 def _cost(table: Scale, ours: Runs, theirs: Runs) -> str:
     assert table.cost is not None  # noqa: S101
-    first, second = table.cost.both(ours, theirs)
+    first, second = (list(map(float, values)) for values in table.cost.both(ours, theirs))
     ratio = [a / b if b else math.nan for a, b in zip(first, second, strict=True)]
     return f"{table.cost.label.capitalize()}: {interval_text(mean_interval(ratio))} times as much."
 
 
-def _table(group: str, arms: Sequence[Arm], table: Scale, found: Found) -> Table:
+def _table(group: str, arms: Sequence[Arm], table: Scale, found: Found) -> Table | None:
+    """Return the table of a group; None if its outcomes have none of the measurements."""
     several = any(len(arm.candidates) > 1 for arm in arms)
     rows: list[list[Cell]] = []
     outcomes = [one for arm in arms for runs in found[group, arm.name].by_candidate.values() for one in runs]
     columns = [one for one in table.measurements if not one.key or all(one.key in outcome for outcome in outcomes)]
+    if not columns:
+        return None
+    of_images = any(one.images for one in columns)  # such runs do not diverge
     for arm in arms:
         runs = found[group, arm.name]
         for label in arm.candidates:
@@ -124,16 +133,18 @@ def _table(group: str, arms: Sequence[Arm], table: Scale, found: Found) -> Table
             rows.append([
                 arm.name,
                 *([label, _chosen(runs, label)] if several else []),
-                *map(mean_interval, values),
-                f"{lost} of {len(values[0])}",
+                *(one.interval(here) for one in columns),
+                *([] if of_images else [f"{lost} of {len(values[0])}"]),
             ])  # fmt: skip
     heads = ["setting", ""] if several else []
     return Table(
         id=anchor(f"{group}-arms".lower().replace(" ", "-")),
         title=f"{group}: every arm" if group else "Every arm",
-        columns=["arm", *heads, *(one.quantity for one in columns), "diverged"],
+        columns=["arm", *heads, *(one.quantity for one in columns), *([] if of_images else ["diverged"])],
         rows=rows,
-        note="Means with 95 % intervals."
+        note=(
+            "Percentages of images, in brackets Wilson's 95 % intervals." if of_images else "Means with 95 % intervals."
+        )
         + (f" A setting is chosen by its mean {table.choice.label}." if several and table.choice else ""),
     )
 
@@ -151,10 +162,13 @@ def _plots(plot: Plot, table: Scale, found: Found) -> list[Series]:
         if plot.groups and group not in plot.groups:
             continue
         if plot.lines:
-            curves = [_line(plot, label, [found[group, name] for name in names]) for label, names in plot.lines.items()]
+            curves = [_line(plot, label, names, group, found) for label, names in plot.lines.items()]
         else:
             shown = [found[group, arm.name] for arm in arms if not plot.arms or arm.name in plot.arms]
-            curves = [curve for runs in shown if (curve := _curve(plot, runs)) is not None]
+            less = found[group, plot.less[0]] if plot.less else None
+            curves = [curve for runs in shown if (curve := _curve(plot, runs, less)) is not None]
+        if not curves:
+            continue
         title = f"{group}: {plot.title}" if group else plot.title
         made.append(
             Series(
@@ -171,14 +185,22 @@ def _plots(plot: Plot, table: Scale, found: Found) -> list[Series]:
     return made
 
 
-def _curve(plot: Plot, runs: Runs) -> Curve | None:
-    """Return the curve of an arm; None if a run diverged and its x values are unknown."""
+def _curve(plot: Plot, runs: Runs, less: Runs | None) -> Curve | None:
+    """Return the curve of an arm; None if it has no such entry, or a run diverged and its x values are unknown."""
+    if any(plot.key not in one for one in runs.runs):
+        return None
     rows = [one[plot.key] for one in runs.runs]
+    if less is not None:
+        pairs = zip(rows, (one[plot.key] for one in less.runs), strict=True)
+        rows = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
     x = plot.x
     if isinstance(x, str):
         x = [mean_interval(places).mean for places in zip(*(one[x] for one in runs.runs), strict=True)]
         if not all(map(math.isfinite, x)):
             return None
+    if plot.images:
+        texts = ["".join(parts) for parts in zip(*rows, strict=True)]
+        return Curve(label=arm_label(runs), x=x, given=[percent(rate_of(text)) for text in texts])
     if plot.draws:  # intervals only: every step of every draw would take megabytes
         interval = geometric_interval if plot.log_y else mean_interval
         columns = zip(*(row for one in rows for row in one), strict=True)
@@ -186,10 +208,19 @@ def _curve(plot: Plot, runs: Runs) -> Curve | None:
     return Curve(label=arm_label(runs), x=x, runs=rows, geometric=plot.log_y)
 
 
-def _line(plot: Plot, label: str, arms: Sequence[Runs]) -> Curve:
+def _line(plot: Plot, label: str, names: Sequence[str], group: str, found: Found) -> Curve:
     assert plot.measurement is not None  # noqa: S101
     assert not isinstance(plot.x, str)  # noqa: S101
-    columns = [plot.measurement.values(runs) for runs in arms]
+    arms, less = ([found[group, name] for name in some] for some in (names, plot.less))
+    if plot.measurement.images and not less:
+        return Curve(label=label, x=plot.x, given=[plot.measurement.interval(runs) for runs in arms])
+    if not less:
+        columns = [plot.measurement.values(runs) for runs in arms]
+    else:
+        pairs = [plot.measurement.both(ours, theirs) for ours, theirs in zip(arms, less, strict=True)]
+        if plot.measurement.images:
+            return Curve(label=label, x=plot.x, given=[marks_difference(str(a), str(b)).interval for a, b in pairs])
+        columns = [[x - y for x, y in zip(map(float, a), map(float, b), strict=True)] for a, b in pairs]
     return Curve(label=label, x=plot.x, runs=[list(row) for row in zip(*columns, strict=True)], geometric=plot.log_y)
 
 

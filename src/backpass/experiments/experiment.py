@@ -12,9 +12,23 @@ import torch
 
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.report.claims import Direction, Diverged, Setting
+from backpass.report.proportions import percent, rate_of
 from backpass.report.result import OVER_SEEDS, PAIRED_SEEDS, Finding
+from backpass.report.statistics import Interval, mean_interval
 
-__all__ = ["Arm", "Comparison", "Experiment", "Measurement", "Outcome", "Place", "Plot", "Runs", "Scale", "Work"]
+__all__ = [
+    "Arm",
+    "Comparison",
+    "Experiment",
+    "Measurement",
+    "Outcome",
+    "Place",
+    "Plot",
+    "Runs",
+    "Scale",
+    "Values",
+    "Work",
+]
 
 Outcome = Mapping[str, Any]
 """Result of one run: numbers, lists of numbers or strings by name, in JSON types. Values are ``nan`` from the point
@@ -28,11 +42,19 @@ class Place:
     Attributes:
         device: device to compute on.
         folder: folder for files that arms share, such as trained weights; None keeps no files.
+        loaded: objects of the caller that the works of `run_here` use, for instance a network. The settings of an arm
+            name them by their hashes.
+        progress: called by a work of `run_here` with the finished share of the run.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     folder: Path | None = None
+    loaded: Any = None
+    progress: Callable[[float], None] = lambda share: None
 
+
+Values = list[float] | str
+"""Numbers of an arm, or the marks of its images."""
 
 Work = Callable[[Any, int, Place], Outcome]
 """A module-level function of (settings, seed, place). Its result depends on settings, seed and device only."""
@@ -93,6 +115,8 @@ class Measurement:
         reduce: function that reduces a list to a number, for instance ``min``.
         derive: function that computes the numbers from the runs of an arm, instead of reading an entry.
         pair: function that computes the numbers of two arms together, for measurements that depend on both.
+        images: True if the entry is a text of `report.proportions.marks`, one per image. The value is the percentage of
+            images with Wilson's interval; two arms are compared image by image with McNemar's exact test.
     """
 
     label: str
@@ -103,6 +127,7 @@ class Measurement:
     reduce: Callable[[Sequence[float]], float] | None = None
     derive: Callable[[Runs], Sequence[float]] | None = None
     pair: Callable[[Runs, Runs], tuple[Sequence[float], Sequence[float]]] | None = None
+    images: bool = False
 
     @property
     def quantity(self) -> str:
@@ -111,20 +136,34 @@ class Measurement:
 
     def of(self, outcomes: Sequence[Outcome]) -> list[float]:
         """Read the entry of each outcome."""
+        if self.images:
+            return [100 * rate_of(self._marks(one)).value for one in outcomes]
         rows = [row for one in outcomes for row in (one[self.key] if self.draws else [one[self.key]])]
         if self.reduce is not None:
             return [float(self.reduce(row)) for row in rows]
         return [float(row if self.at is None else row[self.at]) for row in rows]
 
+    def _marks(self, outcome: Outcome) -> str:
+        return str(outcome[self.key] if self.at is None else outcome[self.key][self.at])
+
+    def interval(self, runs: Runs) -> Interval:
+        """Return the mean of an arm with its interval."""
+        if self.images:
+            return percent(rate_of("".join(map(self._marks, runs.runs))))
+        return mean_interval(self.values(runs))
+
     def values(self, runs: Runs) -> list[float]:
         """Return the values of an arm."""
         return list(self.derive(runs)) if self.derive is not None else self.of(runs.runs)
 
-    def both(self, ours: Runs, theirs: Runs) -> tuple[list[float], list[float]]:
-        """Return the paired values of two arms."""
+    def both(self, ours: Runs, theirs: Runs) -> tuple[Values, Values]:
+        """Return the paired values of two arms; marks for a measurement of images."""
+        if self.images:
+            first, second = ("".join(map(self._marks, one.runs)) for one in (ours, theirs))
+            return first, second
         if self.pair is not None:
-            first, second = self.pair(ours, theirs)
-            return list(first), list(second)
+            a, b = self.pair(ours, theirs)
+            return list(a), list(b)
         return self.values(ours), self.values(theirs)
 
 
@@ -177,6 +216,8 @@ class Plot:
         x: x values, or the entry of the outcomes that has them; the mean over the seeds is plotted.
         lines: instead of an entry, arms by label of a line; the line joins their `measurement` along x.
         measurement: measurement that the lines show.
+        less: arms whose measurement is subtracted along x, for lines of paired differences; with `key` one arm.
+        images: True if the entry is a list of marks along x, as of `Measurement.images`.
         arms: arms to show; empty for all arms of the group.
         groups: groups to show; empty for all.
         draws: True if the entry has one list per draw.
@@ -191,6 +232,8 @@ class Plot:
     x: Sequence[float] | str = ()
     lines: Mapping[str, Sequence[str]] = field(default_factory=dict)
     measurement: Measurement | None = None
+    less: Sequence[str] = ()
+    images: bool = False
     arms: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     draws: bool = False

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backpass.errors import BackpassError
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Outcome, Runs, Scale
+from backpass.experiments.experiment import Arm, Comparison, Experiment, Outcome, Runs, Scale, Values
 from backpass.experiments.outcomes import Store, Task, tasks_of
 from backpass.report.claims import Claim, corrected, judge, judge_within
+from backpass.report.proportions import judge_images
 
 __all__ = ["Found", "collect", "judge_all", "pairs_of", "verdict_of"]
 
@@ -53,10 +54,10 @@ def _choose(scale: Scale, outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     return max(outcomes, key=merit)
 
 
-def pairs_of(one: Comparison, found: Found) -> dict[str, list[float]]:
+def pairs_of(one: Comparison, found: Found) -> dict[str, Values]:
     """Return the values that a claim is tested on: ``ours``, and ``theirs`` if it compares two arms."""
 
-    def both(group: str) -> dict[str, list[float]]:
+    def both(group: str) -> dict[str, Values]:
         ours = found[group, one.ours]
         if not one.theirs:
             return {"ours": one.measurement.values(ours)}
@@ -65,10 +66,10 @@ def pairs_of(one: Comparison, found: Found) -> dict[str, list[float]]:
     if not one.groups:
         return both(one.group)
     each = [both(group) for group in one.groups]
-    return {side: [math.fsum(values[side]) / len(values[side]) for values in each] for side in each[0]}
+    return {side: [math.fsum(map(float, values[side])) / len(values[side]) for values in each] for side in each[0]}
 
 
-def verdict_of(one: Comparison, pairs: Mapping[str, Sequence[float]], seeds: Sequence[int], prefix: str = "") -> Claim:
+def verdict_of(one: Comparison, pairs: Mapping[str, Any], seeds: Sequence[int], prefix: str = "") -> Claim:
     """Test one claim, without correction for multiple comparisons."""
     told: dict[str, Any] = {
         "quantity": one.measurement.quantity,
@@ -76,6 +77,8 @@ def verdict_of(one: Comparison, pairs: Mapping[str, Sequence[float]], seeds: Seq
         "published": one.published,
         "setting": one.setting,
     }
+    if one.measurement.images:
+        return judge_images(prefix + one.id, one.statement, **pairs, direction=one.direction, **told)
     if "theirs" not in pairs or math.isfinite(one.low) or math.isfinite(one.high):
         values = pairs["ours"]
         if "theirs" in pairs:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,18 +16,50 @@ from backpass.data import load_data
 from backpass.errors import BackpassError
 from backpass.experiments.describing import describe
 from backpass.experiments.experiment import Experiment, Outcome, Place
-from backpass.experiments.judging import collect
+from backpass.experiments.judging import Found, collect
 from backpass.experiments.outcomes import Store, Task, tasks_of
-from backpass.lab.reproduction.running import Done, Failed
 from backpass.report.page import write_report
 from backpass.report.reading import read_result
 from backpass.report.result import Result, plain
 from backpass.version import __version__
 
-__all__ = ["OUTCOMES", "Done", "Failed", "run"]
+__all__ = ["OUTCOMES", "Done", "Failed", "run", "run_here"]
 
 OUTCOMES = "outcomes"
 """Name of the folder of all outcomes, next to the folders of the experiments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """An experiment with a result.
+
+    Attributes:
+        result: the result.
+        paths: its page and its JSON file.
+        kept: True if the files of an earlier run were kept.
+    """
+
+    result: Result
+    paths: tuple[Path, Path]
+    kept: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment."""
+        return self.result.experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """An experiment without a result.
+
+    Attributes:
+        name: name of the experiment.
+        reason: error message.
+    """
+
+    name: str
+    reason: str
 
 
 def run(
@@ -88,6 +121,49 @@ def run(
                     yield Failed(name=name, reason=failed[task.name])
                 elif not needed[name]:
                     yield _conclude(waiting.pop(name), scale, out, store, device, computed=True)
+
+
+def run_here(
+    experiment: Experiment,
+    scale: str,
+    *,
+    out: Path,
+    place: Place,
+    store: bool = True,
+    progress: Callable[[str, float], None] = lambda what, share: None,
+) -> tuple[Result, Found] | None:
+    """Run one experiment in this process, and return its result and its outcomes.
+
+    For experiments that are built on the spot: works may use ``place.loaded``, and every outcome is computed. Errors of
+    a work are raised. The caller writes the report into ``out``.
+
+    Args:
+        experiment: the experiment.
+        scale: name of its scale.
+        out: folder of the report; outcomes are stored in ``out/outcomes``.
+        place: device, shared folder and loaded objects.
+        store: False in the other processes of a distributed run, which only take part in the works.
+        progress: called with a description of the current run and the finished share of all.
+
+    Returns:
+        The result and the runs by group and arm; None without `store`.
+    """
+    kept = Store(out / OUTCOMES)
+    tasks = [task for *_, task in tasks_of(experiment.settings(scale), place.device.type)]
+    for number, task in enumerate(tasks):
+
+        def show(share: float, what: str = task.label, done: int = number) -> None:
+            progress(what, (done + share) / len(tasks))
+
+        show(0.0)
+        began = time.perf_counter()
+        outcome = {**task.run(replace(place, progress=show)), "wall seconds": time.perf_counter() - began}
+        if store:
+            kept.write(task, outcome)
+    if not store:
+        return None
+    found, tasks = collect(experiment.settings(scale), kept, place.device.type)
+    return describe(experiment, scale, found, tasks, kept, place.device), found
 
 
 def _compute(

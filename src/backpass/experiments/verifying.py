@@ -16,6 +16,7 @@ from backpass.experiments.judging import collect, judge_all, pairs_of, verdict_o
 from backpass.experiments.outcomes import Store
 from backpass.experiments.running import OUTCOMES
 from backpass.report.claims import Claim, corrected
+from backpass.report.proportions import judge_images
 from backpass.report.reading import read_result
 from backpass.report.result import Result, checksum, plain
 
@@ -47,27 +48,33 @@ def verify(path: Path, experiments: Sequence[Experiment]) -> Verification:
 
     Args:
         path: a ``result.json``, or the folder that holds it.
-        experiments: known experiments; that of the result is looked up by name.
+        experiments: known experiments; that of the result is looked up by name. Of an experiment that was built on
+            the spot, as by ``backpass attack``, the verdicts are recomputed from the images' marks in the result.
 
     Raises:
-        BackpassError: the result is missing or damaged, or its experiment is unknown.
+        BackpassError: the result is missing or damaged, or no outcomes of it are stored.
     """
     path = path / "result.json" if path.is_dir() else path
     result = read_result(path)
     known = {experiment.name: experiment for experiment in experiments}
-    if result.experiment not in known or "pairs" not in result.numbers:
+    of_images = all(isinstance(pair.get("ours"), str) for pair in result.numbers.get("pairs", {}).values())
+    if "pairs" not in result.numbers or not (result.experiment in known or of_images):
         raise BackpassError(
             f"{path} is of {result.experiment!r}, of which no outcomes are stored: it cannot be verified."
         )
-    experiment, problems = known[result.experiment], []
+    problems = []
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.pop("sha256", None) != checksum(content):
         problems.append(f"{path} was edited: its content does not have its SHA-256.")
-    folder, hashes = path.parent.parent / OUTCOMES, result.numbers["outcomes"]
+    folder = next((p / OUTCOMES for p in path.parents[:2] if (p / OUTCOMES).is_dir()), path.parent / OUTCOMES)
+    hashes = result.numbers["outcomes"]
     stored = folder.is_dir()
     problems += _other_files(folder, hashes) if stored else []
     pairs = result.numbers["pairs"]
-    if stored and not problems:
+    if result.experiment not in known:
+        again = _from_marks(result, pairs)
+    elif stored and not problems:
+        experiment = known[result.experiment]
         device = "cuda" if result.environment["device"].startswith("cuda") else result.environment["device"]
         found, _ = collect(experiment.settings(result.scale), Store(folder), device)
         again = judge_all(experiment, result.scale, found)
@@ -78,12 +85,12 @@ def verify(path: Path, experiments: Sequence[Experiment]) -> Verification:
             if pairs.get(name) != expected[name]
         ]
     else:
-        again = _from_pairs(experiment, result, pairs)
+        again = _from_pairs(known[result.experiment], result, pairs)
     problems += _differences(result.claims, again)
     return Verification(
         claims=len(again),
         outcomes=len(hashes) if stored else 0,
-        from_outcomes=stored,
+        from_outcomes=stored and result.experiment in known,
         problems=tuple(problems),
     )
 
@@ -96,18 +103,33 @@ def _other_files(folder: Path, hashes: Mapping[str, str]) -> Iterator[str]:
             yield f"{folder / name} was edited: it does not have the SHA-256 that the result names."
 
 
+def _from_marks(result: Result, pairs: Mapping[str, Any]) -> list[Claim]:
+    """Recompute the claims of an experiment that was built on the spot, which all say that ours is higher."""
+    claims = {claim.id: claim for claim in result.claims}
+    again = []
+    for name, of in pairs.items():
+        one = claims.get(f"{result.experiment}.{name}")
+        if one is not None:
+            again.append(judge_images(one.id, one.statement, **of, quantity=one.quantity, setting=one.setting))
+    return corrected(again)
+
+
 def _from_pairs(experiment: Experiment, result: Result, pairs: Mapping[str, Any]) -> list[Claim]:
     table = experiment.settings(result.scale)
     known = {one.id: one for one in table.comparisons}
     if set(pairs) != set(known):
         raise BackpassError(f"{experiment.name} has other claims in this version: run it again.")
     numbers = {
-        name: {side: [math.nan if value is None else float(value) for value in values] for side, values in of.items()}
+        name: {side: values if isinstance(values, str) else _floats(values) for side, values in of.items()}
         for name, of in pairs.items()
     }
     return corrected(
         [verdict_of(one, numbers[name], table.seeds, f"{experiment.name}.") for name, one in known.items()]
     )
+
+
+def _floats(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else float(value) for value in values]
 
 
 def _differences(stored: Sequence[Claim], again: Sequence[Claim]) -> Iterator[str]:

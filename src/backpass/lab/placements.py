@@ -32,7 +32,7 @@ _HIDDEN = 3  # layers of the paper's MLP
 
 
 def parse_rule_for(model: str, text: str, *, use: Literal["attack", "training", "listing"] = "attack") -> Rule:
-    """As `backpass.parse_rule`, where ``start=paper`` of LinBP becomes the paper's first linear site in this network.
+    """Parse a rule; ``start=paper`` of LinBP becomes the paper's first linear site in this network.
 
     Args:
         model: the network's specification, for instance ``"resnet50:activation=silu"`` or ``"my_nets:Net"``.

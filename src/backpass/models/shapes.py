@@ -24,10 +24,10 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def check_shape(shape: tuple[int, ...]) -> Shape:
-    """The same, known to be three positive sizes.
+    """Return the shape if it is (channels, height, width), all positive.
 
     Raises:
-        BackpassError: it is not.
+        BackpassError: the shape is not.
     """
     if len(shape) != 3 or min(shape) < 1:
         raise BackpassError(f"an image's shape is channels, height and width, as in (3, 32, 32); got {tuple(shape)}.")

@@ -16,6 +16,23 @@ __all__ = ["WhitenedCNN", "whitened"]
 
 _SIDE = 2  # pixels of a patch
 _SCALE = 1 / 9  # of the logits
+_BIAS_RATE = 64  # of the learning rate
+
+
+class _Norm(nn.BatchNorm2d):
+    """Batch normalization with scale 1, whose bias learns at 64 times the rate of SGD.
+
+    The bias is sqrt(64) times its parameter: the chain rule gives the one root, the step the other.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, momentum=0.4)
+        self.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias * _BIAS_RATE**0.5
+        statistics = (self.running_mean, self.running_var, self.weight, bias)
+        return nn.functional.batch_norm(x, *statistics, self.training, self.momentum or 0.0, self.eps)
 
 
 class WhitenedCNN(nn.Sequential):
@@ -52,7 +69,8 @@ def whitened(
     """Whitening 2x2 convolution, then three blocks of two 3x3 convolutions with BatchNorm, each with one max pool.
 
     The convolutions begin as near-identities: their first filters pass each input channel on. The whitening weights
-    are fixed, and `WhitenedCNN.initialise_from` sets them.
+    are fixed, and `WhitenedCNN.initialise_from` sets them. The normalizations have no scale, and a bias that learns at
+    64 times the rate.
 
     Args:
         shape: (C, H, W) of one image, at least 25x25.
@@ -82,7 +100,7 @@ def whitened(
             layers[f"conv{place}{name}"] = nn.Conv2d(inputs, out, 3, padding=1, bias=False)
             if name == "a":
                 layers[f"pool{place}"] = nn.MaxPool2d(2)
-            layers[f"norm{place}{name}"] = nn.BatchNorm2d(out, momentum=0.4)
+            layers[f"norm{place}{name}"] = _Norm(out)
             layers[f"act{place}{name}"] = make_activation(activation)
         before, side = out, (side[0] // 2, side[1] // 2)
     layers |= {"pool": nn.MaxPool2d(side), "flatten": nn.Flatten(), "linear": nn.Linear(width, classes, bias=False)}

@@ -105,9 +105,9 @@ def corrected(claims: Sequence[Claim]) -> list[Claim]:
     A claim whose interval excludes zero becomes undecided if its corrected p-value is above 5 %; its note reports this.
     Claims without a p-value are unchanged, but count towards the number of comparisons.
     """
-    p_values = holm([1.0 if claim.p is None else claim.p for claim in claims])
+    found = holm([1.0 if claim.p is None else claim.p for claim in claims])
     made = []
-    for claim, p in zip(claims, p_values, strict=True):
+    for claim, (p, _) in zip(claims, found, strict=True):
         if claim.p is None:
             made.append(claim)
         elif claim.verdict == "undecided" or p <= 1 - LEVEL:

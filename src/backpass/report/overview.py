@@ -1,29 +1,50 @@
-"""Self-contained HTML page of several results, with a linked summary of all verdicts at the top."""
+"""Self-contained HTML page of several results: a filtered table of all claims, then each experiment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from backpass.errors import BackpassError
 from backpass.files import write_whole
-from backpass.report.claims import count_verdicts
+from backpass.report.claims import Claim, count_verdicts
 from backpass.report.page import render, shown
 from backpass.report.reading import read_result
 from backpass.report.result import Result
 
-__all__ = ["overview", "read_results", "write_overview"]
+__all__ = ["overview", "paper_of", "read_results", "write_overview"]
+
+_PAPER = re.compile(r".*?(arXiv \d{4}\.\d{4,5}|\b(19|20)\d\d\b)")
 
 
 def overview(results: Sequence[Result]) -> str:
-    """Return the HTML of the overview page."""
+    """Return the HTML of the overview page.
+
+    The filters are radio buttons that style sheets read, so that the page has no script.
+    """
     pages = [shown(result, f"{result.experiment}-{result.scale}-") for result in results]
-    return render(
-        "overview.html",
-        pages=pages,
-        verdicts=count_verdicts([claim for result in results for claim in result.claims]),
-        scales=sorted({result.scale for result in results}, reverse=True),
-    )
+    claims = [(result, claim) for result in results for claim in result.claims]
+    filters: dict[str, Mapping[str, int]] = {
+        "Paper": Counter(paper_of(result) for result, _ in claims),
+        "Verdict": count_verdicts([claim for _, claim in claims]),
+        "Setting": Counter(claim.setting for _, claim in claims),
+    }
+    places = {name: {value: place for place, value in enumerate(counts)} for name, counts in filters.items()}
+
+    def classes(result: Result, claim: Claim) -> str:
+        """Return the classes by which the filters find a row."""
+        values = {"Paper": paper_of(result), "Verdict": claim.verdict, "Setting": claim.setting}
+        return " ".join(f"{name.lower()}-{places[name][value]}" for name, value in values.items())
+
+    return render("overview.html", pages=pages, filters=filters, count=len(claims), classes=classes, paper=paper_of)
+
+
+def paper_of(result: Result) -> str:
+    """Return the paper of a result: its source up to the number of an arXiv paper or the year."""
+    found = _PAPER.match(result.source)
+    return found[0] if found else result.source or "asked here"
 
 
 def read_results(

@@ -9,7 +9,7 @@ from typing import Any
 
 from backpass.files import write_whole
 from backpass.report.claims import Claim, count_verdicts
-from backpass.report.plots import inline_svg
+from backpass.report.plots import inline_svg, interval_svg
 from backpass.report.result import Cell, Result, Series
 from backpass.report.statistics import Interval
 from backpass.report.wording import anchor, number, setting
@@ -30,6 +30,7 @@ def page(result: Result) -> str:
 def render(template: str, **content: Any) -> str:
     """Render a template of the package."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     templates = Environment(
         loader=PackageLoader("backpass.report"),
@@ -40,6 +41,7 @@ def render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     templates.filters.update(cell=_cell, setting=setting, anchor=anchor)
+    templates.filters["bar"] = lambda interval: Markup(interval_svg(interval))  # noqa: S704  (numbers alone)
     return templates.get_template(template).render(**content)
 
 

@@ -14,10 +14,11 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from backpass.report.result import Curve, Series
+from backpass.report.statistics import Interval
 from backpass.report.wording import anchor
 from backpass.wording import visible
 
-__all__ = ["CURVE_COLOURS", "inline_svg", "picture"]
+__all__ = ["CURVE_COLOURS", "inline_svg", "interval_svg", "picture"]
 
 CURVE_COLOURS = ("#0b62a8", "#c2410c", "#4d7c0f", "#7e22ce", "#be185d", "#0f766e")
 """Colours of the curves in order, with a contrast above 4.5 on white; line styles differ as well."""
@@ -71,6 +72,19 @@ def inline_svg(series: Series) -> str:
     _insert(root, 0, "title", series.title, id=f"{prefix}-title")
     _insert(root, 1, "desc", series.description, id=f"{prefix}-desc")
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def interval_svg(interval: Interval) -> str:
+    """Return an interval as a small inline ``<svg>`` with 0 in the middle; empty if the mean is not finite."""
+    ends = [end for end in (interval.low, interval.high) if math.isfinite(end)]
+    if not math.isfinite(interval.mean):
+        return ""
+    largest = max(map(abs, [interval.mean, *ends])) or 1.0
+    mean, *bar = (round(60 + 55 * value / largest, 1) for value in (interval.mean, *ends))
+    drawn = f'<line class="bar" x1="{bar[0]}" x2="{bar[1]}" y1="8" y2="8"/>' if len(bar) == 2 else ""
+    zero = '<line class="zero" x1="60" x2="60" y1="0" y2="16"/>'
+    dot = f'<circle cx="{mean}" cy="8" r="3.5"/>'
+    return f'<svg class="interval" viewBox="0 0 120 16" aria-hidden="true">{zero}{drawn}{dot}</svg>'
 
 
 def picture(series: Sequence[Series], *, title: str) -> str:

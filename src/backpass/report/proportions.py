@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from backpass.attacks import Rate
 from backpass.attacks.paired import paired
 from backpass.errors import BackpassError
-from backpass.report.claims import FEWEST_PAIRS, Claim, worded
+from backpass.report.claims import FEWEST_PAIRS, Claim, Direction, Setting, worded
 from backpass.report.statistics import LEVEL, Interval
 from backpass.report.wording import interval_text
 
-__all__ = ["PairedDifference", "judge_images", "paired_difference", "percent", "percent_text"]
+__all__ = [
+    "PairedDifference",
+    "judge_images",
+    "marks",
+    "marks_difference",
+    "paired_difference",
+    "percent",
+    "percent_text",
+    "rate_of",
+]
 
 
 def percent(rate: Rate) -> Interval:
@@ -65,35 +75,77 @@ def paired_difference(ours: Tensor, theirs: Tensor, level: float = LEVEL) -> Pai
     return PairedDifference(found.only_first, found.only_second, interval, found.p_value)
 
 
+def marks(outcome: Tensor, counted: Tensor | None = None) -> str:
+    """Return one character per image (N,): ``1`` or ``0`` for its outcome, ``-`` if it is not counted."""
+    rows = zip(outcome.tolist(), ([True] * len(outcome)) if counted is None else counted.tolist(), strict=True)
+    return "".join(str(int(one)) if kept else "-" for one, kept in rows)
+
+
+def rate_of(text: str) -> Rate:
+    """Return the share of ``1`` among the counted images of `marks`."""
+    return Rate(text.count("1"), text.count("1") + text.count("0"))
+
+
+def marks_difference(ours: str, theirs: str) -> PairedDifference:
+    """Compare the `marks` of two outcomes on the images that both count.
+
+    Raises:
+        BackpassError: the two differ in length, or count no common image.
+    """
+    if len(ours) != len(theirs):
+        raise BackpassError(f"paired outcomes must be of the same images, got {len(ours)} and {len(theirs)}.")
+    pairs = [(a == "1", b == "1") for a, b in zip(ours, theirs, strict=True) if "-" not in (a, b)]
+    both = torch.tensor(pairs, dtype=torch.bool).reshape(-1, 2)
+    return paired_difference(both[:, 0], both[:, 1])
+
+
 def judge_images(
     id: str,  # noqa: A002  (the field's name in result.json)
     statement: str,
-    difference: PairedDifference,
     *,
+    ours: str,
     theirs: str,
+    quantity: str,
+    direction: Direction = "higher",
     reference: str | None = None,
+    published: str = "",
+    setting: Setting = "elsewhere",
 ) -> Claim:
-    """Test the claim that ours fools more images than theirs, from outcomes on the same images.
+    """Test a claim about the share of images, from the `marks` of two outcomes, by McNemar's exact test.
+
+    The verdict is undecided if the interval contains zero or both count fewer than `FEWEST_PAIRS` images.
 
     Args:
         id: unique in its experiment.
         statement: the claim, as an affirmative sentence.
-        difference: paired difference, ours minus theirs.
-        theirs: name of the baseline.
+        ours: marks of the method that the claim is about.
+        theirs: marks of the baseline.
+        quantity: what the share measures, with the unit.
+        direction: claimed direction of ours, ``higher`` or ``lower``.
         reference: source of the claim.
+        published: the source's own number.
+        setting: where it was measured.
     """
-    interval = difference.interval
-    decided = interval.n >= FEWEST_PAIRS and not interval.low <= 0 <= interval.high
+    told: dict[str, Any] = {
+        "setting": setting,
+        "id": id,
+        "statement": statement,
+        "quantity": quantity,
+        "reference": reference,
+        "published": published,
+    }
+    if all("-" in pair for pair in zip(ours, theirs, strict=True)):
+        none = (math.nan, math.nan)
+        return Claim(**told, verdict="undecided", estimate=math.nan, interval=none, n=0, p=1.0)
+    found = marks_difference(ours, theirs)
+    interval, p = found.interval, found.p if found.interval.n >= FEWEST_PAIRS else 1.0
+    ahead = (interval.mean > 0) == (direction == "higher")
     return Claim(
-        id=id,
-        statement=statement,
-        quantity="images fooled, percentage points",
-        verdict=worded(interval.mean > 0 if decided else None, "elsewhere"),
+        **told,
+        verdict=worded(ahead if p < 1 - LEVEL else None, setting),
         estimate=interval.mean,
         interval=(interval.low, interval.high),
         n=interval.n,
-        reference=reference,
-        note=f"{difference.only_ours} images fooled by it only, {difference.only_theirs} by {theirs} only; exact "
-        f"McNemar p = {difference.p:.2g}",
-        p=difference.p if interval.n >= FEWEST_PAIRS else 1.0,
+        note=f"{found.only_ours} images only with ours, {found.only_theirs} only with theirs; exact McNemar test",
+        p=p,
     )

@@ -10,10 +10,10 @@ from backpass.errors import BackpassError
 
 __all__ = [
     "LEVEL",
+    "Corrected",
     "Interval",
     "geometric_interval",
     "holm",
-    "holm_levels",
     "mean_interval",
     "mean_test",
     "paired_interval",
@@ -33,25 +33,6 @@ class Interval(NamedTuple):
     low: float
     high: float
     n: int
-
-
-def holm_levels(p_values: Sequence[float], level: float = LEVEL) -> list[float]:
-    """Return the confidence level of each comparison at which Holm's procedure decides, given the family level.
-
-    The p of rank r among m is compared with (1 - level) / (m - r + 1). At the first p that is not below it the
-    procedure stops: this comparison and all later ones are not significant and share that threshold. A comparison is
-    significant if p < 1 - (its level), that is, if its interval at that level excludes 0.
-
-    Source: Holm, A simple sequentially rejective multiple test procedure (1979).
-    """
-    count, levels, failed = len(p_values), [level] * len(p_values), False
-    share = 1.0 - level
-    for rank, place in enumerate(sorted(range(count), key=p_values.__getitem__)):
-        if not failed:
-            share = (1.0 - level) / (count - rank)
-            failed = p_values[place] >= share
-        levels[place] = 1.0 - share
-    return levels
 
 
 def student_p(t: float, freedom: int) -> float:
@@ -151,15 +132,34 @@ def sign_test(ours: int, theirs: int) -> float:
     return float(min(1.0, 2 * bdtr(min(ours, theirs), throws, 0.5))) if throws else 1.0
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values after Holm's correction for multiple comparisons, in the same order.
+class Corrected(NamedTuple):
+    """Holm's correction of one comparison.
 
-    Rejecting where the corrected value is at most alpha bounds the family-wise error rate by alpha under any dependence
-    of the tests.
+    Attributes:
+        p: corrected p-value. Rejecting where it is below alpha bounds the family-wise error rate by alpha under any
+            dependence of the tests.
+        level: level at which the procedure decides: the comparison is significant if its interval at this level
+            excludes 0.
     """
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    corrected, largest = [1.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = largest
-    return corrected
+
+    p: float
+    level: float
+
+
+def holm(p_values: Sequence[float], level: float = LEVEL) -> list[Corrected]:
+    """Correct p-values for multiple comparisons, in the same order.
+
+    The p of rank r among m is compared with (1 - level) / (m - r + 1). The first one that is not below it ends the
+    procedure, and all later ones share its threshold.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure (1979).
+    """
+    made = [Corrected(1.0, level)] * len(p_values)
+    largest, threshold = 0.0, 1.0 - level
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        left = len(p_values) - rank
+        if largest < 1.0 - level:
+            threshold = (1.0 - level) / left
+        largest = max(largest, min(1.0, left * p_values[place]))
+        made[place] = Corrected(largest, 1.0 - threshold)
+    return made

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.rules.activations import WITHOUT_ACTIVATION
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
 from backpass.rules.implicit.proximal import ProximalAttached, ProximalStep
@@ -20,9 +21,15 @@ from backpass.rules.sites import Site
 
 __all__ = ["ProxProp", "ProximalAttached"]
 
-_TAU = 3.0
-_MEMORY, _REFRESH = 0.9, 10
-_SIDE, _MEMORY_SIDE = 4096, 512
+_TAU, _MEMORY_TAU = 3.0, 30.0
+_MEMORY = 0.9
+_SIDE, _MEMORY_SIDE = 4096, 128
+
+_WITH_LAYERS = {nn.Linear, *(getattr(nn, f"Conv{kind}{dims}d") for kind in ("", "Transpose") for dims in (1, 2, 3))}
+_ON_REQUEST = {nn.Embedding: "embeddings"} | dict.fromkeys(
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), "norms"
+)
+_ACTIVATIONS = {nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +43,8 @@ class ProxProp(Rule):
     and einsum with a parameter, with their biases. Embeddings and the weights of normalizations are optional.
 
     Args:
-        tau: step size of the proximal step, positive; None takes 3 with ``damping="relative"``. tau -> 0 gives tau
-            times the gradient, tau -> inf the least-squares solution of A T = A Theta - g.
+        tau: step size of the proximal step, positive; None takes 3 with ``damping="relative"``, and 30 in layers with
+            memory. tau -> 0 gives tau times the gradient, tau -> inf the least-squares solution of A T = A Theta - g.
         damping: what 1/tau is relative to. ``"sum"``: A^T A as above (the paper), where the effect of tau depends
             on the batch size if the loss is a mean. ``"mean"``: A^T A / rows (FOOF), rows are samples, tokens or
             output pixels. ``"sample_mean"``: A^T A / samples (K-FAC's convention for convolutions). ``"relative"``:
@@ -49,15 +56,15 @@ class ProxProp(Rule):
         cg_steps: iterations of ``solver="cg"``, at least 1.
         solve: ``"backward"`` solves in the backward pass, for one use of each weight per step. ``"step"`` solves at
             the optimizer's step, over all contributions since the last: micro-batches, shared weights, processes.
-        memory: with ``solve="step"``, the share in [0, 1) of the running average of A^T A / rows that each refresh
-            keeps; None takes 0.9, and the exact step for layers where that is cheaper. 0 with ``refresh=1`` is the
+        memory: with ``solve="step"``, the share in [0, 1) of the running average of A^T A / rows that each step
+            keeps; None takes 0.9, and the exact step for layers where that is cheaper. 0 without ``refresh`` is the
             exact step for all layers.
-        refresh: number of steps from one refresh of a layer's average to the next; None takes 10 unless ``memory``
-            is 0, which takes 1. The layers take turns.
+        refresh: number of steps from one refresh of a layer's average to the next, for which the layers take turns;
+            None: 1 at first, then a tenth of the steps so far, at most 10.
         embeddings: True to include embeddings.
         norms: True to include the weights of normalizations.
         max_side: maximum side of a Gram matrix over columns. A larger one is replaced by its diagonal blocks of at most
-            this side; None takes 512 with memory, else 4,096. Systems over rows have no limit.
+            this side; None takes 128 with memory, else 4,096. Systems over rows have no limit.
         start: first site, as in `LinBP`.
         stop: one past the last site; -1 leaves the last layer plain, as in the paper.
         where: predicate on a `Site` that selects sites from ``start`` to ``stop``; None: all.
@@ -147,12 +154,23 @@ class ProxProp(Rule):
         return ProximalAttached(self, model, strict)
 
     @property
+    def skipped(self) -> frozenset[type[nn.Module]]:  # type: ignore[override]
+        """Module classes without layers of this rule, which need no hooks."""
+        asked = {kind for kind, setting in _ON_REQUEST.items() if getattr(self, setting)}
+        return (WITHOUT_ACTIVATION | _ACTIVATIONS) - _WITH_LAYERS - asked
+
+    @property
     def step(self) -> ProximalStep:
         """Settings of the solve."""
         damping = self.damping or ("relative" if self.tau is None else "sum")
         tau = _TAU if self.tau is None else float(self.tau)
         side = self.max_side or (_MEMORY_SIDE if self.share else _SIDE)
         return ProximalStep(tau, damping, self.solver, self.cg_steps, side)
+
+    @property
+    def memory_step(self) -> ProximalStep:
+        """Settings of the solve in layers with memory."""
+        return self.step if self.tau is not None else replace(self.step, tau=_MEMORY_TAU)
 
     @property
     def chooses(self) -> bool:
@@ -162,10 +180,10 @@ class ProxProp(Rule):
 
     @property
     def share(self) -> float:
-        """Decay of the running average at a refresh."""
+        """Share of the running average that a step keeps."""
         return self.memory if self.memory is not None else _MEMORY if self.chooses else 0.0
 
     @property
-    def refreshed(self) -> int:
-        """Number of steps from one refresh to the next."""
-        return self.refresh or (_REFRESH if self.share else 1)
+    def remembers(self) -> bool:
+        """True if layers keep a Gram matrix for several steps."""
+        return self.share > 0 or (self.refresh or 1) > 1

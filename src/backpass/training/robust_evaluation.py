@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks import Attack
-from backpass.attacks.checks import NotFiniteLogitsError
+from backpass.attacks.first_look import NotFiniteLogitsError
 from backpass.errors import BackpassError
 from backpass.numbers import is_number, is_whole
 from backpass.preserved import preserved

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
-from backpass.attacks import PGD
+from backpass.attacks import APGD, FAB, FMN, MIFGSM, PGD, AutoAttack, Square
 from backpass.errors import BackpassError, UnknownNameError
 
 
@@ -43,35 +44,87 @@ CALLS = {
     "empty batch": (OK, X[:0], Y[:0], "an empty batch"),
     "label too large": (OK, X, Y + 1, "label 3 is out of range: the model has 3 classes, 0 to 2"),
     "label negative": (OK, X, Y - 1, "at least 0; the least of y is -1"),
-    "one-hot labels": (OK, X, torch.eye(3)[Y].long(), r"shape \(5,\); got \(5, 3\)\. One-hot labels need argmax"),
+    "sparse images": (OK, X.to_sparse(), Y, r"dense tensor with values; got torch\.sparse_coo"),
+    "images without values": (OK, X.to("meta"), Y, "dense tensor with values; got .* on meta"),
+    "infinite images": (OK, X + torch.inf, Y, "its max is inf"),
+    "one-hot labels": (OK, X, torch.eye(3)[Y], r"shape \(5,\); got \(5, 3\)\. One-hot labels need argmax"),
+    "a column of labels": (OK, X, Y[:, None], r"a column of labels squeeze\(1\)"),
+    "a list of labels": (OK, X, Y.tolist(), r"got list\. Use torch\.as_tensor\(y\)"),
+    "bool labels": (OK, X, Y > 0, r"got torch\.bool\. Use y\.long\(\)"),
     "float labels": (OK, X, Y.float(), r"got torch\.float32\. Use y\.long\(\)"),
     "too few labels": (OK, X, Y[:4], r"one label per image, shape \(5,\); got \(4,\)"),
     "NaN weights": (poisoned(), X, Y, "logits are not finite: its weights hold NaN"),
     "tuple of logits": (Answers(lambda z: (z, z)), X, Y, "got tuple. Select it with logits="),
     "dict of logits": (Answers(lambda z: {"out": z}), X, Y, r"got dict with keys \['out'\]\. Select it with logits="),
     "logits of one class": (Answers(lambda z: z[:, 0]), X, Y, r"shape \(5, C\) with C >= 2; got \(5,\)"),
+    "complex logits": (Answers(lambda z: z + 0j), X, Y, "must return real logits; got complex"),
+    "no answer": (Answers(lambda z: None), X, Y, "got NoneType. Select it with logits="),
     "logits per pixel": (Answers(lambda z: z[..., None]), X, Y, r"got \(5, 3, 1\)"),
     "detached logits": (Answers(lambda z: z.detach()), X, Y, "do not depend differentiably on x"),
-    "model on another device": (nn.Linear(4, 3, device="meta"), X, Y, "x is on cpu, the model on meta"),
+    "model without values": (
+        nn.Linear(4, 3, device="meta"),
+        X,
+        Y,
+        "on the device meta: load its weights",
+    ),
     "labels on another device": (OK, X, Y.to("meta"), "x is on cpu, y on meta"),
     "model in float64": (Answers(lambda z: z).double(), X, Y, r"convert the images with x\.to\(torch\.float64\)"),
     "model in bfloat16": (Answers(lambda z: z).bfloat16(), X, Y, r"pass dtype=torch\.bfloat16 to the attack"),
     "not a module": (lambda x: x, X, Y, "must be a torch.nn.Module"),
 }
 
-SETTINGS = {
-    "eps": ({"eps": 8}, r"eps=8 exceeds the pixel range .* Did you mean 8/255\?"),
-    "step": ({"step": 2}, r"step=2 exceeds the pixel range .* Did you mean 2/255\?"),
-    "negative eps": ({"eps": -0.1}, "eps must be a finite number, at least 0; got -0.1"),
-    "NaN eps": ({"eps": float("nan")}, "eps must be a finite number"),
-    "no steps": ({"steps": 0}, "steps and restarts must be at least 1; got steps=0"),
-    "bounds": ({"bounds": (1.0, 0.0)}, r"bounds must be two finite numbers \(lo, hi\) with lo < hi"),
-    "start_eps": ({"start_eps": 0.1}, r"start_eps must be in \[0, eps=0\.0313725\]; got 0\.1"),
-    "eot": ({"eot": 0}, "eot must be at least 1"),
-    "dtype": ({"dtype": torch.int8}, r"dtype must be torch\.bfloat16, torch\.float16 or None; got torch\.int8"),
-    "norm": ({"norm": "linfty"}, r"unknown norm 'linfty'\. Did you mean 'linf'\?"),
-    "loss": ({"loss": "cee"}, r"unknown loss 'cee'\. Did you mean 'ce'\?"),
-}
+SETTINGS = [
+    (PGD, {"eps": 8}, r"eps=8 exceeds the pixel range .* Did you mean 8/255\?"),
+    (PGD, {"eps": -0.1}, "eps must be a finite number of at least 0; got -0.1"),
+    (PGD, {"eps": float("nan")}, "eps must be a finite number"),
+    (PGD, {"eps": float("inf")}, "eps must be a finite number"),
+    (PGD, {"eps": "8/255"}, "eps must be a finite number of at least 0; got '8/255'"),
+    (PGD, {"eps": [0.1, -0.2]}, "eps must be a finite number of at least 0; got -0.2"),
+    (PGD, {"eps": torch.ones(2, 2)}, "eps must be a finite number"),
+    (PGD, {"step": 2}, r"step=2 exceeds the pixel range .* Did you mean 2/255\?"),
+    (PGD, {"steps": 0}, "steps must be a whole number of at least 1; got 0"),
+    (PGD, {"steps": True}, "steps must be a whole number of at least 1; got True"),
+    (PGD, {"steps": 2.5}, "steps must be a whole number of at least 1; got 2.5"),
+    (PGD, {"restarts": None}, "restarts must be a whole number of at least 1; got None"),
+    (PGD, {"bounds": (1.0, 0.0)}, r"bounds must be two finite numbers \(lo, hi\) with lo < hi"),
+    (PGD, {"bounds": ([0, 0], [1, 1, 1])}, "one number per channel"),
+    (PGD, {"bounds": 1}, "bounds must be two finite numbers"),
+    (PGD, {"start_eps": 0.1}, r"start_eps must be in \[0, eps=0\.0313725\]; got 0\.1"),
+    (PGD, {"start_eps": -1}, "start_eps must be a finite number of at least 0; got -1"),
+    (PGD, {"eot": 0}, "eot must be a whole number of at least 1; got 0"),
+    (PGD, {"dtype": torch.int8}, r"dtype must be torch\.bfloat16, torch\.float16 or None; got torch\.int8"),
+    (PGD, {"norm": "linfty"}, r"unknown norm 'linfty'\. Did you mean 'linf'\?"),
+    (PGD, {"loss": "cee"}, r"unknown loss 'cee'\. Did you mean 'ce'\?"),
+    (PGD, {"loss": None}, "loss must be a name or a function"),
+    (PGD, {"targeted": 1}, "targeted must be True or False; got 1"),
+    (PGD, {"early_stop": "no"}, "early_stop must be True or False; got 'no'"),
+    (PGD, {"seed": "a"}, "seed must be a whole number; got 'a'"),
+    (MIFGSM, {"decay": -1}, "decay must be a finite number of at least 0; got -1"),
+    (MIFGSM, {"diversity": 2}, r"diversity must be a finite number in \[0, 1\]; got 2"),
+    (MIFGSM, {"resize": 0}, r"resize must be a finite number in \(0, 1\]; got 0"),
+    (MIFGSM, {"translation": -1}, "translation must be a whole number of at least 0; got -1"),
+    (MIFGSM, {"variance": 2.0}, "variance must be a whole number"),
+    (MIFGSM, {"scales": 0}, "scales must be a whole number of at least 1; got 0"),
+    (MIFGSM, {"mix": -0.2}, "mix must be a finite number of at least 0"),
+    (MIFGSM, {"beta": float("nan")}, "beta must be a finite number of at least 0"),
+    (MIFGSM, {"patchout": 1.0}, r"patchout must be a finite number in \[0, 1\); got 1.0"),
+    (MIFGSM, {"nesterov": 1}, "nesterov must be True or False"),
+    (MIFGSM, {"nesterov": True, "norm": "l2"}, "defined for the norm linf; got norm='l2'"),
+    (MIFGSM, {"pool": "digits"}, "pool must be a Pool of images and labels; got str"),
+    (FMN, {"steps": 0}, "steps must be a whole number of at least 1"),
+    (FMN, {"step": -1.0}, "step must be a finite number of at least 0"),
+    (FMN, {"gamma": 0.0}, r"gamma must be a finite number in \(0, 1\); got 0.0"),
+    (FMN, {"gamma_end": 0.5}, "gamma_end must be at most gamma=0.05; got 0.5"),
+    (FMN, {"eps": float("nan")}, "eps must be a finite number"),
+    (FAB, {"targets": 0}, "targets must be a whole number of at least 1; got 0"),
+    (FAB, {"targeted": True}, "leads away from y"),
+    (Square, {"share": 0}, r"share must be a finite number in \(0, 1\]; got 0"),
+    (Square, {"norm": "l1"}, "use APGD or FMN for norm='l1'"),
+    (APGD, {"loss": "dlr-targeted", "targeted": True}, "leads away from y to classes of its own choice"),
+    (AutoAttack, {"version": "strong"}, "unknown version 'strong'"),
+    (AutoAttack, {"targeted": True}, "away from y"),
+    (AutoAttack, {"loss": "dlr"}, "chooses its losses itself"),
+]
 
 
 @pytest.mark.parametrize(("model", "x", "y", "message"), CALLS.values(), ids=CALLS.keys())
@@ -80,10 +133,17 @@ def test_a_bad_call_says_what_was_expected_what_came_and_what_to_do(model, x, y,
         PGD(steps=1)(model, x, y)
 
 
-@pytest.mark.parametrize(("settings", "message"), SETTINGS.values(), ids=SETTINGS.keys())
-def test_a_bad_setting_is_refused_when_it_is_made(settings, message):
+@pytest.mark.parametrize(("attack", "settings", "message"), SETTINGS)
+def test_a_bad_setting_is_refused_when_it_is_made(attack, settings, message):
     with pytest.raises(BackpassError, match=message):
-        PGD(**settings)
+        attack(**settings)
+
+
+@pytest.mark.parametrize("make", [numpy.int64, torch.tensor, numpy.array])
+def test_numbers_of_numpy_and_tensors_become_pythons(make):
+    attack = PGD(eps=make(1), steps=make(3), seed=make(2), norm="l2")
+    assert attack == PGD(eps=1, steps=3, seed=2, norm="l2")
+    assert {type(number) for number in (attack.eps, attack.steps, attack.seed)} == {int}
 
 
 def test_an_unknown_name_is_an_error_of_its_own():

@@ -227,25 +227,6 @@ def test_the_path_of_a_search_has_the_images_of_shorter_searches(cnn, held_out):
             assert torch.equal(shorter(model, x, y).x_adv, images)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"translation": -1}, "translation must be a whole number of at least 0; got -1"),
-        ({"variance": 2.0}, "variance must be a whole number"),
-        ({"scales": 0}, "at least 1; got scales=0"),
-        ({"mix": -0.2}, "mix must be at least 0"),
-        ({"beta": float("nan")}, "beta must be at least 0"),
-        ({"patchout": 1.0}, r"patchout must be in \[0, 1\), a share of the patches; got 1.0"),
-        ({"nesterov": 1}, "nesterov must be True or False"),
-        ({"nesterov": True, "norm": "l2"}, "defined for the norm linf; got norm='l2'"),
-        ({"pool": "digits"}, "pool must be a Pool of images and labels; got str"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(BackpassError, match=message):
-        MIFGSM(**settings)
-
-
 def test_what_an_attack_lacks_is_said(cnn, held_out, pool):
     x, y = held_out.x[:4], held_out.y[:4]
     with pytest.raises(BackpassError, match="give pool=Pool"):
@@ -254,7 +235,7 @@ def test_what_an_attack_lacks_is_said(cnn, held_out, pool):
         MIFGSM(mix=0.2, pool=Pool(pool[0][..., :3], pool[1]))(cnn, x, y)
     with pytest.raises(BackpassError, match="of another class"):
         MIFGSM(mix=0.2, pool=Pool(pool[0], torch.zeros(9).long()))(cnn, x, torch.zeros(4).long())
-    with pytest.raises(BackpassError, match="as many labels"):
+    with pytest.raises(BackpassError, match=r"labels \(P,\); got \(9, 1, 8, 8\) and \(3,\)"):
         Pool(pool[0], pool[1][:3])
     for settings in ({"translation": 2}, {"patchout": 0.5}):
         with pytest.raises(BackpassError, match="work on images"):

@@ -94,6 +94,19 @@ class Rows(Dataset):
         return self.change(X[row], int(Y[row]))
 
 
+class Short(Dataset):
+    """A data set of fifty samples that claims another number."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, row):
+        return X[row], Y[row]
+
+
 class HuggingFace:
     """The shape of a data set of the datasets library: rows are dicts, and it is no torch Dataset."""
 
@@ -128,6 +141,11 @@ def some(batch):
 def pil(x, y):
     Image = pytest.importorskip("PIL.Image")
     return Image.fromarray((x[0] * 255).byte().numpy()), y
+
+
+def wide_pil(x, y):
+    Image = pytest.importorskip("PIL.Image")
+    return Image.fromarray(x[0].numpy()), y
 
 
 def named(x, y):
@@ -269,6 +287,11 @@ REFUSED = {
         "pass shuffle=False",
     ),
     "nothing": (list, "empty"),
+    "a length that is too large": (lambda: Short(70), "says that it has 70 samples, but sample 50 is out of range"),
+    "a length below 0": (lambda: Short(-1), "has no valid length"),
+    "a scalar label": (lambda: (X[:1], Y[0]), r"equal length, .*; got \(1, 1, 4, 4\) and \(\)"),
+    "images in a dict of a dict": (lambda: [{"inputs": {"image": X}, "label": Y}], "got a batch of dict and Tensor"),
+    "PIL images of floats": (lambda: Rows(wide_pil), "8 bits a channel; got mode 'F'"),
     "empty tensors": (lambda: (X[:0], Y[:0]), "the data is empty"),
     "nothing is left by the collate function": (
         lambda: DataLoader(PAIRS, batch_size=8, collate_fn=lambda batch: None),

@@ -1,6 +1,7 @@
 """Models that do what models do: the right answer, or a message that says what to do."""
 
 import logging
+import re
 import threading
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,6 +83,7 @@ SAME = {
     "returns a named tuple with logits": Net(after=lambda z: Named(z, z)),
     "makes its layer in the first call": Late(),
     "is scripted": torch.jit.trace(Net(), torch.zeros(1, 1, 4, 4)),
+    "is frozen and scripted": torch.jit.freeze(torch.jit.trace(Net().eval(), torch.zeros(1, 1, 4, 4))),
     "is compiled": torch.compile(Net(), backend="eager"),
     "is wrapped in DataParallel": nn.DataParallel(Net()),
     "is checkpointed": Net(after=lambda z: checkpoint(torch.mul, z, 1.0, use_reentrant=False)),
@@ -205,19 +207,38 @@ def test_batch_statistics_of_one_sample_are_refused(data):
         PGD(steps=2)(Tracking(), x[:1], y[:1])
 
 
-def test_probabilities_are_warned_of_once(data, caplog):
-    model = Net(after=lambda z: z.softmax(1))
+class Trains(Net):
+    def forward(self, x):
+        self.train()
+        return super().forward(x)
+
+
+WARNED = {
+    "probabilities": (Net(after=lambda z: z.softmax(1)), "look like probabilities"),
+    "dropout in forward": (Net(after=lambda z: F.dropout(z, 0.5)), "differ from call to call .* eot=20"),
+    "noise": (Net(after=lambda z: z + 0.1 * torch.randn_like(z)), "differ from call to call"),
+    "switches to training": (Trains(), "switches itself to training mode"),
+    "rounded images": (Net(before=lambda x: (255 * x).round() / 255), "no gradient at 24 of 24 images"),
+    "saturated": (Net(after=lambda z: 1e30 * z), "no gradient at 24 of 24 images: a saturated softmax"),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), WARNED.values(), ids=WARNED)
+def test_models_that_hide_gradients_or_draw_are_warned_of_once(model, message, data, caplog):
+    x, _ = data
     with caplog.at_level(logging.WARNING, logger="backpass"):
-        evaluate(model, data, PGD(steps=2), batch_size=8)
-    assert caplog.text.count("look like probabilities") == 1
+        for _ in range(2):
+            evaluate(model, (x, Net()(x).argmax(1)), PGD(steps=2), batch_size=24)
+    assert len(re.findall(message, caplog.text)) == 1
 
 
 @pytest.mark.parametrize(
-    "model", [Net(), Net(after=lambda z: F.dropout(z, 0.5)), nn.Sequential(Net(), nn.BatchNorm1d(4))]
+    ("model", "eot"),
+    [(Net(), 1), (Net(after=lambda z: F.dropout(z, 0.5)), 3), (nn.Sequential(Net(), nn.BatchNorm1d(4)), 1)],
 )
-def test_models_whose_batches_do_not_matter_are_not_warned_of(model, data, caplog):
+def test_the_others_are_not_warned_of(model, eot, data, caplog):
     with caplog.at_level(logging.WARNING, logger="backpass"):
-        ATTACKS["pgd"](model, *data)
+        PGD(steps=2, eot=eot)(model, *data)
     assert caplog.text == ""
 
 

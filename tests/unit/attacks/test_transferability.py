@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from backpass import LinBP
 from backpass.attacks import FGSM, MIFGSM, PGD, Ensemble, transfer
@@ -120,11 +121,28 @@ def test_finished_parts_are_used_again(cnn, mlp, held_out, tmp_path):
     assert len(list(tmp_path.glob("*.pt"))) == before + 3  # the target is the same
 
 
-def test_what_cannot_be_meant_is_refused(mlp, held_out):
-    with pytest.raises(BackpassError, match="at least one source and one target"):
-        transfer({}, {"mlp": mlp}, (held_out.x, held_out.y), FGSM())
-    with pytest.raises(BackpassError, match="needs classes="):
-        transfer({"mlp": mlp}, {"mlp": mlp}, (held_out.x, held_out.y), FGSM(targeted=True))
+REFUSED = [
+    ({"sources": {}}, "sources must be a dict of at least one by name; got {}"),
+    ({"targets": nn.Linear(1, 1)}, "targets must be a dict of at least one by name; got Linear"),
+    ({"attack": [FGSM()]}, "attack must be an attack"),
+    ({"attack": FGSM(targeted=True)}, "needs classes="),
+    ({"rules": []}, "rules must be a dict of at least one by name"),
+    ({"rules": {"linbp": "linbp"}}, r"must be a rule, as backpass\.parse_rule\('linbp'\) makes it; got 'linbp'"),
+    ({"sources": {"two": [nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Linear(64, 3))]}}, r"got \[3, 64\] outputs"),
+    ({"sources": {"none": []}}, "a list of at least one torch.nn.Module"),
+    ({"gradients": [3]}, "needs an attack that takes steps, as ifgsm, mifgsm or pgd; got FGSM"),
+    ({"attack": MIFGSM(scales=5), "gradients": [2, 10]}, "a budget of 2 gradients is too small"),
+    ({"attack": PGD(), "gradients": [10, 5]}, r"increasing numbers, the last being the budget; got \[10, 5\]"),
+    ({"attack": PGD(), "gradients": []}, "increasing numbers"),
+    ({"attack": PGD(), "gradients": 5}, "increasing numbers"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), REFUSED)
+def test_bad_arguments_are_refused(changed, message, mlp, held_out):
+    given = {"sources": {"a": mlp}, "targets": {"b": mlp}, "attack": FGSM()}
+    with pytest.raises(BackpassError, match=message):
+        transfer(data=(held_out.x[:4], held_out.y[:4]), **given | changed)
 
 
 def test_with_a_budget_every_rule_is_judged_after_equal_numbers_of_gradients(cnn, mlp, held_out, tmp_path):
@@ -150,15 +168,3 @@ def test_with_a_budget_every_rule_is_judged_after_equal_numbers_of_gradients(cnn
     assert len(calls) < 5
     other = transfer({"a": cnn}, {"b": mlp}, data, attack, **kept | {"gradients": [4, 11]})
     assert torch.equal(other.after[4]["a"]["b"], report.after[4]["a bp"]["b"])
-
-
-def test_a_budget_needs_an_attack_with_steps(cnn, mlp, held_out):
-    data = held_out.x[:4], held_out.y[:4]
-    for attack, gradients, message in (
-        (FGSM(eps=0.1), [3], "needs an attack that takes steps, as ifgsm, mifgsm or pgd; got FGSM"),
-        (MIFGSM(scales=5), [2, 10], "a budget of 2 gradients is too small"),
-        (PGD(), [10, 5], r"increasing numbers, the last being the budget; got \[10, 5\]"),
-        (PGD(), [], "increasing numbers"),
-    ):
-        with pytest.raises(BackpassError, match=message):
-            transfer({"a": cnn}, {"b": mlp}, data, attack, gradients=gradients)

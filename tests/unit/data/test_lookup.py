@@ -62,13 +62,14 @@ def test_a_folder_of_classes_is_numbered_by_sorted_names(tmp_path):
 def test_every_image_of_a_class_is_read_also_in_folders_below_and_behind_links(tmp_path, caplog):
     kinds = {"a.PNG": "PNG", "b.jfif": "JPEG", "c.webp": "WEBP", "d.bmp": "BMP", "deep/er/e.jpeg": "JPEG"}
     files = {f"cat/{name}": picture(1, kind=kind)[0] for name, kind in kinds.items()}
-    hidden = {"cat/._a.png": b"", "dog/.cache/x.png": b"", "cat/Thumbs.db": b"", "preview.png": b""}
+    hidden = {"cat/._a.png": b"", "dog/.cache/x.png": b"", "cat/Thumbs.db": b"", "preview.png": b"", "__MACOSX/x": b""}
     classes(tmp_path / "d", {**files, "dog/1.png": picture(2)[0], **hidden})
     (tmp_path / "d" / "dog" / "more").symlink_to(tmp_path / "d" / "cat" / "deep")
     (tmp_path / "d" / "dog" / "loop").symlink_to(tmp_path / "d" / "dog")
-    assert load_data(str(tmp_path / "d")).images.labels.bincount().tolist() == [5, 2]
-    assert "1 files are no images: 'Thumbs.db'" in caplog.text
-    assert "1 images beside the folders of classes have no class: 'preview.png'" in caplog.text
+    data = load_data(str(tmp_path / "d"))
+    assert (data.class_names, data.images.labels.bincount().tolist()) == (("cat", "dog"), [5, 2])
+    assert "files that are no images: 1 ('Thumbs.db')" in caplog.text
+    assert "images beside the folders of classes, of no class: 1 ('preview.png')" in caplog.text
 
 
 def test_the_first_images_of_a_folder_are_of_all_classes_alike(tmp_path):
@@ -181,6 +182,8 @@ def test_data_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypat
         load_data("mnist")
     with pytest.raises(UnknownNameError, match="Did you mean 'mnist'"):
         load_data("mnst")
+    with pytest.raises(BackpassError, match="expected the name of a data set"):
+        load_data(" ")
     with pytest.raises(BackpassError, match="there is no folder './mnist'"):
         load_data("./mnist")
     with pytest.raises(UnknownNameError, match="Did you mean 'test'"):

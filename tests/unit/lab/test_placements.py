@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from backpass import BackpassError, LinBP, UnknownNameError, list_sites, parse_rule
+from backpass.experiments.studies import order_rules
 from backpass.lab.placements import parse_rule_for
-from backpass.lab.studies.attack.study import order_rules
 from backpass.models import INPUT_SHAPES, build
 
 # Linear activations of all, and the module of the first one; attack and training differ for DenseNet-161 alone.

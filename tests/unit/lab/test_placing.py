@@ -5,7 +5,7 @@ import torch
 
 from backpass import BackpassError
 from backpass.data import Images, Labelled
-from backpass.lab.studies.attack.placing import set_aside
+from backpass.experiments.placing import set_aside
 
 
 def images(count):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.lab.plans import make_plans
 from backpass.lab.protocols import Normalisation, Paper, Standard, known_normalisation, make_protocol
-from backpass.lab.studies.attack.plans import make_plans
 from backpass.numbers import fraction_text, read_number
 
 PAPER = Paper(Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))

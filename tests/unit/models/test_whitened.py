@@ -1,4 +1,4 @@
-"""The first layer of the network `whitened` whitens patches."""
+"""The network `whitened`: its first layer whitens patches, its normalizations learn their bias alone, and fast."""
 
 import torch
 
@@ -20,13 +20,14 @@ def test_patches_become_uncorrelated_with_unit_variance():
 
 
 def test_it_learns_and_keeps_its_filters():
-    model = build("whitened:width=16", seed=1)
+    model = build("whitened:width=16", shape=(3, 25, 25), seed=1)
     before = model.whiten.weight.clone()
-    x, y = torch.rand(64, 3, 32, 32), torch.arange(64) % 10
+    torch.manual_seed(0)
+    x, y = torch.rand(20, 3, 25, 25), torch.arange(20) % 10
     x = x * 0.1 + 0.09 * y[:, None, None, None]
-    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.85, nesterov=True, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.85, nesterov=True, weight_decay=1e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(100):
         loss = torch.nn.functional.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
@@ -34,3 +35,16 @@ def test_it_learns_and_keeps_its_filters():
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
     assert torch.equal(model.whiten.weight, before)
+
+
+def test_the_bias_of_a_normalization_takes_64_steps_of_sgd_at_once_and_its_scale_none():
+    model = build("whitened:width=16", seed=1).double()
+    norm, plain = model.norm1a, torch.nn.BatchNorm2d(4).double()
+    x, weights = torch.rand(8, 4, 5, 5).double(), torch.rand(8, 4, 5, 5).double()
+    torch.testing.assert_close(norm(x), plain(x))
+    (norm(x) * weights).sum().backward()
+    (plain(x) * weights).sum().backward()
+    torch.optim.SGD([p for p in norm.parameters() if p.requires_grad], 0.01).step()
+    torch.optim.SGD([plain.bias], 0.64).step()
+    torch.testing.assert_close(norm(x), plain(x))
+    assert torch.equal(norm.weight, torch.ones(4).double())

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from backpass import BackpassError, cli
 from backpass.experiments.experiment import Place
 from backpass.experiments.long_run import LongRun, find_minimum, predict_law, run_long
+from backpass.experiments.optimal_rate import Quadratic, compare_schedules
 from backpass.experiments.robustness import QUANTITIES, Paired, compare_slopes, predict_paths, run_paths
 from backpass.experiments.tanh_network import make_problem
 from backpass.experiments.weak_orders import FUNCTIONS, Orders, weak_errors
-from backpass.lab.experiments.sde import control
 from backpass.papers import adversarial_sde
 from backpass.sde import VARIANTS, fit_slope
 from support.experiments import judged
@@ -159,7 +159,7 @@ def test_the_commands_write_their_pages(tmp_path):
         (lambda: LongRun(relaxations=float("inf")), "relaxation times"),
         (lambda: LongRun(relaxations=1e30), "relaxation times"),
         (lambda: find_minimum(LongRun(dimension=3), 0, Place()), "one or two dimensions"),
-        (lambda: control.measure(control.Study(t=1e30)), "shorter horizon"),
+        (lambda: compare_schedules(Quadratic(t=1e30)), "shorter horizon"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(make, words):

@@ -8,7 +8,9 @@ import pytest
 from backpass.papers import EXPERIMENTS
 
 SMALL = Path(__file__).parents[3] / "docs" / "results" / "small"
-OTHER_NETWORKS = ("linbp-fig7", "linbp-fig10")  # at the paper's scale, which name their claims
+OTHER_NETWORKS = {  # at the paper's scale, which name their claims
+    "linbp-fig7", "linbp-fig10", "linbp-table1", "linbp-table2", "linbp-silu", "linbp-white-box", "linbp-transfer",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda one: one.name)

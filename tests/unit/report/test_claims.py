@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from backpass.report.claims import agreement, corrected, judge, judge_within
-from backpass.report.statistics import holm
 
 
 def _judge(ours, theirs, direction="higher"):
@@ -137,12 +136,6 @@ def test_effects_among_nulls_are_found_and_the_nulls_are_not_replicated_more_oft
     families = [simulated_family([0.0, 8.0], 5000 + seed) for seed in range(1000)]
     assert sum("replicated" in family[0::2] for family in families) <= 50
     assert sum(family[1::2].count("replicated") for family in families) > 9900
-
-
-def test_holms_correction_is_the_one_written_out():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_a_claim_that_the_correction_undecides_says_so():

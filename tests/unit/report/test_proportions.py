@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from backpass.attacks import Rate
 from backpass.errors import BackpassError
-from backpass.report.proportions import judge_images, paired_difference, percent, percent_text
+from backpass.report.proportions import judge_images, marks, paired_difference, percent, percent_text, rate_of
 
 
 def outcomes(both, only_ours, only_theirs, neither):
@@ -24,14 +24,40 @@ def test_a_rate_in_per_cent_has_wilsons_ends_in_per_cent():
     assert math.isnan(percent(Rate(0, 0)).mean)
 
 
-def test_the_claim_counts_the_images_that_one_side_fools_alone():
-    claim = judge_images("a", "ours fools more", paired_difference(*outcomes(50, 30, 5, 15)), theirs="BP")
-    assert (claim.verdict, claim.estimate, claim.n) == ("same direction", 25.0, 100)
-    assert claim.note.startswith("30 images fooled by it only, 5 by BP only")
-    assert (
-        judge_images("b", "", paired_difference(*outcomes(50, 5, 30, 15)), theirs="BP").verdict == "opposite direction"
-    )
-    assert judge_images("c", "", paired_difference(*outcomes(50, 5, 5, 40)), theirs="BP").verdict == "undecided"
+def text(*cells):
+    return [marks(outcome) for outcome in outcomes(*cells)]
+
+
+def judged(ours, theirs, direction="higher"):
+    return judge_images("a", "s", ours=ours, theirs=theirs, quantity="images fooled", direction=direction)
+
+
+@pytest.mark.parametrize(
+    ("cells", "direction", "verdict"),
+    [
+        ((50, 30, 5, 15), "higher", "same direction"),
+        ((50, 5, 30, 15), "higher", "opposite direction"),
+        ((50, 5, 30, 15), "lower", "same direction"),
+        ((50, 5, 5, 40), "higher", "undecided"),
+        ((0, 2, 0, 0), "higher", "undecided"),
+    ],
+)
+def test_a_claim_counts_the_images_with_one_outcome_alone(cells, direction, verdict):
+    claim = judged(*text(*cells), direction)
+    _, ours, theirs, _ = cells
+    assert (claim.verdict, claim.n) == (verdict, sum(cells))
+    assert claim.estimate == pytest.approx(100 * (ours - theirs) / sum(cells))
+    assert claim.note.startswith(f"{ours} images only with ours, {theirs} only with theirs")
+
+
+def test_images_that_a_side_does_not_count_are_left_out():
+    ours, theirs = (one + "-1-" for one in text(50, 30, 5, 15))
+    theirs = theirs[:-3] + "11-"
+    assert judged(ours, theirs).n == 101
+    assert rate_of(ours) == Rate(81, 101)
+    assert marks(torch.tensor([True, False, True]), torch.tensor([True, True, False])) == "10-"
+    nothing = judged("--1", "11-")
+    assert (nothing.verdict, nothing.n) == ("undecided", 0)
 
 
 @pytest.mark.parametrize("cells", [(5, 3, 1, 10), (0, 0, 0, 4), (50, 12, 12, 3), (0, 9, 0, 1), (800, 60, 41, 300)])

@@ -8,7 +8,7 @@ import torch
 from backpass.errors import BackpassError
 from backpass.report.statistics import (
     geometric_interval,
-    holm_levels,
+    holm,
     mean_interval,
     mean_test,
     paired_interval,
@@ -112,14 +112,21 @@ def test_impossible_requests_are_refused_with_words(call, message):
         call()
 
 
-def test_holms_levels_decide_as_his_procedure():
+def test_holms_correction_is_the_one_written_out():
+    assert [one.p for one in holm([0.01, 0.04, 0.03, 0.005])] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert [one.level for one in holm([0.9, 0.01])] == pytest.approx([0.95, 0.975])
+    assert [one.p for one in holm([0.9, 0.8])] == [1.0, 1.0]
+    assert holm([0.3]) == [(0.3, 0.95)]
+    assert holm([]) == []
+
+
+def test_holms_levels_and_p_values_decide_as_his_procedure():
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         values = (torch.rand(6, generator=generator) ** 4).tolist()
         significant, rest = set(), sorted(values)
         while rest and rest[0] < 0.05 / len(rest):  # reject the least p as long as it is below its share
             significant.add(rest.pop(0))
-        decided = {p for p, level in zip(values, holm_levels(values), strict=True) if p < 1 - level}
-        assert decided == significant
-    assert holm_levels([]) == []
-    assert holm_levels([0.3]) == [0.95]
+        found = list(zip(values, holm(values), strict=True))
+        assert {p for p, one in found if p < 1 - one.level} == significant
+        assert {p for p, one in found if one.p < 0.05} == significant

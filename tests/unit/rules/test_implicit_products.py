@@ -38,6 +38,8 @@ PRODUCTS = {
     "x @ w.t()": (lambda x, w, b: x @ w.t(), (3, 5), None, (4, 5)),
     "linear with w.t()": (lambda x, w, b: F.linear(x, w.t(), b), (5, 3), (3,), (4, 5)),
     "linear with a part of w": (lambda x, w, b: F.linear(x, w[1:3], b[1:3]), (4, 5), (4,), (6, 5)),
+    "x @ a part of w": (lambda x, w, b: x @ w[:, 1:3], (5, 4), None, (7, 5)),
+    "bmm of a view": (lambda x, w, b: torch.bmm(x, w.mT), (2, 3, 5), None, (2, 6, 5)),
     "bmm": (lambda x, w, b: torch.bmm(x, w), (2, 5, 3), None, (2, 6, 5)),
     "addmm": (lambda x, w, b: torch.addmm(b, x, w), (5, 3), (3,), (7, 5)),
     "Hugging Face's Conv1D": (

@@ -51,23 +51,82 @@ def test_weights_computed_from_parameters(rule: Rule, name: str) -> None:
         model(torch.randn(5, 3)).sum().backward()
 
 
-def test_a_tied_autoencoder() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 3))
+class Function(nn.Module):
+    """A function of an input and parameters."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(torch.tanh(F.linear(x, self.weight)), self.weight.t())
+    def __init__(self, function, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function = function
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
 
-    model, x = Tied(), torch.randn(5, 3)
-    for rule in RULES:
-        with rule.attach(model), pytest.raises(BackpassError, match=r"'weight' is used twice"):
-            model(x).sum().backward()
-        model.zero_grad()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with ProxProp(solve="step").attach(model, optimizer), pytest.raises(BackpassError, match="transposed"):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, **dict(self.named_parameters()))
+
+
+TWICE = {
+    "transposed": (
+        lambda x, w: F.linear(torch.tanh(F.linear(x, w)), w.t()),
+        {"w": (3, 3)},
+        (5, 3),
+    ),
+    "transposed convolution": (
+        lambda x, w: F.conv_transpose2d(torch.tanh(F.conv2d(x, w)), w),
+        {"w": (3, 3, 2, 2)},
+        (2, 3, 5, 5),
+    ),
+    "bias of two weights": (
+        lambda x, w, v, b: F.linear(torch.tanh(F.linear(x, w, b)), v, b),
+        {"w": (3, 3), "v": (3, 3), "b": (3,)},
+        (5, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize(
+    "rule",
+    [*RULES, ProxProp(tau=0.5, solve="step"), ProxProp(solve="step", memory=0.9)],
+    ids=["backward", "sibp", "step", "memory"],
+)
+def test_a_parameter_of_two_layers_without_a_common_gram_matrix(rule: Rule, name: str) -> None:
+    function, shapes, shape = TWICE[name]
+    model = Function(function, **shapes)
+    optimizer = [torch.optim.SGD(model.parameters(), 0.1)] if getattr(rule, "solve", "") == "step" else []
+    says = "no common Gram matrix" if optimizer else "is used twice"
+    with rule.attach(model, *optimizer), pytest.raises(BackpassError, match=says):
+        model(torch.randn(shape)).sum().backward()
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("tensordot", lambda x, w, v: torch.tensordot(x @ w, v, 1)),
+        ("inner", lambda x, w, v: torch.inner(x @ w, v)),
+        ("baddbmm", lambda x, w, v: torch.baddbmm(x, (x @ w)[None], v[None])),
+        ("addmm_", lambda x, w, v: (x @ w).addmm_(x, v)),
+        ("multi_dot", lambda x, w, v: torch.linalg.multi_dot([x @ w, v, v])),
+    ],
+)
+def test_products_that_are_not_read_as_layers_are_named(rule: Rule, name: str, function) -> None:
+    model = Function(function, w=(3, 3), v=(3, 3))
+    says = f"{name} of parameters is not read as a layer"
+    with rule.attach(model) as attached, pytest.warns(UserWarning, match=says):
+        model(torch.randn(5, 3)).sum().backward()
+    assert [site.function for site in attached.sites] == ["matmul"]
+
+
+@both
+def test_lazy_layers(rule: Rule) -> None:
+    model, x = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(2)), torch.randn(5, 3)
+    with rule.attach(model):
         model(x).sum().backward()
+    found = model[0].weight.grad.clone()
+    model.zero_grad()
+    with rule.attach(model):
+        model(x).sum().backward()
+    assert torch.equal(model[0].weight.grad, found)
 
 
 @both

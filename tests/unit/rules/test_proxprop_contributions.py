@@ -1,4 +1,4 @@
-"""Solved in the backward pass, a weight's direction is exact for one use per step; anything else is an error."""
+"""Solved in the backward pass, a weight's step is exact for one use per step; anything else is an error."""
 
 import pytest
 import torch
@@ -6,9 +6,11 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
-from backpass import BackpassError
+from backpass import SIBP, BackpassError
 from backpass.rules.implicit.systems import NotFiniteError
 from support.proximal import EXACT, directions, relative
+
+both = pytest.mark.parametrize("rule", [EXACT, SIBP()], ids=["proxprop", "sibp"])
 
 
 @pytest.fixture
@@ -22,16 +24,18 @@ def x() -> torch.Tensor:
     return torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_second_micro_batch_names_the_step(model, x):
-    with EXACT.attach(model):
+@both
+def test_a_second_micro_batch_names_the_step(rule, model, x):
+    with rule.attach(model):
         model(x).sum().backward()
         with pytest.raises(BackpassError, match=r'\'2.weight\' has a gradient.*solve="step"'):
             model(x).sum().backward()
 
 
+@both
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_after_zero_grad_the_next_step_is_free(model, x, set_to_none):
-    with EXACT.attach(model):
+def test_after_zero_grad_the_next_step_is_free(rule, set_to_none, model, x):
+    with rule.attach(model):
         model(x).sum().backward()
         first = model[0].weight.grad.clone()
         model.zero_grad(set_to_none)
@@ -39,14 +43,16 @@ def test_after_zero_grad_the_next_step_is_free(model, x, set_to_none):
     assert torch.equal(model[0].weight.grad, first)
 
 
-def test_a_layer_used_twice_names_the_step(model, x):
+@both
+def test_a_layer_used_twice_names_the_step(rule, model, x):
     shared = nn.Sequential(model[0], nn.Tanh(), model[0])
-    with EXACT.attach(shared), pytest.raises(BackpassError, match=r'\'0.weight\' is used twice.*solve="step"'):
+    with rule.attach(shared), pytest.raises(BackpassError, match=r'\'0.weight\' is used twice.*solve="step"'):
         shared(x).sum().backward()
 
 
-def test_two_calls_in_one_backward_pass_name_union(model, x):
-    with EXACT.attach(model), pytest.raises(BackpassError, match='solve="step"'):
+@both
+def test_two_calls_in_one_backward_pass_name_the_step(rule, model, x):
+    with rule.attach(model), pytest.raises(BackpassError, match='solve="step"'):
         (model(x).sum() + model(2 * x).sum()).backward()
 
 
@@ -112,14 +118,16 @@ def test_functional_gradients_per_sample(model, x):
         torch.testing.assert_close(one[name], each[0][name], rtol=1e-12, atol=1e-12)
 
 
-def test_differentiating_twice_is_an_error(model, x):
+@both
+def test_differentiating_twice_is_an_error(rule, model, x):
     x.requires_grad_()
-    with EXACT.attach(model), pytest.raises(BackpassError, match="create_graph"):
+    with rule.attach(model), pytest.raises(BackpassError, match="create_graph"):
         torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
 
 
-def test_a_backward_pass_after_removal_is_an_error(model, x):
-    attached = EXACT.attach(model)
+@both
+def test_a_backward_pass_after_removal_is_an_error(rule, model, x):
+    attached = rule.attach(model)
     loss = model(x).sum()
     attached.remove()
     del attached

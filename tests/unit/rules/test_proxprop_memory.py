@@ -38,6 +38,7 @@ class WrittenOut:
     def __init__(self, model: nn.Module, decay: float, damping: str, tau: float) -> None:
         self.layers = [m for m in model if isinstance(m, nn.Linear | nn.Conv2d)]
         self.mean: dict[nn.Module, Tensor] = {}
+        self.since: dict[nn.Module, int] = {}
         self.inputs: dict[nn.Module, list[Tensor]] = {}
         self.decay, self.damping, self.tau = decay, damping, tau
         for layer in self.layers:
@@ -50,9 +51,10 @@ class WrittenOut:
             a = rows(layer, inputs)
             if layer in due:
                 gram = a.T @ a / len(a)
-                self.mean[layer] = (
-                    self.decay * self.mean[layer] + (1 - self.decay) * gram if layer in self.mean else gram
-                )
+                kept = self.decay ** self.since[layer] if layer in self.mean else 0.0
+                self.mean[layer] = kept * self.mean.get(layer, gram) + (1 - kept) * gram
+                self.since[layer] = 0
+            self.since[layer] += 1
             mean = self.mean[layer]
             scale = 1.0
             if self.damping == "relative":
@@ -82,7 +84,7 @@ def backward(model: nn.Module, step: int, parts: int) -> None:
 
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("damping", ["relative", "mean", "sample_mean"])
-@pytest.mark.parametrize(("decay", "refresh"), [(0.9, 1), (0.5, 3), (0.0, 2)])
+@pytest.mark.parametrize(("decay", "refresh"), [(0.9, 1), (0.5, 3), (0.0, 2), (0.9, None)])
 def test_it_is_the_running_average(decay: float, refresh: int, damping: str, parts: int) -> None:
     model = network()
     reference = copy.deepcopy(model)
@@ -102,7 +104,7 @@ def test_it_is_the_running_average(decay: float, refresh: int, damping: str, par
                 for layer, name in zip(slow.layers, ("0.weight", "4.weight", "6.weight"), strict=True)
                 if name not in before or not torch.equal(before[name], memory[name].mean)
             ]
-            assert len(due) == (3 if step == 0 or refresh == 1 else len(due))
+            assert len(due) == (3 if step == 0 or refresh in (1, None) else len(due))
             expected = slow.directions(due)
             for layer, value in zip(slow.layers, expected, strict=True):
                 columns = layer.weight[0].numel()
@@ -149,6 +151,27 @@ def test_refreshes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(updated) == (10 if step == 0 else 2)
 
 
+def test_by_default_refreshes_become_rarer_with_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(10)])
+    optimizer, updated = torch.optim.SGD(model.parameters(), 0.001), [0] * 140
+    update = Memory.update
+    with ProxProp(solve="step", memory=0.9).attach(model, optimizer):
+        for step in range(len(updated)):
+
+            def counted(self, name, one, step=step):
+                updated[step] += 1
+                update(self, name, one)
+
+            monkeypatch.setattr(Memory, "update", counted)
+            optimizer.zero_grad()
+            model(torch.randn(20, 5)).square().sum().backward()
+            optimizer.step()
+    assert updated[:10] == [10] * 10
+    assert updated[10:20] == [5] * 10
+    assert updated[100:] == [1] * 40
+
+
 def test_between_refreshes_calls_are_plain() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -160,7 +183,7 @@ def test_between_refreshes_calls_are_plain() -> None:
             names.append(z.grad_fn.name())
             z.sum().backward()
             optimizer.step()
-    assert [name == "AddmmBackward0" for name in names] == [False, False, True, True, False]
+    assert [name == "AddmmBackward0" for name in names] == [False, True, True, False, True]
 
 
 def test_a_resumed_run_is_the_same_to_the_bit() -> None:
@@ -209,6 +232,20 @@ def test_inputs_of_zero_and_inputs_that_are_not_finite() -> None:
         with pytest.raises(NotFiniteError, match=r"'1.weight'.*diverged"):
             optimizer.step()
         assert torch.equal(attached.memory.layers["0.weight"].mean, before)
+
+
+def test_the_memory_follows_the_model_s_dtype() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with ProxProp(solve="step", memory=0.5, refresh=1).attach(model, optimizer) as attached:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            model.to(dtype)
+            optimizer.zero_grad()
+            model(torch.ones(6, 4, dtype=dtype)).sum().backward()
+            optimizer.step()
+            mean = attached.memory.layers["0.weight"].mean
+            torch.testing.assert_close(mean, torch.ones_like(mean))
+            assert mean.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
 
 
 def test_where_the_user_does_not_choose_each_layer_gets_the_cheaper_step() -> None:

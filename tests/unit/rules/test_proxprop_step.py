@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, grad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -252,6 +253,21 @@ def test_computed_weights_are_an_error():
         pytest.raises(BackpassError, match="computed"),
     ):
         model(torch.randn(4, 3)).sum().backward()
+
+
+@pytest.mark.parametrize("settings", [{"tau": 1.0, "memory": 0}, {}])
+def test_gradients_by_torch_func_reach_no_step(settings):
+    model = nn.Linear(3, 2)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters):
+        return functional_call(model, parameters, (torch.randn(4, 3),)).sum()
+
+    with (
+        ProxProp(solve="step", **settings).attach(model, frozen_sgd(model)),
+        pytest.raises(BackpassError, match=r"torch\.func"),
+    ):
+        grad(loss)(parameters)
 
 
 def test_a_weight_shared_by_different_layers_is_an_error():

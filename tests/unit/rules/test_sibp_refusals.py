@@ -19,25 +19,9 @@ def network() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(5, 4)
 
 
-def test_a_gradient_from_before() -> None:
-    model, x = network()
-    with SIBP().attach(model):
-        model(x).sum().backward()
-        with pytest.raises(BackpassError, match=r"'2\.weight' has a gradient from a backward pass before.*zero_grad"):
-            model(x).sum().backward()
-        model.zero_grad()
-        model(x).sum().backward()
-
-
-def test_a_shared_weight() -> None:
+def test_one_selected_use_of_a_shared_weight() -> None:
     layer = nn.Linear(3, 3)
     model = nn.Sequential(layer, nn.ReLU(), layer)
-    with (
-        SIBP().attach(model),
-        pytest.raises(BackpassError, match=r'used twice in one backward pass.*ProxProp\(solve="step"\)'),
-    ):
-        model(torch.randn(2, 3)).sum().backward()
-    model.zero_grad()
     with SIBP(where=lambda site: site.index == 1).attach(model):
         model(torch.randn(2, 3)).sum().backward()
 
@@ -108,12 +92,6 @@ def test_an_activation_of_a_layer_without_gradients_raises_nothing() -> None:
     with SIBP().attach(model):
         model(x).sum().backward()
     assert model.below.weight.grad is None
-
-
-def test_a_double_backward() -> None:
-    model, x = network()
-    with SIBP().attach(model), pytest.raises(BackpassError, match="no double backward.*remove the rule"):
-        torch.autograd.grad(model(x).sum(), list(model.parameters()), create_graph=True)
 
 
 def _two_processes(rank: int) -> str:
@@ -194,18 +172,6 @@ def test_divergence_has_no_scale(factor: float) -> None:
         model[0].weight.mul_(factor)
     train(model, SIBP(eta=0.1), 100)
     train(model, SIBP(eta=50.0), 100, torch.optim.AdamW(model.parameters(), 1e-3))
-
-
-def test_a_backward_pass_after_the_rule_is_gone() -> None:
-    model, x = network()
-    loss = _loss_of_a_passing_rule(model, x)
-    with pytest.raises(BackpassError, match="while the rule is attached"):
-        loss.backward()
-
-
-def _loss_of_a_passing_rule(model: nn.Module, x: Tensor) -> Tensor:
-    with SIBP().attach(model):
-        return model(x).sum()
 
 
 def test_models_without_layers() -> None:

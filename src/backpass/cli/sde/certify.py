@@ -38,7 +38,8 @@ def certify(
     """
     with working("loading torch") as report:
         from backpass.errors import BackpassError
-        from backpass.lab.experiments.sde.certify import Study, describe, measure
+        from backpass.experiments.certificate import Study, certify_run
+        from backpass.experiments.certificate_page import describe
         from backpass.report.page import write_report
 
         try:
@@ -57,11 +58,11 @@ def certify(
             predict=predict,
             seed=seed,
         )
-        measured = measure(study, report)
-        result = describe(measured)
+        certified = certify_run(study, report)
+        result = describe(certified)
         out.mkdir(parents=True, exist_ok=True)
         written = write_report(result, out)
     for table in result.tables:
         print_table(table, columns=len(table.columns))
     print_findings(result)
-    print_written(measured.seconds, written)
+    print_written(certified.seconds, written)

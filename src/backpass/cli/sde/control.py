@@ -35,14 +35,13 @@ def control(
     """
     out.mkdir(parents=True, exist_ok=True)
     with working("loading torch"):
-        from backpass.lab.experiments.sde.control import Study, describe, measure
+        from backpass.experiments.optimal_rate import Quadratic, compare_schedules
         from backpass.report.page import write_report
 
-        study = Study(curvature=curvature, noise=noise, eta=eta, start=start, t=t, adversarial=adversarial)
-        measured = measure(study)
-        result = describe(measured)
+        settings = Quadratic(curvature=curvature, noise=noise, eta=eta, start=start, t=t, adversarial=adversarial)
+        result = compare_schedules(settings)
         written = write_report(result, out)
     for table in result.tables:
         print_table(table, columns=len(table.columns))
     print_findings(result)
-    print_written(measured.seconds, written)
+    print_written(result.environment["seconds"], written)

@@ -1,15 +1,17 @@
-"""Rules with implicit steps in force on a model: what they know of its parameters, and what they refuse."""
+"""Rules with implicit steps attached to a model: its parameters by name, and checks of their uses."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parameter import is_lazy
 
-from backpass.errors import BackpassError
+from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.interception import Interception
 from backpass.rules.attaching.override import BackwardOverride
@@ -29,19 +31,22 @@ class Named(NamedTuple):
 
 
 class LayerAttached(Attached):
-    """A rule with implicit steps in force on a model.
+    """A rule with implicit steps attached to a model.
 
     Attributes:
         step_name: the kind of step, for errors.
         way_out: advice where several uses of a weight contribute.
+        settable: names of the settings that `set` changes.
         excluded: keys of layers in which nothing learns.
     """
 
     interception: type[Interception] = LayerInterception
     step_name: ClassVar[str]
     way_out: ClassVar[str] = ""
+    settable: ClassVar[tuple[str, ...]]
     transient: ClassVar[tuple[str, ...]] = ("_named", "_uses", "_early")
     _early: Any = ()
+    rule: Any
 
     def __init__(self, rule: BackwardOverride, model: nn.Module, strict: bool) -> None:
         _refuse_sharded(rule, unwrap(model))
@@ -51,11 +56,11 @@ class LayerAttached(Attached):
         self._early = [
             parameter.register_post_accumulate_grad_hook(self._refuse_early)  # type: ignore[no-untyped-call]
             for parameter in self.model.parameters()
-            if parameter.is_leaf and parameter.requires_grad
+            if parameter.is_leaf and parameter.requires_grad and not is_lazy(parameter)
         ]
 
     def start(self) -> None:
-        """Begin without any use of a weight; for a copy of the model too."""
+        """Initialise the state, also in a copy of the model."""
         self._named: dict[int, Named] = {}
         self._uses: dict[int, tuple[int, list[tuple[int, int]]]] = {}
         self._early: list[Any] = []
@@ -65,13 +70,27 @@ class LayerAttached(Attached):
         """Return the gradients of input, weight and bias that are wanted."""
         raise NotImplementedError
 
+    def set(self, **settings: Any) -> None:
+        """Change settings from the next backward pass or step on, for schedules.
+
+        Args:
+            settings: values by the rule's names: ``tau`` and ``cg_steps`` of `ProxProp`, all but ``where`` of `SIBP`.
+
+        Raises:
+            BackpassError: another setting, or a value out of its range.
+        """
+        for name in settings:
+            if name not in self.settable:
+                raise UnknownNameError("setting that can change while the rule is attached", name, self.settable)
+        self.rule = replace(self.rule, **settings)
+
     @property
     def active(self) -> bool:
-        """True if the rule is in force still."""
+        """True until the rule is removed."""
         return not self._removed
 
     def remove(self) -> None:
-        """Give the model its own backward again, and the optimizer its own step; a second call does nothing."""
+        """Restore the model's own backward and the optimizer's own step; a second call does nothing."""
         super().remove()
         while self._early:
             self._early.pop().remove()
@@ -81,7 +100,7 @@ class LayerAttached(Attached):
         key = tensor.untyped_storage().data_ptr()
         found = self._named.get(key)
         if found is None or found.parameter.untyped_storage().data_ptr() != key:
-            named = [Named(name, p) for name, p in self.model.named_parameters()]
+            named = [Named(name, p) for name, p in self.model.named_parameters() if not is_lazy(p)]
             self._named = {one.parameter.untyped_storage().data_ptr(): one for one in named}
             found = self._named.get(key)
         return found
@@ -92,7 +111,7 @@ class LayerAttached(Attached):
         return f"the layer of {named.name!r}" if named else f"the layer with a weight of shape {tuple(weight.shape)}"
 
     def admit(self, use: Use) -> None:
-        """Admit the one use of a weight whose step is exact.
+        """Admit the one use of weight and bias whose step is exact.
 
         Raises:
             BackpassError: the weight has another contribution already, or several processes contribute.
@@ -103,21 +122,25 @@ class LayerAttached(Attached):
                 f"{world_size()} processes contribute to {self.describe(use.weight)}, and the average of their {step} "
                 f"steps is not the step of the whole batch: {self.way_out}."
             )
-        learning = use.weight if use.wants[1] or use.bias is None else use.bias
-        named = self.parameter(learning)
-        leaf = named.parameter if named else learning
+        for tensor, wanted in ((use.weight, use.wants[1]), (use.bias, use.wants[2])):
+            if tensor is not None and wanted:
+                self._admit(tensor)
+
+    def _admit(self, tensor: Tensor) -> None:
+        named = self.parameter(tensor)
+        leaf = named.parameter if named else tensor
         if named is None and not (leaf.is_leaf and leaf.requires_grad):
-            raise BackpassError(f"{self.describe(learning)} is computed from other parameters. {COMPUTED}")
+            raise BackpassError(f"{self.describe(tensor)} is computed from other parameters. {COMPUTED}")
         now = torch._C._current_graph_task_id()
         task, before = self._uses.get(id(leaf), (-1, []))
         before = before if task == now and now >= 0 else []
-        begin, end = _extent(learning)
+        begin, end = _extent(tensor)
         twice = any(begin < stop and start < end for start, stop in before)
         if twice or holds_something(leaf):
             how = "is used twice in one backward pass" if twice else "has a gradient from a backward pass before"
             raise BackpassError(
-                f"{named.name if named else 'a weight'!r} {how}, and the sum of two {step} steps is not the step of "
-                f"both: call optimizer.zero_grad() after each step, or {self.way_out}."
+                f"{named.name if named else 'a weight'!r} {how}, and the sum of two {self.step_name} steps is not the "
+                f"step of both: call optimizer.zero_grad() after each step, or {self.way_out}."
             )
         self._uses[id(leaf)] = (now, [*before, (begin, end)])
 
@@ -154,7 +177,7 @@ def _refuse_sharded(rule: BackwardOverride, model: nn.Module) -> None:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First and one past the last entry of a tensor in its storage."""
+    """Return the first and one past the last entry of a tensor in its storage."""
     begin = int(tensor.storage_offset())
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + int(reach) + 1

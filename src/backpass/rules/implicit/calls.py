@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -38,12 +39,24 @@ LINEAR: Mapping[Callable[..., Any], str] = {
 """Torch functions with a weight, and the name of each."""
 
 _MULTIPLICATIONS = ("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "mv")
+_UNREAD = (
+    *("addmm_", "baddbmm", "baddbmm_", "addbmm", "addbmm_", "addmv", "addmv_", "tensordot", "inner", "dot", "vdot"),
+    *("chain_matmul", "multi_dot", "vecdot"),
+)
+_PLACES = (torch, Tensor, torch.linalg)
+
+
+def _functions(*names: str) -> list[Callable[..., Any]]:
+    return [f for place in _PLACES for name in names if (f := getattr(place, name, None)) is not None]
+
+
 PRODUCTS: Mapping[Callable[..., Any], str] = {
     torch.einsum: "einsum",
-    **{f: "addmm" for place in (torch, Tensor) if (f := getattr(place, "addmm", None))},
-    **{f: "matmul" for place in (torch, Tensor) for name in _MULTIPLICATIONS if (f := getattr(place, name, None))},
+    **dict.fromkeys(_functions("addmm"), "addmm"),
+    **dict.fromkeys(_functions(*_MULTIPLICATIONS), "matmul"),
+    **{function: name for name in _UNREAD for function in _functions(name)},
 }
-"""Torch functions that are layers where one of their arguments is a parameter, and the name of each."""
+"""Torch functions that may be layers where one of their arguments is a parameter, and the name of each."""
 
 NORMALIZATIONS: Mapping[Callable[..., Any], str] = {
     getattr(F, name): name for name in ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
@@ -65,32 +78,29 @@ COMPUTED = (
     "the parametrization."
 )
 
-_STATISTICS = (("input", None), ("running_mean", None), ("running_var", None), ("weight", None), ("bias", None))
+
+def _signature(text: str) -> dict[str, Any]:
+    pairs = (part.partition("=") for part in text.split())
+    return {name: literal_eval(default or "None") for name, _, default in pairs}
+
+
+_STATISTICS = "input running_mean running_var weight bias"
 _SETTINGS = {
-    "linear": (("input", None), ("weight", None), ("bias", None)),
-    "addmm": (("input", None), ("mat1", None), ("mat2", None), ("beta", 1), ("alpha", 1)),
-    "embedding": (
-        *(("input", None), ("weight", None), ("padding_idx", None), ("max_norm", None), ("norm_type", 2.0)),
-        *(("scale_grad_by_freq", False), ("sparse", False)),
-    ),
-    "conv": (
-        *(("input", None), ("weight", None), ("bias", None), ("stride", 1), ("padding", 0), ("dilation", 1)),
-        ("groups", 1),
-    ),
-    "conv_transpose": (
-        *(("input", None), ("weight", None), ("bias", None), ("stride", 1), ("padding", 0), ("output_padding", 0)),
-        *(("groups", 1), ("dilation", 1)),
-    ),
-    "batch_norm": (*_STATISTICS, ("training", False), ("momentum", 0.1), ("eps", 1e-5)),
-    "instance_norm": (*_STATISTICS, ("use_input_stats", True), ("momentum", 0.1), ("eps", 1e-5)),
-    "group_norm": (("input", None), ("num_groups", None), ("weight", None), ("bias", None), ("eps", 1e-5)),
-    "layer_norm": (("input", None), ("normalized_shape", None), ("weight", None), ("bias", None), ("eps", 1e-5)),
-    "rms_norm": (("input", None), ("normalized_shape", None), ("weight", None), ("eps", None)),
+    "linear": _signature("input weight bias"),
+    "addmm": _signature("input mat1 mat2 beta=1 alpha=1"),
+    "embedding": _signature("input weight padding_idx max_norm norm_type=2.0 scale_grad_by_freq=False sparse=False"),
+    "conv": _signature("input weight bias stride=1 padding=0 dilation=1 groups=1"),
+    "conv_transpose": _signature("input weight bias stride=1 padding=0 output_padding=0 groups=1 dilation=1"),
+    "batch_norm": _signature(f"{_STATISTICS} training=False momentum=0.1 eps=1e-5"),
+    "instance_norm": _signature(f"{_STATISTICS} use_input_stats=True momentum=0.1 eps=1e-5"),
+    "group_norm": _signature("input num_groups weight bias eps=1e-5"),
+    "layer_norm": _signature("input normalized_shape weight bias eps=1e-5"),
+    "rms_norm": _signature("input normalized_shape weight eps"),
 }
 
 
 def _settings(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    defaults = dict(_SETTINGS[kind])
+    defaults = _SETTINGS[kind]
     return defaults | dict(zip([*defaults][: len(args)], args, strict=True)) | kwargs
 
 
@@ -101,8 +111,7 @@ class LinearCall(NamedTuple):
         x: the input; of a convolution with its batch dimension.
         weight: the weight, a leaf of the graph, or a view of one.
         bias: the bias, or None.
-        compute: z from (x, weight, bias, *rest), by the aten operator behind the torch function.
-        rest: the other arguments of ``compute``.
+        compute: z from (x, weight, bias), by the aten operator behind the torch function.
         text: the layer (see `layers.layer_of`).
         z: the value where it is computed already, of a normalization; ``x`` is then normalized.
         batched: False if the caller's input was a convolution's without a batch dimension.
@@ -113,7 +122,6 @@ class LinearCall(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     compute: Callable[..., Tensor]
-    rest: tuple[Any, ...]
     text: str
     z: Tensor | None = None
     batched: bool = True
@@ -126,7 +134,7 @@ def learns(call: LinearCall) -> bool:
 
 
 def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearCall | None:
-    """The call of a function of `LINEAR` or `NORMALIZATIONS` as a layer; None for a normalization without weights.
+    """Return a call of `LINEAR` or `NORMALIZATIONS` as a layer; None for a normalization without weights.
 
     Raises:
         BackpassError: an embedding's gradient is sparse or scaled by frequency; the weight is complex or computed.
@@ -135,8 +143,8 @@ def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         x, weight, bias = args if len(args) == 3 else _settings("linear", args, kwargs).values()
         parent = _transposed_parent(weight)
         if parent is None:
-            return _checked(LinearCall(x, weight, bias, aten.linear, (), "Linear 0"))
-        return _checked(LinearCall(x, parent, bias, _linear_of_transposed, (), "Linear 1"))
+            return _checked(LinearCall(x, weight, bias, aten.linear, "Linear 0"))
+        return _checked(LinearCall(x, parent, bias, lambda x, w, b: aten.linear(x, w.t(), b), "Linear 1"))
     if func in NORMALIZATIONS:
         return _normalization(NORMALIZATIONS[func], args, kwargs)
     if func is F.embedding:
@@ -148,7 +156,7 @@ def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 def read_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_parameter: Callable[[Tensor], bool]
 ) -> LinearCall | None:
-    """The call of a torch function as a layer; None for a product of which not exactly one argument is a parameter.
+    """Return the call of a torch function as a layer; None for products other than of one parameter and one input.
 
     Args:
         func: a function of `LINEAR`, `NORMALIZATIONS` or `PRODUCTS`.
@@ -170,7 +178,7 @@ def read_call(
         parent = _transposed_parent(tensor)
         return parent is not None and is_parameter(parent)
 
-    if kwargs.get("out") is not None:
+    if kwargs.get("out") is not None or PRODUCTS[func] in _UNREAD:
         return None
     if PRODUCTS[func] == "addmm":
         return _addmm(_settings("addmm", args, kwargs), weight_of)
@@ -192,8 +200,8 @@ def _matmul(first: Tensor, second: Tensor, at: int) -> LinearCall:
     if at == 1 and weight.dim() == 2:
         parent = _transposed_parent(weight)
         if parent is None:
-            return _checked(LinearCall(x, weight, None, _product, (1,), "Linear 1"))
-        return _checked(LinearCall(x, parent, None, _matmul_of_transposed, (), "Linear 0"))
+            return _checked(LinearCall(x, weight, None, lambda x, w, b: aten.matmul(x, w), "Linear 1"))
+        return _checked(LinearCall(x, parent, None, lambda x, w, b: aten.matmul(x, w.t()), "Linear 0"))
     # Letters from the end of the alphabet for leading dimensions, which broadcast.
     a, b = first.dim(), second.dim()
     leading = "stuvwxyz"
@@ -206,19 +214,11 @@ def _matmul(first: Tensor, second: Tensor, at: int) -> LinearCall:
             "1 is no layer with a proximal step: expand the parameter away, or leave the call out by `where`."
         )
     equation = f"{left},{right}->{z}" if at == 1 else f"{right},{left}->{z}"
-    return _checked(LinearCall(x, weight, None, _product, (at,), f"Einsum {equation}"))
-
-
-def _product(x: Tensor, weight: Tensor, bias: None, at: int) -> Any:
-    return aten.matmul(x, weight) if at else aten.matmul(weight, x)
-
-
-def _matmul_of_transposed(x: Tensor, weight: Tensor, bias: None) -> Any:
-    return aten.matmul(x, weight.t())
-
-
-def _linear_of_transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-    return aten.linear(x, weight.t(), bias)
+    return _checked(
+        LinearCall(
+            x, weight, None, lambda x, w, b: aten.matmul(x, w) if at else aten.matmul(w, x), f"Einsum {equation}"
+        )
+    )
 
 
 def _addmm(given: dict[str, Any], weight_of: Callable[..., int | None]) -> LinearCall | None:
@@ -233,11 +233,7 @@ def _addmm(given: dict[str, Any], weight_of: Callable[..., int | None]) -> Linea
             f"alpha and beta; got shapes {tuple(added.shape)}, {tuple(first.shape)}, {tuple(second.shape)}: leave the "
             "call out by `where`."
         )
-    return _checked(LinearCall(first, second, added, _biased_product, (), "Linear 1"))
-
-
-def _biased_product(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-    return aten.addmm(bias, x, weight)
+    return _checked(LinearCall(first, second, added, lambda x, w, b: aten.addmm(b, x, w), "Linear 1"))
 
 
 def _einsum(equation: str, x: Tensor, weight: Tensor, at: int) -> LinearCall:
@@ -257,12 +253,12 @@ def _einsum(equation: str, x: Tensor, weight: Tensor, at: int) -> LinearCall:
             f"einsum({equation!r}) with a parameter is no layer with a proximal step, because it sums over a dimension "
             "of one argument alone or repeats one: write it otherwise, or leave the call out by `where`."
         )
-    return _checked(LinearCall(x, weight, None, _einsum_value, (equation, at), f"Einsum {of_x},{of_w}->{z}"))
+    equation = equation.replace(" ", "")
 
+    def compute(x: Tensor, weight: Tensor, bias: None) -> Any:
+        return aten.einsum(equation, (x, weight) if at else (weight, x))
 
-def _einsum_value(x: Tensor, weight: Tensor, bias: None, equation: str, at: int) -> Any:
-    operands = (x, weight) if at else (weight, x)
-    return aten.einsum(equation.replace(" ", ""), operands)
+    return _checked(LinearCall(x, weight, None, compute, f"Einsum {of_x},{of_w}->{z}"))
 
 
 def _embedding(given: dict[str, Any]) -> LinearCall:
@@ -275,7 +271,7 @@ def _embedding(given: dict[str, Any]) -> LinearCall:
             )
     padding = given["padding_idx"]
     padding = -1 if padding is None else padding % weight.shape[0]
-    call = _checked(LinearCall(x, weight, None, _embed, (padding,), f"Embedding {padding}"))
+    call = _checked(LinearCall(x, weight, None, lambda x, w, b: aten.embedding(w, x, padding), f"Embedding {padding}"))
     if given["max_norm"] is None:
         return call
 
@@ -287,11 +283,7 @@ def _embedding(given: dict[str, Any]) -> LinearCall:
     return call._replace(before=renormalized)
 
 
-def _embed(x: Tensor, weight: Tensor, bias: None, padding: int) -> Any:
-    return aten.embedding(weight, x, padding)
-
-
-def _convolution(given: dict[str, Any], compute: Callable[..., Tensor], transposed: bool) -> LinearCall:
+def _convolution(given: dict[str, Any], operator: Callable[..., Tensor], transposed: bool) -> LinearCall:
     x, weight = given["input"], given["weight"]
     dims = weight.dim() - 2
     stride, dilation = _each(given["stride"], dims), _each(given["dilation"], dims)
@@ -308,7 +300,11 @@ def _convolution(given: dict[str, Any], compute: Callable[..., Tensor], transpos
     batched = x.dim() == weight.dim()
     text = f"Convolution {sizes} {groups} {int(transposed)}"
     x = x if batched else x.unsqueeze(0)
-    return _checked(LinearCall(x, weight, given["bias"], compute, rest, text, None, batched))
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return operator(x, weight, bias, *rest)
+
+    return _checked(LinearCall(x, weight, given["bias"], compute, text, None, batched))
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
@@ -317,7 +313,7 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 
 def _normalization(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearCall | None:
-    """The call as z = x w + b with the normalized x, which is computed from the input with its graph."""
+    """Return the call as z = x w + b with the normalized x, which is computed from the input with its graph."""
     given = _settings(name, args, kwargs)
     weight, bias, eps = given["weight"], given.get("bias"), given["eps"]
 
@@ -339,8 +335,10 @@ def _normalization(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if weight is None and bias is None:
         return None
     scale: Tensor = torch.ones_like(bias).detach() if weight is None else weight  # type: ignore[arg-type]
-    last = int(name in ("layer_norm", "rms_norm"))
-    call = _checked(LinearCall(given["input"], scale, bias, aten.clone, (), f"Affine {last}"))
+    labels = "abcdefghijklmnopqrstuvwxyz"[: given["input"].dim()]
+    features = labels[-scale.dim() :] if name in ("layer_norm", "rms_norm") else labels[1]
+    text = f"Einsum {labels},{features}->{labels}"
+    call = _checked(LinearCall(given["input"], scale, bias, aten.clone, text))
 
     def normalized() -> LinearCall:
         # First without moving the running statistics, on which the second may depend.
@@ -352,7 +350,7 @@ def _normalization(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _transposed_parent(weight: Tensor) -> Tensor | None:
-    """The leaf of which a matrix is the transpose."""
+    """Return the leaf of which a matrix is the transpose, or None."""
     if is_dynamo_compiling() or weight.is_leaf or weight.dim() != 2:
         return None
     parent = weight._base

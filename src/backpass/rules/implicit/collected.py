@@ -1,4 +1,4 @@
-"""Rows or Gram matrix that the uses of one weight leave for the solve at the optimizer's step."""
+"""Rows or Gram matrix of a weight's uses, for the solve at the optimizer's step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from backpass.errors import BackpassError
 from backpass.rules.implicit.attached import Named
-from backpass.rules.implicit.layers import Gradients
+from backpass.rules.implicit.layers import Gradients, LinearLayer, in_parts
 from backpass.rules.implicit.proximal import ProximalStep, Rows, from_gradient, from_rows, gram, samples
 from backpass.rules.implicit.systems import column_gram
 from backpass.rules.implicit.uses import Use
@@ -21,7 +21,7 @@ Parameters = tuple[Named | None, Named | None]
 
 
 class Collected:
-    """The rows of one weight's uses while they are at most as many as the columns, or their Gram matrix A^T A.
+    """Rows of one weight's uses, or their Gram matrix A^T A once there are more rows than columns.
 
     Attributes:
         parameters: weight and bias, those that learn.
@@ -54,8 +54,7 @@ class Collected:
             BackpassError: the same weight was used in another way before.
         """
         layer = use.layer
-        same = type(layer) is type(self.layer) and layer.blocks == self.layer.blocks
-        if not same or (use.text != self.text and use.text.startswith(("Linear", "Einsum"))):
+        if use.text != self.text and not _same_matrix(layer, self.layer):
             raise BackpassError(
                 f"{self.name!r} is shared by {self.text.split()[0]} and {use.text.split()[0]} layers that differ, or "
                 "used as itself and transposed, so its uses have no common Gram matrix: leave one out by `where`."
@@ -83,15 +82,12 @@ class Collected:
     def to_gram(self) -> None:
         """Replace the rows by their Gram matrix."""
         if self.has_rows and self._rows:
-            a = self.rows().a.to(self._dtype)
+            a, parts = self.rows().a.to(self._dtype), self.layer.parts(self._step.max_side)
             self._rows = []
-            parts = self.layer.parts(self._step.max_side)
-            if parts > 1:
-                a = a.reshape(*a.shape[:2], parts, -1).transpose(1, 2).flatten(0, 1)
-            self.gram = column_gram(a, self.wants[1] and parts == 1)
+            self.gram = column_gram(in_parts(a, parts), self.wants[1] and parts == 1)
 
     def rows(self) -> Rows:
-        """A and g of all uses.
+        """Return A and g of all uses.
 
         Raises:
             BackpassError: a layer's input was modified in place since the backward pass.
@@ -107,11 +103,11 @@ class Collected:
         return Rows(torch.cat(a, 1), torch.cat(g, 1), self.samples)
 
     def replace_rows(self, rows: Rows) -> None:
-        """Go on with these rows instead of the ones collected here."""
+        """Replace the rows collected here."""
         self._rows = [(rows.a, rows.g, rows.a._version)]
 
     def direction(self, plain: Gradients) -> Gradients:
-        """D for the plain gradients in ``.grad``, whose memory may be used for it."""
+        """Return D for the plain gradients in ``.grad``, whose memory may be overwritten with it."""
         if not self.has_rows:
             assert self.gram is not None  # noqa: S101  it is the one or the other
             kernel = self.gram
@@ -134,7 +130,7 @@ class Collected:
         return from_gradient(self.layer, system, self.wants, (self.count, self.samples), dtype, self._step)
 
     def _common_scale(self, rows: Rows, plain: Gradients) -> float | None:
-        """The c with P = c g^T A, which unscaling, clipping by norm and averaging leave; None if none fits.
+        """Return the c with P = c g^T A, which unscaling, clipping by norm and averaging leave; None if none fits.
 
         Both sides are compared on one fixed vector of random signs. A c that rounding cannot tell from 1 is 1.
         """
@@ -155,8 +151,14 @@ class Collected:
         return 1.0 if abs(scale - 1) < eps**0.7 else scale
 
 
+def _same_matrix(one: LinearLayer, other: LinearLayer) -> bool:
+    """Return True if two layers of one weight have the same outputs and columns, and so a common Gram matrix."""
+    positions = torch.arange(torch.Size(one.shape).numel()).reshape(one.shape)
+    return torch.equal(one.matrix(positions), other.matrix(positions))
+
+
 def gather(names: Sequence[str], collected: dict[str, Collected]) -> None:
-    """Join what all processes collected; each must call this with the same names in the same order.
+    """Sum the contributions of all processes; each must call this with the same names in the same order.
 
     Gram matrices are summed. Where the rows of all processes together are few, the rows are exchanged.
 
@@ -190,7 +192,7 @@ def gather(names: Sequence[str], collected: dict[str, Collected]) -> None:
 
 
 def _exchange(tensor: Tensor, counts: list[int]) -> Tensor:
-    """The (blocks, n, columns) tensors of all processes, joined along n."""
+    """Gather the (blocks, n, columns) tensors of all processes along n."""
     longest = max(counts)
     padded = tensor.new_zeros(tensor.shape[0], longest, tensor.shape[2])
     padded[:, : tensor.shape[1]] = tensor

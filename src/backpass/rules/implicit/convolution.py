@@ -52,7 +52,7 @@ class Convolution(LinearLayer):
     output_padding: Sizes
     groups: int
     transposed: int
-    has_rows: ClassVar[bool] = True
+    is_product: ClassVar[bool] = False
 
     @property
     def blocks(self) -> int:
@@ -65,11 +65,11 @@ class Convolution(LinearLayer):
 
     @property
     def step(self) -> Sizes:
-        """The stride between the patches of `spread`."""
+        """Stride between the patches of `spread`."""
         return (1,) * len(self.stride) if self.transposed else self.stride
 
     def spread(self, x: Tensor) -> Tensor:
-        """The input whose patches are the rows: with zeros around it and, where transposed, inside it."""
+        """Return the input with zeros around it and, where transposed, inside it: its patches are the rows."""
         if self.transposed:
             x = self._with_zeros_inside(x)
             reach = [(k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True)]
@@ -160,7 +160,7 @@ def patch_count(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes) -> Siz
 
 
 def patch_rows(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups: int) -> Tensor:
-    """All patches written out, column by column, as in memory the input lies.
+    """Return all patches, written out column by column, in the order of the input in memory.
 
     Args:
         x: (N, C, *spatial), padded.
@@ -186,12 +186,12 @@ def patch_rows(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups:
 
 
 def patch_sums(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups: int) -> Tensor:
-    """The sum of all patches, (groups, columns): what the column of ones has in common with the others."""
+    """Return the sum of all patches, (groups, columns): the products of the column of ones with the others."""
     return patch_rows(x.sum(0, keepdim=True), kernel, stride, dilation, groups).sum(1)
 
 
 def unfolded_gram(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups: int) -> Tensor:
-    """A^T A, (groups, columns, columns), with the patches of `patch_rows` written out for a few samples at a time."""
+    """Return A^T A, (groups, columns, columns), with patches written out for a few samples at a time."""
     columns = x.shape[1] // groups * math.prod(kernel)
     per_sample = math.prod(patch_count(x, kernel, stride, dilation)) * columns * groups
     gram = x.new_zeros(groups, columns, columns)
@@ -201,16 +201,15 @@ def unfolded_gram(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, grou
 
 
 def patch_gram(x: Tensor, kernel: Sizes, stride: Sizes, dilation: Sizes, groups: int, border: bool = True) -> Tensor:
-    """A^T A, (groups, columns, columns), in the cheaper of the two ways.
+    """Return A^T A, (groups, columns, columns), in the cheaper of the two ways.
 
     Without ``border`` the correlation may leave out its windows (see `correlated_gram`), which makes it cheaper.
     """
-    if any(d != 1 and k != 1 for d, k in zip(dilation, kernel, strict=True)):
-        return unfolded_gram(x, kernel, stride, dilation, groups)
-    counts = patch_count(x, kernel, stride, dilation)
-    if _unfolded_cost(x, kernel, counts, groups) < _correlated_cost(x, kernel, counts, stride, groups, border):
-        return unfolded_gram(x, kernel, stride, dilation, groups)
-    return correlated_gram(x, kernel, stride, groups, border)
+    if all(s == d == 1 for s, d in zip(stride, dilation, strict=True)):
+        counts = patch_count(x, kernel, stride, dilation)
+        if _correlated_cost(x, kernel, counts, groups, border) < _unfolded_cost(x, kernel, counts, groups):
+            return correlated_gram(x, kernel, groups, border)
+    return unfolded_gram(x, kernel, stride, dilation, groups)
 
 
 # Nanoseconds on one core of a current server processor; only their ratios matter.
@@ -222,20 +221,19 @@ def _unfolded_cost(x: Tensor, kernel: Sizes, counts: Sizes, groups: int) -> floa
     return x.shape[0] * math.prod(counts) * groups * columns * (_COPY + columns * _MULTIPLY)
 
 
-def _correlated_cost(x: Tensor, kernel: Sizes, counts: Sizes, stride: Sizes, groups: int, border: bool) -> float:
-    reach = [-(-k // s) for k, s in zip(kernel, stride, strict=True)]
-    n, channels, cost = x.shape[0], x.shape[1] // groups * math.prod(stride), 0.0
+def _correlated_cost(x: Tensor, kernel: Sizes, counts: Sizes, groups: int, border: bool) -> float:
+    n, channels, cost = x.shape[0], x.shape[1] // groups, 0.0
     for in_strip in product((False, True) if border else (False,), repeat=len(kernel)):
-        strips = [a - 1 for a, there in zip(reach, in_strip, strict=True) if there]
+        strips = [k - 1 for k, there in zip(kernel, in_strip, strict=True) if there]
         wide = channels * math.prod(strips)
-        grid = math.prod(o + 2 * (a - 1) for o, a, there in zip(counts, reach, in_strip, strict=True) if not there)
+        grid = math.prod(o + 2 * (k - 1) for o, k, there in zip(counts, kernel, in_strip, strict=True) if not there)
         by_transform = grid * wide * (n * _TRANSFORM + wide * (n * _COMPLEX_MULTIPLY + _TRANSFORM_BACK))
         cost += 2 ** len(strips) * (n * wide**2 * _MULTIPLY if all(in_strip) else by_transform)
     return groups * cost
 
 
-def correlated_gram(x: Tensor, kernel: Sizes, stride: Sizes, groups: int, border: bool = True) -> Tensor:
-    """A^T A by Fourier transforms, for dilation 1.
+def correlated_gram(x: Tensor, kernel: Sizes, groups: int, border: bool = True) -> Tensor:
+    """Return A^T A by Fourier transforms, for stride 1 and dilation 1.
 
     With i, j kernel positions and p output positions, G[i, j] = sum_p x[p + i] x[p + j] is the correlation
     R[j - i] = sum_q x[q] x[q + j - i] over all of x, minus the q outside the window that belongs to i. Per dimension
@@ -247,28 +245,21 @@ def correlated_gram(x: Tensor, kernel: Sizes, stride: Sizes, groups: int, border
     Returns:
         (groups, columns, columns), in the order of `patch_rows`.
     """
-    if any(s != 1 for s in stride):
-        return _strided(x, kernel, stride, groups, border)
-    dims = len(kernel)
-    counts = patch_count(x, kernel, stride, (1,) * dims)
-    for d, (o, k) in enumerate(zip(counts, kernel, strict=True)):
-        x = x.narrow(2 + d, 0, o + k - 1)
     columns = x.shape[1] // groups * math.prod(kernel)
     gram = x.new_zeros(groups, *(x.shape[1] // groups, *kernel) * 2)
-    for ends in product((None, "low", "high") if border else (None,), repeat=dims):
+    for ends in product((None, "low", "high") if border else (None,), repeat=len(kernel)):
         if all(end is None or k > 1 for end, k in zip(ends, kernel, strict=True)):
-            sign = (-1) ** sum(end is not None for end in ends)
-            gram += sign * _correlation(x, kernel, counts, ends, groups)
+            gram += (-1) ** sum(end is not None for end in ends) * _correlation(x, kernel, ends, groups)
     return gram.reshape(groups, columns, columns)
 
 
-def _correlation(x: Tensor, kernel: Sizes, counts: Sizes, ends: tuple[str | None, ...], groups: int) -> Tensor:
-    """The part of the correlation whose q lie in the given strips: (groups, C, *kernel, C, *kernel)."""
+def _correlation(x: Tensor, kernel: Sizes, ends: tuple[str | None, ...], groups: int) -> Tensor:
+    """Return the part of the correlation with q in the given strips, (groups, C, *kernel, C, *kernel)."""
     dims = range(len(kernel))
     strips = [d for d in dims if ends[d]]
     part = x
     for d in strips:
-        part = part.narrow(2 + d, 0 if ends[d] == "low" else counts[d], kernel[d] - 1)
+        part = part.narrow(2 + d, 0 if ends[d] == "low" else x.shape[2 + d] - kernel[d] + 1, kernel[d] - 1)
     free = [d for d in dims if not ends[d]]
     n, channels = part.shape[0], part.shape[1] // groups
     sizes = [kernel[d] - 1 for d in strips]
@@ -291,13 +282,14 @@ def _correlation(x: Tensor, kernel: Sizes, counts: Sizes, ends: tuple[str | None
 
 
 def _autocorrelation(part: Tensor, lags: list[int]) -> Tensor:
-    """Sum over n and q of part[a, q] part[b, q + j - i]: (groups, a, b, then i and j of each dimension)."""
+    """Return sums over n and q of part[a, q] part[b, q + j - i], (groups, a, b, i and j of each dimension)."""
     if not lags:
         return column_gram(part)
     groups, channels = part.shape[0], part.shape[2]
     dims = tuple(range(3, part.dim()))
-    sizes = [_smooth(size + k - 1) for size, k in zip(part.shape[3:], lags, strict=True)]
-    sizes[-1] += sizes[-1] % 2
+    sizes = [size + k - 1 for size, k in zip(part.shape[3:], lags, strict=True)]
+    # Sizes without a prime factor above 5 transform fast; the last one is even.
+    sizes = [next(n for n in range(size, 2 * size + 1) if 30**30 % n == 0 == n % 2) for size in sizes]
     spectrum: Tensor | None = None
     per_sample = groups * channels * math.prod(sizes)
     for piece in torch.split(part, max(1, 4 * _CHUNK // per_sample), dim=1):
@@ -318,7 +310,7 @@ def _autocorrelation(part: Tensor, lags: list[int]) -> Tensor:
 
 
 def _window(strip: Tensor, i: int, j: int, k: int, low: bool) -> Tensor:
-    """From pairs (q, q + j - i) of positions in a strip to sums over the strip's q outside the window of i.
+    """Sum pairs (q, q + j - i) of positions in a strip over the strip's q outside the window of i.
 
     Low end: q < i, so W[i, j] = W[i - 1, j - 1] + S[i - 1, j - 1]; high end: W[i, j] = S[i, j] + W[i + 1, j + 1].
     """
@@ -330,37 +322,3 @@ def _window(strip: Tensor, i: int, j: int, k: int, low: bool) -> Tensor:
         else:
             window[..., at, :-1] = window[..., at + 1, 1:] + strip[..., at, :]
     return window.movedim((-2, -1), (i, j))
-
-
-def _strided(x: Tensor, kernel: Sizes, stride: Sizes, groups: int, border: bool) -> Tensor:
-    """Stride s as stride 1: x[s p + i] with i = s a + b is position p + a of the b-th of s interleaved images."""
-    dims = len(kernel)
-    n, channels = x.shape[0], x.shape[1]
-    counts = patch_count(x, kernel, stride, (1,) * dims)
-    reach = tuple(-(-k // s) for k, s in zip(kernel, stride, strict=True))
-    lengths = [(o + a - 1) * s for o, a, s in zip(counts, reach, stride, strict=True)]
-    ends = [length - size for length, size in zip(lengths, x.shape[2:], strict=True)]
-    x = pad(x, [end for tail in reversed(ends) for end in (0, tail)])
-    x = x.reshape(n, channels, *(part for length, s in zip(lengths, stride, strict=True) for part in (length // s, s)))
-    x = x.permute(0, 1, *(3 + 2 * d for d in range(dims)), *(2 + 2 * d for d in range(dims)))
-    x = x.reshape(n, channels * math.prod(stride), *(length // s for length, s in zip(lengths, stride, strict=True)))
-    gram = correlated_gram(x, reach, (1,) * dims, groups, border)
-    # Columns are (channel, b of each dimension, a of each dimension); wanted is (channel, i = s a + b) below k.
-    index = torch.arange(channels // groups * math.prod(stride) * math.prod(reach), device=x.device)
-    index = index.reshape(channels // groups, *stride, *reach)
-    index = index.permute(0, *(axis for d in range(dims) for axis in (1 + dims + d, 1 + d)))
-    index = index.reshape(channels // groups, *(a * s for a, s in zip(reach, stride, strict=True)))
-    index = index[(slice(None), *(slice(0, k) for k in kernel))].flatten()
-    return gram.index_select(1, index).index_select(2, index)
-
-
-def _smooth(size: int) -> int:
-    """The next size without a prime factor above 5, which transforms fast."""
-    while True:
-        rest = size
-        for factor in (2, 3, 5):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return size
-        size += 1

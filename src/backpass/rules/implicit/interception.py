@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves
 
 from backpass.errors import BackpassError
@@ -27,7 +28,7 @@ class LayerInterception(Interception):
 
     attached: LayerAttached
     _call: LinearCall | BackpassError | None = None
-    """The call at hand, or why it is no layer, which is raised where the rule acts on it."""
+    """Current call, or the error to raise if the rule acts on it."""
 
     def __torch_function__(
         self, func: TorchFunction, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -46,14 +47,14 @@ class LayerInterception(Interception):
             return True
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(x, Tensor) and x.requires_grad and self._is_parameter(x) for x in leaves):
-            name = PRODUCTS[func]
-            self.note_unreachable(
-                self.running[-1].path, f"{name} of several parameters is linear in none of them alone"
-            )
+            self.note_unreachable(self.running[-1].path, f"{PRODUCTS[func]} of parameters is not read as a layer")
         return False
 
     def _is_parameter(self, tensor: Tensor) -> bool:
-        if isinstance(tensor, nn.Parameter):
+        """Return whether a tensor is a parameter or a view of one."""
+        if isinstance(tensor, nn.Parameter) or (
+            not is_dynamo_compiling() and isinstance(tensor._base, nn.Parameter) and tensor.requires_grad
+        ):
             return True
         if not torch_internals.transforms():
             return False
@@ -116,7 +117,7 @@ class LayerInterception(Interception):
     def node(self, layer: LinearCall, site: SiteCall | None) -> Any:
         """Return the value of a layer whose gradients come from this attachment in the backward pass."""
         call = Call(layer.text, ("", ()), torch_internals.transforms(), self.attached.token, site)
-        z = implicit_layer(layer.x, layer.weight, layer.bias, layer.z, layer.compute, layer.rest, call)
+        z = implicit_layer(layer.x, layer.weight, layer.bias, layer.z, layer.compute, call)
         return z if layer.batched else z.squeeze(0)
 
     @staticmethod

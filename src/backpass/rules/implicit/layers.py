@@ -16,9 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backpass.rules.implicit.systems import bordered, column_gram
+from backpass.rules.implicit.systems import column_gram
 
-__all__ = ["Affine", "Einsum", "Embedding", "Gradients", "Linear", "LinearLayer", "Product", "Sizes"]
+__all__ = ["Einsum", "Embedding", "Gradients", "Linear", "LinearLayer", "Sizes", "in_parts"]
 
 Sizes = tuple[int, ...]
 Gradients = tuple[Tensor | None, Tensor | None]
@@ -26,15 +26,17 @@ Gradients = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class LinearLayer(ABC):
-    """A kind of layer with its settings.
+    """A kind of layer with its settings; by default everything follows from `rows` and `output_rows`.
 
     Attributes:
         shape: the shape of the weight.
-        has_rows: whether `rows` and `output_rows` are available.
+        has_rows: True if `rows` and `output_rows` are available.
+        is_product: True if Z is the product of the rows with the weight as a matrix.
     """
 
     shape: Sizes
-    has_rows: ClassVar[bool] = False
+    has_rows: ClassVar[bool] = True
+    is_product: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -46,35 +48,45 @@ class LinearLayer(ABC):
         """Number of rows of the input ``x``."""
 
     @abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape as a matrix (blocks, outputs, columns)."""
+
+    @abstractmethod
+    def weight(self, matrix: Tensor) -> Tensor:
+        """Return the inverse of `matrix`."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return A without the column of ones, (blocks, rows, columns)."""
+        raise NotImplementedError
+
+    def output_rows(self, grad: Tensor) -> Tensor:
+        """Return the gradient of Z in the order of the rows, (blocks, rows, outputs)."""
+        raise NotImplementedError
+
     def gram(self, x: Tensor, ones: bool, border: bool = True, parts: int = 1) -> Tensor:
-        """A^T A, (blocks, columns, columns), with the column of ones or without.
+        """Return A^T A, (blocks, columns, columns), with the column of ones or without.
 
         Without ``border`` a convolution's Gram matrix is the larger one of `convolution.correlated_gram` where that is
         cheaper. With ``parts`` above 1 the columns are cut into so many equal pieces, each a block of its own.
         """
+        return column_gram(in_parts(self.rows(x), parts), ones)
 
-    @abstractmethod
     def gradients(self, x: Tensor, grad: Tensor, weight: bool, bias: bool) -> Gradients:
-        """dL/dW and dL/db of plain backpropagation, those that are wanted."""
+        """Return dL/dW and dL/db of plain backpropagation, those that are wanted."""
+        outputs = self.output_rows(grad)
+        by_weight = self.weight(outputs.mT @ self.rows(x)) if weight else None
+        return by_weight, outputs.sum(1).flatten() if bias else None
 
     def input_gradient(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-        """dL/dx of plain backpropagation; only the shape of ``x`` is used."""
+        """Return dL/dx of plain backpropagation; only the shape of ``x`` is used."""
         raise NotImplementedError
 
     def outputs(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Z, for layers without rows."""
+        """Return Z, for layers that are no products."""
         raise NotImplementedError
 
-    @abstractmethod
-    def matrix(self, weight: Tensor) -> Tensor:
-        """A tensor of the weight's shape as a matrix (blocks, outputs, columns)."""
-
-    @abstractmethod
-    def weight(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix`."""
-
     def bias_matrix(self, bias: Tensor) -> Tensor:
-        """A tensor of the bias's shape as a matrix (blocks, outputs, 1)."""
+        """Return a tensor of the bias's shape as a matrix (blocks, outputs, 1)."""
         return bias.reshape(self.blocks, -1, 1)
 
     def columns(self, ones: bool) -> int:
@@ -90,35 +102,16 @@ class LinearLayer(ABC):
         pieces = -(-self._columns // limit)
         return next(p for p in range(pieces, self._columns + 1) if self._columns % p == 0) if pieces > 1 else 1
 
-    def rows(self, x: Tensor) -> Tensor:
-        """A without the column of ones, (blocks, rows, columns)."""
-        raise NotImplementedError
 
-    def output_rows(self, grad: Tensor) -> Tensor:
-        """The gradient of Z in the order of the rows, (blocks, rows, outputs)."""
-        raise NotImplementedError
-
-
-class Product(LinearLayer):
-    """A layer that is a product with the weight as a matrix: everything follows from rows and output rows."""
-
-    has_rows: ClassVar[bool] = True
-
-    def gram(self, x: Tensor, ones: bool, border: bool = True, parts: int = 1) -> Tensor:
-        rows = self.rows(x)
-        if parts > 1:
-            blocks, n = rows.shape[:2]
-            rows = rows.reshape(blocks, n, parts, -1).transpose(1, 2).flatten(0, 1)
-        return column_gram(rows, ones)
-
-    def gradients(self, x: Tensor, grad: Tensor, weight: bool, bias: bool) -> Gradients:
-        outputs = self.output_rows(grad)
-        by_weight = self.weight(outputs.mT @ self.rows(x)) if weight else None
-        return by_weight, outputs.sum(1).flatten() if bias else None
+def in_parts(rows: Tensor, parts: int) -> Tensor:
+    """Return rows with their columns cut into equal pieces, each a block of its own."""
+    if parts == 1:
+        return rows
+    return rows.reshape(*rows.shape[:2], parts, -1).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
-class Linear(Product):
+class Linear(LinearLayer):
     """F.linear, or a product with a matrix on the right: rows are the input's last dimension, whatever its rank.
 
     Attributes:
@@ -153,10 +146,11 @@ class Linear(Product):
 
 
 @dataclass(frozen=True)
-class Einsum(Product):
+class Einsum(LinearLayer):
     """A product of the input with the weight over some of their dimensions, as ``torch.einsum`` writes it.
 
-    Dimensions of the weight alone are outputs, those of input and output rows, those of all three blocks.
+    Dimensions of the weight alone are outputs, those of input and output rows, those of all three blocks. The scale of
+    a normalization is ``"nc,c->nc"`` on normalized input.
 
     Attributes:
         equation: the dimensions of input, weight and output, as in ``"bnd,hdo->bhno"``.
@@ -228,6 +222,8 @@ class Embedding(LinearLayer):
     """
 
     padding: int
+    has_rows: ClassVar[bool] = False
+    is_product: ClassVar[bool] = False
 
     @property
     def blocks(self) -> int:
@@ -248,43 +244,3 @@ class Embedding(LinearLayer):
 
     def weight(self, matrix: Tensor) -> Tensor:
         return matrix.squeeze(-1)
-
-
-@dataclass(frozen=True)
-class Affine(LinearLayer):
-    """The scale and shift of a normalization, z = x w + b on normalized x: each feature is a block.
-
-    Attributes:
-        last: 1 if the features are the last dimensions of the input, 0 if they are dimension 1.
-    """
-
-    last: int
-
-    @property
-    def blocks(self) -> int:
-        return math.prod(self.shape)
-
-    def count(self, x: Tensor) -> int:
-        return x.numel() // self.blocks
-
-    def gram(self, x: Tensor, ones: bool, border: bool = True, parts: int = 1) -> Tensor:
-        x = self._by_feature(x)
-        gram = x.square().sum(0).reshape(-1, 1, 1)
-        return bordered(gram, x.sum(0).unsqueeze(-1), x.shape[0]) if ones else gram
-
-    def gradients(self, x: Tensor, grad: Tensor, weight: bool, bias: bool) -> Gradients:
-        x, grad = self._by_feature(x), self._by_feature(grad)
-        by_weight = (grad * x).sum(0).reshape(self.shape) if weight else None
-        return by_weight, grad.sum(0).reshape(self.shape) if bias else None
-
-    def input_gradient(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-        return grad * (weight if self.last else weight.reshape(-1, *[1] * (grad.dim() - 2)))
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.reshape(-1, 1, 1)
-
-    def weight(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.shape)
-
-    def _by_feature(self, tensor: Tensor) -> Tensor:
-        return (tensor if self.last else tensor.movedim(1, -1)).reshape(-1, self.blocks)

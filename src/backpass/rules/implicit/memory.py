@@ -1,6 +1,7 @@
 """A running average of each layer's Gram matrix, whose damped inverse is applied for several steps.
 
-M <- memory M + (1 - memory) A^T A / N every ``refresh`` steps, D = (M + lambda I)^{-1} G in every step.
+With t the steps since the last refresh, M <- memory^t M + (1 - memory^t) A^T A / N at a refresh and
+D = (M + lambda I)^{-1} G in every step.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from backpass.rules.implicit.proximal import ProximalStep, as_gradients, as_matr
 from backpass.rules.implicit.systems import NotFiniteError, solve
 from backpass.rules.implicit.uses import layer_of
 
-__all__ = ["Memory"]
+__all__ = ["LONGEST", "Memory"]
 
+LONGEST = 10
+"""Largest number of steps between two refreshes where none is given."""
 _FLOOR = 3e-5
 
 
@@ -29,7 +32,9 @@ class _Layer:
     Attributes:
         mean: M, (blocks, columns, columns).
         samples: number of samples per row.
-        due: age in steps at which M is next refreshed.
+        turn: the layer is refreshed at ages a for which the interval divides a + turn; -1 before it is known.
+        age: number of steps.
+        last: age at the last refresh.
         inverse: (M + lambda I)^{-1}, times the scale of the direction; None until it is needed.
         of_bias: that number for a bias alone.
     """
@@ -39,21 +44,28 @@ class _Layer:
     names: tuple[str | None, str | None]
     mean: Tensor
     samples: float
-    due: int
+    turn: int = -1
     age: int = 0
+    last: int = 0
     inverse: Tensor | None = None
     of_bias: float = 1.0
 
 
 class Memory:
-    """The memory of all layers: ``decay`` is the share that a refresh keeps, ``refresh`` the steps between two."""
+    """Memory of all layers.
 
-    def __init__(self, decay: float, refresh: int, step: ProximalStep) -> None:
+    Args:
+        decay: share of the average that a step keeps.
+        refresh: steps between two refreshes; None: a tenth of a layer's age, from 1 to 10.
+        step: how the systems are solved.
+    """
+
+    def __init__(self, decay: float, refresh: int | None, step: ProximalStep) -> None:
         self.decay, self.refresh, self.step = decay, refresh, step
         self.layers: dict[str, _Layer] = {}
 
     def take(self, step: ProximalStep) -> None:
-        """Solve in another way from now on."""
+        """Change how the systems are solved."""
         self.step = step
         for layer in self.layers.values():
             layer.inverse = None
@@ -61,7 +73,10 @@ class Memory:
     def is_due(self, name: str) -> bool:
         """Return whether the next step of a layer needs its Gram matrix."""
         layer = self.layers.get(name)
-        return layer is None or layer.age >= layer.due
+        if layer is None:
+            return True
+        interval = self.refresh or min(LONGEST, 1 + layer.age // 10)
+        return (layer.age + layer.turn) % interval == 0
 
     def update(self, name: str, collected: Collected) -> None:
         """Refresh the average of a layer.
@@ -79,22 +94,21 @@ class Memory:
         if layer is None or layer.mean.shape != gram.shape:
             weight, bias = collected.parameters
             names = (weight.name if weight else None, bias.name if bias else None)
-            self.layers[name] = _Layer(collected.text, collected.layer.shape, names, gram, samples, due=-1)
+            self.layers[name] = _Layer(collected.text, collected.layer.shape, names, gram, samples)
         else:
-            layer.mean.lerp_(gram, 1 - self.decay)
-            layer.samples, layer.due, layer.inverse = samples, layer.age + self.refresh, None
+            layer.mean = layer.mean.to(gram).lerp_(gram, 1 - self.decay ** (layer.age - layer.last))
+            layer.samples, layer.last, layer.inverse = samples, layer.age, None
 
     def spread(self) -> None:
-        """Give new layers their turns, so that refreshes of all layers spread evenly over the steps."""
-        new = [layer for layer in self.layers.values() if layer.due < 0]
-        loads = [0.0] * self.refresh
+        """Assign turns to new layers, so that refreshes spread evenly over the steps."""
+        loads = [0.0] * (self.refresh or LONGEST)
+        new = [layer for layer in self.layers.values() if layer.turn < 0]
         for layer in sorted(new, key=lambda one: -one.mean.numel() * one.mean.shape[-1]):
-            turn = loads.index(min(loads))
-            loads[turn] += layer.mean.numel() * layer.mean.shape[-1]
-            layer.due = turn + 1
+            layer.turn = loads.index(min(loads))
+            loads[layer.turn] += layer.mean.numel() * layer.mean.shape[-1]
 
     def direction(self, name: str, plain: Gradients) -> Gradients:
-        """D of a layer."""
+        """Return D of a layer."""
         one = self.layers[name]
         layer = layer_of(one.text, one.shape)
         if one.inverse is None:
@@ -119,12 +133,12 @@ class Memory:
         return (inverse * scale).to(one.mean.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages and the turns; inverses follow from them."""
-        fields = ("text", "shape", "names", "mean", "samples", "due", "age")
+        """Return the averages and turns; inverses follow from them."""
+        fields = ("text", "shape", "names", "mean", "samples", "turn", "age", "last")
         return {name: {field: getattr(layer, field) for field in fields} for name, layer in self.layers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore the state of a `state_dict`."""
         self.layers = {name: _Layer(**{**saved, "mean": saved["mean"].clone()}) for name, saved in state.items()}
 
     def pays(self, one: Collected) -> bool:
@@ -134,4 +148,4 @@ class Memory:
         o, side = weights // layer.columns(False), d / layer.parts(self.step.max_side)
         build = rows * d * side + d * side**2
         exact = 2 * rows**2 * (d + o) + rows**3 / 3 if one.has_rows else build + 2 * d * side * o
-        return 2 * d * side * o + build / self.refresh < exact
+        return 2 * d * side * o + build / (self.refresh or LONGEST) < exact

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 
-from backpass.errors import BackpassError, UnknownNameError
+from backpass.errors import BackpassError
 from backpass.rules import torch_internals
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.implicit.attached import LayerAttached
 from backpass.rules.implicit.calls import NORMALIZATIONS, LinearCall
 from backpass.rules.implicit.interception import LayerInterception
-from backpass.rules.implicit.layers import Gradients, LinearLayer, Product
+from backpass.rules.implicit.layers import Gradients, LinearLayer
 from backpass.rules.implicit.systems import NotFiniteError, conjugate_gradients, row_gram, solve
 from backpass.rules.implicit.uses import Found, Use
 
@@ -61,7 +61,7 @@ class ProximalStep:
     max_side: int
 
     def added(self, count: float, samples: float, columns: int = 0) -> Callable[[Tensor], float]:
-        """Damping added to the diagonal of a Gram matrix: A^T A, or A A^T if ``columns`` of A are given."""
+        """Return the damping added to the diagonal of A^T A, or of A A^T if ``columns`` of A are given."""
         if self.damping != "relative":
             number = {"sum": 1, "mean": count, "sample_mean": samples}[self.damping] / self.tau
             return lambda gram: number
@@ -74,7 +74,7 @@ class ProximalStep:
         return relative
 
     def scale(self, count: float, samples: float, added: float) -> float:
-        """The number c with D = c (A^T A + added I)^{-1} A^T g."""
+        """Return the c with D = c (A^T A + added I)^{-1} A^T g."""
         return {"sum": 1.0, "mean": float(count), "sample_mean": float(samples), "relative": added}[self.damping]
 
 
@@ -87,7 +87,7 @@ class Rows(NamedTuple):
 
 
 def solve_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision to solve in for weights of this dtype: a bfloat16 Gram matrix is not positive definite."""
+    """Return the dtype of the solve for weights of a dtype: a bfloat16 Gram matrix is not positive definite."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -97,7 +97,7 @@ def samples(x: Tensor) -> int:
 
 
 def direction(layer: LinearLayer, x: Tensor, grad: Tensor, wants: tuple[bool, bool], step: ProximalStep) -> Gradients:
-    """D for weight and bias of one use of a layer, on the cheaper side; what is not wanted is held fixed.
+    """Return D for weight and bias of one use of a layer, on the cheaper side; what is not wanted is fixed.
 
     Raises:
         NotFiniteError: ``x`` is not finite.
@@ -114,7 +114,7 @@ def direction(layer: LinearLayer, x: Tensor, grad: Tensor, wants: tuple[bool, bo
 
 
 def gram(layer: LinearLayer, x: Tensor, wants: tuple[bool, bool], step: ProximalStep, dtype: torch.dtype) -> Tensor:
-    """A^T A of what is wanted; in pieces where it would be larger than the step's ``max_side``."""
+    """Return A^T A of what is wanted, in pieces of at most the step's ``max_side``."""
     if not wants[0]:
         return torch.full((layer.blocks, 1, 1), float(layer.count(x)), dtype=dtype, device=x.device)
     parts = layer.parts(step.max_side)
@@ -122,7 +122,7 @@ def gram(layer: LinearLayer, x: Tensor, wants: tuple[bool, bool], step: Proximal
 
 
 def from_rows(layer: LinearLayer, rows: Rows, ones: bool, step: ProximalStep, out: Tensor | None = None) -> Gradients:
-    """D = A^T S, S = (A A^T + I/tau)^{-1} g: the plain weight gradient with S in the place of g.
+    """Return D = A^T S, S = (A A^T + I/tau)^{-1} g: the plain weight gradient with S in the place of g.
 
     With ``ones`` A has the column of ones, and D of the bias is wanted too. ``out`` is memory for D of the weight as a
     matrix, used if its dtype fits.
@@ -133,7 +133,7 @@ def from_rows(layer: LinearLayer, rows: Rows, ones: bool, step: ProximalStep, ou
     if step.solver == "cg":
         kernel = row_gram(a.to(g.dtype), ones)
         damping = added(kernel)
-        factor = conjugate_gradients(kernel, g, damping, step.cg_steps, isinstance(layer, Product), rows=True)
+        factor = conjugate_gradients(kernel, g, damping, step.cg_steps, layer.is_product, rows=True)
     else:
         # The solve costs as many right sides as there are; A itself may be the fewer: D^T = ((..)^{-1} A)^T g.
         of_inputs = columns + ones < g.shape[-1]
@@ -162,7 +162,7 @@ def from_gradient(
     dtype: torch.dtype,
     step: ProximalStep,
 ) -> Gradients:
-    """D = (A^T A + I/tau)^{-1} P from the plain gradient P.
+    """Return D = (A^T A + I/tau)^{-1} P from the plain gradient P.
 
     ``system`` gives `gram` and P in a given precision, both of which may be overwritten. ``counts`` are the numbers of
     rows of A and of samples.
@@ -177,7 +177,7 @@ def from_gradient(
     if step.solver == "cg":
         kernel, right = joined(dtype)
         damping = added(kernel)
-        by_column = isinstance(layer, Product)
+        by_column = layer.is_product
         found = conjugate_gradients(kernel, right, damping, step.cg_steps, by_column, rows=False)
     else:
         found, damping = solve(joined, added, dtype, _COLUMNS_FLOOR)
@@ -190,7 +190,7 @@ def from_gradient(
 
 
 def as_matrix(layer: LinearLayer, gradients: Gradients, side: int) -> Tensor:
-    """Weight and bias gradient as the right side (blocks, side, outputs) of a system with A^T A."""
+    """Return weight and bias gradient as the right side (blocks, side, outputs) of a system with A^T A."""
     weight, bias = gradients
     if weight is None:
         assert bias is not None  # noqa: S101  one of the two is wanted
@@ -205,7 +205,7 @@ def as_matrix(layer: LinearLayer, gradients: Gradients, side: int) -> Tensor:
 
 
 def as_gradients(layer: LinearLayer, solution: Tensor, wants: tuple[bool, bool]) -> Gradients:
-    """The inverse of `as_matrix`; in pieces the bias is None."""
+    """Return the inverse of `as_matrix`; in pieces the bias is None."""
     matrix = solution.mT
     if not wants[0]:
         return None, matrix.flatten()
@@ -245,7 +245,7 @@ class ProximalInterception(LayerInterception):
             BackpassError: a compiled transform, of which Dynamo does not say what gradients are asked for.
         """
         if not is_dynamo_compiling():
-            return self.attached.is_due(call.weight, call.bias)
+            return bool(torch_internals.transforms()) or self.attached.is_due(call.weight, call.bias)
         if torch_internals.transforms():
             raise BackpassError(
                 "ProxProp does not work in a compiled torch.func.grad: take torch.func.grad of the compiled model, or "
@@ -263,29 +263,20 @@ class ProximalAttached(LayerAttached):
         "optimizer=optimizer)"
     )
     interception = ProximalInterception
-    rule: Any
+    settable = ("tau", "cg_steps")
 
     def is_due(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Return whether the backward pass needs the rows of a layer; else its calls can stay plain."""
         return True
 
     def set(self, **settings: Any) -> None:
-        """Change settings of the solve from the next backward pass or step on, for schedules.
-
-        Args:
-            settings: ``tau`` and ``cg_steps``, as of `ProxProp`.
-
-        Raises:
-            BackpassError: another setting, or a value out of its range.
-        """
-        for name in settings:
-            if name not in ("tau", "cg_steps"):
-                raise UnknownNameError("setting that can change while the rule is attached", name, ("tau", "cg_steps"))
-        self.rule = replace(self.rule, damping=self.rule.step.damping, **settings)
+        """Change settings of the solve; see `LayerAttached.set`."""
+        self.rule = replace(self.rule, damping=self.rule.step.damping)
+        super().set(**settings)
         self.step = self.rule.step
 
     def start(self) -> None:
-        """Begin without any use of a weight; for a copy of the model too."""
+        """Initialise the state, also in a copy of the model."""
         super().start()
         self.step = self.rule.step
 
@@ -310,7 +301,7 @@ class ProximalAttached(LayerAttached):
 
 
 def diverged(layer: str) -> NotFiniteError:
-    """The error of a layer whose inputs are not finite."""
+    """Return the error of a layer whose inputs are not finite."""
     return NotFiniteError(
         f"the inputs of {layer} are not finite, so it has no proximal step: the network has diverged. Lower the "
         "learning rate or tau, and look at the losses of the steps before."

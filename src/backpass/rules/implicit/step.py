@@ -32,7 +32,7 @@ _STATE = "backpass"
 
 
 def optimizers_of(given: Any) -> list[Optimizer]:
-    """The torch optimizers in one or several; wrappers, as of Accelerate and Lightning, are looked into.
+    """Return the torch optimizers in one or several, also in the wrappers of Accelerate and Lightning.
 
     Raises:
         BackpassError: something else was given.
@@ -71,22 +71,22 @@ class ProximalAtStep(ProximalAttached):
             self._hooks.append(optimizers[0].register_load_state_dict_pre_hook(self._load))
 
     def start(self) -> None:
-        """Begin without any use of a weight; for a copy of the model too."""
+        """Initialise the state, also in a copy of the model."""
         super().start()
         rule, self.optimizers, self._hooks = self.rule, [], []
-        self.memory = Memory(rule.share, rule.refreshed, rule.step) if rule.share or rule.refreshed > 1 else None
+        self.memory = Memory(rule.share, rule.refresh, rule.memory_step) if rule.remembers else None
         self._collected: dict[str, Collected] = {}
         self._exact: set[str] = set()
         self._written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def set(self, **settings: Any) -> None:
-        """Change settings of the solve from the next step on; see `ProximalAttached.set`."""
+        """Change settings of the solve; see `LayerAttached.set`."""
         super().set(**settings)
         if self.memory is not None:
-            self.memory.take(self.step)
+            self.memory.take(self.rule.memory_step)
 
     def remove(self) -> None:
-        """Give the model its own backward again, and the optimizer its own step; a second call does nothing."""
+        """Restore the model's own backward and the optimizer's own step; a second call does nothing."""
         super().remove()
         for hook in self._hooks:
             hook.remove()
@@ -126,14 +126,25 @@ class ProximalAtStep(ProximalAttached):
                 "optimizer.zero_grad() after each step."
             )
         if collected is None:
+            self._refuse_shared(named.name, parameters)
             keep_rows = self.memory is None or (self.rule.chooses and named.name not in self.memory.layers)
             collected = Collected(use, parameters, self.step, keep_rows)
             self._collected[named.name] = collected
         collected.add(use, parameters, now)
         return layer.gradients(x, grad, *use.wants[1:])
 
+    def _refuse_shared(self, name: str, parameters: Parameters) -> None:
+        mine = {one.name for one in parameters if one is not None}
+        for other, collected in self._collected.items():
+            shared = mine.intersection(one.name for one in collected.parameters if one is not None)
+            if other != name and shared:
+                raise BackpassError(
+                    f"{shared.pop()!r} belongs to the layers of {other!r} and {name!r}, which have no common Gram "
+                    "matrix: leave one out by `where`."
+                )
+
     def _learning(self, use: Use) -> Parameters:
-        """Weight and bias, those that learn."""
+        """Return weight and bias, those that learn."""
         named = [
             self.parameter(tensor) if want and tensor is not None else None
             for tensor, want in zip((use.weight, use.bias), use.wants[1:], strict=True)
@@ -210,7 +221,7 @@ class ProximalAtStep(ProximalAttached):
     def _write(
         self, direction: Callable[[Gradients], Gradients], weight: nn.Parameter | None, bias: nn.Parameter | None
     ) -> None:
-        """Put D in the place of the plain gradients in ``.grad``, once."""
+        """Replace the plain gradients in ``.grad`` by D, once."""
         plain = tuple(None if p is None else p.grad for p in (weight, bias))
         if any(p is not None and g is None for p, g in zip((weight, bias), plain, strict=True)):
             return  # zeroed after the backward pass: the optimizer passes it over

@@ -28,17 +28,17 @@ Damping = Callable[[Tensor], float]
 
 
 class NotFiniteError(BackpassError):
-    """The inputs of a layer hold inf or NaN, so the layer has no proximal step."""
+    """Error: the inputs of a layer hold inf or NaN, so the layer has no proximal step."""
 
 
 def row_gram(rows: Tensor, ones: bool = False) -> Tensor:
-    """A A^T, (groups, n, n); a column of ones adds 1 to every entry."""
+    """Return A A^T, (groups, n, n); a column of ones adds 1 to every entry."""
     gram = _times_transpose(rows, rows.new_empty(*rows.shape[:2], rows.shape[1]))
     return gram.add_(1.0) if ones else gram
 
 
 def column_gram(rows: Tensor, ones: bool = False) -> Tensor:
-    """A^T A, (groups, d, d), or (groups, d + 1, d + 1) with the column of ones last."""
+    """Return A^T A, (groups, d, d), or (groups, d + 1, d + 1) with the column of ones last."""
     groups, count, d = rows.shape
     if not ones:
         return _times_transpose(rows.mT, rows.new_empty(groups, d, d))
@@ -50,7 +50,7 @@ def column_gram(rows: Tensor, ones: bool = False) -> Tensor:
 
 
 def bordered(gram: Tensor, sums: Tensor, count: int) -> Tensor:
-    """The Gram matrix with the column of ones: ``gram`` (groups, d, d) between ``sums`` (groups, d) and ``count``."""
+    """Return ``gram`` (groups, d, d) with the column of ones: bordered by ``sums`` (groups, d) and ``count``."""
     gram = pad(gram, (0, 1, 0, 1), value=float(count))
     gram[:, -1, :-1] = sums
     gram[:, :-1, -1] = sums
@@ -58,7 +58,7 @@ def bordered(gram: Tensor, sums: Tensor, count: int) -> Tensor:
 
 
 def _times_transpose(m: Tensor, out: Tensor) -> Tensor:
-    """M M^T of each (n, d) matrix; a CPU computes the lower triangle by blocks and mirrors it."""
+    """Return M M^T of each (n, d) matrix; a CPU computes the lower triangle by blocks and mirrors it."""
     n = m.shape[-2]
     if n <= 2 * _BLOCK or m.device.type != "cpu":
         return torch.bmm(m, m.mT, out=out)
@@ -76,7 +76,7 @@ def solve(
     dtype: torch.dtype,
     pivot_floor: float,
 ) -> tuple[Tensor, float]:
-    """S = (K + damping I)^{-1} R, in the first of float32, float64 and float64 by eigenvalues that is good enough.
+    """Return S = (K + damping I)^{-1} R in float32, float64 or by eigenvalues, the first that is good enough.
 
     Args:
         system: (K, R) computed in a given dtype, K (groups, n, n) positive semi-definite, R (groups, n, m) or None for
@@ -121,7 +121,7 @@ def _solve_by_eigenvalues(gram: Tensor, right: Tensor | None, damping: float) ->
 
 
 def conjugate_gradients(gram: Tensor, right: Tensor, damping: float, steps: int, by_column: bool, rows: bool) -> Tensor:
-    """The ``steps``-th iterate of conjugate gradients on (K + damping I) S = R from S = 0.
+    """Return the ``steps``-th iterate of conjugate gradients on (K + damping I) S = R from S = 0.
 
     No epsilon is added anywhere: scaling R scales S.
 
@@ -158,5 +158,5 @@ def conjugate_gradients(gram: Tensor, right: Tensor, damping: float, steps: int,
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """The quotient, and 0 where the iteration has already arrived."""
+    """Return the quotient, and 0 after convergence."""
     return torch.where(below > 0, above / below, 0.0)

@@ -14,18 +14,16 @@ from torch.autograd.function import once_differentiable
 from backpass.errors import BackpassError
 from backpass.rules.attaching.run import SiteCall
 from backpass.rules.implicit.convolution import Convolution
-from backpass.rules.implicit.layers import Affine, Einsum, Embedding, Linear, LinearLayer, Sizes
+from backpass.rules.implicit.layers import Einsum, Embedding, Linear, LinearLayer, Sizes
 
 __all__ = ["Call", "Found", "Use", "implicit_layer", "layer_of", "register"]
 
-_KINDS: dict[str, type[LinearLayer]] = {
-    kind.__name__: kind for kind in (Affine, Convolution, Einsum, Embedding, Linear)
-}
+_KINDS: dict[str, type[LinearLayer]] = {kind.__name__: kind for kind in (Convolution, Einsum, Embedding, Linear)}
 
 
 @lru_cache(maxsize=4096)
 def layer_of(text: str, shape: Sizes) -> LinearLayer:
-    """The layer that a text names, a string because compiled graphs can carry no objects.
+    """Return the layer that a text describes; compiled graphs carry strings, but no objects.
 
     Args:
         text: the class and its settings in order; a tuple ends with a comma: ``"Linear 0"``, ``"Einsum bd,de->be"``.
@@ -46,7 +44,7 @@ Activation = tuple[str, tuple[float, ...]]
 
 
 class Use(NamedTuple):
-    """One use of a weight in a backward pass: z = A Theta, or y = s(z) where an activation follows.
+    """Use of a weight in a backward pass: z = A Theta, or y = s(z) where an activation follows.
 
     Attributes:
         text: the layer (see `layer_of`).
@@ -71,7 +69,7 @@ class Use(NamedTuple):
 
     @property
     def layer(self) -> LinearLayer:
-        """The layer."""
+        """Layer that `text` describes."""
         return layer_of(self.text, tuple(self.weight.shape))
 
 
@@ -79,7 +77,7 @@ Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Call(NamedTuple):
-    """The call of a layer as its backward pass needs to know it.
+    """Description of a layer's call for its backward pass.
 
     Attributes:
         text: the layer (see `layer_of`).
@@ -124,7 +122,7 @@ def _take(key: str, use: Use) -> Found:
 
 
 def _like(found: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-    """A gradient in the dtype and shape of its tensor."""
+    """Convert a gradient to the dtype and shape of its tensor."""
     if found is None or tensor is None:
         return None
     found = found if found.dtype == tensor.dtype else found.to(tensor.dtype)
@@ -184,7 +182,7 @@ def _(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[in
 
 
 class _Eager(torch.autograd.Function):
-    """f(x, w, b) or s(z) forward; backward what the attached rule says."""
+    """Autograd function of f(x, w, b) or s(z); the attached rule computes the gradients."""
 
     @staticmethod
     def forward(
@@ -194,19 +192,18 @@ class _Eager(torch.autograd.Function):
         bias: Tensor | None,
         z: Tensor | None,
         compute: Callable[..., Tensor],
-        rest: tuple[Any, ...],
         call: Call,
     ) -> Any:
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, z)
         # Without a view of the value, so that an activation may write into the result.
-        return (compute(x, weight, bias, *rest) if z is None else compute(z)).data
+        return (compute(x, weight, bias) if z is None else compute(z)).data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 6
         x, weight, bias, z = ctx.saved_tensors
         text, activation, functional, _, site = ctx.call
         needs = ctx.needs_input_grad
@@ -214,7 +211,7 @@ class _Eager(torch.autograd.Function):
             layer = layer_of(text, tuple(weight.shape))
             of_x = layer.input_gradient(x, grad, weight.to(grad.dtype)).to(x.dtype) if needs[0] else None
             x = x.to(grad.dtype) if x.is_floating_point() else x
-            return of_x, *layer.gradients(x, grad, needs[1], bias is not None and needs[2]), *[None] * 4
+            return of_x, *layer.gradients(x, grad, needs[1], bias is not None and needs[2]), *[None] * 3
         if functional or torch.compiler.is_compiling():
             return _under_transforms(ctx, grad)
         wants = (bool(needs[0]), bool(needs[1]), bias is not None and bool(needs[2]))
@@ -225,22 +222,22 @@ class _Eager(torch.autograd.Function):
             )
         asked = any(wants[k] and _is_asked_for(ctx, k) for k in (1, 2))
         use = Use(text, x, grad, weight, bias, z, activation, wants, asked, False, not needs[0])
-        return *_take(ctx.call.key, use), *[None] * 4
+        return *_take(ctx.call.key, use), *[None] * 3
 
 
 class _UnderTransforms(_Eager):
-    """The same for torch.func and torch.compile, which want the context set up apart; in eager calls it is slower."""
+    """`_Eager` with a separate `setup_context`, which torch.func and torch.compile need; slower in eager calls."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        x, weight, bias, z, compute, rest, _ = inputs
-        return compute(x, weight, bias, *rest) if z is None else compute(z)
+        x, weight, bias, z, compute, _ = inputs
+        return compute(x, weight, bias) if z is None else compute(z)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, z, _, _, ctx.call = inputs
+        x, weight, bias, z, _, ctx.call = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, z)
 
@@ -253,7 +250,7 @@ def _under_transforms(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants = [bool(needs[0]), bool(needs[1]), bias is not None and bool(needs[2])]
     how = [functional, torch.compiler.is_compiling() or not needs[0]]
     found = _operator(x, grad, weight, bias, z, text, activation[0], list(activation[1]), wants, how, key)
-    return *(one if want else None for one, want in zip(found, wants, strict=True)), *[None] * 4
+    return *(one if want else None for one, want in zip(found, wants, strict=True)), *[None] * 3
 
 
 def _is_asked_for(ctx: Any, position: int) -> bool:
@@ -274,13 +271,12 @@ def implicit_layer(
     bias: Tensor | None,
     z: Tensor | None,
     compute: Callable[..., Tensor],
-    rest: tuple[Any, ...],
     call: Call,
 ) -> Tensor:
-    """The layer's value, or that of the activation after it, with an implicit backward.
+    """Return the output of a layer, or of the activation after it, with an implicit backward.
 
-    The value is ``compute(x, weight, bias, *rest)``, or ``compute(z)`` with the layer's output z without its graph.
+    The value is ``compute(x, weight, bias)``, or ``compute(z)`` with the layer's output z without its graph.
     """
     function = _UnderTransforms if call.functional or torch.compiler.is_dynamo_compiling() else _Eager
     apply: Callable[..., Tensor] = function.apply
-    return apply(x, weight, bias, z, compute, rest, call)
+    return apply(x, weight, bias, z, compute, call)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backpass.errors import BackpassError, UnknownNameError
+from backpass.errors import BackpassError
 from backpass.rules.implicit.attached import LayerAttached
 from backpass.rules.implicit.layers import Gradients
 from backpass.rules.implicit.proximal import samples, solve_dtype
@@ -39,9 +38,12 @@ class SemiImplicitAttached(LayerAttached):
 
     interception = SemiImplicitInterception
     transient = (*LayerAttached.transient, "scaler", "_longest")
-    rule: Any
 
     step_name = "semi-implicit"
+    settable = (
+        *("eta", "lam", "lam_bias", "newton_steps", "cg_steps", "descent_steps", "reduction", "updated_weights"),
+        "loss_scale",
+    )
     way_out = (
         "make one larger batch of several small ones and train in one process; for shared weights, several batches or "
         'processes use ProxProp(solve="step")'
@@ -56,21 +58,6 @@ class SemiImplicitAttached(LayerAttached):
         super().start()
         self.scaler = None
         self._longest: dict[str, float] = {}
-
-    def set(self, **settings: Any) -> None:
-        """Change settings of the step from the next backward pass on, for schedules.
-
-        Args:
-            settings: settings of `SIBP` except ``where``.
-
-        Raises:
-            BackpassError: a setting is unknown or out of its range.
-        """
-        known = [field.name for field in fields(self.rule) if field.name != "where"]
-        for name in settings:
-            if name not in known:
-                raise UnknownNameError("setting that can change while the rule is attached", name, known)
-        self.rule = replace(self.rule, **settings)
 
     def gradients(self, use: Use) -> Found:
         """Return the input gradient through the updated weights, and the negative steps of weight and bias.

@@ -104,7 +104,7 @@ class SemiImplicitInterception(LayerInterception):
     def _activate(self, layer: LinearCall, s: Any, z: Tensor, in_place: bool) -> Tensor:
         before = z.detach().clone() if in_place else z.detach()
         call = Call(layer.text, (s.name, s.numbers), torch_internals.transforms(), self.attached.token)
-        y = implicit_layer(layer.x, layer.weight, layer.bias, before, s.value, (), call)
+        y = implicit_layer(layer.x, layer.weight, layer.bias, before, s.value, call)
         # Detach from the node of the layer, which is replaced by the joint one.
         return z.detach_().copy_(y) if in_place else y
 

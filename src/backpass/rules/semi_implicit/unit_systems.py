@@ -1,4 +1,4 @@
-# ruff: noqa: D102  the methods' docstrings are at UnitSystem
+# ruff: noqa: D102  the methods' docstrings are at ByRows
 """Linear systems of a layer's sub-problems, in row or column coordinates.
 
 Each output unit j has a least-squares problem in its weights w_j with the common matrix A. A bias is a constant column
@@ -12,12 +12,11 @@ and outputs hold all units.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from backpass.rules.implicit.layers import Gradients, Linear, LinearLayer, Product
+from backpass.rules.implicit.layers import Gradients, Linear, LinearLayer
 from backpass.rules.implicit.systems import row_gram, solve
 
 __all__ = ["ByColumns", "ByRows", "UnitSystem", "unit_system"]
@@ -29,8 +28,8 @@ _COLUMNS_FLOOR = 1e-6
 Wants = tuple[bool, bool]
 
 
-class UnitSystem(ABC):
-    """Matrix A in the coordinates of the unknowns.
+class ByRows:
+    """Row coordinates: unknowns u with w = A^T u, (blocks, n, units) like the outputs.
 
     Args:
         layer: the layer.
@@ -40,57 +39,7 @@ class UnitSystem(ABC):
     """
 
     def __init__(self, layer: LinearLayer, x: Tensor, wants: Wants, ratio: float) -> None:
-        self.layer = layer
-        self.x = x
-        self.wants = wants
-        self.ratio = ratio if wants[1] else 0.0
-
-    @abstractmethod
-    def arrange(self, outputs: Tensor) -> Tensor:
-        """Arrange a tensor of the shape of the layer's output for the other methods."""
-
-    @abstractmethod
-    def apply(self, unknown: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return A w, in the memory of ``out`` if possible."""
-
-    @abstractmethod
-    def adjoint(self, outputs: Tensor) -> Tensor:
-        """Return the unknown that represents A^T v."""
-
-    def damped(self, weighting: Tensor, applied: Tensor, unknown: Tensor, out: Tensor) -> Tensor:
-        """Return A^T diag(weighting) A w + w, given ``applied`` = A w; overwrites ``out``."""
-        return self.adjoint(torch.mul(weighting, applied, out=out)).add_(unknown)
-
-    @abstractmethod
-    def inner(self, first: Tensor, second: Tensor, applied: Tensor) -> Tensor:
-        """Return <w, w'> per unit, given ``applied`` = A w'; the result broadcasts over unknowns."""
-
-    def over_outputs(self, per_unit: Tensor) -> Tensor:
-        """Reshape a result of `inner` so that it broadcasts over outputs."""
-        return per_unit
-
-    @abstractmethod
-    def square(self, outputs: Tensor) -> Tensor:
-        """Return |v|^2 per unit; the result broadcasts over unknowns."""
-
-    @abstractmethod
-    def solve(self, outputs: Tensor, lam: float) -> Tensor:
-        """Return the unknown that represents (A^T A + lam I)^{-1} A^T v for all units. Must be the last call.
-
-        Raises:
-            NotFiniteError: A is not finite.
-        """
-
-    @abstractmethod
-    def weights(self, unknown: Tensor) -> Gradients:
-        """Convert the unknown to tensors of the shapes of weight and bias; None for a fixed one."""
-
-
-class ByRows(UnitSystem):
-    """Row coordinates: unknowns u with w = A^T u, (blocks, n, units) like the outputs."""
-
-    def __init__(self, layer: LinearLayer, x: Tensor, wants: Wants, ratio: float) -> None:
-        super().__init__(layer, x, wants, ratio)
+        self.layer, self.wants, self.ratio = layer, wants, ratio if wants[1] else 0.0
         self.rows = layer.rows(x)
         self.gram = self._gram(x.dtype)
         self._products: Tensor | None = None
@@ -101,28 +50,42 @@ class ByRows(UnitSystem):
         return gram.add_(self.ratio) if self.ratio else gram
 
     def arrange(self, outputs: Tensor) -> Tensor:
+        """Arrange a tensor of the shape of the layer's output for the other methods."""
         return self.layer.output_rows(outputs)
 
     def apply(self, unknown: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return A w, in the memory of ``out`` if possible."""
         return self.gram @ unknown if out is None else torch.bmm(self.gram, unknown, out=out)
 
     def adjoint(self, outputs: Tensor) -> Tensor:
+        """Return the unknown that represents A^T v."""
         return outputs
 
     def damped(self, weighting: Tensor, applied: Tensor, unknown: Tensor, out: Tensor) -> Tensor:
+        """Return A^T diag(weighting) A w + w, given ``applied`` = A w; overwrites ``out``."""
         return torch.addcmul(unknown, weighting, applied, out=out)
 
     def inner(self, first: Tensor, second: Tensor, applied: Tensor) -> Tensor:
+        """Return <w, w'> per unit, given ``applied`` = A w'; the result broadcasts over unknowns."""
         # Reuse one buffer in all calls: allocating fresh pages costs more than the products.
         if self._products is None:
             self._products = torch.empty_like(first)
         return torch.mul(first, applied, out=self._products).sum(-2, keepdim=True)
 
+    def over_outputs(self, per_unit: Tensor) -> Tensor:
+        """Reshape a result of `inner` so that it broadcasts over outputs."""
+        return per_unit
+
     def square(self, outputs: Tensor) -> Tensor:
+        """Return |v|^2 per unit; the result broadcasts over unknowns."""
         return self.inner(outputs, outputs, outputs)
 
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
-        """Return (K + lam I)^{-1} v."""
+        """Return the unknown that represents (A^T A + lam I)^{-1} A^T v for all units. Must be the last call.
+
+        Raises:
+            NotFiniteError: A is not finite.
+        """
 
         def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             return self.gram if dtype == self.gram.dtype else self._gram(dtype), outputs.to(dtype)
@@ -130,17 +93,18 @@ class ByRows(UnitSystem):
         return solve(system, lambda gram: lam, outputs.dtype, _ROWS_FLOOR)[0].to(outputs.dtype)
 
     def weights(self, unknown: Tensor) -> Gradients:
+        """Convert the unknown to tensors of the shapes of weight and bias; None for a fixed one."""
         weight = self.layer.weight(unknown.mT @ self.rows) if self.wants[0] else None
         return weight, self.ratio * unknown.sum(-2).flatten() if self.wants[1] else None
 
 
-class ByColumns(UnitSystem):
+class ByColumns:
     """Column coordinates: unknowns w, (blocks, units, columns), with the column of the bias last."""
 
     def __init__(self, layer: LinearLayer, x: Tensor, wants: Wants, ratio: float) -> None:
-        super().__init__(layer, x, wants, ratio)
+        self.layer, self.x, self.wants, self.ratio = layer, x, wants, ratio if wants[1] else 0.0
         self._root = math.sqrt(self.ratio)
-        self._by_rows = isinstance(layer, Product)
+        self._by_rows = layer.is_product
         self._rows = layer.rows(x) if self._by_rows else x
 
     def arrange(self, outputs: Tensor) -> Tensor:
@@ -167,6 +131,9 @@ class ByColumns(UnitSystem):
             parts += [] if bias is None else [self.layer.bias_matrix(bias) * self._root]
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
+    def damped(self, weighting: Tensor, applied: Tensor, unknown: Tensor, out: Tensor) -> Tensor:
+        return self.adjoint(torch.mul(weighting, applied, out=out)).add_(unknown)
+
     def inner(self, first: Tensor, second: Tensor, applied: Tensor) -> Tensor:
         return (first * second).sum(-1, keepdim=True)
 
@@ -179,8 +146,6 @@ class ByColumns(UnitSystem):
         return outputs.movedim(1, -1).square().flatten(0, -2).sum(0).reshape(self.layer.blocks, -1, 1)
 
     def solve(self, outputs: Tensor, lam: float) -> Tensor:
-        """Return (A^T A + lam I)^{-1} A^T v."""
-
         def system(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             same = self if dtype == self.x.dtype else ByColumns(self.layer, self.x.to(dtype), self.wants, self.ratio)
             return same._gram(), same.adjoint(outputs.to(dtype)).mT
@@ -201,6 +166,9 @@ class ByColumns(UnitSystem):
         weight, bias = self.wants
         of_weight = self.layer.weight(unknown[..., :-1] if bias else unknown) if weight else None
         return of_weight, unknown[..., -1].flatten() * self._root if bias else None
+
+
+UnitSystem = ByRows | ByColumns
 
 
 def unit_system(layer: LinearLayer, x: Tensor, wants: Wants, ratio: float, direct: bool) -> UnitSystem:

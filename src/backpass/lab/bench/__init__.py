@@ -1,1 +1,0 @@
-"""What an experiment of a paper is, and its finished pieces on disk."""

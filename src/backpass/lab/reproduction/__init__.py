@@ -1,1 +1,0 @@
-"""Running the experiments of the papers, and one page of all verdicts."""

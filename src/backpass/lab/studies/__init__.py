@@ -1,1 +1,0 @@
-"""Measurements of the commands ``attack``, ``transfer`` and ``demo``, one package each."""

@@ -1,1 +1,0 @@
-"""Attacks on one network with plain gradients and under backward rules."""

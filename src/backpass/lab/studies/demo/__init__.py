@@ -1,1 +1,0 @@
-"""Demo: the methods of four papers on handwritten digits, as one report."""

@@ -1,1 +1,0 @@
-"""Transferability of adversarial images between networks."""
