@@ -86,7 +86,6 @@ def sites_between(branch: Tensor, begin: Any) -> list[SiteCall]:
         site = getattr(node, "site", None) if torch_internals.function_class(node) is not None else None
         if isinstance(site, SiteCall):
             sites.append(site)
-<<<<<<< HEAD
         for following, _ in node.next_functions:
             if following is None or following in seen:
                 continue
@@ -94,11 +93,6 @@ def sites_between(branch: Tensor, begin: Any) -> list[SiteCall]:
             if age is not None and (begins is None or age < begins):
                 seen.add(following)
                 nodes.append(following)
-=======
-        following = {one for one, _ in node.next_functions if one is not None} - seen
-        seen |= following
-        nodes += [one for one in following if (of_one := _age(one)) is not None and (age is None or of_one < age)]
->>>>>>> main
     return sites
 
 
