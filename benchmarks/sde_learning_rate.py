@@ -60,11 +60,11 @@ def markdown(table: Table) -> str:
 
 
 def page(results: list[Result], costs: dict[str, float]) -> str:
-    parts = ["# ControlledLR and its rivals\n", results[0].question + "\n"]
+    parts = ["# ControlledLR and its rivals\n"]
     environment = results[0].environment
     parts.append(
         f"PyTorch {environment['versions']['torch']}, one CPU thread. Written by `benchmarks/sde_learning_rate.py`; "
-        "the same comparison is `backpass reproduce sde-learning-rate sde-learning-rate-mnist`.\n"
+        f"the same comparisons are `backpass reproduce {' '.join(result.experiment for result in results)}`.\n"
     )
     parts.append("## What it costs\n")
     listed = ", ".join(f"{name}: {ratio:.1f}" for name, ratio in costs.items())
@@ -73,7 +73,7 @@ def page(results: list[Result], costs: dict[str, float]) -> str:
         "`every=n` a step costs one n-th of that more.\n"
     )
     for result in results:
-        parts.append(f"## {result.title}\n")
+        parts += [f"## {result.title}\n", result.question + "\n"]
         shared = {name: value for name, value in result.settings.items() if not isinstance(value, dict)}
         parts.append(f"{result.scale}: " + ", ".join(f"{k} {v}" for k, v in shared.items()) + ".\n")
         parts += [f"**{finding.topic}.** {finding.text}\n" for finding in result.findings]
@@ -94,10 +94,10 @@ def main() -> None:
     parser.add_argument("--models", default="mlp,cnn", help="for MNIST")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    regression, mnist, _ = EXPERIMENTS
+    regression, mnist, adversarial = EXPERIMENTS
     mnist = replace(mnist, scales={"small": images(3, tuple(arguments.models.split(",")))})
     results = []
-    for experiment in (regression, mnist):
+    for experiment in (regression, mnist, adversarial):
         (done,) = run([experiment], scale="small", out=arguments.outcomes, progress=print)
         if isinstance(done, Failed):
             raise BackpassError(done.reason)

@@ -70,9 +70,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BackpassError(
-            f"the folder {folder} cannot be made: {error.strerror}. Give another path, or make room for it."
-        ) from error
+        raise _unusable(folder, error) from error
     key, thread = str(folder.resolve()), threading.get_ident()
     holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     with _GUARD:
@@ -80,15 +78,21 @@ def locked(folder: Path) -> Iterator[None]:
         if owner not in (None, thread):
             raise _in_use(folder, described)
         if owner is None:
-            stream = (folder / "lock").open("a+", encoding="utf-8")
+            try:
+                stream = (folder / "lock").open("ab+", buffering=0)
+            except OSError as error:
+                raise _unusable(folder, error) from error
             if not _take(stream):
                 stream.seek(0)
-                described = stream.read().strip() or "another process"
+                described = stream.read().decode().strip() or "another process"
                 stream.close()
                 raise _in_use(folder, described)
-            stream.truncate(0)
-            stream.write(holder + "\n")
-            stream.flush()
+            try:
+                stream.truncate(0)
+                stream.write(f"{holder}\n".encode())
+            except OSError as error:
+                stream.close()
+                raise _unusable(folder, error) from error
             _HELD[key] = thread, holder
     try:
         yield
@@ -99,13 +103,19 @@ def locked(folder: Path) -> Iterator[None]:
                 del _HELD[key]
 
 
+def _unusable(folder: Path, error: OSError) -> BackpassError:
+    return BackpassError(
+        f"the folder {folder} cannot be made or locked: {error.strerror}. Give another path, or make room for it."
+    )
+
+
 def _in_use(folder: Path, holder: str) -> BackpassError:
     return BackpassError(
         f"{folder} is in use by {holder}: wait for that run or stop it, then resume, or give another folder."
     )
 
 
-def _take(stream: IO[str]) -> bool:
+def _take(stream: IO[bytes]) -> bool:
     """Lock the file, not waiting for another process."""
     try:
         if os.name == "nt":

@@ -51,31 +51,29 @@ def test_rectified_gradients_are_their_formula(threshold):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_window_of_one_pixel_is_plain_ifgsm(cnn, held_out):
+def test_one_stair_is_plain_ifgsm(cnn, held_out):
     x, y = held_out.x[:20], held_out.y[:20]
     settings = {"eps": 0.1, "step": 0.03, "steps": 4}
-    ours = make_attack("tifgsm", side=1, **settings)(cnn, x, y)
+    ours = make_attack("ssfgsm", stairs=1, **settings)(cnn, x, y)
     assert torch.equal(ours.x_adv, IFGSM(**settings)(cnn, x, y).x_adv)
 
 
-def test_the_direction_is_the_gradient_smoothed_by_a_gaussian(cnn, held_out):
+def test_the_direction_weighs_the_sign_by_the_rank_of_the_gradient(cnn, held_out):
     x, y = held_out.x[:5].double(), held_out.y[:5]
     model = cnn.double()
-    attack = make_attack("tifgsm", side=3, width=1.0, eps=0.05, step=0.05, steps=1, early_stop=False)
+    attack = make_attack("ssfgsm", stairs=4, eps=0.2, step=0.05, steps=1, early_stop=False)
     z = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(model(z), y, reduction="sum"), z)
-    weights = {(i, j): torch.exp(torch.tensor(-(i * i + j * j) / 2)).item() for i in (-1, 0, 1) for j in (-1, 0, 1)}
-    padded, smooth = F.pad(gradient, (1, 1, 1, 1)), torch.zeros_like(gradient)
-    for (i, j), weight in weights.items():
-        smooth += weight * padded[:, :, 1 + i : 9 + i, 1 + j : 9 + j]
-    expected = (x + 0.05 * smooth.sign()).clamp(0, 1)
-    torch.testing.assert_close(attack(model, x, y).x_adv, expected, rtol=0, atol=1e-12)
+    expected = x.clone()
+    for image, g in zip(expected, gradient, strict=True):
+        for rank, place in enumerate(g.abs().flatten().argsort().tolist()):
+            image.view(-1)[place] += 0.05 * g.flatten()[place].sign() * (2 * (rank * 4 // 64) + 1) / 4
+    torch.testing.assert_close(attack(model, x, y).x_adv, expected.clamp(0, 1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("settings", [{"side": 2}, {"side": 0}, {"width": 0.0}])
-def test_a_window_that_cannot_be_meant_is_refused(settings):
-    with pytest.raises(BackpassError, match="side is odd and width above 0"):
-        make_attack("tifgsm", **settings)
+def test_stairs_are_at_least_one():
+    with pytest.raises(BackpassError, match="stairs must be a whole number of at least 1; got 0"):
+        make_attack("ssfgsm", stairs=0)
 
 
 def test_the_command_line_finds_both(tmp_path):
@@ -83,7 +81,7 @@ def test_the_command_line_finds_both(tmp_path):
     digits = ["--data", "digits", "--limit", "30"]
     attack = [
         "--attack",
-        "tifgsm:side=3,step=0.03",
+        "ssfgsm:stairs=8,step=0.03",
         "--eps",
         "0.1",
         "--rule",
@@ -96,20 +94,20 @@ def test_the_command_line_finds_both(tmp_path):
     run("attack", "--model", "cnn", *digits, *attack, "--out", str(tmp_path / "attack"))
     written = json.loads((tmp_path / "attack" / "result.json").read_text())
     assert list(written["numbers"]["rules"]) == ["bp", "rectgrad"]
-    assert "side 3, width 3" in written["settings"]["tifgsm:side=3,step=0.03 at eps 0.1"]
+    assert "stairs 8" in written["settings"]["ssfgsm:stairs=8,step=0.03 at eps 0.1"]
     assert len(written["series"]) == 2
     adversary = [
         "--batch-size",
         "15",
         "--adversary",
-        "tifgsm:eps=0.1,steps=2,side=3",
+        "ssfgsm:eps=0.1,steps=2,stairs=8",
         "--rule",
         "rectgrad",
         "--robust",
         "none",
     ]
     run("train", "--model", "cnn", *digits, *adversary, "--epochs", "1", "--out", str(tmp_path / "run"))
-    assert 'adversary = "tifgsm:eps=0.1' in (tmp_path / "run" / "recipe.toml").read_text()
+    assert 'adversary = "ssfgsm:eps=0.1' in (tmp_path / "run" / "recipe.toml").read_text()
 
 
 @pytest.mark.slow

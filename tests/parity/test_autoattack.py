@@ -11,7 +11,7 @@ from backpass.attacks import PGD, AutoAttack
 
 pyautoattack = pytest.importorskip("pyautoattack", reason="needs the package pyautoattack, the authors' code")
 
-EPS, STEPS, QUERIES = 0.15, 50, 500
+STEPS, QUERIES = 50, 500
 
 
 class Counted(nn.Module):
@@ -47,18 +47,21 @@ def robust(digits):
 
 
 @pytest.mark.slow
-def test_the_robust_set_is_that_of_the_authors_code_with_fewer_gradients(robust, held_out):
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.15), ("l2", 0.8)])
+def test_the_robust_set_is_that_of_the_authors_code_with_fewer_gradients(robust, held_out, norm, eps):
     x, y = held_out.x[:500], held_out.y[:500]
     right = robust(x).argmax(1) == y
-    ours = AutoAttack(eps=EPS, steps=STEPS, queries=QUERIES)(robust, x, y)
+    ours = AutoAttack(eps=eps, norm=norm, steps=STEPS, queries=QUERIES)(robust, x, y)
     counted = Counted(robust)
-    theirs = pyautoattack.AutoAttack(counted, norm="Linf", eps=EPS, seed=0)
+    theirs = pyautoattack.AutoAttack(counted, norm=norm.capitalize(), eps=eps, seed=0)
     theirs.square.n_queries = QUERIES
     for part in (theirs.apgd, theirs.apgd_targeted, theirs.fab):
         part.n_iter = STEPS
+    for part in (theirs.apgd, theirs.apgd_targeted):  # which place their checkpoints when they are made
+        part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(share * STEPS), 1) for share in (0.22, 0.06, 0.03))
     with torch.random.fork_rng():
         x_adv, _ = theirs.run_standard_evaluation(x, y, batch_size=500)
     standing = robust(x_adv).argmax(1) == y
-    assert 0.3 < standing.float().mean() < 0.7
+    assert 0.2 < standing.float().mean() < 0.7
     assert int(((right & ~ours.success) != standing).sum()) <= 1
     assert ours.gradients <= counted.gradients

@@ -15,10 +15,11 @@ from backpass.attacks.oracle import Oracle
 from backpass.attacks.search import SearchAttack
 from backpass.attacks.settings import count
 from backpass.attacks.state import State, choose
+from backpass.attacks.targets import likely_wrong
 from backpass.attacks.threat import per_sample
 from backpass.errors import BackpassError
 
-__all__ = ["APGD", "Progress", "checkpoints", "likely_wrong", "published_checkpoints"]
+__all__ = ["APGD", "Progress", "checkpoints", "published_checkpoints"]
 
 _START = 1  # what the draw is for
 _PROGRESS = 0.75  # rho: the least share of steps that must raise the loss
@@ -111,11 +112,6 @@ class APGD(SearchAttack):
                 "loss 'dlr-targeted' leads away from y to classes of its own choice: "
                 "with targeted=True use 'ce', 'dlr' or 'margin'."
             )
-
-    @property
-    def iterations(self) -> int:
-        """Gradient steps."""
-        return self.steps
 
     @property
     def searches(self) -> int:
@@ -306,13 +302,3 @@ def _sparse(gradient: Tensor, share: Tensor) -> Tensor:
     least = size.sort(1, descending=True).values.gather(1, count[:, None] - 1)
     sign = torch.where(size >= least, gradient.flatten(1).sign(), 0.0)
     return (sign / sign.abs().sum(1, keepdim=True).clamp_min(1.0)).view(gradient.shape)
-
-
-def likely_wrong(logits: Tensor, y: Tensor, rank: Tensor) -> Tensor:
-    """(B,) the class at place `rank` (B,) among the wrong ones, the most likely first; ranks past the last wrap.
-
-    Excluded classes, whose logits are -inf, are no targets.
-    """
-    order = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-    wrong = (logits.scatter(1, y[:, None], -torch.inf) > -torch.inf).sum(1).clamp_min(1)
-    return order.gather(1, (rank % wrong)[:, None]).squeeze(1)

@@ -22,29 +22,7 @@ from backpass.attacks.threat import Bounds, Threat, make_threat
 from backpass.errors import BackpassError
 from backpass.preserved import preserved
 
-__all__ = ["Attack", "Batch"]
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Samples that are searched together: x, start and mask (B, ...) or None, y and index (B,)."""
-
-    x: Tensor
-    y: Tensor
-    index: Tensor
-    threat: Threat
-    start: Tensor | None = None
-
-    def __getitem__(self, rows: Tensor) -> Batch:
-        if len(rows) == len(self.y) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
-            return self
-        start = None if self.start is None else self.start[rows]
-        return Batch(self.x[rows], self.y[rows], self.index[rows], self.threat[rows], start)
-
-    def jobs(self, row: Tensor, restart: Tensor) -> Jobs:
-        """Return the jobs of these rows and restarts."""
-        some = self[row]
-        return Jobs(some.x, some.y, some.index, row, restart, some.threat, start=some.start)
+__all__ = ["Attack"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +134,7 @@ class Attack(ABC):
         with self.prepared(model, x, y, indices=indices, batch_size=batch_size, mask=mask, start=start) as found:
             oracle, whole, capacity = found
             y = whole.y
-            rows = torch.split(torch.arange(len(x), device=x.device), capacity)
-            parts = [self._attack(oracle, whole[some], capacity) for some in rows]
+            parts = [self._attack(oracle, whole.at(some), capacity) for some in torch.split(whole.row, capacity)]
             best = parts[0] if len(parts) == 1 else Best.concatenate(parts)
             fooled = (best.verdict.prediction == y) == self.targeted
             distance = torch.where(fooled, whole.threat.size(best.z.double() - whole.x.double()), torch.inf)
@@ -185,7 +162,7 @@ class Attack(ABC):
         batch_size: int | None = None,
         mask: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Iterator[tuple[Oracle, Batch, int]]:
+    ) -> Iterator[tuple[Oracle, Jobs, int]]:
         """Check a call's arguments, and put the model into the state in which it is attacked.
 
         Yields:
@@ -212,10 +189,11 @@ class Attack(ABC):
             # A clone made here is an ordinary tensor, even if the caller is under inference_mode.
             x = (x.clone() if x.is_inference() else x).detach()
             y = y.clone().long()
-            index = torch.arange(len(x), device=x.device) if indices is None else indices.clone().long()
+            row = torch.arange(len(x), device=x.device)
+            index = row if indices is None else indices.clone().long()
             start = None if start is None else start.detach().clone()
-            whole = Batch(x, y, index, self.threat(index, mask), start)
-            yield self.make_oracle(model), whole, capacity
+            jobs = Jobs(x, y, index, row, torch.zeros_like(row), self.threat(index, mask), start=start)
+            yield self.make_oracle(model), jobs, capacity
 
     def make_oracle(self, model: nn.Module) -> Oracle:
         """Return the model with the queries that this attack makes."""
@@ -230,5 +208,5 @@ class Attack(ABC):
         )
 
     @abstractmethod
-    def _attack(self, oracle: Oracle, batch: Batch, capacity: int) -> Best:
-        """Return the best images for one batch of at most `capacity` samples."""
+    def _attack(self, oracle: Oracle, jobs: Jobs, capacity: int) -> Best:
+        """Return the best images for a batch of at most `capacity` samples, whose restart is 0."""

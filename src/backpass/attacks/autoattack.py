@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from backpass.attacks.apgd import APGD
-from backpass.attacks.attack import Attack, Batch
+from backpass.attacks.attack import Attack
 from backpass.attacks.fab import FAB
-from backpass.attacks.jobs import batch_sizes, pad
+from backpass.attacks.jobs import Jobs, batch_sizes, pad
 from backpass.attacks.losses import make_objective
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.restarts import Best
@@ -83,19 +81,16 @@ class AutoAttack(Attack):
         dlr, untargeted = APGD(**gradient, loss=plain, restarts=5), FAB(**gradient, targets=None, restarts=5)
         return first, dlr, untargeted, *square, towards, fab
 
-    def _attack(self, oracle: Oracle, batch: Batch, capacity: int) -> Best:
-        rows = torch.arange(len(batch.y), device=batch.y.device)
+    def _attack(self, oracle: Oracle, jobs: Jobs, capacity: int) -> Best:
         sizes = batch_sizes(capacity, compiled=True) if oracle.fixed_sizes else None
-        filled = pad(rows, sizes)
-        jobs = batch.jobs(filled, torch.zeros_like(filled))
-        classes = oracle.forward(jobs.x, jobs).shape[1]
+        padded = jobs[pad(jobs.row, sizes)]
         best: Best | None = None
-        for part in self.parts(classes):
-            standing = rows if best is None else (~best.verdict.success).nonzero().squeeze(1)
+        for part in self.parts(oracle.forward(padded.x, padded).shape[1]):
+            standing = jobs.row if best is None else (~best.verdict.success).nonzero().squeeze(1)
             if len(standing) == 0:
                 break
             oracle.objective = make_objective(part.loss, targeted=False)
-            found = part._attack(oracle, batch[standing], capacity)
+            found = part._attack(oracle, jobs.at(standing), capacity)
             found.record = None  # of one part only
             if best is None:
                 best = found
@@ -105,6 +100,6 @@ class AutoAttack(Attack):
         assert best is not None  # noqa: S101 -- there is a first part
         # One loss for all images, whichever attack has found them.
         oracle.objective = make_objective(self.loss, targeted=False)
-        z = best.z[jobs.row]
-        verdict = oracle.judge(z, jobs)
-        return Best(z, verdict, verdict.value)[: len(rows)]
+        z = best.z[padded.row]
+        verdict = oracle.judge(z, padded)
+        return Best(z, verdict, verdict.value)[: len(jobs)]

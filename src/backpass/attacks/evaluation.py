@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
 from backpass.attacks.checks import check_images, check_labels, check_mask, check_model
-from backpass.attacks.columns import Columns, processes
+from backpass.attacks.columns import Columns, device_of, processes
 from backpass.attacks.data import Data, Source
 from backpass.attacks.radii import check_radii, run, run_radii
 from backpass.attacks.report import AttackRecord, Report
@@ -23,7 +23,7 @@ from backpass.errors import BackpassError
 from backpass.preserved import preserved
 from backpass.version import __version__
 
-__all__ = ["Mask", "evaluate", "name_attacks"]
+__all__ = ["Mask", "evaluate", "mask_of", "name_attacks"]
 
 Attacks = Attack | Sequence[Attack] | Mapping[str, Attack]
 Mask = Tensor | Callable[[Tensor], Tensor] | None
@@ -83,7 +83,7 @@ def evaluate(
     levels = None if radii is None else check_radii(radii, list(named.values()))
     rank, world = processes()
     source = Source(data, batch_size, several=world > 1 or resume is not None)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     first = next(iter(named.values()))
     shards = None if resume is not None else Shards(None, {})
     strict = resume is not None
@@ -102,7 +102,7 @@ def evaluate(
         columns.enter("", index, clean, ("prediction", "label"))
         y, classes = y.long(), int(clean["classes"])
         right = clean["prediction"].to(device) == y
-        own = _mask_of(mask, x, index)
+        own = mask_of(mask, x, index)
         for name, attack in named.items():
             aim = _aims(attack, targets, y, index, clean, classes)
             rows = (right & (aim != y) if attack.targeted else right).nonzero().squeeze(1)
@@ -184,7 +184,7 @@ def _aims(
     return choose_targets(targets, y, torch.zeros(len(y), classes, device=y.device), index)
 
 
-def _mask_of(mask: Mask, x: Tensor, index: Tensor) -> Tensor | None:
+def mask_of(mask: Mask, x: Tensor, index: Tensor) -> Tensor | None:
     """The mask of these samples, (B, ...)."""
     if mask is None:
         return None

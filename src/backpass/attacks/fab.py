@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backpass.attacks.apgd import likely_wrong
 from backpass.attacks.hyperplane import towards_hyperplane
 from backpass.attacks.jobs import Jobs
 from backpass.attacks.minimum import MinimumNorm, Nearest
@@ -15,6 +14,7 @@ from backpass.attacks.noise import make_key
 from backpass.attacks.oracle import Oracle
 from backpass.attacks.settings import count
 from backpass.attacks.state import State, choose
+from backpass.attacks.targets import likely_wrong
 from backpass.attacks.threat import Threat, make_threat, per_sample
 from backpass.errors import BackpassError
 
@@ -53,11 +53,6 @@ class FAB(MinimumNorm):
         super().__post_init__()
         if self.targeted:
             raise BackpassError("FAB leads away from y and chooses its targets itself: leave targeted=False.")
-
-    @property
-    def iterations(self) -> int:
-        """Gradient steps."""
-        return self.steps
 
     @property
     def searches(self) -> int:

@@ -65,11 +65,6 @@ class Iterative(SearchAttack):
         if self.loss == "dlr-targeted":
             raise BackpassError("loss 'dlr-targeted' chooses target classes, which only APGD does.")
 
-    @property
-    def iterations(self) -> int:
-        """Gradient steps."""
-        return self.steps
-
     def cost(self, steps: int) -> int:
         """Gradients of an image that so many steps of one search take."""
         return steps * self.eot
@@ -120,8 +115,8 @@ class Iterative(SearchAttack):
             raise BackpassError(f"steps must be numbers in ascending order, from 1 to {self.steps}; got {marks}.")
         found: list[list[Tensor]] = [[] for _ in marks]
         with self.prepared(model, x, y, indices=indices, batch_size=batch_size, mask=mask) as (oracle, whole, capacity):
-            for rows in torch.split(torch.arange(len(x), device=x.device), capacity):
-                jobs = whole.jobs(rows, torch.zeros_like(rows))
+            for rows in torch.split(whole.row, capacity):
+                jobs = whole.at(rows)
                 state: State = self.begin(oracle, jobs)
                 for iteration in range(marks[-1]):
                     state = self.advance(oracle, state, iteration)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from backpass.attacks.threat import Threat
@@ -42,6 +43,13 @@ class Jobs:
     def __getitem__(self, keep: Tensor) -> Jobs:
         parts: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
         return Jobs(**{name: _rows(part, keep) for name, part in parts.items()})
+
+    def at(self, rows: Tensor, restart: Tensor | None = None) -> Jobs:
+        """Return jobs (B,) of these samples, restart 0 by default; `row` of each is its place among these jobs."""
+        whole = len(rows) == len(self) and bool((rows == torch.arange(len(rows), device=rows.device)).all())
+        some = self if whole else self[rows]
+        row = torch.arange(len(rows), device=rows.device) if restart is None else rows
+        return replace(some, row=row, restart=torch.zeros_like(rows) if restart is None else restart)
 
     def with_targets(self, target: Tensor | None) -> Jobs:
         """Return the jobs with the class that each is led to."""

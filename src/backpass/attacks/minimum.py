@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from backpass.attacks.jobs import Jobs
-from backpass.attacks.losses import make_objective
+from backpass.attacks.losses import margin
 from backpass.attacks.oracle import Oracle, Verdict
 from backpass.attacks.search import SearchAttack
 from backpass.attacks.settings import count, setting
 from backpass.attacks.state import State, choose
+from backpass.attacks.targets import likely_wrong
 from backpass.attacks.threat import Threat, make_threat, per_sample
 from backpass.errors import BackpassError
 
@@ -99,16 +100,22 @@ class FMN(MinimumNorm):
     and the distance of the linearised boundary, |margin| / |g|_dual, but at least the last e, and times (1 + c).
     Without these two, as published, the search may converge to the boundary from inside, or be held by the bounds, and
     never cross it. a and c fall by cosine annealing.
-    Source: Pintor et al., Fast minimum-norm adversarial attacks through adaptive norm constraints (2021), algorithm 1.
+    Such a search often ends at the boundary of a class that is not the nearest, so that further searches lead to the
+    next most likely classes.
+    Source: Pintor et al., Fast minimum-norm adversarial attacks through adaptive norm constraints (2021), algorithm 1,
+    which is one search.
 
     Args:
-        steps: gradient steps.
+        steps: gradient steps of each search.
+        restarts: searches of each sample, of which number k > 0 leads to the class of the (k + 1)-th largest wrong
+            logit; one where `targeted`.
         step: a at the start, in the l_2 norm; it falls to a hundredth.
         gamma: c at the start; it falls to `gamma_end`.
         gamma_end: c at the end.
     """
 
     steps: int = count(100)
+    restarts: int = count(3)
     step: float = setting(1.0, "[0, inf)")
     gamma: float = setting(0.05, "(0, 1)")
     gamma_end: float = setting(0.001, "(0, 1)")
@@ -120,12 +127,15 @@ class FMN(MinimumNorm):
             raise BackpassError(f"gamma_end must be at most gamma={self.gamma}; got {self.gamma_end}.")
 
     @property
-    def iterations(self) -> int:
-        """Number of gradient steps."""
-        return self.steps
+    def searches(self) -> int:
+        """Number of searches per sample."""
+        return 1 if self.targeted else self.restarts
 
     def begin(self, oracle: Oracle, jobs: Jobs) -> State:
         """Return the initial state, at x or at the given start."""
+        if bool((jobs.restart > 0).any()):
+            aim = likely_wrong(oracle.forward(jobs.x, jobs), jobs.y, jobs.restart)
+            jobs = jobs.with_targets(torch.where(jobs.restart > 0, aim, jobs.y))
         point = self.first_images(jobs, jobs.x)
         far = torch.full((len(point),), torch.inf, dtype=torch.float64, device=point.device)
         return _Boundary(
@@ -139,8 +149,7 @@ class FMN(MinimumNorm):
         step, gamma = (end + (start - end) * share for start, end in (
             (self.step, 0.01 * self.step), (self.gamma, self.gamma_end)))  # fmt: skip
         jobs, norm = state.jobs, oracle.threat
-        objective = make_objective("margin", self.targeted)
-        logits, margin, gradient = oracle.gradient(state.point, jobs, objective=objective)
+        logits, gap, gradient = oracle.gradient(state.point, jobs, objective=self._boundary)
         fooled = oracle.fooled(logits, jobs.y)
         size = norm.size(state.point - jobs.x)
         nearer = state.met(fooled, norm)
@@ -150,7 +159,7 @@ class FMN(MinimumNorm):
             distance=torch.where(nearer, size, state.distance),
             found=state.found | fooled,
         )
-        boundary = size + margin.abs().double() / norm.dual(gradient).double().clamp_min(1e-12)
+        boundary = size + gap.abs().double() / norm.dual(gradient).double().clamp_min(1e-12)
         radius = torch.where(
             fooled,
             torch.minimum(state.radius * (1 - gamma), state.distance),
@@ -161,3 +170,10 @@ class FMN(MinimumNorm):
         ball = make_threat(self.norm, radius, self.bounds, jobs.threat.mask)
         state = replace(state, radius=radius, point=ball.project(jobs.x, ahead))
         return replace(state, seen=state.z, done=self.enough(state))
+
+    def _boundary(self, logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+        """Return the margin (B,) by which the logits miss another class than y, or the class to lead to."""
+        if self.targeted:
+            return -margin(logits, y)
+        away = margin(logits, y)
+        return away if target is None else torch.where(target == y, away, -margin(logits, target))

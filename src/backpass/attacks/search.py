@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks.active_set import ActiveSet
-from backpass.attacks.attack import Attack, Batch
+from backpass.attacks.attack import Attack
 from backpass.attacks.checks import check_images, check_labels, check_model
 from backpass.attacks.jobs import Jobs, batch_sizes, pad
 from backpass.attacks.losses import Loss
@@ -34,13 +34,13 @@ class SearchAttack(Attack):
 
     @property
     def iterations(self) -> int:
-        """Number of steps of a search."""
-        return 1
+        """Number of steps of a search: the setting `steps`, else 1."""
+        return int(getattr(self, "steps", 1))
 
     @property
     def searches(self) -> int:
-        """Number of searches per sample, including the first."""
-        return 1
+        """Number of searches per sample, including the first: the setting `restarts`, else 1."""
+        return int(getattr(self, "restarts", 1))
 
     @property
     def stops_early(self) -> bool:
@@ -103,12 +103,11 @@ class SearchAttack(Attack):
             z = self._drive(oracle, jobs, ActiveSet(jobs, len(x), [len(x)], fixed=False, early_stop=False))["z"]
             return keep_finite(z.detach(), jobs)
 
-    def _attack(self, oracle: Oracle, batch: Batch, capacity: int) -> Best:
+    def _attack(self, oracle: Oracle, jobs: Jobs, capacity: int) -> Best:
         sizes = batch_sizes(capacity, compiled=oracle.fixed_sizes)
-        rows = torch.arange(len(batch.y), device=batch.y.device)
-        best = self._run(oracle, batch.jobs(rows, torch.zeros_like(rows)), sizes)
+        best = self._run(oracle, jobs, sizes)
         for row, restart in further_restarts(best, self.searches, capacity, self.stops_early):
-            found = self._run(oracle, batch.jobs(row, restart), sizes)
+            found = self._run(oracle, jobs.at(row, restart), sizes)
             for r in torch.unique(restart):
                 same = restart == r
                 best.improve(row[same], found[same], keep_first=self.stops_early)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from backpass.attacks.jobs import Jobs
@@ -49,7 +50,8 @@ class Square(SearchAttack):
         restarts: random restarts of each sample.
         share: p, the share of the image that the first window covers, in (0, 1].
         published: as in the authors' evaluation (auto-attack): the share falls at 10, 50, 200, ... queries whatever
-            their number, and the start is not counted as a query.
+            their number, the start is not counted as a query, a window never lies at the last place of a side, and
+            in l_2 the tiles of the start are halves of opposite sign.
     """
 
     uses_gradients: ClassVar[bool] = False
@@ -70,11 +72,6 @@ class Square(SearchAttack):
     def iterations(self) -> int:
         """Forward passes."""
         return self.queries + self.published
-
-    @property
-    def searches(self) -> int:
-        """Restarts."""
-        return self.restarts
 
     def begin(self, oracle: Oracle, jobs: Jobs) -> State:
         """Start at stripes or pyramids."""
@@ -101,22 +98,32 @@ class Square(SearchAttack):
             logits=logits,
         )
 
+    @property
+    def _spare(self) -> int:
+        return 0 if self.published else 1
+
     def _key(self, jobs: Jobs, purpose: int, query: int) -> Tensor:
         return make_key(self.seed, jobs.index, jobs.restart, purpose, query, like=jobs.index)
 
     def _start(self, jobs: Jobs) -> Tensor:
-        """Vertical stripes of width one in l_inf; a grid of 5 x 5 pyramids in l_2; at the ball's edge."""
+        """Vertical stripes of width one in l_inf; a grid of pyramids in l_2; at the ball's edge."""
         x, key, threat = jobs.x, self._key(jobs, _START, 0), jobs.threat
         if self.norm == "linf":
             stripes = signs(key, x[:, :, :1, :])
             return threat.project(x, x + threat.radius(x) * stripes)
         height, width = x.shape[2:]
         side = max(1, min(height, width) // 5)
-        tile = _pyramid(side, side, x)
-        tall, wide = -(-height // side), -(-width // side)
-        sign = signs(key, x.new_empty(len(x), x.shape[1], tall, wide))
-        sign = sign.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :height, :width]
-        grid = sign * tile.repeat(tall, wide)[:height, :width]
+        tall, wide = (size // side if self.published else -(-size // side) for size in (height, width))
+        shift = (height - 5 * side) // 2 if self.published else 0
+
+        def spread(tiles: Tensor) -> Tensor:
+            return tiles.repeat_interleave(side, 2).repeat_interleave(side, 3)
+
+        tile = _two_pyramids(side, x) if self.published else _pyramid(side, side, x)
+        turned = uniform(self._key(jobs, _START, 1), x.new_empty(len(x), 1, tall, wide)) < 0.5
+        shape = torch.where(spread(turned), tile.repeat(tall, wide), tile.T.repeat(tall, wide))
+        grid = spread(signs(key, x.new_empty(len(x), x.shape[1], tall, wide))) * shape
+        grid = F.pad(grid, (shift, width, shift, height))[..., :height, :width]
         return self._to_sphere(jobs, grid)
 
     def _to_sphere(self, jobs: Jobs, delta: Tensor) -> Tensor:
@@ -134,7 +141,7 @@ class Square(SearchAttack):
         """Every channel of the window goes to x + eps or to x - eps (algorithm 2)."""
         x, side = jobs.x, self._side(jobs.x, query)
         place = uniform(self._key(jobs, _PLACE, query), x.new_empty(len(x), 2))
-        window = _Window.at(x, place, side)
+        window = _Window.at(x, place, side, self._spare)
         sign = signs(self._key(jobs, _SIGN, query), x[:, :, :1, :1])
         edge = jobs.threat.project(x, x + jobs.threat.radius(x) * sign)
         return torch.where(window.mask, edge, z)
@@ -145,7 +152,7 @@ class Square(SearchAttack):
         side = max(3, self._side(x, query) // 2 * 2 + 1)
         side = min(side, *x.shape[2:])
         place = uniform(self._key(jobs, _PLACE, query), x.new_empty(len(x), 5))
-        here, there = _Window.at(x, place[:, :2], side), _Window.at(x, place[:, 2:4], side)
+        here, there = (_Window.at(x, some, side, self._spare) for some in (place[:, :2], place[:, 2:4]))
         delta = z - x
         eps = torch.as_tensor(jobs.threat.eps, dtype=torch.float64, device=x.device)
         spare = (eps**2 - jobs.threat.size(delta).square()).clamp_min(0.0).to(x.dtype)
@@ -175,10 +182,10 @@ class _Window(NamedTuple):
     side: int
 
     @classmethod
-    def at(cls, x: Tensor, place: Tensor, side: int) -> _Window:
-        """place: (B, 2) in [0, 1), among all the places where the window fits."""
+    def at(cls, x: Tensor, place: Tensor, side: int, spare: int = 1) -> _Window:
+        """place: (B, 2) in [0, 1), among all the places where the window fits; without the last if `spare` is 0."""
         height, width = x.shape[2:]
-        free = place.new_tensor([height - side + 1, width - side + 1])
+        free = place.new_tensor([height - side + spare, width - side + spare])
         corner = (place * free).long()
         row = torch.arange(height, device=x.device) - corner[:, :1]
         column = torch.arange(width, device=x.device) - corner[:, 1:]

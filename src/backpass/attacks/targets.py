@@ -11,7 +11,7 @@ from backpass.attacks.noise import make_key, uniform
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.numbers import is_whole
 
-__all__ = ["Targets", "choose_targets"]
+__all__ = ["Targets", "choose_targets", "likely_wrong"]
 
 Targets = str | int | Callable[[Tensor], Tensor]
 _NAMES = ("next", "random", "least-likely", "second")
@@ -52,6 +52,16 @@ def choose_targets(targets: Targets, y: Tensor, logits: Tensor, index: Tensor, s
             f"targets must be classes 0 to {classes - 1}; got {int(found.min())} to {int(found.max())}."
         )
     return found.to(y.device).long()
+
+
+def likely_wrong(logits: Tensor, y: Tensor, rank: Tensor) -> Tensor:
+    """Return the class (B,) at place `rank` (B,) among the wrong ones, the most likely first.
+
+    Excluded classes, whose logits are -inf, are no targets. Ranks past the last wrap.
+    """
+    wrong = logits.scatter(1, y[:, None], -torch.inf)
+    count = (wrong > -torch.inf).sum(1).clamp_min(1)
+    return wrong.argsort(1, descending=True).gather(1, (rank % count)[:, None]).squeeze(1)
 
 
 def _named(name: str, y: Tensor, logits: Tensor, index: Tensor, seed: int) -> Tensor:

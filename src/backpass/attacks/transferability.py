@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from backpass.attacks.attack import Attack
 from backpass.attacks.checks import check_model
-from backpass.attacks.columns import Columns, processes
+from backpass.attacks.columns import Columns, device_of, processes
 from backpass.attacks.data import Data, Source
 from backpass.attacks.ensemble import Ensemble
-from backpass.attacks.evaluation import Mask, _mask_of
+from backpass.attacks.evaluation import Mask, mask_of
 from backpass.attacks.iterative import Iterative
 from backpass.attacks.paired import Paired, paired
 from backpass.attacks.report import Rate
@@ -163,38 +163,36 @@ def transfer(
     attack, steps = _budget(replace(attack, early_stop=False), gradients)
     marks = list(gradients or ())
     rows = [
-        _Row(name if rules is None else f"{name} {rule}", model, attached)
-        for name, model in ((name, _as_one(model)) for name, model in sources.items())
+        _Network(
+            name if rules is None else f"{name} {rule}",
+            model if isinstance(model, nn.Module) else Ensemble(model),
+            attached,
+        )
+        for name, model in sources.items()
         for rule, attached in (rules or {"": None}).items()
     ]
+    goals = [_Network(name, model) for name, model in targets.items()]
     rank, world = processes()
     source = Source(data, batch_size, several=world > 1 or resume is not None)
-    columns, done = Columns(_device(rows[0].model)), 0
-    shards = _Folders(resume, tag, attack, source)
+    columns, done = Columns(device_of(rows[0].model)), 0
+    shards = _Predictions(resume, tag, attack, source)
     for x, y, index in source.batches(rank, world):
         y = y.long()
         aim = _aim(rows[0].model, attack, classes, x, y, index)
-        own = _mask_of(mask, x, index)
+        own = mask_of(mask, x, index)
         correct = {}
-        for name, model in targets.items():
-            seen = shards.get(f"correct {name}", model, None, (x, y, index), partial(_predict, model, attack, x, y))
-            correct[name] = seen == y
-            outcome = {"correct": correct[name], "attacked": correct[name] & ((aim != y) | (not attack.targeted))}
-            columns.enter(f"target {name}", index, outcome, outcome)
+        for goal in goals:
+            seen = shards.get("correct", goal, None, (x, y, index), partial(_predict, goal.model, attack, x, y))
+            correct[goal] = seen == y
+            outcome = {"correct": correct[goal], "attacked": correct[goal] & ((aim != y) | (not attack.targeted))}
+            columns.enter(f"target {goal.name}", index, outcome, outcome)
         for row in rows:
-            images = _Images(row, attack, x, aim, index, batch_size, own, steps)
-            for name, model in targets.items():
-                seen = shards.get(
-                    f"row {row.name} on {name}",
-                    model,
-                    row,
-                    (x, torch.stack([y, aim]), index),
-                    partial(images.seen_by, model, y),
-                    own,
-                    marks,
-                )
+            images = cache(partial(row.images, attack, x, aim, steps, indices=index, batch_size=batch_size, mask=own))
+            for goal in goals:
+                compute = partial(_predict_all, goal.model, attack, images, y)
+                seen = shards.get("row", goal, row, (x, torch.stack([y, aim]), index), compute, own, marks)
                 hit = seen == aim[:, None] if attack.targeted else seen != y[:, None]
-                columns.enter(f"row {row.name}/{name}", index, {"hit": hit & correct[name][:, None]}, ("hit",))
+                columns.enter(f"row {row.name}/{goal.name}", index, {"hit": hit & correct[goal][:, None]}, ("hit",))
             done += len(x)
             if progress is not None:
                 total = source.own(rank, world)
@@ -217,82 +215,63 @@ def transfer(
 
 
 @dataclass(frozen=True, eq=False)
-class _Row:
-    """Source model with a rule."""
+class _Network:
+    """Source with a rule, or target."""
 
     name: str
     model: nn.Module
-    rule: Attachable | None
+    rule: Attachable | None = None
+
+    @property
+    def members(self) -> list[nn.Module]:
+        """The members of an ensemble, or the model itself."""
+        return list(self.model.members) if isinstance(self.model, Ensemble) else [self.model]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Attach the rule to every member of the source."""
-        if self.rule is None:
+        """Attach the rule to every member."""
+        with ExitStack() as stack:
+            if self.rule is not None:
+                for member in self.members:
+                    stack.enter_context(self.rule.attach(member))
             yield
-            return
-        members = list(self.model.members) if isinstance(self.model, Ensemble) else [self.model]
-        with self.rule.attach(members[0]):
-            if len(members) == 1:
-                yield
-            else:
-                with _Row("", Ensemble(members[1:]), self.rule).attached():
-                    yield
 
-
-class _Images:
-    """Adversarial images of one batch, computed on first use."""
-
-    def __init__(
+    def images(
         self,
-        row: _Row,
         attack: Attack,
         x: Tensor,
         aim: Tensor,
-        index: Tensor,
-        size: int,
-        mask: Tensor | None,
         steps: list[int],
-    ) -> None:
-        self._make = (row, attack, x, aim, index, size, mask, steps)
-        self._images: list[Tensor] | None = None
-
-    def made(self) -> list[Tensor]:
-        """Return the images (B, ...) after each number of steps, or the final ones, on the device of x."""
-        if self._images is None:
-            row, attack, x, aim, index, size, mask, steps = self._make
-            device = _device(row.model)
-            given = (row.model, x.to(device), aim.to(device))
-            settings: dict[str, Any] = {
-                "indices": index.to(device),
-                "batch_size": size,
-                "mask": None if mask is None else mask.to(device),
-            }
-            with row.attached():
-                if isinstance(attack, Iterative) and steps:
-                    found = attack.path(*given, steps=steps, **settings)
-                else:
-                    found = [attack(*given, **settings).x_adv]
-            self._images = [one.to(x.device) for one in found]
-        return self._images
-
-    def seen_by(self, target: nn.Module, y: Tensor) -> Tensor:
-        """Return the predictions (B, M) of a target for the M versions of each image."""
-        return torch.stack([_predict(target, self._make[1], one, y) for one in self.made()], 1)
+        *,
+        indices: Tensor,
+        batch_size: int,
+        mask: Tensor | None,
+    ) -> list[Tensor]:
+        """Return adversarial images (B, ...) after each number of steps, or the final ones, on the device of x."""
+        x_there, aim, indices = (one.to(device_of(self.model)) for one in (x, aim, indices))
+        mask = None if mask is None else mask.to(x_there.device)
+        given = {"indices": indices, "batch_size": batch_size, "mask": mask}
+        with self.attached():
+            if isinstance(attack, Iterative) and steps:
+                found = attack.path(self.model, x_there, aim, steps=steps, **given)  # type: ignore[arg-type]
+            else:
+                found = [attack(self.model, x_there, aim, **given).x_adv]  # type: ignore[arg-type]
+        return [one.to(x.device) for one in found]
 
 
-class _Folders:
+class _Predictions:
     """Cache of predictions on disk, keyed by source, rule, target, data and settings."""
 
     def __init__(self, folder: str | PathLike[str] | None, tag: str, attack: Attack, source: Source) -> None:
         self._shards = Shards(None if folder is None else Path(folder), {"tag": tag})
-        self._attack, self._source, self._known = attack, source, dict[int, str]()
+        self._attack, self._source, self._known = attack, source, dict[_Network, str]()
         self._settings = {} if folder is None else describe(attack, strict=True)
 
     def get(
         self,
-        name: str,
-        target: nn.Module,
-        row: _Row | None,
+        kind: str,
+        goal: _Network,
+        row: _Network | None,
         data: tuple[Tensor, Tensor, Tensor],
         compute: Callable[[], Tensor],
         mask: Tensor | None = None,
@@ -301,9 +280,9 @@ class _Folders:
         """Return the finished predictions (B, ...), or compute and store them."""
         if self._shards.folder is None:
             return compute()
-        own: dict[str, Any] = {"name": name, "target": self._print(target, None)}
+        own: dict[str, Any] = {"kind": kind, "name": goal.name, "target": self._print(goal)}
         if row is not None:
-            own |= {"source": self._print(row.model, row), "settings": self._settings, "gradients": list(gradients)}
+            own |= {"source": [row.name, self._print(row)], "settings": self._settings, "gradients": list(gradients)}
         key = self._shards.key(*data, own, mask)
         found = self._shards.get(key)
         if found is None:
@@ -311,16 +290,14 @@ class _Folders:
             self._shards.put(key, found)
         return found["prediction"]
 
-    def _print(self, model: nn.Module, row: _Row | None) -> str:
-        place = id(model) if row is None else id(row)
-        if place not in self._known:
-            x, y = (one.to(_device(model)) for one in self._source.head)
-            members = list(model.members) if isinstance(model, Ensemble) else [model]
-            how = f"{model.mean} " if isinstance(model, Ensemble) else ""
-            with _Row("", model, None if row is None else row.rule).attached():
-                prints = [fingerprint(one, self._attack.make_oracle(one), x, y) for one in members]
-            self._known[place] = how + " ".join(prints)
-        return self._known[place]
+    def _print(self, network: _Network) -> str:
+        if network not in self._known:
+            x, y = (one.to(device_of(network.model)) for one in self._source.head)
+            with network.attached():
+                prints = [fingerprint(one, self._attack.make_oracle(one), x, y) for one in network.members]
+            mean = network.model.mean if isinstance(network.model, Ensemble) else ""
+            self._known[network] = " ".join([mean, *prints])
+        return self._known[network]
 
 
 def _budget(attack: Attack, gradients: Sequence[int] | None) -> tuple[Attack, list[int]]:
@@ -338,14 +315,10 @@ def _budget(attack: Attack, gradients: Sequence[int] | None) -> tuple[Attack, li
     return attack.within(gradients[-1]), steps
 
 
-def _as_one(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
-    return model if isinstance(model, nn.Module) else Ensemble(model)
-
-
 def _aim(model: nn.Module, attack: Attack, classes: Targets | None, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
     if classes is None or not attack.targeted:
         return y
-    device = _device(model)
+    device = device_of(model)
     with preserved(model):
         logits = attack.make_oracle(model).plain(x.to(device), y.to(device)).to(x.device)
     aim = choose_targets(classes, y, logits, index, attack.seed)
@@ -354,15 +327,16 @@ def _aim(model: nn.Module, attack: Attack, classes: Targets | None, x: Tensor, y
     return aim
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
 def _predict(model: nn.Module, attack: Attack, x: Tensor, y: Tensor) -> Tensor:
     """Return the classes (B,) of the model without rules, on the device of x."""
-    device = _device(model)
+    device = device_of(model)
     there = x.to(device)
     check_model(model)
     check_model(model, there)
     with preserved(model):
         return attack.make_oracle(model).plain(there, y.to(device)).argmax(1).to(x.device)
+
+
+def _predict_all(model: nn.Module, attack: Attack, images: Callable[[], list[Tensor]], y: Tensor) -> Tensor:
+    """Return the classes (B, M) of the M versions of each image."""
+    return torch.stack([_predict(model, attack, one, y) for one in images()], 1)

@@ -42,7 +42,7 @@ def verdicts(results: Sequence[Result]) -> str:
         run = {name: setting(value) for name, value in result.environment.items()}
         torch = result.environment["versions"].get("torch", "?")
         about = (
-            f"{result.source}. Scale {result.scale}, {run.get('data', '?')}; {run.get('device', '?')}, torch {torch}, "
+            f"{result.source}. Scale {result.scale}, {str(run.get('data', '?')).rstrip('.')}; {run.get('device', '?')}, torch {torch}, "
         )
         parts.append(f"\n## {_escaped(result.experiment)}: {_escaped(result.title)}\n")
         when = f", {run['date']}" if "date" in run else ""

@@ -12,12 +12,19 @@ from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from backpass.rules import torch_internals
+from backpass.rules.attaching.run import SiteCall
 
-__all__ = ["branch_of_sum", "new_features"]
+__all__ = ["SUMS", "block_of_sum", "new_features", "sites_between", "writes_sum"]
+
+_IN_PLACE = frozenset((Tensor.add_, Tensor.__iadd__))
+
+SUMS = _IN_PLACE | {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+"""Functions that add two tensors."""
 
 _LAYER = re.compile(
     "convolution|addmm|mm|bmm|baddbmm|batchnorm|layernorm|groupnorm|rmsnorm|avgpool|maxpool|scaleddotproduct|linear"
@@ -42,11 +49,16 @@ class _Visit:
         self.outputs: dict[int, set[int]] = {}
 
 
-def branch_of_sum(a: Tensor, b: Tensor) -> int | None:
-    """Return which operand of a + b is the branch of a residual block, or None if the sum ends no block.
+def writes_sum(func: Any) -> bool:
+    """Return True if a sum overwrites its first operand."""
+    return func in _IN_PLACE
+
+
+def block_of_sum(a: Tensor, b: Tensor) -> tuple[int, Any] | None:
+    """Return which operand of a + b is the branch of a residual block, and the graph node of the block's input.
 
     With skip(z) + branch(z), the cheapest path through the skip connection has fewer layers than that
-    through the branch, at most three layers, and no activation.
+    through the branch, at most three layers, and no activation. None if the sum ends no block.
     """
     if a is b or a.shape != b.shape or not (_is_computed(a) and _is_computed(b)):
         return None
@@ -58,10 +70,30 @@ def branch_of_sum(a: Tensor, b: Tensor) -> int | None:
             cheaper = (costs[skip], layers[skip]) < (costs[1 - skip], layers[1 - skip])
             from_one_tensor = visit.outputs[0] & visit.outputs[1]  # not different outputs of a split
             found = cheaper and costs[skip] <= _SKIP_LIMIT and layers[1 - skip] and from_one_tensor
-            return 1 - skip if found else None
+            return (1 - skip, node) if found else None
         for operand in costs:
             layers[operand] += _is_layer(node)
     return None
+
+
+def sites_between(branch: Tensor, begin: Any) -> list[SiteCall]:
+    """Return the sites on the graph paths from the node ``begin`` to a tensor."""
+    begins = _age(begin)
+    nodes = [get_gradient_edge(branch).node]
+    seen, sites = {begin, *nodes}, []
+    while nodes:
+        node = nodes.pop()
+        site = getattr(node, "site", None) if torch_internals.function_class(node) is not None else None
+        if isinstance(site, SiteCall):
+            sites.append(site)
+        for following, _ in node.next_functions:
+            if following is None or following in seen:
+                continue
+            age = _age(following)
+            if age is not None and (begins is None or age < begins):
+                seen.add(following)
+                nodes.append(following)
+    return sites
 
 
 def new_features(tensors: Sequence[Tensor]) -> list[int]:

@@ -13,8 +13,7 @@ from backpass.errors import BackpassError, NoSiteError
 from backpass.rules.activations import WITHOUT_ACTIVATION
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import ModuleCall, SiteCall
-from backpass.rules.blocks import SUMS, writes_sum
-from backpass.rules.branches import branch_of_sum, new_features
+from backpass.rules.branches import SUMS, block_of_sum, new_features, writes_sum
 from backpass.rules.operands import OperandAttached, OperandInterception, OperandRule, Operands
 from backpass.rules.torch_internals import custom_functions
 
@@ -45,14 +44,14 @@ class _BranchInterception(OperandInterception):
         pair: list[Any] = [args[one] if isinstance(one, int) else kwargs.get(one) for one in places]
         if not all(isinstance(x, Tensor) for x in pair):
             return ()
-        branch = branch_of_sum(*pair)
-        return () if branch is None else ((places[branch],),)
+        block = block_of_sum(*pair)
+        return () if block is None else ((places[block[0]],),)
 
-    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_site(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a sum or a concatenation by the decision for its site."""
         if func in _CATS and args and isinstance(args[0], list | tuple) and isinstance(args[0][0], Tensor):
             site.shape = args[0][0].shape
-        return super().at(site, func, args, kwargs)
+        return super().call_site(site, func, args, kwargs)
 
     def scaled(
         self,

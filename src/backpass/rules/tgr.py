@@ -17,7 +17,7 @@ from backpass.rules.activations import ACTIVATIONS, WITHOUT_ACTIVATION
 from backpass.rules.attaching.interception import choose, outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.attaching.run import ModuleCall, SiteCall
-from backpass.rules.blocks import SUMS
+from backpass.rules.branches import SUMS
 from backpass.rules.operands import OperandRule, Operands
 from backpass.rules.pna import PNA, AttentionAttached, AttentionInterception
 from backpass.rules.torch_internals import constant_while_tracing
@@ -41,10 +41,10 @@ class _TokenInterception(AttentionInterception):
         self._summed: set[int] = set()
         self._marked: list[SiteCall] = []
 
-    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_site(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an attention by the decision for its site, or a linear layer with its input marked."""
         if func is not F.linear:
-            return super().at(site, func, args, kwargs)
+            return super().call_site(site, func, args, kwargs)
         x = args[0] if args else kwargs["input"]
         if not isinstance(x, Tensor) or x.dim() < 3 or self._is_matrix(x):
             self._count(site, None)

@@ -122,12 +122,11 @@ class AdversarialTraining:
 
     def __call__(self, model: nn.Module, batch: Batch, plain: Plain) -> Evaluated:
         """Evaluate the objective; accuracy and metric are those of x', the accuracy of TRADES that of x."""
-        chosen = self.attack.logits
         against: Loss | None = None
         if self.trades is not None:
             inside = local_model(model)
             with preserved(inside), torch.no_grad():
-                reference = select(inside(batch.x), chosen)
+                reference = self._logits(inside, batch.x)
 
             def against(logits: Tensor, row: Tensor) -> Tensor:
                 return divergence(reference[row].to(logits.dtype), logits)
@@ -138,9 +137,9 @@ class AdversarialTraining:
             """Return losses (B,), and the logits at x (for TRADES) and x'."""
             y = batch.y[rows]
             if self.trades is None:
-                logits = select(model(x_adv[rows]), chosen)
+                logits = self._logits(model, x_adv[rows])
                 return self.evaluation.with_logits(logits, y, "none"), logits, logits
-            clean, near = select(model(torch.cat([batch.x[rows], x_adv[rows]])), chosen).chunk(2)
+            clean, near = self._logits(model, torch.cat([batch.x[rows], x_adv[rows]])).chunk(2)
             losses = self.evaluation.with_logits(clean, y, "none") + self.trades * divergence(clean, near)
             return losses, clean, near
 
@@ -154,6 +153,15 @@ class AdversarialTraining:
             # Examples by sign steps or by Square are not smooth functions of the parameters.
             moves=self.attack.norm != "linf" or isinstance(self.attack, FAB | AutoAttack),
         )
+
+    def _logits(self, model: nn.Module, x: Tensor) -> Tensor:
+        logits = select(model(x), self.attack.logits)
+        if not isinstance(logits, Tensor):
+            raise BackpassError(
+                f"adversarial training needs logits (B, K), got {type(logits).__name__}: select them by the attack's "
+                'logits, for instance PGD(..., logits="logits").'
+            )
+        return logits
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:

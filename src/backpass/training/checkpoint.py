@@ -7,6 +7,7 @@ import io
 import logging
 import pickle
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,17 @@ class Checkpoints:
                 cannot be written.
         """
         stream = io.BytesIO()
-        torch.save(state, stream)
-        content = stream.getvalue()
-        if not self._proven:
-            try:
+        try:
+            torch.save(state, stream)
+            content = stream.getvalue()
+            if not self._proven:
                 _read(content)
-            except pickle.UnpicklingError as error:
-                raise BackpassError(
-                    "a checkpoint holds tensors, numbers, strings, lists and dicts only; the state_dict of the "
-                    f"optimizer, scheduler, objective or model has something else: {error}"
-                ) from error
-            self._proven = True
+        except (pickle.PickleError, AttributeError, TypeError) as error:
+            raise BackpassError(
+                "a checkpoint holds tensors, numbers, strings, lists and dicts only; the state_dict of the "
+                f"optimizer, scheduler, objective or model has something else: {error}"
+            ) from error
+        self._proven = True
         path = self.path(step)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -76,8 +77,9 @@ class Checkpoints:
             write_whole(_sum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
             write_whole(path, content)
         except OSError as error:
-            if not path.exists():
-                _sum(path).unlink(missing_ok=True)
+            with suppress(OSError):
+                if not path.exists():
+                    _sum(path).unlink(missing_ok=True)
             raise self._lost(error) from error
         for old in self.steps()[: -self._keep]:
             self.path(old).unlink(missing_ok=True)

@@ -143,7 +143,8 @@ class Logs:
         if self._folder is None:
             return
         path, self._run = self._folder / "log.jsonl", {"settings": settings, "environment": _environment()}
-        self._content[:] = path.read_bytes()[:offset] if path.exists() else b""
+        with _reported():
+            self._content[:] = path.read_bytes()[:offset] if path.exists() else b""
         if len(self._content) < offset:
             lost = offset - len(self._content)
             _LOG.warning("%s has lost %d bytes since the checkpoint: records are missing from it.", path, lost)

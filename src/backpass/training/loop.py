@@ -128,9 +128,11 @@ class Loop:
         return self._diverged is not None or self._stopped is not None or self._position.step >= self._steps
 
     def _check_weights(self) -> None:
-        """Check the weights after the last step, whose divergence no loss would show."""
+        """Check the weights after the last step, whose divergence the log may not show yet."""
         weights = [p for group in self._settings.optimizer.param_groups for p in group["params"]]
-        if self._diverged is None and not all(bool(whole(p.isfinite().all())) for p in weights):
+        if self._diverged or not self._position.step:
+            return
+        if not all(bool(whole(p.isfinite().all())) for p in weights):
             self._end_as_diverged(f"the weights after step {self._position.step} are not finite")
 
     def _open(self, resume: Resume) -> None:
@@ -185,6 +187,8 @@ class Loop:
                 return self._save()
             if not last:
                 self._save_within_epoch()
+            if self._diverged is not None:
+                return None
         self._finish_epoch()
         self._save()
         self._stop_if_asked()
@@ -249,10 +253,25 @@ class Loop:
                 self._diverged = settings.robust.reason_to_stop(record["robust"])
         position.history.append(record)
         if isinstance(self._scheduler, ReduceLROnPlateau):
-            self._scheduler.step(record.get("evaluation", record)["loss"])
+            self._follow_plateau(self._scheduler, record)
         elif self._scheduler is not None and settings.step_scheduler == "epoch":
             self._scheduler.step()
         self._record(record)
+
+    def _follow_plateau(self, scheduler: ReduceLROnPlateau, record: dict[str, Any]) -> None:
+        """Step the scheduler by the first evaluation set, in epochs that have an evaluation; else by training."""
+        evaluated = self._settings.evaluated
+        if evaluated and self._settings.evaluate_every is not None:
+            if "evaluation" not in record:
+                return
+            record = record["evaluation"] if "" in evaluated else next(iter(record["evaluation"].values()))
+        metric = "accuracy" if scheduler.mode == "max" else "loss"
+        if metric not in record:
+            raise BackpassError(
+                'ReduceLROnPlateau(mode="max") follows the accuracy, which this objective does not report: use '
+                'mode="min", which follows the loss.'
+            )
+        scheduler.step(record[metric])
 
     def _record(self, record: dict[str, Any]) -> None:
         settings = self._settings
@@ -283,6 +302,9 @@ class Loop:
     def _save(self) -> None:
         if self._checkpoints is None:
             return
+        self._check_weights()
+        if self._diverged is not None:
+            return  # the last checkpoint precedes the divergence
         checkpoints, state = self._checkpoints, self._state.state_dict()
         from_first(lambda: str(checkpoints.save(self._position.step, {**state, "log_offset": self._logs.offset()})))
         self._saved = time.monotonic()
@@ -292,6 +314,8 @@ class Loop:
         if not (name is not None if self._alone else any_process(name is not None, self._device)):
             return
         self._save()
+        if self._diverged is not None:
+            return
         step = self._position.step
         if self._settings.folder is None:
             raise Interrupted(f"stopped by {name} after step {step}; without a folder nothing is saved.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -28,7 +29,8 @@ __all__ = ["Data", "Source"]
 Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
 """(x, y) tensors on any device, also memory-mapped; a map-style data set of pairs; or a loader of one."""
 
-_SAMPLED = 64  # rows whose hash identifies a data set
+_HASHED = 2**28  # bytes up to which all of a data set is hashed; of a larger one, this many rows:
+_SAMPLED = 64
 _READING = ("num_workers", "collate_fn", "prefetch_factor", "worker_init_fn", "multiprocessing_context")
 
 
@@ -101,7 +103,7 @@ class Source:
         return self._data if isinstance(self._data, tuple) else None
 
     def describe(self) -> dict[str, Any]:
-        """Describe the data in JSON's types; the hash of some rows stands for all."""
+        """Describe the data in JSON's types; of large data the hash of some rows stands for all."""
         order: dict[str, Any] = {}
         if self.sampler is not None:
             weights = getattr(self.sampler, "weights", None)
@@ -110,11 +112,13 @@ class Source:
                 order["weights"] = _digest([weights])
         if self.tensors is None:
             return {"samples": len(self), "type": type(self._data).__qualname__, **order}
-        rows = torch.linspace(0, len(self) - 1, min(_SAMPLED, len(self)), dtype=torch.float64).long()
         x, y = self.tensors
         shapes = [f"{one.dtype} {tuple(one.shape)}" for one in (x, y)]
-        digest = _digest([one[rows.to(one.device)] for one in (x, y)])
-        return {"samples": len(self), "x": shapes[0], "y": shapes[1], "sha256": digest, **order}
+        hashed: Sequence[Tensor] = (x, y)
+        if x.nbytes + y.nbytes > _HASHED:
+            rows = torch.linspace(0, len(self) - 1, min(_SAMPLED, len(self)), dtype=torch.float64).long()
+            hashed = [one[rows.to(one.device)] for one in (x, y)]
+        return {"samples": len(self), "x": shapes[0], "y": shapes[1], "sha256": _digest(hashed), **order}
 
     def read(self, rows: Sequence[Tensor], start: int, device: torch.device, seed: int) -> Iterator[tuple[Any, Tensor]]:
         """Yield x (B, ...), or a dict of such, and y (B, ...) of ``rows[start:]``, each (B,) positions, on the device.
@@ -123,8 +127,8 @@ class Source:
         those of an uninterrupted run.
 
         Raises:
-            BackpassError: a batch is no pair of tensors, or has another number of samples than asked for; or the
-                data has another length than before.
+            BackpassError: a sample cannot be read; a batch is no pair of tensors, or has another number of samples
+                than asked for; or the data has another length than before.
         """
         if self.tensors is not None:
             x, y = self.tensors
@@ -143,7 +147,16 @@ class Source:
             generator=torch.Generator().manual_seed(seed),
             **self._reading,
         )
-        for asked, pair in zip(rows[start:], islice(loader, skipped, None), strict=True):
+        batches = islice(loader, skipped, None)
+        for asked in rows[start:]:
+            try:
+                pair = next(batches)
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [""])[-1]  # a worker gives the whole traceback
+                raise BackpassError(
+                    f"{type(self._data).__qualname__} cannot read and stack samples {reprlib.repr(asked.tolist())}: "
+                    f"{type(error).__name__}: {reason}. Leave broken samples out of the data set or the sampler."
+                ) from error
             x, y = self._pair(pair)
             inputs = list(x.values()) if isinstance(x, dict) else [x]
             if {len(one) for one in (*inputs, y)} != {len(asked)}:
@@ -169,10 +182,10 @@ class Source:
 
 
 def _checked(data: Any) -> Any:
-    if isinstance(data, tuple | list):
+    if isinstance(data, tuple) or (isinstance(data, list) and not all(isinstance(one, tuple | list) for one in data)):
         rows = [len(one) if _has_rows(one) else None for one in data]
         if len(data) != 2 or None in rows or rows[0] != rows[1]:
-            got = ", ".join(map(_words, data))
+            got = ", ".join(map(_words, data[:3])) + (", ..." if len(data) > 3 else "")
             raise BackpassError(
                 f"data must be a pair (x, y) of tensors with as many rows each, a Dataset or a DataLoader; got {got}."
             )
@@ -190,7 +203,7 @@ def _checked(data: Any) -> Any:
 def _digest(tensors: Sequence[Tensor]) -> str:
     digest = hashlib.sha256()
     for one in tensors:
-        digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

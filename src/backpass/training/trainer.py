@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -67,6 +68,8 @@ class Trainer(Settings):
             ``step:every=30``, ``exponential:gamma=0.98`` or ``controlled``; in Python also any torch scheduler of the
             optimizer, or one with ``measure``, such as `ControlledLR`.
         step_scheduler: call a scheduler object after each ``"step"`` or ``"epoch"``. Schedules by name know it.
+            ``ReduceLROnPlateau`` is given the loss of the first evaluation set, with ``mode="max"`` its accuracy, after
+            each evaluation; without ``evaluation``, that of training.
         clip_norm: upper limit of the gradient's l2 norm over all parameters, positive.
         normalize_gradient: divide the gradient by its l2 norm: ``model``, over all parameters, or ``tensor``, each
             parameter's by its own.
@@ -187,6 +190,7 @@ class Trainer(Settings):
         if resume not in (True, False, "auto"):
             raise BackpassError(f'resume must be True, False or "auto", got {resume!r}.')
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(joined(self.device))
             if self.path is not None:
@@ -249,6 +253,8 @@ class Trainer(Settings):
         if not named and not all(callable(getattr(self.scheduler, name, None)) for name in methods):
             expected = "a name such as cosine, one of torch's, or have its methods"
             yield f"scheduler must be {expected}; got {self.scheduler!r}."
+        elif not named and not isinstance(self.scheduler, ReduceLROnPlateau) and not _takes(self.scheduler.step):  # type: ignore[union-attr]
+            yield f"a scheduler's step() takes no argument, except that of ReduceLROnPlateau; got {self.scheduler!r}."
         if self.step_scheduler not in ("step", "epoch"):
             raise UnknownNameError("step_scheduler", str(self.step_scheduler), ("step", "epoch"))
         if not isinstance(self.rules, Sequence) or not all(isinstance(rule, Rule) for rule in self.rules):
@@ -262,19 +268,19 @@ class Trainer(Settings):
             yield "checkpoints need a place: give folder=... too."
         if self.folder is None and "tensorboard" in self.loggers:
             yield "TensorBoard's events need a place: give folder=... too."
-        try:
-            called = self.objective.forward if isinstance(self.objective, nn.Module) else self.objective
-            inspect.signature(called).bind(self.model, None, None)
-        except TypeError as error:
+        called = self.objective.forward if isinstance(self.objective, nn.Module) else self.objective
+        if not _takes(called, self.model, None, None):
             yield (
                 "an objective is called as objective(model, batch, plain); of a loss of (output, y), one number per "
-                f"sample, PerSample(loss) makes one. {self.objective!r}: {error}."
+                f"sample, PerSample(loss) makes one. Got {self.objective!r}."
             )
         yield from self._problems_of_weights()
 
     def _problems_of_weights(self) -> Iterator[str]:
         if not isinstance(self.model, nn.Module):
             yield f"model must be an nn.Module, got {type(self.model).__name__}."
+        if any(map(is_lazy, self.model.parameters())):
+            yield "the model has lazy modules without a shape: call it once on a batch of data first."
         parameters = {id(p) for p in self.model.parameters()}
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         strange = sum(id(p) not in parameters for p in held)
@@ -329,6 +335,14 @@ class Trainer(Settings):
             "dtype": describe(precision(self.dtype)),
             **{name: describe(getattr(self, name)) for name in named},
         }
+
+
+def _takes(function: Callable[..., object], *arguments: object) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def attach(rule: Rule, model: nn.Module, optimizer: Optimizer) -> Attached:

@@ -108,14 +108,22 @@ class Update:
         if settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self._weights, settings.clip_norm, self._norm)
             return
-        gradients = [p.grad for p in self._weights if p.grad is not None]
+        gradients = self._gradients()
         norms = [self._norm] * len(gradients)
         if settings.normalize_gradient == "tensor":
             norms = [whole(norm) for norm in torch._foreach_norm(gradients)]
         torch._foreach_div_(gradients, [norm.clamp(min=torch.finfo(norm.dtype).tiny) for norm in norms])
 
     def _total_norm(self) -> Tensor:
-        return whole(nn.utils.get_total_norm([p.grad for p in self._weights if p.grad is not None]))
+        return whole(nn.utils.get_total_norm(self._gradients()))
+
+    def _gradients(self) -> list[Tensor]:
+        """Return the gradients; of a sparse one, of an embedding, its values."""
+        for p in self._weights:
+            if p.grad is not None and p.grad.is_sparse:
+                p.grad = p.grad.coalesce()
+        gradients = [p.grad for p in self._weights if p.grad is not None]
+        return [one._values() if one.is_sparse else one for one in gradients]
 
 
 @contextmanager

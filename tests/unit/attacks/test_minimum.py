@@ -132,6 +132,13 @@ def test_a_misclassified_image_has_distance_0(cnn, held_out):
         assert torch.equal(result.x_adv[wrong], x[wrong])
 
 
+def test_further_searches_of_fmn_find_nearer_images(cnn, held_out):
+    x, y = held_out.x[:60], held_out.y[:60]
+    one, three = (FMN(norm="l2", steps=40, restarts=count)(cnn, x, y).distance for count in (1, 3))
+    assert bool((three <= one).all())
+    assert (three < 0.99 * one).any()
+
+
 def test_targeted_fmn_reaches_the_class(cnn, held_out):
     x, y = held_out.x[:16], (held_out.y[:16] + 1) % 10
     result = FMN(norm="l2", steps=60, targeted=True)(cnn, x, y)

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from backpass.attacks import Square
+from backpass.attacks.jobs import Jobs
 from backpass.attacks.square import _pyramid, _two_pyramids, _Window, window_share
+from backpass.attacks.threat import make_threat
 from backpass.errors import BackpassError
 
 
@@ -23,6 +25,24 @@ def test_a_window_is_a_square_inside_the_image():
     patch = torch.arange(1.0, 10.0).view(3, 3)
     placed = window.place(patch)
     assert torch.equal(placed[5][window.mask[5]], patch.flatten())
+
+
+def test_published_windows_leave_out_the_last_place():
+    place = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
+    window = _Window.at(torch.empty(200, 3, 8, 10), place, 3, spare=0)
+    assert torch.equal(window.mask[:, 0].any(0).nonzero().amax(0), torch.tensor([6, 8]))
+
+
+@pytest.mark.parametrize(("published", "first", "last"), [(False, 0, 31), (True, 1, 30)])
+def test_the_start_in_l2_is_a_grid_of_tiles(published, first, last):
+    x = torch.full((4, 2, 32, 32), 0.5)
+    jobs = Jobs(x, *(torch.arange(4),) * 4, make_threat("l2", 1.0, (0.0, 1.0)))
+    delta = Square(norm="l2", eps=1.0, published=published)._start(jobs) - x
+    torch.testing.assert_close(delta.flatten(1).norm(dim=1), torch.ones(4))
+    changed = (delta.abs() > 1e-6).any(0).any(0)
+    assert [changed.any(1).nonzero().aminmax(), changed.any(0).nonzero().aminmax()] == [(first, last)] * 2
+    tiles = delta[..., first : first + 30, first : first + 30].reshape(4, 2, 5, 6, 5, 6).sum((3, 5))
+    assert bool((tiles.abs() < 1e-5).all()) is published  # two halves of opposite sign
 
 
 def test_pyramids_rise_to_the_middle_and_have_norm_one():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from backpass import BackpassError, LinBP
@@ -19,11 +20,11 @@ class Planted(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor(1.0))
+        self.weight = nn.Parameter(torch.ones(1, 1))
 
     def forward(self, x):
-        z = self.weight * x.flatten(1)[:, :1]
-        misled = torch.relu(20 * (-z - 9.0))
+        z = F.linear(x.flatten(1)[:, :1], self.weight)
+        misled = torch.relu(F.linear(z, -20 * self.weight) - 180)
         other = 10 * torch.relu(z - 0.6 + misled) - 0.1
         return torch.cat([torch.zeros_like(other), other], 1)
 

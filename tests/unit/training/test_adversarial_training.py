@@ -90,6 +90,22 @@ def test_again_evaluates_rows_with_the_examples_held_fixed():
         assert torch.allclose(evaluated.again(model, slice(3, 8)), torch.stack(parts[3:8]).mean(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("trades", [None, 3.0])
+def test_an_output_without_logits_is_refused(trades):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            return {"logits": self.inner(x)}
+
+    with pytest.raises(BackpassError, match=r'logits="logits"'):
+        AdversarialTraining(PGD5, trades=trades)(Named(), batch(), nullcontext)
+    evaluated = AdversarialTraining(replace(PGD5, logits="logits"), trades=trades)(Named(), batch(), nullcontext)
+    assert evaluated.loss.requires_grad
+
+
 def test_kl_has_the_reference_first():
     torch.manual_seed(2)
     p, q = torch.randn(6, 4), torch.randn(6, 4)

@@ -52,6 +52,21 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
         json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
 
 
+@pytest.mark.parametrize("settings", [{"checkpoint_every": 1, "log_every": 50}, {"log_every": 4, "epochs": 2}])
+def test_no_checkpoint_has_weights_that_are_not_finite(settings, tmp_path):
+    """The loss of step 6 or of the last step is nan, which a record reports later or never."""
+    calls, bad = [], 6 if "checkpoint_every" in settings else 8
+
+    def loss(output, y):
+        calls.append(1)
+        return (output[:, 0] - y).square() * (math.nan if len(calls) == bad else 1.0)
+
+    assert "not finite" in (run(0.1, tmp_path, loss=loss, **settings).diverged or "") or bad == 8
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        weights = torch.load(path, weights_only=True)["model"].values()
+        assert all(bool(torch.isfinite(one).all()) for one in weights)
+
+
 def test_a_gradient_that_is_not_finite_is_noticed_behind_a_finite_loss():
     calls = []
 

@@ -66,6 +66,16 @@ class TestLock:
             pass
         assert all(f"process {os.getpid()}" in one for one in messages)
 
+    def test_a_folder_that_cannot_be_locked_is_named(self, tmp_path, monkeypatch):
+        (tmp_path / "a" / "lock").mkdir(parents=True)
+        with pytest.raises(BackpassError, match="a cannot be made or locked: Is a directory"):
+            trainer("BP", tmp_path / "a").fit()
+        with monkeypatch.context() as context:
+            full_at(context, "lock", 1)
+            with pytest.raises(BackpassError, match="b cannot be made or locked: No space left"):
+                trainer("BP", tmp_path / "b").fit()
+        trainer("BP", tmp_path / "b").fit()
+
     def test_it_is_free_after_an_error(self, tmp_path):
         with pytest.raises(ZeroDivisionError):
             trainer("BP", tmp_path, on_step=lambda step: 1 / 0).fit()
@@ -157,6 +167,14 @@ class TestFullDisk:
                 trainer("BP", tmp_path).fit()
         assert not list(tmp_path.rglob("*.part"))
         trainer("BP", tmp_path).fit(resume=True)
+
+    @pytest.mark.parametrize(
+        ("name", "kind"), [("log.jsonl", "mkdir"), ("run.json", "mkdir"), ("checkpoints", "touch")]
+    )
+    def test_what_is_in_the_way_is_named(self, name, kind, tmp_path):
+        getattr(tmp_path / name, kind)()
+        with pytest.raises(BackpassError, match=f"{name}.* cannot be written"):
+            trainer("BP", tmp_path).fit()
 
     def test_a_record_that_did_not_fit_is_not_in_the_log_after_resumption(self, tmp_path, monkeypatch):
         whole = trainer("BP", tmp_path / "whole")

@@ -1,7 +1,6 @@
 """Promises of the trainer, each against a slow, obvious implementation of its own."""
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import DataLoader, Dataset
 
+from backpass import BackpassError
 from backpass.attacks import PGD
-from backpass.training import AdversarialTraining, Batch, Interrupted, RobustEvaluation, Trainer
+from backpass.training import AdversarialTraining, Batch, Interrupted, PerSample, RobustEvaluation, Trainer
 from backpass.training.adversary import AdversarialExamples
 from backpass.training.averaging import Averaging
 from backpass.training.batches import Batches, Order, to_unit_interval
@@ -130,18 +130,43 @@ def test_buffers_that_state_dicts_leave_out_are_restored(tmp_path):
     assert torch.equal(again.model.linear.weight, whole.model.linear.weight)
 
 
-def test_a_plateau_is_that_of_the_evaluation_loss():
-    """The training loss falls in every epoch, and the evaluation loss rises: only its plateau halves the rate."""
+OTHER = X[:10], (Y[:10] + 1) % 3  # its loss rises while that of training falls
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "read"),
+    [
+        ("min", {"evaluation": OTHER}, lambda record: record["evaluation"]["loss"]),
+        ("max", {"evaluation": OTHER}, lambda record: record["evaluation"]["accuracy"]),
+        ("min", {"evaluation": {"other": OTHER, "own": (X[:10], Y[:10])}}, lambda r: r["evaluation"]["other"]["loss"]),
+        ("min", {"evaluation": OTHER, "evaluate_every": 2}, lambda r: r.get("evaluation", {}).get("loss")),
+        ("min", {"evaluation": OTHER, "evaluate_every": None}, lambda record: record["loss"]),
+        ("min", {}, lambda record: record["loss"]),
+    ],
+)
+def test_a_plateau_is_that_of_the_first_evaluation_set(mode, settings, read):
+    def plateau(optimizer):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, factor=0.5, patience=0)
+
     model = nn.Linear(6, 3)
     nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    optimizer, by_hand = (torch.optim.SGD(model.parameters(), 0.1) for _ in range(2))
+    settings = {"epochs": 5, "batch_size": 10, "scheduler": plateau(optimizer), **settings}
+    scheduler, found = plateau(by_hand), Trainer(model, optimizer, (X[:10], Y[:10]), **settings).fit()
+    for number in map(read, found.history):
+        if number is not None:
+            scheduler.step(number)
+    assert optimizer.param_groups[0]["lr"] == by_hand.param_groups[0]["lr"]
+    assert (optimizer.param_groups[0]["lr"] < 0.1) is ("evaluation" in found.history[-1])
+
+
+def test_a_plateau_of_the_accuracy_needs_one():
+    model = nn.Linear(6, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
-    x, y = X[:10], Y[:10]
-    settings = {"epochs": 5, "batch_size": 10, "scheduler": plateau, "evaluation": (x, (y + 1) % 3)}
-    history = Trainer(model, optimizer, (x, y), **settings).fit().history
-    losses = [[record["loss"], record["evaluation"]["loss"]] for record in history]
-    assert all(a[0] > b[0] and a[1] < b[1] for a, b in pairwise(losses))
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 2**4)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max")
+    squares = PerSample(lambda output, y: (output - y).square().mean(1))
+    with pytest.raises(BackpassError, match="follows the accuracy, which this objective does not report"):
+        Trainer(model, optimizer, (X, X[:, :1]), epochs=1, batch_size=10, objective=squares, scheduler=plateau).fit()
 
 
 def test_the_average_of_bfloat16_weights_is_kept_in_float32():
@@ -231,6 +256,20 @@ def test_scaled_losses_are_unscaled_before_the_gradient_is_measured(settings):
         assert update.gradient_norm() == pytest.approx(gradient_norm(network()), rel=1e-5)
     for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_norm": 1e-2}, {"normalize_gradient": "tensor"}], ids=str)
+def test_sparse_gradients_of_embeddings_are_those_of_dense_ones(settings):
+    def trained(sparse):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3))
+        x = torch.arange(80).view(40, 2) % 5
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        result = Trainer(model, optimizer, (x, Y), epochs=2, batch_size=10, log_every=1, **settings).fit()
+        return [*model.parameters(), torch.tensor(result.history[-1]["loss"])]
+
+    for a, b in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def gradient_norm(model) -> float:

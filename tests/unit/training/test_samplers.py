@@ -222,6 +222,7 @@ def test_a_dataset_with_its_own_getitem_or_collate_fn_is_read_by_it():
 
     expected = float((X + 1).sum())
     assert total(Sum(X, Y)) == pytest.approx(expected, rel=1e-4)
+    assert total(list(Sum(X, Y))) == pytest.approx(expected, rel=1e-4)
     assert total(DataLoader(DATA, batch_size=10, collate_fn=collate)) == pytest.approx(expected, rel=1e-4)
 
 
@@ -255,6 +256,10 @@ def incomplete(samples):
     return torch.utils.data.default_collate(samples[:-1])
 
 
+def broken(samples):
+    raise OSError("broken picture")
+
+
 @pytest.mark.parametrize(
     ("loader", "settings", "message"),
     [
@@ -279,6 +284,8 @@ def test_loaders_that_are_refused(loader, settings, message):
         ({"batch_size": 5, "sampler": ["a"] * 5}, "whole numbers"),
         ({"batch_sampler": [[1, 2], []]}, "an empty batch"),
         ({"batch_size": 5, "collate_fn": incomplete}, "5 samples were asked for.*4 inputs"),
+        ({"batch_size": 5, "collate_fn": broken}, r"samples \[0, 1, 2, 3, 4\]: OSError: broken picture"),
+        ({"batch_size": 5, "collate_fn": broken, "num_workers": 1}, r"samples \[0, 1, 2, 3, 4\]: OSError: .*broken"),
     ],
 )
 def test_samples_that_cannot_be_counted_are_refused(loader, message):

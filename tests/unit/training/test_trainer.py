@@ -116,14 +116,6 @@ def test_schedulers(when):
     assert_equal(by_trainer(a, of_a, scheduler=to_a, step_scheduler=when), b)
 
 
-def test_a_plateau_is_judged_by_the_evaluation_set():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, eps=0)
-    by_trainer(model, optimizer, scheduler=plateau, epochs=4, evaluation=(X, Y))
-    assert optimizer.param_groups[0]["lr"] == 1e-6 / 8
-
-
 def test_averages_are_their_definitions():
     def weights(average: str) -> tuple[list[torch.Tensor], torch.Tensor]:
         model, path = network(), []

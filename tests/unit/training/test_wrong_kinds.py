@@ -75,6 +75,13 @@ def test_a_seed_is_a_whole_number(seed):
         make(seed=seed)
 
 
+class Metered:
+    def step(self, metric):
+        pass
+
+    state_dict = load_state_dict = step
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -88,6 +95,8 @@ def test_a_seed_is_a_whole_number(seed):
         ({"model": nn.Linear(4, 3, device="meta")}, "device meta"),
         ({"model": nn.Linear(4, 3).requires_grad_(False)}, "frozen"),
         ({"evaluation": {}}, "a dict without a data set"),
+        ({"model": nn.LazyLinear(3)}, "lazy modules without a shape"),
+        ({"scheduler": Metered()}, r"step\(\) takes no argument"),
     ],
     ids=name_of,
 )
@@ -128,7 +137,7 @@ def test_data_that_changes_its_length_is_refused():
 
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BackpassError, match="file cannot be made: .*another path"):
+    with pytest.raises(BackpassError, match="file cannot be made or locked: .*another path"):
         make(folder=tmp_path / "file").fit()
 
 
@@ -233,9 +242,11 @@ def test_resume_is_yes_no_or_auto():
         make().fit(resume="yes")
 
 
-def test_training_needs_no_gradient_mode_of_the_caller():
-    with torch.no_grad():
-        assert make().fit().steps == 4
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_needs_no_gradient_mode_of_the_caller(mode):
+    trainer = make()
+    with mode():
+        assert trainer.fit().steps == 4
         assert not torch.is_grad_enabled()
 
 

@@ -1,6 +1,6 @@
-"""Rectified gradients as a rule, and the translation-invariant attack, for backpass."""
+"""Rectified gradients as a rule, and the staircase-sign attack, for backpass."""
 
 from backpass_extras.rectgrad import RectGrad
-from backpass_extras.tifgsm import TIFGSM
+from backpass_extras.ssfgsm import SSFGSM
 
-__all__ = ["TIFGSM", "RectGrad"]
+__all__ = ["SSFGSM", "RectGrad"]
