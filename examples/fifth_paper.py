@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from backpass.data import load_digits
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Place, Scale
+from backpass.experiments.experiment import Arm, Comparison, Context, Design, Experiment, Measurement
 from backpass.experiments.running import Done, run
 from backpass.models import build
 from backpass.training import PerSample, Trainer
@@ -28,11 +28,11 @@ class Smoothed:
     lr: float = 0.1
 
 
-def train(settings: Smoothed, seed: int, place: Place) -> Mapping[str, float]:
+def train(settings: Smoothed, seed: int, context: Context) -> Mapping[str, float]:
     """Train an MLP with smoothed labels; return how its confidence compares with its accuracy on held-out digits."""
     split = load_digits()
-    x, y = split.train.x[: settings.images].to(place.device), split.train.y[: settings.images].to(place.device)
-    model = build("mlp:widths=64-64", shape=(1, 8, 8), seed=seed).to(place.device)
+    x, y = split.train.x[: settings.images].to(context.device), split.train.y[: settings.images].to(context.device)
+    model = build("mlp:widths=64-64", shape=(1, 8, 8), seed=seed).to(context.device)
 
     def loss(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(output, labels, reduction="none", label_smoothing=settings.smoothing)
@@ -40,7 +40,7 @@ def train(settings: Smoothed, seed: int, place: Place) -> Mapping[str, float]:
     sgd = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9)
     Trainer(model, sgd, (x, y), epochs=settings.epochs, batch_size=50, objective=PerSample(loss), seed=seed).fit()
     with torch.no_grad():
-        confidence, prediction = model(split.test.x.to(place.device)).softmax(1).cpu().max(1)
+        confidence, prediction = model(split.test.x.to(context.device)).softmax(1).cpu().max(1)
     right = (prediction == split.test.y).float()
     bins = (10 * confidence).long().clamp(max=9)
     gaps = [(confidence - right)[bins == k].sum().abs().item() for k in range(10)]
@@ -62,7 +62,7 @@ def claim(id_: str, statement: str, measurement: Measurement, published: str) ->
                       theirs="hard labels", direction="lower", reference=PAPER, published=published)  # fmt: skip
 
 
-SMALL = Scale(
+SMALL = Design(
     arms=tuple(
         Arm(name=name, work=train, candidates={"": Smoothed(smoothing=smoothing)})
         for name, smoothing in (("hard labels", 0.0), ("smoothed labels", 0.05))

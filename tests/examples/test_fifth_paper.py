@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from backpass.data import load_digits
-from backpass.experiments.experiment import Place
+from backpass.experiments.experiment import Context
 from backpass.experiments.running import run
 from backpass.experiments.verifying import verify
 
@@ -28,7 +28,7 @@ def paper(monkeypatch):
 def test_its_measurements_are_their_definitions_image_by_image(paper, monkeypatch):
     kept = []
     monkeypatch.setattr(paper, "build", lambda *a, made=paper.build, **k: kept.append(made(*a, **k)) or kept[0])
-    found = paper.train(paper.Smoothed(smoothing=0.05, epochs=3), 0, Place())
+    found = paper.train(paper.Smoothed(smoothing=0.05, epochs=3), 0, Context())
     test, bins, right, sure = load_digits().test, {}, 0, 0.0
     for x, y in zip(test.x, test.y, strict=True):
         chances = torch.softmax(kept[0](x[None])[0].detach(), 0)

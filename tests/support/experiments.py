@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backpass.errors import BackpassError
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Measurement, Plot
 from backpass.experiments.running import run
 from backpass.experiments.verifying import verify
 
@@ -24,7 +24,7 @@ class Shift:
     fails: bool = False
 
 
-def draw(settings, seed, place):
+def draw(settings, seed, context):
     """A curve of two places, (noise, noise + shift)."""
     CALLS.append((settings.shift, seed))
     if settings.fails:
@@ -38,7 +38,7 @@ def arm(name, *shifts, group="", fails=False):
 
 
 def table(*arms, claims=(), seeds=4, **rest):
-    return Scale(
+    return Design(
         arms=arms, seeds=tuple(range(seeds)), measurements=(VALUE,), choice=VALUE, comparisons=tuple(claims),
         plots=(Plot(title="a line", key="curve", x=(0, 1), x_label="x", y_label="y"),), **rest,
     )  # fmt: skip
@@ -62,7 +62,7 @@ def experiment(name="one", scale=None, **rest):
 
 def many(count=15):
     """Many short runs, for interruptions."""
-    arms = [arm(f"a{place}", float(place)) for place in range(count)]
+    arms = [arm(f"a{context}", float(context)) for context in range(count)]
     return experiment("many", table(*arms, claims=[claim("a3", "a1")]))
 
 

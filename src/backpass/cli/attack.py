@@ -86,7 +86,7 @@ def attack(
         from backpass.data.class_map import match_classes
         from backpass.experiments.attack_report import attack_result
         from backpass.experiments.attack_study import attack_experiment
-        from backpass.experiments.experiment import Place
+        from backpass.experiments.experiment import Context
         from backpass.experiments.placing import Placing, place, set_aside
         from backpass.experiments.running import run_here
         from backpass.experiments.studies import Study, check_rules, order_rules
@@ -131,7 +131,7 @@ def attack(
             report("choose where LinBP starts", 0.0)
             study, placings = place(study, aside)
         done = run_here(attack_experiment(study), f"protocol {space.name}", out=out,
-                        place=Place(device=where, loaded=study), store=first, progress=report)  # fmt: skip
+                        context=Context(device=where, loaded=study), store=first, progress=report)  # fmt: skip
         if done is None:
             return
         result = attack_result(study, *done, placings)

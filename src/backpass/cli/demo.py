@@ -33,7 +33,7 @@ def demo(
     """
     out.mkdir(parents=True, exist_ok=True)  # fails before the work rather than after it
     with working("loading torch") as report:
-        from backpass.experiments.experiment import Place
+        from backpass.experiments.experiment import Context
         from backpass.experiments.running import run_here
         from backpass.files import write_whole
         from backpass.lab.threads import one_thread
@@ -42,7 +42,7 @@ def demo(
         from backpass.report.plots import picture as draw
 
         with one_thread():
-            done = run_here(DEMO, "quick" if quick else "standard", out=out, place=Place(), progress=report)
+            done = run_here(DEMO, "quick" if quick else "standard", out=out, context=Context(), progress=report)
         assert done is not None  # noqa: S101  (it stores)
         result = done[0]
         written = [*write_report(result, out)]

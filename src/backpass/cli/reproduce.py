@@ -35,7 +35,7 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="small: minutes on two cores. paper: the paper's sizes.")] = "small",
     out: Annotated[Path, typer.Option(help="Folder; each experiment gets one below.")] = Path("runs/reproduce"),
     jobs: Annotated[int | None, typer.Option(min=1, help="Experiments side by side.", show_default="cores")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Compute finished experiments anew.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Recompute finished experiments.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="List the experiments and exit.")] = False,
     cluster: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler whose workers run the experiments.")
@@ -77,7 +77,7 @@ def reproduce(
             device=place,
             jobs=jobs or (1 if place.type == "cuda" else os.cpu_count() or 1),
             cluster=cluster,
-            again=again,
+            recompute=recompute,
             progress=lambda what: show(what, (len(found) + len(failed)) / len(chosen)),
         ):
             if isinstance(ended, Done):
@@ -93,7 +93,7 @@ def reproduce(
         print_overview([done.result for done in found])
     kept = [done.result.experiment for done in found if done.kept]
     if kept:
-        say(f"\nKept from an earlier run: {', '.join(kept)}. --again computes anew.")
+        say(f"\nKept from an earlier run: {', '.join(kept)}. --recompute computes them again.")
     if page is not None:
         print_written(time.perf_counter() - began, [page, *(path for done in found for path in done.paths[1:])])
     _tell(damaged)
@@ -160,6 +160,6 @@ def _list(scale: str) -> None:
     from backpass.papers import EXPERIMENTS
 
     for experiment in EXPERIMENTS:
-        experiment.settings(scale)
+        experiment.design(scale)
     rows = [(one.name, one.title, one.source, ", ".join(one.data) or "made") for one in EXPERIMENTS]
     print_grid(f"{len(rows)} experiments", ("name", "what", "from", "data"), rows, words=(1, 2, 3))

@@ -77,7 +77,7 @@ def transfer(
         report = stack.enter_context(working("loading torch"))
         from backpass.data import load_data
         from backpass.data.class_map import match_classes
-        from backpass.experiments.experiment import Place
+        from backpass.experiments.experiment import Context
         from backpass.experiments.running import run_here
         from backpass.experiments.studies import Study, check_rules, order_rules
         from backpass.experiments.transfer_study import transfer_experiment, transfer_result
@@ -121,7 +121,7 @@ def transfer(
             gradients=gradients,
         )
         done = run_here(transfer_experiment(study), f"protocol {space.name}", out=out,
-                        place=Place(device=where, loaded=study), store=first, progress=report)  # fmt: skip
+                        context=Context(device=where, loaded=study), store=first, progress=report)  # fmt: skip
         if done is None:
             return
         result = transfer_result(study, *done)

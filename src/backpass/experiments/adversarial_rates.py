@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jacfwd
 
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.sde import AdversarialSDE, InnerLoop
 from backpass.sde.long_run import find_zero
 from backpass.sde.sampling import draw_batches
@@ -116,7 +116,7 @@ class Attacked:
     every: int = 10
 
 
-def compare_rates(settings: Attacked, seed: int, place: Place) -> Outcome:
+def compare_rates(settings: Attacked, seed: int, context: Context) -> Outcome:
     """Learn under all schedules, on the same batches.
 
     Returns:

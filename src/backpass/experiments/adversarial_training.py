@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from backpass.attacks import PGD, AutoAttack, evaluate
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.lab.training.assembly import assemble, complete
 from backpass.lab.training.parts import load_parts
 from backpass.lab.training.recipe import Recipe
@@ -59,7 +59,7 @@ class Adversarial:
     queries: int = 1000
 
 
-def train_adversarially(settings: Adversarial, seed: int, place: Place) -> Outcome:
+def train_adversarially(settings: Adversarial, seed: int, context: Context) -> Outcome:
     """Train a network and measure its accuracy under attacks with plain gradients, in per cent.
 
     Returns:
@@ -85,7 +85,7 @@ def train_adversarially(settings: Adversarial, seed: int, place: Place) -> Outco
         seed=seed,
     )
     parts = load_parts(settings.data, limit=settings.limit)
-    trainer = assemble(complete(recipe), parts, device=place.device, folder=None, report=None)
+    trainer = assemble(complete(recipe), parts, device=context.device, folder=None, report=None)
     result = trainer.fit()
     robust = [100 * record["robust"]["robust_accuracy"] for record in result.history]
     robust += [math.nan] * (settings.epochs - len(robust))

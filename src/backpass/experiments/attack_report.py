@@ -12,7 +12,7 @@ from torch import Tensor
 from backpass.attacks import Rate
 from backpass.experiments.attack_study import arm_name
 from backpass.experiments.experiment import Outcome
-from backpass.experiments.judging import Found
+from backpass.experiments.judging import RunsByArm
 from backpass.experiments.placing import Placing
 from backpass.experiments.samples import gallery
 from backpass.experiments.studies import Study, comparison_of_rules, limits, rule_name, settings_of
@@ -45,7 +45,7 @@ class _Worst:
         return torch.stack(list(self.by_rule.values())).any(0)
 
 
-def attack_result(study: Study, result: Result, found: Found, placings: Mapping[str, Placing]) -> Result:
+def attack_result(study: Study, result: Result, found: RunsByArm, placings: Mapping[str, Placing]) -> Result:
     """Return the result of an attack study with its summary, further tables and images.
 
     Args:
@@ -85,7 +85,7 @@ def attack_result(study: Study, result: Result, found: Found, placings: Mapping[
     )
 
 
-def _outcome(study: Study, found: Found, rule: str, plan: Plan) -> Outcome:
+def _outcome(study: Study, found: RunsByArm, rule: str, plan: Plan) -> Outcome:
     """Return the outcome of a rule; that of the first rule for an attack without gradients."""
     own = rule if plan.uses_gradients else study.rules[0]
     return found[plan.text, arm_name(own, plan)].runs[0]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from backpass.attacks import Attack, Report, evaluate
 from backpass.data import Labelled
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Outcome, Place, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Context, Design, Experiment, Measurement, Outcome, Plot
 from backpass.experiments.studies import AttackImages, Run, Study, radius_axis, rule_name
 from backpass.experiments.sweeps import planned_sweeps
 from backpass.lab.plans import Plan
@@ -29,10 +29,10 @@ FOOLED = Measurement(label="fooled of those right", unit="%", key="fooled", imag
 _GRADIENTS = Measurement(label="sample gradients", key="gradients")
 
 
-def attack_images(settings: Run, seed: int, place: Place) -> Outcome:
+def attack_images(settings: Run, seed: int, context: Context) -> Outcome:
     """Attack every image once; return the marks of the images and the predictions under attack."""
-    study: Study = place.loaded
-    report = _evaluate(place, settings.rule, study.data, {settings.plan: study.plan(settings.plan).attack})
+    study: Study = context.loaded
+    report = _evaluate(context, settings.rule, study.data, {settings.plan: study.plan(settings.plan).attack})
     record = report.attacks[settings.plan]
     return {
         "right": marks(report.correct),
@@ -43,17 +43,17 @@ def attack_images(settings: Run, seed: int, place: Place) -> Outcome:
     }
 
 
-def success_curve(settings: Run, seed: int, place: Place) -> Outcome:
+def success_curve(settings: Run, seed: int, context: Context) -> Outcome:
     """Attack the first images at every value of a setting; return the marks of the images at each."""
-    study: Study = place.loaded
+    study: Study = context.loaded
     sweep = next(one for one in planned_sweeps(study) if one.name == settings.plan)
     named = {f"{sweep.over} {value:.12g}": attack for value, attack in sweep.attacks.items()}
-    report = _evaluate(place, settings.rule, study.data.first(study.swept), named)
+    report = _evaluate(context, settings.rule, study.data.first(study.swept), named)
     return {sweep.name: [marks(report.attacks[name].success, report.attacks[name].attacked) for name in named]}
 
 
-def _evaluate(place: Place, rule: str, data: Labelled, attacks: Mapping[str, Attack]) -> Report:
-    study: Study = place.loaded
+def _evaluate(context: Context, rule: str, data: Labelled, attacks: Mapping[str, Attack]) -> Report:
+    study: Study = context.loaded
     with parse_rule(rule).attach(study.subject.network):
         report = evaluate(
             study.protocol.model(study.subject.model),
@@ -63,7 +63,7 @@ def _evaluate(place: Place, rule: str, data: Labelled, attacks: Mapping[str, Att
             resume=study.shards,
             tag=rule,
             targets=study.target,
-            progress=lambda done, total: place.progress(done / max(total, 1)),
+            progress=lambda done, total: context.progress(done / max(total, 1)),
         )
     study.parts["computed"] += report.shards_computed
     study.parts["reused"] += report.shards_reused
@@ -102,7 +102,7 @@ def attack_experiment(study: Study) -> Experiment:
     ]
     others = [rule_name(rule) for rule in study.rules[1:]]
     with_rules = f", with the gradients of {listing([rule_name(study.rules[0]), *others])}" if others else ""
-    table = Scale(
+    design = Design(
         arms=tuple(arms),
         seeds=(study.options["seed"],),
         measurements=(ROBUST, FOOLED, _GRADIENTS),
@@ -117,7 +117,7 @@ def attack_experiment(study: Study) -> Experiment:
         f"{listing(list(study.attacks))}{with_rules}. The network itself, its weights and its answers are the same "
         "throughout; success is judged on the plain network.",
         source="",
-        scales={f"protocol {study.protocol.name}": table},
+        scales={f"protocol {study.protocol.name}": design},
         plots_note=_PLOTS_NOTE,
         claims_note=_CLAIMS_NOTE,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backpass.attacks import Attack, evaluate, transfer
 from backpass.errors import BackpassError
-from backpass.experiments.experiment import Measurement, Outcome, Place, Runs
+from backpass.experiments.experiment import Context, Measurement, Outcome, Runs
 from backpass.experiments.victims import Victim, load_victim
 from backpass.lab.placement_search import choose_start, is_automatic
 from backpass.lab.placements import parse_rule_for
@@ -92,7 +92,7 @@ class _Prepared(NamedTuple):
     attack: Attack
 
 
-def attack_images(trial: Trial, seed: int, place: Place) -> Outcome:
+def attack_images(trial: Trial, seed: int, context: Context) -> Outcome:
     """Attack the images of a trial.
 
     Returns:
@@ -102,8 +102,8 @@ def attack_images(trial: Trial, seed: int, place: Place) -> Outcome:
     Raises:
         BackpassError: ``start=auto`` has no images to choose on.
     """
-    network, model, x, y, attack = _prepare(trial, seed, place)
-    rule = _rule(trial, seed, place)
+    network, model, x, y, attack = _prepare(trial, seed, context)
+    rule = _rule(trial, seed, context)
     with rule.attach(network):
         report = evaluate(model, (x, y), attack, batch_size=_BATCH)
     (record,) = report.attacks.values()
@@ -111,7 +111,7 @@ def attack_images(trial: Trial, seed: int, place: Place) -> Outcome:
     return {"fooled": _percent(images), "images": images, "rule": str(rule), "weights": weights_hash(network)}
 
 
-def find_halvings(trial: Trial, seed: int, place: Place) -> Outcome:
+def find_halvings(trial: Trial, seed: int, context: Context) -> Outcome:
     """Run Auto-PGD to its last step on every image that is right when clean, fooled or not.
 
     Returns:
@@ -121,12 +121,12 @@ def find_halvings(trial: Trial, seed: int, place: Place) -> Outcome:
     Raises:
         BackpassError: the attack is another than Auto-PGD.
     """
-    network, model, x, y, attack = _prepare(trial, seed, place)
+    network, model, x, y, attack = _prepare(trial, seed, context)
     attack = replace(attack, early_stop=False)
     found: list[list[int]] = []
-    with _rule(trial, seed, place).attach(network):
+    with _rule(trial, seed, context).attach(network):
         for first in range(0, len(x), _BATCH):
-            images, labels = (part[first : first + _BATCH].to(place.device) for part in (x, y))
+            images, labels = (part[first : first + _BATCH].to(context.device) for part in (x, y))
             with torch.no_grad():
                 right = (model(images).argmax(1) == labels).nonzero().squeeze(1)
             if len(right) == 0:
@@ -144,7 +144,7 @@ def find_halvings(trial: Trial, seed: int, place: Place) -> Outcome:
     }
 
 
-def transfer_images(settings: Transfer, seed: int, place: Place) -> Outcome:
+def transfer_images(settings: Transfer, seed: int, context: Context) -> Outcome:
     """Attack one network to the last step, and show the images to networks of the next seed.
 
     Returns:
@@ -156,11 +156,11 @@ def transfer_images(settings: Transfer, seed: int, place: Place) -> Outcome:
     """
     if settings.networks < 2:
         raise BackpassError(f"transfer needs networks of at least two seeds, got {settings.networks}.")
-    network, model, x, y, attack = _prepare(settings, seed, place)
+    network, model, x, y, attack = _prepare(settings, seed, context)
     other = (seed + 1) % settings.networks
-    targets = {one.model: load_victim(one, other, place).subject.model for one in settings.targets}
+    targets = {one.model: load_victim(one, other, context).subject.model for one in settings.targets}
     # An image that barely fools the source transfers worst, so every search has all its steps.
-    with _rule(settings, seed, place).attach(network):
+    with _rule(settings, seed, context).attach(network):
         report = transfer({"": model}, {"source": model, **targets}, (x, y), replace(attack, early_stop=False))
     images = {name: marks(fooled, report.correct[name]) for name, fooled in report.fooled[""].items()}
     return {
@@ -195,9 +195,9 @@ def halving(nth: int, word: str) -> Measurement:
     return Measurement(label=f"mean iteration of the {word} halving", key="iterations", at=nth, pair=pair)
 
 
-def _prepare(trial: Trial, seed: int, place: Place, skip: int = 0) -> _Prepared:
+def _prepare(trial: Trial, seed: int, context: Context, skip: int = 0) -> _Prepared:
     """Return the objects of a trial, with as many images after the first `skip`."""
-    subject, _, test = load_victim(trial.victim, seed, place)
+    subject, _, test = load_victim(trial.victim, seed, context)
     protocol = make_protocol(trial.protocol, test.name, None)
     (plan,) = make_plans([trial.attack], [trial.eps], {}, protocol)
     chosen = slice(skip, None if trial.images is None else skip + trial.images)
@@ -213,14 +213,14 @@ def _prepare(trial: Trial, seed: int, place: Place, skip: int = 0) -> _Prepared:
     )
 
 
-def _rule(trial: Trial, seed: int, place: Place) -> Rule:
+def _rule(trial: Trial, seed: int, context: Context) -> Rule:
     """Return the rule, with ``start=auto`` replaced by the start that does best on the images after the trial's."""
     rule = parse_rule_for(trial.victim.model, trial.rule)
     if not (isinstance(rule, LinBP) and is_automatic(rule)):
         return rule
     if trial.images is None:
         raise BackpassError("linbp:start=auto chooses on test images that are not attacked: set images to fewer.")
-    network, model, x, y, attack = _prepare(trial, seed, place, skip=trial.images)
+    network, model, x, y, attack = _prepare(trial, seed, context, skip=trial.images)
     return choose_start(rule, network, x, y, attack, model=model, batch_size=_BATCH).rule
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from backpass.experiments.experiment import Arm, Experiment, Plot, Runs, Scale, Values
-from backpass.experiments.judging import Found, arm_label, judge_all, pairs_of
+from backpass.experiments.experiment import Arm, Design, Experiment, Plot, Runs, Values
+from backpass.experiments.judging import RunsByArm, arm_label, judge_all, pairs_of
 from backpass.experiments.outcomes import Store, Task
 from backpass.report.claims import CORRECTED, Claim
 from backpass.report.proportions import marks_difference, percent, rate_of
@@ -23,7 +23,7 @@ __all__ = ["describe", "device_text"]
 
 
 def describe(
-    experiment: Experiment, scale: str, found: Found, tasks: Sequence[Task], store: Store, device: torch.device
+    experiment: Experiment, scale: str, found: RunsByArm, tasks: Sequence[Task], store: Store, device: torch.device
 ) -> Result:
     """Test the claims of an experiment and return the content of its report.
 
@@ -35,7 +35,7 @@ def describe(
         store: store of the outcomes.
         device: device that the runs used.
     """
-    table = experiment.settings(scale)
+    design = experiment.design(scale)
     claims = judge_all(experiment, scale, found)
     chosen = {" ".join(filter(None, key)): runs.chosen for key, runs in found.items() if len(runs.by_candidate) > 1}
     return Result(
@@ -43,19 +43,19 @@ def describe(
         title=experiment.title,
         question=experiment.question,
         scale=scale,
-        findings=[*_findings(table, found, claims), *experiment.remarks],
+        findings=[*_findings(design, found, claims), *experiment.remarks],
         environment={
             **environment(
-                device=device_text(device), threads=torch.get_num_threads(), data=table.data(), seeds=table.seeds
+                device=device_text(device), threads=torch.get_num_threads(), data=design.data(), seeds=design.seeds
             ),
             "seconds": round(math.fsum(_wall(found)), 1),
         },
-        settings={**_settings(table), **({"chosen": chosen} if chosen else {})},
-        series=[series for plot in table.plots for series in _plots(plot, table, found)],
+        settings={**_settings(design), **({"chosen": chosen} if chosen else {})},
+        series=[series for plot in design.plots for series in _plots(plot, design, found)],
         claims=claims,
-        tables=[made for group, arms in table.groups() if (made := _table(group, arms, table, found)) is not None],
+        tables=[made for group, arms in design.groups() if (made := _table(group, arms, design, found)) is not None],
         numbers={
-            "pairs": {one.id: pairs_of(one, found) for one in table.comparisons},
+            "pairs": {one.id: pairs_of(one, found) for one in design.comparisons},
             "outcomes": {name: digest for task in tasks for name, digest in store.hashes(task).items()},
         },
         plots_note=experiment.plots_note,
@@ -69,17 +69,17 @@ def device_text(device: torch.device) -> str:
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def _wall(found: Found) -> Iterator[float]:
+def _wall(found: RunsByArm) -> Iterator[float]:
     """Yield the wall-clock seconds of every run."""
     for runs in found.values():
         for outcomes in runs.by_candidate.values():
             yield from (one["wall seconds"] for one in outcomes)
 
 
-def _findings(table: Scale, found: Found, claims: Sequence[Claim]) -> list[Finding]:
+def _findings(design: Design, found: RunsByArm, claims: Sequence[Claim]) -> list[Finding]:
     """Return one finding per compared pair of arms, and one per arm with a claimed range."""
     parts: dict[tuple[tuple[str, ...], str, str], list[str]] = {}
-    for one, claim in zip(table.comparisons, claims, strict=True):
+    for one, claim in zip(design.comparisons, claims, strict=True):
         pairs, label = pairs_of(one, found), one.measurement.label
         key = (one.groups or (one.group,), one.ours, one.theirs)
         mean = interval_text(_mean(pairs["ours"]))
@@ -94,8 +94,8 @@ def _findings(table: Scale, found: Found, claims: Sequence[Claim]) -> list[Findi
         text = f"{'; '.join(texts)}."
         if len(groups) == 1:
             names = [arm_label(found[groups[0], name]) for name in (ours, theirs) if name]
-            if theirs and table.cost is not None:
-                text += f" {_cost(table, found[groups[0], ours], found[groups[0], theirs])}"
+            if theirs and design.cost is not None:
+                text += f" {_cost(design, found[groups[0], ours], found[groups[0], theirs])}"
         else:
             names = [name for name in (ours, theirs) if name]
             text = f"Over {listing(list(groups))}: {text}"
@@ -108,19 +108,19 @@ def _mean(values: Values) -> Interval:
     return percent(rate_of(values)) if isinstance(values, str) else mean_interval(values)
 
 
-def _cost(table: Scale, ours: Runs, theirs: Runs) -> str:
-    assert table.cost is not None  # noqa: S101
-    first, second = (list(map(float, values)) for values in table.cost.both(ours, theirs))
+def _cost(design: Design, ours: Runs, theirs: Runs) -> str:
+    assert design.cost is not None  # noqa: S101
+    first, second = (list(map(float, values)) for values in design.cost.both(ours, theirs))
     ratio = [a / b if b else math.nan for a, b in zip(first, second, strict=True)]
-    return f"{table.cost.label.capitalize()}: {interval_text(mean_interval(ratio))} times as much."
+    return f"{design.cost.label.capitalize()}: {interval_text(mean_interval(ratio))} times as much."
 
 
-def _table(group: str, arms: Sequence[Arm], table: Scale, found: Found) -> Table | None:
+def _table(group: str, arms: Sequence[Arm], design: Design, found: RunsByArm) -> Table | None:
     """Return the table of a group; None if its outcomes have none of the measurements."""
     several = any(len(arm.candidates) > 1 for arm in arms)
     rows: list[list[Cell]] = []
     outcomes = [one for arm in arms for runs in found[group, arm.name].by_candidate.values() for one in runs]
-    columns = [one for one in table.measurements if not one.key or all(one.key in outcome for outcome in outcomes)]
+    columns = [one for one in design.measurements if not one.key or all(one.key in outcome for outcome in outcomes)]
     if not columns:
         return None
     of_images = any(one.images for one in columns)  # such runs do not diverge
@@ -145,7 +145,7 @@ def _table(group: str, arms: Sequence[Arm], table: Scale, found: Found) -> Table
         note=(
             "Percentages of images, in brackets Wilson's 95 % intervals." if of_images else "Means with 95 % intervals."
         )
-        + (f" A setting is chosen by its mean {table.choice.label}." if several and table.choice else ""),
+        + (f" A setting is chosen by its mean {design.choice.label}." if several and design.choice else ""),
     )
 
 
@@ -156,9 +156,9 @@ def _chosen(runs: Runs, label: str) -> str:
     return "chosen, at the edge" if label in (labels[0], labels[-1]) else "chosen"
 
 
-def _plots(plot: Plot, table: Scale, found: Found) -> list[Series]:
+def _plots(plot: Plot, design: Design, found: RunsByArm) -> list[Series]:
     made = []
-    for group, arms in table.groups():
+    for group, arms in design.groups():
         if plot.groups and group not in plot.groups:
             continue
         if plot.lines:
@@ -208,7 +208,7 @@ def _curve(plot: Plot, runs: Runs, less: Runs | None) -> Curve | None:
     return Curve(label=arm_label(runs), x=x, runs=rows, geometric=plot.log_y)
 
 
-def _line(plot: Plot, label: str, names: Sequence[str], group: str, found: Found) -> Curve:
+def _line(plot: Plot, label: str, names: Sequence[str], group: str, found: RunsByArm) -> Curve:
     assert plot.measurement is not None  # noqa: S101
     assert not isinstance(plot.x, str)  # noqa: S101
     arms, less = ([found[group, name] for name in some] for some in (names, plot.less))
@@ -224,15 +224,18 @@ def _line(plot: Plot, label: str, names: Sequence[str], group: str, found: Found
     return Curve(label=label, x=plot.x, runs=[list(row) for row in zip(*columns, strict=True)], geometric=plot.log_y)
 
 
-def _settings(table: Scale) -> dict[str, Any]:
-    """Return the settings that all candidates share, and the remaining settings by arm."""
+def _settings(design: Design) -> dict[str, Any]:
+    """Return the settings with one value in all candidates that have them, and the remaining settings by arm."""
     flat = {
         (arm.group, arm.name, label): _flat(settings)
-        for arm in table.arms
+        for arm in design.arms
         for label, settings in arm.candidates.items()
     }
-    first = next(iter(flat.values()))
-    shared = {name: value for name, value in first.items() if all(one.get(name) == value for one in flat.values())}
+    values: dict[str, list[Any]] = {}
+    for settings in flat.values():
+        for name, value in settings.items():
+            values.setdefault(name, []).append(value)
+    shared = {name: each[0] for name, each in values.items() if all(value == each[0] for value in each)}
     made: dict[str, Any] = {name.replace("_", " "): value for name, value in shared.items()}
     for (group, arm, label), settings in flat.items():
         own = {name: value for name, value in settings.items() if name not in shared}

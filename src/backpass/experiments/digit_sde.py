@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backpass.data import load_digits
 from backpass.errors import BackpassError
-from backpass.experiments.experiment import Measurement, Outcome, Place, Runs
+from backpass.experiments.experiment import Context, Measurement, Outcome, Runs
 from backpass.sde import AdversarialSDE, from_module, integrate, run_chain
 
 __all__ = ["DigitSDE", "relative_difference", "run_digits"]
@@ -49,7 +49,7 @@ class DigitSDE:
     eta_inner: float = 0.1
 
 
-def run_digits(settings: DigitSDE, seed: int, place: Place) -> Outcome:
+def run_digits(settings: DigitSDE, seed: int, context: Context) -> Outcome:
     """Return time, mean squared input gradient and adversarial loss over the paths, at every record."""
     train = load_digits().train
     rows = ((train.y == 3) | (train.y == 8)).nonzero().squeeze(1)[: settings.samples]
@@ -75,7 +75,7 @@ def run_digits(settings: DigitSDE, seed: int, place: Place) -> Outcome:
     else:
         raise BackpassError(f"process must be plain, adversarial or sde, got {settings.process!r}.")
     return {
-        "time": [round(place * time / settings.records, 6) for place in range(settings.records + 1)],
+        "time": [round(record * time / settings.records, 6) for record in range(settings.records + 1)],
         "gradient": _means(sde.gradient_penalty(theta) for theta in values),
         "loss": _means(sde.adversarial_loss(theta) for theta in values),
     }

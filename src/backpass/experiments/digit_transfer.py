@@ -10,7 +10,7 @@ from torch import nn
 
 from backpass.attacks import PGD, transfer
 from backpass.data import load_digits
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.models import build
 from backpass.models.shapes import check_shape
 from backpass.rules import parse_rule
@@ -46,7 +46,7 @@ class DigitTransfer:
     images: int = 200
 
 
-def attack_digits(settings: DigitTransfer, seed: int, place: Place) -> Outcome:
+def attack_digits(settings: DigitTransfer, seed: int, context: Context) -> Outcome:
     """Return the percentage of the target's correctly classified images that are fooled, by radius."""
     source, target = _networks(replace(settings, rule="bp"), seed)
     test = load_digits().test

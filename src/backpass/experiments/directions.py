@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.experiments.images import Parts, Source, load_parts
 from backpass.experiments.training_runs import Run, network
 from backpass.lab.training.optimizers import make_optimizer
@@ -41,16 +41,16 @@ class Directions:
     warm: int = 5
 
 
-def measure_directions(settings: Directions, seed: int, place: Place) -> Outcome:
+def measure_directions(settings: Directions, seed: int, context: Context) -> Outcome:
     """Measure the directions of a rule after `Directions.warm` steps of plain training.
 
     Returns:
         ``cosine`` and ``error`` of `directions`, each a list with one number per tau.
     """
     parts, run = load_parts(settings.source), settings.run
-    model = network(run, parts, settings.source.data, seed=seed).to(place.device)
+    model = network(run, parts, settings.source.data, seed=seed).to(context.device)
     optimizer = make_optimizer(run.optimizer, model.parameters(), run.rate)
-    batches = _batches(parts, run.batch, seed, place.device)
+    batches = _batches(parts, run.batch, seed, context.device)
     x, y = map(torch.cat, zip(*batches, strict=True))
     loader = DataLoader(TensorDataset(x, y), batch_size=run.batch)  # without shuffling: in the order of `batches`
     Trainer(model, optimizer, loader, epochs=settings.warm, max_steps=settings.warm).fit()

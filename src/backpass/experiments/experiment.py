@@ -19,13 +19,13 @@ from backpass.report.statistics import Interval, mean_interval
 __all__ = [
     "Arm",
     "Comparison",
+    "Context",
+    "Design",
     "Experiment",
     "Measurement",
     "Outcome",
-    "Place",
     "Plot",
     "Runs",
-    "Scale",
     "Values",
     "Work",
 ]
@@ -36,7 +36,7 @@ where the run diverged. The entry ``seconds`` is stored in a separate file, beca
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Context:
     """Device and shared folder of a run.
 
     Attributes:
@@ -56,8 +56,8 @@ class Place:
 Values = list[float] | str
 """Numbers of an arm, or the marks of its images."""
 
-Work = Callable[[Any, int, Place], Outcome]
-"""A module-level function of (settings, seed, place). Its result depends on settings, seed and device only."""
+Work = Callable[[Any, int, Context], Outcome]
+"""A module-level function of (settings, seed, context). Its result depends on settings, seed and device only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Arm:
         name: name in reports, unique in its group.
         work: function that runs one seed.
         candidates: settings by label, each a frozen dataclass. Of several candidates, for instance one per learning
-            rate, `Scale.choice` selects one.
+            rate, `Design.choice` selects one.
         group: name of the group, for instance a network. Arms of a group share a table and plots.
     """
 
@@ -242,7 +242,7 @@ class Plot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class Design:
     """An experiment at one size.
 
     Attributes:
@@ -307,14 +307,14 @@ class Experiment:
     title: str
     question: str
     source: str
-    scales: Mapping[str, Scale]
+    scales: Mapping[str, Design]
     data: tuple[str, ...] = ()
     remarks: tuple[Finding, ...] = ()
     plots_note: str = OVER_SEEDS
     claims_note: str = PAIRED_SEEDS
 
-    def settings(self, scale: str) -> Scale:
-        """Return the table of a scale.
+    def design(self, scale: str) -> Design:
+        """Return the design of a scale.
 
         Raises:
             UnknownNameError: the scale is unknown.

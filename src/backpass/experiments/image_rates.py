@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from backpass.data import load_data
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.training import Batch, ControlledLR, Evaluated, Trainer
 
 __all__ = ["Images", "network", "train_images"]
@@ -67,7 +67,7 @@ def network(name: str, seed: int) -> nn.Sequential:
     )
 
 
-def train_images(settings: Images, seed: int, place: Place) -> Outcome:
+def train_images(settings: Images, seed: int, context: Context) -> Outcome:
     """Train under all schedules from the same weights on the same batches of MNIST, by SGD without momentum.
 
     Returns:
@@ -77,7 +77,7 @@ def train_images(settings: Images, seed: int, place: Place) -> Outcome:
     """
     sizes = {"train": settings.images, "test": settings.test}
     parts = (load_data("mnist", split=split).first(size).images for split, size in sizes.items())
-    images, test = ((part.x.to(place.device), part.y.to(place.device)) for part in parts)
+    images, test = ((part.x.to(context.device), part.y.to(context.device)) for part in parts)
     found: dict[str, list[float]] = {}
     plans = [("fixed", settings.rate * 0.5**k) for k in range(RATES)]
     for schedule, rate in (*plans, *((name, settings.rate) for name in ("linear", "cosine", "controlled"))):

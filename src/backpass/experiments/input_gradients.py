@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.experiments.victims import Victim, load_victim
 from backpass.lab.placements import parse_rule_for
 from backpass.lab.subjects import Subject
@@ -34,14 +34,14 @@ class Directions:
     lengths: tuple[float, ...] = ()
 
 
-def compare_gradients(settings: Directions, seed: int, place: Place) -> Outcome:
+def compare_gradients(settings: Directions, seed: int, context: Context) -> Outcome:
     """Compare the gradient of the rule with that of plain backpropagation.
 
     Returns:
         ``agreement``, entries of equal sign; ``asleep``, negative inputs of the rule's sites; ``blind``, images at
         which the plain gradient is zero; all in per cent. ``cosine``, the mean over the images; ``loss`` in nats.
     """
-    subject, rule, x, y = _prepare(settings, seed, place)
+    subject, rule, x, y = _prepare(settings, seed, context)
     plain, losses = _gradient(subject, BP(), x, y)
     ours, _ = _gradient(subject, rule, x, y)
     flat, flat_ours = plain.flatten(1).double(), ours.flatten(1).double()
@@ -54,13 +54,13 @@ def compare_gradients(settings: Directions, seed: int, place: Place) -> Outcome:
     }
 
 
-def measure_steps(settings: Directions, seed: int, place: Place) -> Outcome:
+def measure_steps(settings: Directions, seed: int, context: Context) -> Outcome:
     r"""Measure the gain of one signed step along the gradient of the rule.
 
     Returns:
         ``gain``: by length r, the mean rise of the loss at :math:`x + r\,\mathrm{sign}(g)`, kept in [0, 1].
     """
-    subject, rule, x, y = _prepare(settings, seed, place)
+    subject, rule, x, y = _prepare(settings, seed, context)
     gradient, losses = _gradient(subject, rule, x, y)
     gains = []
     for length in settings.lengths:
@@ -70,10 +70,10 @@ def measure_steps(settings: Directions, seed: int, place: Place) -> Outcome:
     return {"gain": gains}
 
 
-def _prepare(settings: Directions, seed: int, place: Place) -> tuple[Subject, Rule, Tensor, Tensor]:
-    subject, _, test = load_victim(settings.victim, seed, place)
+def _prepare(settings: Directions, seed: int, context: Context) -> tuple[Subject, Rule, Tensor, Tensor]:
+    subject, _, test = load_victim(settings.victim, seed, context)
     images = test.first(settings.images).images
-    x, y = images.x.to(place.device), images.y.to(place.device)
+    x, y = images.x.to(context.device), images.y.to(context.device)
     with torch.no_grad():
         right = subject.model(x).argmax(1) == y
     return subject, parse_rule_for(settings.victim.model, settings.rule), x[right], y[right]

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backpass.errors import BackpassError
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Outcome, Runs, Scale, Values
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Outcome, Runs, Values
 from backpass.experiments.outcomes import Store, Task, tasks_of
 from backpass.report.claims import Claim, corrected, judge, judge_within
 from backpass.report.proportions import judge_images
 
-__all__ = ["Found", "collect", "judge_all", "pairs_of", "verdict_of"]
+__all__ = ["RunsByArm", "collect", "judge_all", "pairs_of", "verdict_of"]
 
-Found = Mapping[tuple[str, str], Runs]
+RunsByArm = Mapping[tuple[str, str], Runs]
 """Runs by (group, name of the arm)."""
 
 
-def collect(scale: Scale, store: Store, device: str) -> tuple[Found, list[Task]]:
+def collect(design: Design, store: Store, device: str) -> tuple[RunsByArm, list[Task]]:
     """Read every outcome of a scale and select the candidate of each arm.
 
     Returns:
@@ -29,32 +29,32 @@ def collect(scale: Scale, store: Store, device: str) -> tuple[Found, list[Task]]
     """
     outcomes: dict[tuple[str, str], dict[str, list[Outcome]]] = {}
     tasks = []
-    for key, label, task in tasks_of(scale, device):
+    for key, label, task in tasks_of(design, device):
         outcome = store.read(task)
         if outcome is None:
             raise BackpassError(f"the outcome of {task.label} is not in {store.folder}, or damaged: run it again.")
         outcomes.setdefault(key, {}).setdefault(label, []).append(outcome)
         tasks.append(task)
-    arms = {(arm.group, arm.name): arm for arm in scale.arms}
-    found = {key: Runs(arm=arms[key], by_candidate=of, chosen=_choose(scale, of)) for key, of in outcomes.items()}
+    arms = {(arm.group, arm.name): arm for arm in design.arms}
+    found = {key: Runs(arm=arms[key], by_candidate=of, chosen=_choose(design, of)) for key, of in outcomes.items()}
     return found, tasks
 
 
-def _choose(scale: Scale, outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+def _choose(design: Design, outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     """Return the label of the candidate with the fewest diverged runs and the highest mean."""
-    if scale.choice is None or len(outcomes) == 1:
+    if design.choice is None or len(outcomes) == 1:
         return next(iter(outcomes))
 
     def merit(label: str) -> tuple[int, float]:
-        assert scale.choice is not None  # noqa: S101
-        values = scale.choice.of(outcomes[label])
+        assert design.choice is not None  # noqa: S101
+        values = design.choice.of(outcomes[label])
         kept = [value for value in values if math.isfinite(value)]
         return len(kept) - len(values), math.fsum(kept) / max(len(kept), 1)
 
     return max(outcomes, key=merit)
 
 
-def pairs_of(one: Comparison, found: Found) -> dict[str, Values]:
+def pairs_of(one: Comparison, found: RunsByArm) -> dict[str, Values]:
     """Return the values that a claim is tested on: ``ours``, and ``theirs`` if it compares two arms."""
 
     def both(group: str) -> dict[str, Values]:
@@ -97,10 +97,10 @@ def verdict_of(one: Comparison, pairs: Mapping[str, Any], seeds: Sequence[int], 
     )
 
 
-def judge_all(experiment: Experiment, scale: str, found: Found) -> list[Claim]:
+def judge_all(experiment: Experiment, scale: str, found: RunsByArm) -> list[Claim]:
     """Test every claim of an experiment, with Holm's correction for multiple comparisons."""
-    table = experiment.settings(scale)
-    claims = [verdict_of(one, pairs_of(one, found), table.seeds, f"{experiment.name}.") for one in table.comparisons]
+    design = experiment.design(scale)
+    claims = [verdict_of(one, pairs_of(one, found), design.seeds, f"{experiment.name}.") for one in design.comparisons]
     return corrected(claims)
 
 

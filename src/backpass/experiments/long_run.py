@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.experiments.small_regression import choose, squared_loss
 from backpass.lab.threads import one_thread
 from backpass.sde import AdversarialSDE, Stationary, fluctuation_dissipation, run_chain, stationarity_test, stationary
@@ -76,7 +76,7 @@ def _by_parameter(what: str, values: Tensor) -> dict[str, list[float]]:
 
 
 @one_thread()
-def run_long(settings: LongRun, seed: int, place: Place) -> Outcome:
+def run_long(settings: LongRun, seed: int, context: Context) -> Outcome:
     """Run the chain into its stationary law.
 
     Returns:
@@ -105,7 +105,7 @@ def run_long(settings: LongRun, seed: int, place: Place) -> Outcome:
 
 
 @one_thread()
-def predict_law(settings: LongRun, seed: int, place: Place) -> Outcome:
+def predict_law(settings: LongRun, seed: int, context: Context) -> Outcome:
     """Predict every entry of `run_long` without running it; E theta by its linear equation.
 
     Raises:
@@ -128,7 +128,7 @@ def predict_law(settings: LongRun, seed: int, place: Place) -> Outcome:
 
 
 @one_thread()
-def find_minimum(settings: LongRun, seed: int, place: Place) -> Outcome:
+def find_minimum(settings: LongRun, seed: int, context: Context) -> Outcome:
     """Find where the mean field vanishes.
 
     Returns:

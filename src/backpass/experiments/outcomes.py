@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from backpass.experiments.experiment import Outcome, Place, Scale, Work
+from backpass.experiments.experiment import Context, Design, Outcome, Work
 from backpass.files import write_whole
 from backpass.version import __version__
 
@@ -61,16 +61,16 @@ class Task:
         work = re.sub(r"[^a-z0-9]+", "-", self.work.__qualname__.lower()).strip("-")
         return f"{work}-{self.seed}-{digest}"
 
-    def run(self, place: Place) -> Outcome:
+    def run(self, context: Context) -> Outcome:
         """Run the task and return its outcome."""
-        return self.work(self.settings, self.seed, place)
+        return self.work(self.settings, self.seed, context)
 
 
-def tasks_of(scale: Scale, device: str) -> Iterator[tuple[tuple[str, str], str, Task]]:
+def tasks_of(design: Design, device: str) -> Iterator[tuple[tuple[str, str], str, Task]]:
     """Yield every task of a scale with (group, name) of its arm and the label of its candidate."""
-    for arm in scale.arms:
+    for arm in design.arms:
         for label, settings in arm.candidates.items():
-            for seed in scale.seeds:
+            for seed in design.seeds:
                 words = " ".join(filter(None, (arm.group, arm.name, label)))
                 task = Task(label=f"{words}, seed {seed}", work=arm.work, settings=settings, seed=seed, device=device)
                 yield (arm.group, arm.name), label, task

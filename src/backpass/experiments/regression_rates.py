@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.experiments.regression_problems import Problem
 from backpass.training import ControlledLR
 
@@ -34,7 +34,7 @@ class Regression:
     every: int = 10
 
 
-def regress(settings: Regression, seed: int, place: Place) -> Outcome:
+def regress(settings: Regression, seed: int, context: Context) -> Outcome:
     """Learn under all schedules, on the same batches.
 
     Fixed rates, their Polyak averages over the second half, linear decay and cosine decay to 0 start at each rate of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.experiments.tanh_network import make_problem
 from backpass.lab.threads import one_thread
 from backpass.numbers import is_number
@@ -107,14 +107,14 @@ def _by_path(values: dict[str, Tensor]) -> dict[str, list[list[float]]]:
 
 
 @one_thread()
-def run_paths(settings: Paired, seed: int, place: Place) -> Outcome:
+def run_paths(settings: Paired, seed: int, context: Context) -> Outcome:
     """Train along many paths; each of `QUANTITIES` has for every path a list along the records."""
     judge, *_ = _problem(settings, seed)
     return _by_path(_judged(judge, _chain(settings, seed)))
 
 
 @one_thread()
-def predict_paths(settings: Paired, seed: int, place: Place) -> Outcome:
+def predict_paths(settings: Paired, seed: int, context: Context) -> Outcome:
     """Integrate the SDE of `run_paths`.
 
     Returns:
@@ -136,7 +136,7 @@ def predict_paths(settings: Paired, seed: int, place: Place) -> Outcome:
 
 
 @one_thread()
-def compare_slopes(settings: Paired, seed: int, place: Place) -> Outcome:
+def compare_slopes(settings: Paired, seed: int, context: Context) -> Outcome:
     """Compare slopes at points that both chains visit.
 
     Returns:

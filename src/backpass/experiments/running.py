@@ -15,8 +15,8 @@ from backpass.allocator import keep_freed_memory
 from backpass.data import load_data
 from backpass.errors import BackpassError
 from backpass.experiments.describing import describe
-from backpass.experiments.experiment import Experiment, Outcome, Place
-from backpass.experiments.judging import Found, collect
+from backpass.experiments.experiment import Context, Experiment, Outcome
+from backpass.experiments.judging import RunsByArm, collect
 from backpass.experiments.outcomes import Store, Task, tasks_of
 from backpass.report.page import write_report
 from backpass.report.reading import read_result
@@ -70,7 +70,7 @@ def run(
     device: torch.device | None = None,
     jobs: int = 1,
     cluster: str | None = None,
-    again: bool = False,
+    recompute: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Done | Failed]:
     """Run experiments and yield each one when it is complete or has failed; a failure does not stop the others.
@@ -86,7 +86,7 @@ def run(
         jobs: number of worker processes on this machine, each with an equal share of the cores.
         cluster: address of a Dask scheduler, whose workers run the arms instead. They need the same packages and data;
             trained networks are shared where they see the same ``out``.
-        again: recompute stored outcomes.
+        recompute: recompute stored outcomes.
         progress: called with a description of the current task.
 
     Raises:
@@ -101,14 +101,14 @@ def run(
     store = Store(out / OUTCOMES)
     needed: dict[str, dict[str, Task]] = {}  # missing tasks by experiment and file name
     for experiment in experiments:
-        tasks = {task.name: task for *_, task in tasks_of(experiment.settings(scale), device.type)}
-        needed[experiment.name] = {name: task for name, task in tasks.items() if again or store.read(task) is None}
+        tasks = {task.name: task for *_, task in tasks_of(experiment.design(scale), device.type)}
+        needed[experiment.name] = {name: task for name, task in tasks.items() if recompute or store.read(task) is None}
     waiting = {experiment.name: experiment for experiment in experiments}
     for name in [name for name, missing in needed.items() if not missing]:
         yield _conclude(waiting.pop(name), scale, out, store, device, computed=False)
     missing = {key: task for one in needed.values() for key, task in one.items()}
-    place, failed = Place(device=device, folder=out.resolve() / "shared"), {}
-    with closing(_compute(list(missing.values()), place, jobs, cluster, progress)) as outcomes:
+    context, failed = Context(device=device, folder=out.resolve() / "shared"), {}
+    with closing(_compute(list(missing.values()), context, jobs, cluster, progress)) as outcomes:
         for task, outcome in outcomes:
             if isinstance(outcome, str):
                 failed[task.name] = f"{task.label}: {outcome}"
@@ -128,20 +128,20 @@ def run_here(
     scale: str,
     *,
     out: Path,
-    place: Place,
+    context: Context,
     store: bool = True,
     progress: Callable[[str, float], None] = lambda what, share: None,
-) -> tuple[Result, Found] | None:
+) -> tuple[Result, RunsByArm] | None:
     """Run one experiment in this process, and return its result and its outcomes.
 
-    For experiments that are built on the spot: works may use ``place.loaded``, and every outcome is computed. Errors of
-    a work are raised. The caller writes the report into ``out``.
+    For experiments that are built on the spot: works may use ``context.loaded``, and every outcome is computed. Errors
+    of a work are raised. The caller writes the report into ``out``.
 
     Args:
         experiment: the experiment.
         scale: name of its scale.
         out: folder of the report; outcomes are stored in ``out/outcomes``.
-        place: device, shared folder and loaded objects.
+        context: device, shared folder and loaded objects.
         store: False in the other processes of a distributed run, which only take part in the works.
         progress: called with a description of the current run and the finished share of all.
 
@@ -149,7 +149,7 @@ def run_here(
         The result and the runs by group and arm; None without `store`.
     """
     kept = Store(out / OUTCOMES)
-    tasks = [task for *_, task in tasks_of(experiment.settings(scale), place.device.type)]
+    tasks = [task for *_, task in tasks_of(experiment.design(scale), context.device.type)]
     for number, task in enumerate(tasks):
 
         def show(share: float, what: str = task.label, done: int = number) -> None:
@@ -157,23 +157,23 @@ def run_here(
 
         show(0.0)
         began = time.perf_counter()
-        outcome = {**task.run(replace(place, progress=show)), "wall seconds": time.perf_counter() - began}
+        outcome = {**task.run(replace(context, progress=show)), "wall seconds": time.perf_counter() - began}
         if store:
             kept.write(task, outcome)
     if not store:
         return None
-    found, tasks = collect(experiment.settings(scale), kept, place.device.type)
-    return describe(experiment, scale, found, tasks, kept, place.device), found
+    found, tasks = collect(experiment.design(scale), kept, context.device.type)
+    return describe(experiment, scale, found, tasks, kept, context.device), found
 
 
 def _compute(
-    tasks: Sequence[Task], place: Place, jobs: int, cluster: str | None, progress: Callable[[str], None]
+    tasks: Sequence[Task], context: Context, jobs: int, cluster: str | None, progress: Callable[[str], None]
 ) -> Generator[tuple[Task, Outcome | str]]:
     """Yield each task with its outcome, or with an error message, in the order of completion."""
     if jobs == 1 and cluster is None:
         for task in tasks:
             progress(task.label)
-            yield _try(task, place, None)
+            yield _try(task, context, None)
         return
     import joblib
 
@@ -185,7 +185,7 @@ def _compute(
         else:
             stack.enter_context(joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads))
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
-        ended = parallel(joblib.delayed(_try)(task, place, threads) for task in tasks)
+        ended = parallel(joblib.delayed(_try)(task, context, threads) for task in tasks)
         with closing(ended):  # closing it early, for instance on Ctrl-C, ends the workers
             for done, (task, outcome) in enumerate(ended, 1):
                 progress(f"{task.label}, {done} of {len(tasks)}")
@@ -215,14 +215,14 @@ def _connected(address: str) -> ExitStack:
         return stack.pop_all()
 
 
-def _try(task: Task, place: Place, threads: int | None) -> tuple[Task, Outcome | str]:
+def _try(task: Task, context: Context, threads: int | None) -> tuple[Task, Outcome | str]:
     """Run a task and return its outcome, or the error message if it fails."""
     if threads is not None:
         torch.set_num_threads(threads)
         keep_freed_memory()
     began = time.perf_counter()
     try:
-        return task, {**task.run(place), "wall seconds": time.perf_counter() - began}
+        return task, {**task.run(context), "wall seconds": time.perf_counter() - began}
     except BackpassError as error:
         return task, str(error)
     except Exception as error:
@@ -234,7 +234,7 @@ def _conclude(
 ) -> Done | Failed:
     """Test the claims of an experiment whose outcomes are complete, and write its report."""
     try:
-        found, tasks = collect(experiment.settings(scale), store, device.type)
+        found, tasks = collect(experiment.design(scale), store, device.type)
         folder = out / experiment.name
         result = describe(experiment, scale, found, tasks, store, device)
         kept = None if computed else _kept(folder, result)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backpass.attacks import PGD
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.rules import parse_rule
 
 __all__ = ["Asleep", "Sleeper", "attack_sleepers"]
@@ -52,7 +52,7 @@ class Sleeper(nn.Module):
         return torch.relu(x @ self.w.T - self.threshold) @ self.v.T
 
 
-def attack_sleepers(settings: Asleep, seed: int, place: Place) -> Outcome:
+def attack_sleepers(settings: Asleep, seed: int, context: Context) -> Outcome:
     """Attack one network at all radii; the label of an input is the network's own answer.
 
     Returns:
@@ -60,8 +60,8 @@ def attack_sleepers(settings: Asleep, seed: int, place: Place) -> Outcome:
         which plain backpropagation's gradient is zero; all in per cent.
     """
     generator = torch.Generator().manual_seed(seed)
-    network = Sleeper(settings.widths, settings.threshold, generator).to(place.device)
-    x = torch.randn(settings.images, settings.widths[0], generator=generator).to(place.device)
+    network = Sleeper(settings.widths, settings.threshold, generator).to(context.device)
+    x = torch.randn(settings.images, settings.widths[0], generator=generator).to(context.device)
     seen = x.clone().requires_grad_()
     logits = network(seen)
     y = logits.argmax(1)

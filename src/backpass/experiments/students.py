@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.rules import parse_rule
 
 __all__ = ["Attacked", "Taught", "attack_students", "teach_students"]
@@ -51,7 +51,7 @@ class TwoLayers(nn.Module):
         return torch.einsum("rkm,rm->rk", self.v, hidden)
 
 
-def attack_students(settings: Attacked, seed: int, place: Place) -> Outcome:
+def attack_students(settings: Attacked, seed: int, context: Context) -> Outcome:
     r"""Descend :math:`\frac1{2d}|V\,\mathrm{relu}(Wx) - V\,\mathrm{relu}(Wx^\star)|^2` within the ball.
 
     W and V are standard normal, x* ~ N(1, 2^2), the start x0 ~ N(0, 1). The draws depend on sizes and seed only.
@@ -62,8 +62,8 @@ def attack_students(settings: Attacked, seed: int, place: Place) -> Outcome:
     """
     d, m, k = settings.widths
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    w, v = draw(settings.runs, m, d).to(place.device), draw(settings.runs, k, m).to(place.device)
-    best, start = (1 + 2 * draw(settings.runs, d)).to(place.device), draw(settings.runs, d).to(place.device)
+    w, v = draw(settings.runs, m, d).to(context.device), draw(settings.runs, k, m).to(context.device)
+    best, start = (1 + 2 * draw(settings.runs, d)).to(context.device), draw(settings.runs, d).to(context.device)
     student = TwoLayers(w, v)
     with torch.no_grad():
         aim: Tensor = student(best)
@@ -141,7 +141,7 @@ class OneLayer(nn.Module):
             self.w.sub_(_normalised(gradient, settings.norm), alpha=settings.step)
 
 
-def teach_students(settings: Taught, seed: int, place: Place) -> Outcome:
+def teach_students(settings: Taught, seed: int, context: Context) -> Outcome:
     r"""Train on :math:`\frac1{2n}|\mathrm{relu}(Xw) - \mathrm{relu}(Xw^\star)|^2`, X standard normal, fresh each step.
 
     w* ~ N(1, 3^2), the start w0 ~ N(0, 1). The draws depend on sizes and seed only, but on CUDA the inputs differ from
@@ -154,11 +154,11 @@ def teach_students(settings: Taught, seed: int, place: Place) -> Outcome:
     """
     n, d, steps = settings.inputs, settings.width, settings.recorded[-1]
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    best, start = (1 + 3 * draw(settings.runs, d)).to(place.device), draw(settings.runs, d).to(place.device)
+    best, start = (1 + 3 * draw(settings.runs, d)).to(context.device), draw(settings.runs, d).to(context.device)
     students = {rule: OneLayer(start, rule) for rule in dict.fromkeys(("bp", settings.rule))}
-    inputs = torch.Generator(place.device).manual_seed(seed + 1)
+    inputs = torch.Generator(context.device).manual_seed(seed + 1)
     for step in range(steps + 1):
-        x = torch.randn(settings.runs, n, d, generator=inputs, dtype=torch.float64, device=place.device)
+        x = torch.randn(settings.runs, n, d, generator=inputs, dtype=torch.float64, device=context.device)
         aim = torch.relu(torch.einsum("rnd,rd->rn", x, best))
         for student in students.values():
             loss = (student(x) - aim).square().sum(1) / 2

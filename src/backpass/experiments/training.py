@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from backpass.experiments.experiment import Arm, Measurement, Outcome, Place, Runs
+from backpass.experiments.experiment import Arm, Context, Measurement, Outcome, Runs
 from backpass.experiments.images import Source, load_parts
 from backpass.experiments.training_runs import Run, train_run
 
@@ -36,9 +36,9 @@ class Training:
     source: Source
 
 
-def train(settings: Training, seed: int, place: Place) -> Outcome:
+def train(settings: Training, seed: int, context: Context) -> Outcome:
     """Train a network and return its `Curves` as the outcome."""
-    return train_run(replace(settings.run, seed=seed), settings.source, place.device)
+    return train_run(replace(settings.run, seed=seed), settings.source, context.device)
 
 
 def training_arm(

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from backpass.attacks import Iterative, Rate, transfer
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Outcome, Place, Plot, Scale
-from backpass.experiments.judging import Found
+from backpass.experiments.experiment import Arm, Comparison, Context, Design, Experiment, Measurement, Outcome, Plot
+from backpass.experiments.judging import RunsByArm
 from backpass.experiments.studies import (
     AttackImages,
     Run,
@@ -38,13 +38,13 @@ _CLAIMS_NOTE = (
 _REFERENCE = "Guo, Li, Chen, NeurIPS 2020: images made with linear backpropagation transfer better"
 
 
-def transfer_images(settings: Run, seed: int, place: Place) -> Outcome:
+def transfer_images(settings: Run, seed: int, context: Context) -> Outcome:
     """Attack one source under a rule; return the marks of the images on every target.
 
     ``shown to T`` has the marks of the final images on the target T, ``T after gradients`` a list of marks, one for
     each number in ``gradients``, and ``clean T`` those of the clean images, 1 where T has them right.
     """
-    study: Study = place.loaded
+    study: Study = context.loaded
     plan, source = study.plan(settings.plan), settings.source
     subject = study.sources[source]
     with parse_rule_for(subject.name, settings.rule).attach(subject.network):
@@ -58,7 +58,7 @@ def transfer_images(settings: Run, seed: int, place: Place) -> Outcome:
             resume=study.shards,
             tag=settings.rule,
             gradients=_budgets(study, plan),
-            progress=lambda done, total: place.progress(done / max(total, 1)),
+            progress=lambda done, total: context.progress(done / max(total, 1)),
         )
     found: dict[str, Any] = {"gradients": _budgets(study, plan) or []}
     for target, fooled in report.fooled[source].items():
@@ -88,7 +88,7 @@ def _fooled(target: str) -> Measurement:
 
 def transfer_experiment(study: Study) -> Experiment:
     """Return the experiment of a study: a group per source, an arm per attack, radius and rule."""
-    table = Scale(
+    design = Design(
         arms=tuple(
             Arm(name=_arm(plan, rule), work=transfer_images, group=source,
                 candidates={"": study.run(rule, plan, source)})
@@ -109,7 +109,7 @@ def transfer_experiment(study: Study) -> Experiment:
         f"{listing(list(study.sources))}; {listing(list(study.targets))} judges them. Counted are the images that the "
         "target has right when they are clean.",
         source="",
-        scales={f"protocol {study.protocol.name}": table},
+        scales={f"protocol {study.protocol.name}": design},
         plots_note=_PLOTS_NOTE,
         claims_note=_CLAIMS_NOTE,
     )
@@ -169,7 +169,7 @@ def _against_gradients(study: Study) -> Iterator[Plot]:
             )  # fmt: skip
 
 
-def transfer_result(study: Study, result: Result, found: Found) -> Result:
+def transfer_result(study: Study, result: Result, found: RunsByArm) -> Result:
     """Return the result with the targets' clean accuracy and the mean success of every rule.
 
     Args:
@@ -198,7 +198,7 @@ def transfer_result(study: Study, result: Result, found: Found) -> Result:
     )
 
 
-def _mean(study: Study, found: Found, plan: Plan) -> Finding:
+def _mean(study: Study, found: RunsByArm, plan: Plan) -> Finding:
     parts = []
     for rule in study.rules_of(plan):
         rates = [_rate(found, plan, rule, source, target).value for source, target in _pairs(study)]
@@ -212,11 +212,11 @@ def _mean(study: Study, found: Found, plan: Plan) -> Finding:
     )
 
 
-def _rate(found: Found, plan: Plan, rule: str, source: str, target: str) -> Rate:
+def _rate(found: RunsByArm, plan: Plan, rule: str, source: str, target: str) -> Rate:
     return rate_of(found[source, _arm(plan, rule)].runs[0][f"shown to {target}"])
 
 
-def _numbers(study: Study, found: Found) -> list[dict[str, object]]:
+def _numbers(study: Study, found: RunsByArm) -> list[dict[str, object]]:
     """Return the success rate of every attack, rule, source and target, and of every number of gradients."""
     made: list[dict[str, object]] = []
     for source in study.sources:

@@ -76,9 +76,9 @@ def verify(path: Path, experiments: Sequence[Experiment]) -> Verification:
     elif stored and not problems:
         experiment = known[result.experiment]
         device = "cuda" if result.environment["device"].startswith("cuda") else result.environment["device"]
-        found, _ = collect(experiment.settings(result.scale), Store(folder), device)
+        found, _ = collect(experiment.design(result.scale), Store(folder), device)
         again = judge_all(experiment, result.scale, found)
-        expected = {one.id: plain(pairs_of(one, found)) for one in experiment.settings(result.scale).comparisons}
+        expected = {one.id: plain(pairs_of(one, found)) for one in experiment.design(result.scale).comparisons}
         problems += [
             f"{name}: its numbers are not those of the outcomes."
             for name in expected
@@ -115,8 +115,8 @@ def _from_marks(result: Result, pairs: Mapping[str, Any]) -> list[Claim]:
 
 
 def _from_pairs(experiment: Experiment, result: Result, pairs: Mapping[str, Any]) -> list[Claim]:
-    table = experiment.settings(result.scale)
-    known = {one.id: one for one in table.comparisons}
+    design = experiment.design(result.scale)
+    known = {one.id: one for one in design.comparisons}
     if set(pairs) != set(known):
         raise BackpassError(f"{experiment.name} has other claims in this version: run it again.")
     numbers = {
@@ -124,7 +124,7 @@ def _from_pairs(experiment: Experiment, result: Result, pairs: Mapping[str, Any]
         for name, of in pairs.items()
     }
     return corrected(
-        [verdict_of(one, numbers[name], table.seeds, f"{experiment.name}.") for name, one in known.items()]
+        [verdict_of(one, numbers[name], design.seeds, f"{experiment.name}.") for name, one in known.items()]
     )
 
 

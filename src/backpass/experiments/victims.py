@@ -21,7 +21,7 @@ from torch import nn
 
 from backpass.data import Labelled
 from backpass.errors import BackpassError
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.lab.subjects import Subject, load_subject
 from backpass.lab.training.assembly import assemble, complete
 from backpass.lab.training.parts import Parts, load_parts
@@ -99,7 +99,7 @@ class Loaded(NamedTuple):
     test: Labelled
 
 
-def load_victim(victim: Victim, seed: int, place: Place) -> Loaded:
+def load_victim(victim: Victim, seed: int, context: Context) -> Loaded:
     """Return the trained network of a seed, from the shared folder if it was trained before.
 
     Raises:
@@ -107,26 +107,26 @@ def load_victim(victim: Victim, seed: int, place: Place) -> Loaded:
     """
     parts = _parts(victim.data, victim.limit)
     weights = Path(victim.weights.replace("{seed}", str(seed))) if victim.weights else None
-    subject = load_subject(victim.model, weights, device=place.device, seed=seed, data=parts.train)
+    subject = load_subject(victim.model, weights, device=context.device, seed=seed, data=parts.train)
     network = subject.network
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not subject.trained:
-        _train_once(network, victim, seed, parts, place)
+        _train_once(network, victim, seed, parts, context)
     return Loaded(subject, parts.train, parts.test)
 
 
-def describe_victim(victim: Victim, seed: int, place: Place) -> Outcome:
+def describe_victim(victim: Victim, seed: int, context: Context) -> Outcome:
     """Measure a trained network on the first 1,000 images of each part, without augmentation.
 
     Returns:
         ``train loss`` in nats, ``train accuracy`` and ``test accuracy`` in per cent; ``weights``, their hash.
     """
-    subject, train, test = load_victim(victim, seed, place)
-    loss, accuracy = _judge(subject.model, train, place.device)
+    subject, train, test = load_victim(victim, seed, context)
+    loss, accuracy = _judge(subject.model, train, context.device)
     return {
         "train loss": loss,
         "train accuracy": accuracy,
-        "test accuracy": _judge(subject.model, test, place.device)[1],
+        "test accuracy": _judge(subject.model, test, context.device)[1],
         "weights": weights_hash(subject.network),
     }
 
@@ -145,34 +145,36 @@ def _parts(data: str, limit: int | None) -> Parts:
     return load_parts(data, limit=limit)
 
 
-def _train_once(network: nn.Module, victim: Victim, seed: int, parts: Parts, place: Place) -> None:
+def _train_once(network: nn.Module, victim: Victim, seed: int, parts: Parts, context: Context) -> None:
     """Train the network in place, or load the weights that this or another process has trained."""
-    key = json.dumps([asdict(victim), seed, place.device.type, __version__], sort_keys=True)
+    key = json.dumps([asdict(victim), seed, context.device.type, __version__], sort_keys=True)
     model = re.sub(r"[^a-z0-9]+", "-", victim.model.lower()).strip("-")
     name = f"{model}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if place.folder is None:
-        _train(network, victim, seed, parts, place, None)
+    if context.folder is None:
+        _train(network, victim, seed, parts, context, None)
         return
-    place.folder.mkdir(parents=True, exist_ok=True)
-    path = place.folder / f"{name}.safetensors"
-    with FileLock(place.folder / f"{name}.lock") if not path.exists() else nullcontext():
+    context.folder.mkdir(parents=True, exist_ok=True)
+    path = context.folder / f"{name}.safetensors"
+    with FileLock(context.folder / f"{name}.lock") if not path.exists() else nullcontext():
         if not path.exists():
-            _train(network, victim, seed, parts, place, place.folder / name)
+            _train(network, victim, seed, parts, context, context.folder / name)
             save_weights(network, path)
-            shutil.rmtree(place.folder / name)
+            shutil.rmtree(context.folder / name)
     load_weights(network, path)
 
 
-def _train(network: nn.Module, victim: Victim, seed: int, parts: Parts, place: Place, checkpoints: Path | None) -> None:
+def _train(
+    network: nn.Module, victim: Victim, seed: int, parts: Parts, context: Context, checkpoints: Path | None
+) -> None:
     """Train the network, from the last checkpoint of an interrupted run if there is one."""
     few = Parts(parts.train, parts.test.first(_JUDGED))
-    trainer = assemble(complete(victim.recipe(seed)), few, device=place.device, folder=checkpoints, report=None)
+    trainer = assemble(complete(victim.recipe(seed)), few, device=context.device, folder=checkpoints, report=None)
     trainer.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     result = trainer.fit(resume="auto" if checkpoints else False)
     if result.diverged:
         raise BackpassError(f"{victim.model} with seed {seed} diverged: {result.diverged}.")
     network.load_state_dict(trainer.model.state_dict())
-    loss, _ = _judge(network.eval(), parts.train, place.device)
+    loss, _ = _judge(network.eval(), parts.train, context.device)
     chance = math.log(parts.train.classes)
     if not loss <= _CHANCE * chance:  # its gradients are next to nothing, and no attack on it compares anything
         raise BackpassError(

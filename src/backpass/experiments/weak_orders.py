@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backpass.errors import BackpassError
-from backpass.experiments.experiment import Outcome, Place
+from backpass.experiments.experiment import Context, Outcome
 from backpass.experiments.small_regression import choose, squared_loss
 from backpass.lab.threads import one_thread
 from backpass.sde import AdversarialSDE
@@ -69,7 +69,7 @@ class Orders:
 
 
 @one_thread()
-def weak_errors(settings: Orders, seed: int, place: Place) -> Outcome:
+def weak_errors(settings: Orders, seed: int, context: Context) -> Outcome:
     """Measure an SDE against the chain at every learning rate; nothing is random.
 
     Returns:

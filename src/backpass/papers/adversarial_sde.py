@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Measurement, Plot
 from backpass.experiments.long_run import LongRun, find_minimum, predict_law, run_long
 from backpass.experiments.robustness import Paired, compare_slopes, predict_paths, run_paths
 from backpass.experiments.weak_orders import FUNCTIONS, Orders, weak_errors
@@ -23,10 +23,10 @@ _ORDER_WITHIN, _SPREAD_WITHIN = 0.15, 0.1
 _SDES = {"b0": "b0: gradient flow", "b0+sigma": "b0 + sigma: noise", "B": "B: expanded", "C": "C: exact attack"}
 
 
-def weak_orders(orders: Orders) -> Scale:
+def weak_orders(orders: Orders) -> Design:
     """Return the table of four SDEs against the chain, over all regressions and adversaries."""
     slope = Measurement(label="slope", key="slope", draws=True)
-    return Scale(
+    return Design(
         arms=tuple(
             Arm(name=_SDES[name], work=weak_errors, candidates={"": replace(orders, variant=name)}) for name in VARIANTS
         ),
@@ -56,14 +56,14 @@ def weak_orders(orders: Orders) -> Scale:
     )  # fmt: skip
 
 
-def long_run(settings: LongRun, seed: int = 0) -> Scale:
+def long_run(settings: LongRun, seed: int = 0) -> Design:
     """Return the table of a long run beside its predicted law."""
     places = range(1, settings.dimension + 1)
     spread = Measurement(label="E|theta - mean|^2, measured over predicted", key="spread", draws=True)
     law, minimum = "Stationary law", "Minimum"
     works = {"chain": run_long, "prediction": predict_law}
     processes = {"SGD": 0, "adversarial training": settings.steps}
-    return Scale(
+    return Design(
         arms=(
             *(Arm(name=name, work=work, candidates={"": settings}, group=law) for name, work in works.items()),
             *(
@@ -100,7 +100,7 @@ def long_run(settings: LongRun, seed: int = 0) -> Scale:
     )  # fmt: skip
 
 
-def robustness(settings: Paired, seed: int = 0) -> Scale:
+def robustness(settings: Paired, seed: int = 0) -> Design:
     """Return the table of SGD and adversarial training beside their SDEs."""
     group, slopes = "Paths", "Slopes"
     labels = {
@@ -129,7 +129,7 @@ def robustness(settings: Paired, seed: int = 0) -> Scale:
         ("clean", "with a higher clean loss", "expected_loss", "higher", ""),
     )
     predicted = (("SGD", "SGD, its SDE"), ("AT", "AT, exact (C)"))
-    return Scale(
+    return Design(
         arms=(
             *(Arm(name=name, work=work, candidates={"": one}, group=group) for name, work, one in arms),
             Arm(name="AT less SGD", work=compare_slopes, candidates={"": settings}, group=slopes),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from backpass.data import load_digits
 from backpass.experiments.digit_sde import DigitSDE, relative_difference, run_digits
 from backpass.experiments.digit_transfer import DigitTransfer, attack_digits
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Measurement, Plot
 from backpass.experiments.images import Source
 from backpass.experiments.training import Training, at, at_equal_time, training_arm
 from backpass.experiments.training_runs import Run
@@ -41,7 +41,7 @@ def _scale(
     initial: Training,
     rates: Sequence[Sequence[float]],
     sde: DigitSDE,
-) -> Scale:
+) -> Design:
     """Return the four groups: transfer, implicit steps, initial weights and the SDE.
 
     Args:
@@ -56,7 +56,7 @@ def _scale(
     fooled = Measurement(label=f"images fooled at eps {eps:g}", unit="percentage points", key="fooled", at=-1)
     adamw, sgd = rates
     steps = initial.run.marks[-1]
-    return Scale(
+    return Design(
         arms=(
             *(Arm(name=name, work=attack_digits, candidates={"": replace(transfer, rule=rule)}, group=_TRANSFER)
               for name, (rule, _) in _RULES.items()),

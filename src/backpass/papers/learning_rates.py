@@ -5,7 +5,7 @@ from __future__ import annotations
 from backpass.data import load_data
 from backpass.experiments import adversarial_rates, regression_problems
 from backpass.experiments.adversarial_rates import Attacked, compare_rates
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment
 from backpass.experiments.image_rates import Images, train_images
 from backpass.experiments.rate_ends import SCHEDULES, end
 from backpass.experiments.regression_rates import Regression, regress
@@ -25,11 +25,11 @@ def _slug(text: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
-def regression(steps: int, runs: int, every: int = 10) -> Scale:
+def regression(steps: int, runs: int, every: int = 10) -> Design:
     """Return the table of all schedules on eight regression problems; a claim is about all of them."""
     problems = regression_problems.PROBLEMS
     log = end("log of the excess of the effective loss", log=True)
-    return Scale(
+    return Design(
         arms=tuple(
             Arm(
                 name=name, work=regress, group=problem.name,
@@ -56,7 +56,7 @@ def regression(steps: int, runs: int, every: int = 10) -> Scale:
     )  # fmt: skip
 
 
-def images(runs: int, models: tuple[str, ...] = ("mlp", "cnn"), **sizes: int) -> Scale:
+def images(runs: int, models: tuple[str, ...] = ("mlp", "cnn"), **sizes: int) -> Design:
     """Return the table of networks on MNIST, plain and adversarial; a claim is about one of them."""
     networks = {
         f"{model.upper()}, {f'adversarial, K = {steps}' if steps else 'plain'}": Images(
@@ -69,7 +69,7 @@ def images(runs: int, models: tuple[str, ...] = ("mlp", "cnn"), **sizes: int) ->
         name for name in _RIVALS if name not in ("linear decay, best of 10 rates", "cosine, best of 10 rates")
     )
     effective, attacked = end("effective test loss"), end("test loss under the adversary", metric=" attacked")
-    return Scale(
+    return Design(
         arms=tuple(
             Arm(name=name, work=train_images, candidates={"": settings}, group=group)
             for group, settings in networks.items()
@@ -95,11 +95,11 @@ def images(runs: int, models: tuple[str, ...] = ("mlp", "cnn"), **sizes: int) ->
     )  # fmt: skip
 
 
-def adversarial(steps: int, runs: int, every: int) -> Scale:
+def adversarial(steps: int, runs: int, every: int) -> Design:
     """Return the table of six convex losses; a claim is about one of them."""
     names = [problem.name for problem in adversarial_rates.PROBLEMS]
     log = end("log of the excess", log=True)
-    return Scale(
+    return Design(
         arms=tuple(
             Arm(
                 name=name, work=compare_rates, group=problem,

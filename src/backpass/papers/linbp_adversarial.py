@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backpass.experiments.adversarial_training import JUDGE_STEPS, Adversarial, train_adversarially
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Runs, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Measurement, Plot, Runs
 from backpass.report.result import Finding
 
 __all__ = ["EXPERIMENTS", "strategies"]
@@ -20,7 +20,7 @@ def _gap(runs: Runs) -> list[float]:
     return [one["train"] - one["test"] for one in runs.runs]
 
 
-def strategies(settings: Adversarial, seeds: int) -> Scale:
+def strategies(settings: Adversarial, seeds: int) -> Design:
     """Return the table of LinBP for the weights, the examples, both or neither."""
     points, pgd = "percentage points", f"accuracy under {JUDGE_STEPS} steps of PGD at eps {settings.eps:g}"
     clean = Measurement(label="clean accuracy", unit=points, key="clean")
@@ -31,7 +31,7 @@ def strategies(settings: Adversarial, seeds: int) -> Scale:
         for key, eps in (("autoattack", settings.eps), ("autoattack far", settings.far))
     )
     gap = Measurement(label=f"training minus test {pgd}", unit=points, derive=_gap)
-    return Scale(
+    return Design(
         arms=tuple(
             Arm(name=name, work=train_adversarially,
                 candidates={"": replace(settings, weights=weights, examples=examples)})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Measurement, Plot
 from backpass.experiments.sleeping import Asleep, attack_sleepers
 from backpass.experiments.students import Attacked, Taught, attack_students, teach_students
 from backpass.report.result import Finding
@@ -20,7 +20,7 @@ _CLAIM = partial(Comparison, ours="LinBP", theirs="BP", setting="the claim's")  
 _BANDS = "Lines are means over the draws, bands their 95 % intervals."
 
 
-def attack(updates: Sequence[str], runs: int = 500, steps: int = 100) -> Scale:
+def attack(updates: Sequence[str], runs: int = 500, steps: int = 100) -> Design:
     """Return the table of attacks on two-layer students by updates ``plain``, ``l2`` or ``sign``."""
     distances = {
         step: Measurement(label=f"l1 distance to x* after {step} steps", key="distance", at=step, draws=True)
@@ -58,7 +58,7 @@ def attack(updates: Sequence[str], runs: int = 500, steps: int = 100) -> Scale:
                     statement="LinBP's gradient is longer at the first step", reference=f"{_PAPER}, section 4.1.1",
                 )
             )  # fmt: skip
-    return Scale(
+    return Design(
         arms=tuple(arms),
         seeds=(0,),
         measurements=(*distances.values(), loss, norm),
@@ -80,7 +80,7 @@ _LENGTHS = {
 _UNIT = 0.0015
 
 
-def learn(*, unit: bool = False, runs: int = 40, recorded: tuple[int, ...] = _RECORDED) -> Scale:
+def learn(*, unit: bool = False, runs: int = 40, recorded: tuple[int, ...] = _RECORDED) -> Design:
     """Return the table of one-layer students that learn by plain steps, or by steps of one length.
 
     Args:
@@ -102,7 +102,7 @@ def learn(*, unit: bool = False, runs: int = 40, recorded: tuple[int, ...] = _RE
 
     distances, losses = after("distance", "l1 distance to w*"), after("loss", "loss on the step's inputs")
     arms = tuple(arm(name, rule, unit=unit) for name, rule in _RULES.items())
-    return Scale(
+    return Design(
         arms=(*arms, arm("LinBP, plain steps", "linbp", unit=False)) if unit else arms,
         seeds=(0,),
         measurements=(*distances.values(), losses[recorded[-1]], *_LENGTHS.values(), _GAIN),
@@ -166,13 +166,13 @@ def sleep(
     radii: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5),
     networks: int = 8,
     images: int = 200,
-) -> Scale:
+) -> Design:
     """Return the table of attacks on random networks, by threshold of the units and radius of the ball."""
     fooled = {
         eps: Measurement(label=f"inputs fooled, radius {eps:g}", unit="percentage points", key="fooled", at=place)
         for place, eps in enumerate(radii)
     }
-    return Scale(
+    return Design(
         arms=tuple(
             Arm(name=name, work=attack_sleepers, group=f"threshold {b:g}",
                 candidates={"": Asleep(rule=rule, threshold=b, radii=radii, images=images)})

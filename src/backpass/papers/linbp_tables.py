@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from backpass.experiments.attack_success import FOOLED, Trial, attack_images
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Measurement, Plot
 from backpass.experiments.victims import Victim
 from backpass.numbers import fraction_text
 from backpass.papers.linbp_networks import (
@@ -91,7 +91,7 @@ def success(
     images: int | None = None,
     precision: str = "float32",
     fooled: Measurement = FOOLED,
-) -> Scale:
+) -> Design:
     """Return the table of the images that attacks fool with plain gradients and with LinBP's.
 
     Args:
@@ -137,7 +137,7 @@ def success(
                  x_label=f"start, from the last site to the first: {', '.join(contest.sweep)}")
         )  # fmt: skip
     victims = [one.victim for one in contests]
-    return Scale(
+    return Design(
         arms=(*arms, *network_arms(victims)),
         seeds=tuple(seeds),
         measurements=(FOOLED, *DESCRIPTION),

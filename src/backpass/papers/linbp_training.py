@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from backpass.experiments.experiment import Comparison, Experiment, Measurement, Plot, Runs, Scale
+from backpass.experiments.experiment import Comparison, Design, Experiment, Measurement, Plot, Runs
 from backpass.experiments.images import Source
 from backpass.experiments.training import Training, at, described, training_arm
 from backpass.experiments.training_runs import Run
@@ -62,8 +62,8 @@ def network(
 def _scale(
     networks: Mapping[str, Network], seeds: int, columns: Sequence[Measurement], claims: Sequence[Comparison],
     plots: Sequence[str],
-) -> Scale:  # fmt: skip
-    return Scale(
+) -> Design:  # fmt: skip
+    return Design(
         arms=tuple(
             training_arm(label, one.training, (one.training.run.rate,), rule=rule, group=group,
                          optimizer=one.training.run.optimizer)
@@ -102,7 +102,7 @@ class Published:
     end: str
 
 
-def curves(networks: Mapping[str, Network], published: Published, seeds: int) -> Scale:
+def curves(networks: Mapping[str, Network], published: Published, seeds: int) -> Design:
     """Return the table of networks whose losses and accuracies are compared early and in the end."""
     claims = []
     for name, one in networks.items():
@@ -174,7 +174,7 @@ def no_better(name: str) -> list[Comparison]:
 Cases = Mapping[str, tuple[Network, Callable[[str], list[Comparison]]]]
 
 
-def step_sizes(cases: Cases, seeds: int) -> Scale:
+def step_sizes(cases: Cases, seeds: int) -> Design:
     """Return the table of networks at large rates, each with its own claims."""
     claims = [claim for name, (_, expected) in cases.items() for claim in expected(name)]
     networks = {name: one for name, (one, _) in cases.items()}

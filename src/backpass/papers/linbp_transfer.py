@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from backpass.experiments.attack_success import Transfer, transfer_images
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Measurement, Plot
 from backpass.papers.linbp_networks import (
     DESCRIPTION,
     LARGE,
@@ -27,7 +27,7 @@ __all__ = ["EXPERIMENTS", "transfers"]
 _PAPER = "Guo, Li, Chen, NeurIPS 2020"
 
 
-def transfers(settings: Transfer, start: str, steps: Sequence[int] = (10, 30), seeds: Sequence[int] = SEEDS) -> Scale:
+def transfers(settings: Transfer, start: str, steps: Sequence[int] = (10, 30), seeds: Sequence[int] = SEEDS) -> Design:
     """Return the table of images made against one network and shown to others.
 
     Args:
@@ -43,7 +43,7 @@ def transfers(settings: Transfer, start: str, steps: Sequence[int] = (10, 30), s
         for key, words in {"source": "the source itself", **{one.model: one.model for one in settings.targets}}.items()
     }
     targets = [one.model for one in settings.targets]
-    return Scale(
+    return Design(
         arms=(
             *(
                 Arm(

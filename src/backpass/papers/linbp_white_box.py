@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from backpass.experiments.attack_success import FOOLED, HALVINGS, Trial, attack_images, find_halvings, halving
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Measurement, Plot
 from backpass.experiments.input_gradients import Directions, compare_gradients, measure_steps
 from backpass.experiments.victims import Victim
 from backpass.papers.linbp_networks import (
@@ -51,7 +51,7 @@ def white_box(
     seeds: Sequence[int] = SEEDS,
     lengths: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1),
     fooled: Measurement = FOOLED,
-) -> Scale:
+) -> Design:
     """Return the table of attacks that differ from one in a single thing, each with BP and with LinBP.
 
     Args:
@@ -99,7 +99,7 @@ def white_box(
                  log_x=True, groups=(steps,), arms=tuple(sides))
         )  # fmt: skip
     victims = [trial.victim for trials in conditions.values() for trial in trials.values()]
-    return Scale(
+    return Design(
         arms=(*attacks, *studies, *network_arms(victims)),
         seeds=tuple(seeds),
         measurements=(
@@ -117,12 +117,12 @@ def white_box(
     )
 
 
-def halvings(trial: Trial, seeds: Sequence[int] = SEEDS) -> Scale:
+def halvings(trial: Trial, seeds: Sequence[int] = SEEDS) -> Design:
     """Return the table of the iterations at which Auto-PGD halves its step; the trial's rule is LinBP."""
     group = "Auto-PGD"
     columns = [halving(nth, word) for nth, word in enumerate(_PUBLISHED_HALVINGS)]
     rules = {"BP": "bp", "LinBP": trial.rule}
-    return Scale(
+    return Design(
         arms=(
             *(
                 Arm(name=name, work=find_halvings, candidates={"": replace(trial, rule=rule)}, group=group)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from backpass.experiments.directions import Directions, measure_directions
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Measurement, Plot
 from backpass.experiments.images import Source
 from backpass.experiments.training import Training, at, at_equal_time, described, training_arm
 from backpass.experiments.training_runs import Run
@@ -42,7 +42,7 @@ def _plots(group: str, marks: Sequence[int]) -> tuple[Plot, ...]:
 
 def compare(
     group: str, training: Training, methods: Methods, pairs: Sequence[tuple[str, str]], seeds: int = 3
-) -> Scale:
+) -> Design:
     """Return the scale that trains a network by several methods and compares pairs of them."""
     steps = training.run.marks[-1]
     claims = []
@@ -64,7 +64,7 @@ def compare(
                     reference=f"{_PAPER}, section 5", published=published if in_paper else "",
                 )
             )  # fmt: skip
-    return Scale(
+    return Design(
         arms=tuple(
             training_arm(name, training, rates, rule=rule, optimizer=optimizer, group=group)
             for name, (rule, optimizer, rates) in methods.items()
@@ -110,7 +110,7 @@ def solvers(
     cg_steps: tuple[int, ...] = (3, 5, 10),
     taus: tuple[float, ...] = (1e-3, 1e-2, 0.05, 1.0, 1e2, 1e4),
     warm: int = 5,
-) -> Scale:
+) -> Design:
     """Return the scale that compares the exact solve with conjugate gradients; training uses tau = 0.05."""
     tau, plain_rate, exact = 0.05, 0.05, "proxprop:tau={tau},stop=-1"
     rules = {"exact": exact, **{f"CG-{k}": f"{exact},solver=cg,cg_steps={k}" for k in cg_steps}}
@@ -160,7 +160,7 @@ def solvers(
         )
     )  # fmt: skip
     directions = {"x": taus, "x_label": "tau", "groups": ("Directions",), "log_x": True}
-    return Scale(
+    return Design(
         arms=(*near, *trained),
         seeds=(0, 1, 2),
         measurements=(error, cosine, *_COLUMNS),

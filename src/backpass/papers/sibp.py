@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Design, Experiment, Plot
 from backpass.experiments.images import Source
 from backpass.experiments.training import Training, at, described, largest_usable_rate, training_arm
 from backpass.experiments.training_runs import Run
@@ -60,7 +60,7 @@ def _comparisons(group: str, marks: Sequence[int]) -> tuple[Comparison, ...]:
     return tuple(claims)
 
 
-def scale(networks: Mapping[str, tuple[Training, Rates]], seeds: int) -> Scale:
+def scale(networks: Mapping[str, tuple[Training, Rates]], seeds: int) -> Design:
     """Return the scale for networks by name, each with its training settings and candidate rates."""
     plots = []
     for group, (training, _) in networks.items():
@@ -72,7 +72,7 @@ def scale(networks: Mapping[str, tuple[Training, Rates]], seeds: int) -> Scale:
                 Plot(title=f"{label.partition(',')[0]} against steps", key=key, x=training.run.marks, x_label="steps",
                      y_label=label, groups=(group,), log_y=log)
             )  # fmt: skip
-    return Scale(
+    return Design(
         arms=tuple(arm for group, (training, rates) in networks.items() for arm in _arms(group, training, rates)),
         seeds=tuple(range(seeds)),
         measurements=_COLUMNS,
@@ -100,7 +100,7 @@ _DEEP: Rates = {
 }  # fmt: skip
 
 
-def _mnist(marks: tuple[int, ...], judged: int | None, seeds: int) -> Scale:
+def _mnist(marks: tuple[int, ...], judged: int | None, seeds: int) -> Design:
     return scale(
         {
             "784-500-10": (_training("mlp:widths=500", _MNIST, marks, judged, 0.05), _SHALLOW),
@@ -113,14 +113,14 @@ def _mnist(marks: tuple[int, ...], judged: int | None, seeds: int) -> Scale:
     )
 
 
-def _depth(marks: tuple[int, ...], judged: int | None, seeds: int) -> Scale:
+def _depth(marks: tuple[int, ...], judged: int | None, seeds: int) -> Design:
     deep = _training("mlp:widths=" + "-".join(["100"] * 8), _MNIST, marks, judged, 0.05)
     return scale({"Eight layers of 100": (deep, _DEEP)}, seeds)
 
 
 def _cifar10(
     widths: str, perceptron: tuple[int, ...], convolutional: tuple[int, ...], judged: int | None, seeds: int
-) -> Scale:
+) -> Design:
     return scale(
         {
             "MLP": (_training(f"mlp:widths={widths}", _CIFAR10, perceptron, judged, 0.05), _MLP),

@@ -8,7 +8,7 @@ import pytest
 from backpass.attacks.paired import Paired
 from backpass.attacks.report import wilson
 from backpass.errors import BackpassError
-from backpass.experiments.experiment import Arm, Comparison, Experiment, Measurement, Place, Plot, Scale
+from backpass.experiments.experiment import Arm, Comparison, Context, Design, Experiment, Measurement, Plot
 from backpass.experiments.running import run_here
 from backpass.experiments.verifying import verify
 from backpass.report.page import write_report
@@ -22,16 +22,16 @@ class Name:
     name: str
 
 
-def work(settings, seed, place):
+def work(settings, seed, context):
     """The marks that the caller has loaded."""
-    place.progress(0.5)
-    text = place.loaded[settings.name]
+    context.progress(0.5)
+    text = context.loaded[settings.name]
     return {"curve": text} if settings.name == "curve" else {"fooled": text}
 
 
 EXPERIMENT = Experiment(
     name="spot", title="t", question="q", source="",
-    scales={"s": Scale(
+    scales={"s": Design(
         arms=tuple(
             Arm(name=name, work=work, group="c" * (name == "curve"), candidates={"": Name(name)}) for name in MARKS
         ),
@@ -50,7 +50,7 @@ EXPERIMENT = Experiment(
 @pytest.fixture
 def done(tmp_path):
     shares = []
-    result, found = run_here(EXPERIMENT, "s", out=tmp_path, place=Place(loaded=MARKS),
+    result, found = run_here(EXPERIMENT, "s", out=tmp_path, context=Context(loaded=MARKS),
                              progress=lambda what, share: shares.append(share))  # fmt: skip
     assert shares == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6])
     assert found["", "weak"].runs[0]["fooled"] == MARKS["weak"]
@@ -92,5 +92,5 @@ def test_verdicts_of_an_experiment_built_on_the_spot_are_verified(done, tmp_path
 
 
 def test_a_process_that_only_takes_part_stores_nothing(tmp_path):
-    assert run_here(EXPERIMENT, "s", out=tmp_path, place=Place(loaded=MARKS), store=False) is None
+    assert run_here(EXPERIMENT, "s", out=tmp_path, context=Context(loaded=MARKS), store=False) is None
     assert list(tmp_path.iterdir()) == []

@@ -57,7 +57,7 @@ def test_a_finished_experiment_is_kept_and_run_again_when_asked(tmp_path):
     assert [one.kept for one in done(tmp_path)] == [True]
     assert len(CALLS) == 12
     before = outcome_bytes(tmp_path)
-    assert [one.kept for one in done(tmp_path, again=True)] == [False]
+    assert [one.kept for one in done(tmp_path, recompute=True)] == [False]
     assert len(CALLS) == 24
     assert outcome_bytes(tmp_path) == before
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from backpass.experiments.experiment import Place
+from backpass.experiments.experiment import Context
 from backpass.experiments.long_run import LongRun, run_long
 from backpass.experiments.optimal_rate import Quadratic, compare_schedules
 from backpass.experiments.robustness import Paired, run_paths
@@ -27,8 +27,8 @@ def test_one_inside_and_as_many_as_before_afterwards(threads):
 
 
 def test_the_studies_of_the_sde_leave_it(threads):
-    weak_errors(Orders(t=0.04, halvings=1), 0, Place())
+    weak_errors(Orders(t=0.04, halvings=1), 0, Context())
     compare_schedules(Quadratic(t=1.0))
-    run_long(LongRun(dimension=1, paths=8, relaxations=2.0, eta=0.1), 0, Place())
-    run_paths(Paired(paths=2, t=0.3, records=3), 0, Place())
+    run_long(LongRun(dimension=1, paths=8, relaxations=2.0, eta=0.1), 0, Context())
+    run_paths(Paired(paths=2, t=0.3, records=3), 0, Context())
     assert torch.get_num_threads() == 3

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from backpass import BackpassError, cli
-from backpass.experiments.experiment import Place
+from backpass.experiments.experiment import Context
 from backpass.experiments.long_run import LongRun, find_minimum, predict_law, run_long
 from backpass.experiments.optimal_rate import Quadratic, compare_schedules
 from backpass.experiments.robustness import QUANTITIES, Paired, compare_slopes, predict_paths, run_paths
@@ -41,7 +41,7 @@ def test_an_order_that_is_not_reached_is_an_opposite_verdict(tmp_path):
 def test_slopes_are_fitted_to_the_errors_of_each_problem():
     settings = Orders(steps=(0, 2), rhos=(1.0, 3.0), t=0.5)
     assert list(settings.problems) == [(1, 0, 1.0), (1, 2, 1.0), (1, 2, 3.0)]
-    found = weak_errors(settings, 0, Place())
+    found = weak_errors(settings, 0, Context())
     expected = [
         fit_slope(settings.etas, found[f"error of {function}"][problem])
         for problem in range(3)
@@ -63,7 +63,7 @@ def test_a_long_run_ends_in_the_law_that_is_predicted(tmp_path):
 
 def test_the_prediction_has_the_times_of_the_run_and_starts_where_it_starts():
     settings = LongRun(paths=8, relaxations=2.0)
-    measured, predicted = (work(settings, 0, Place()) for work in (run_long, predict_law))
+    measured, predicted = (work(settings, 0, Context()) for work in (run_long, predict_law))
     assert set(measured) == set(predicted)
     assert measured["t"] == pytest.approx(predicted["t"])
     for name in ("theta_1", "theta_2"):
@@ -80,7 +80,7 @@ def paths():
         "AT, C": (predict_paths, TINY),
         "AT, B": (predict_paths, replace(TINY, mode="expanded")),
     }
-    return {name: work(one, 0, Place()) for name, (work, one) in settings.items()}
+    return {name: work(one, 0, Context()) for name, (work, one) in settings.items()}
 
 
 def test_the_network_has_37_parameters_and_a_logistic_loss():
@@ -114,7 +114,7 @@ def test_all_start_at_the_same_value_and_end_apart(paths):
 
 
 def test_adversarial_training_turns_the_slope_of_the_input_gradient_down():
-    slopes = compare_slopes(TINY, 0, Place())["slope"]
+    slopes = compare_slopes(TINY, 0, Context())["slope"]
     assert len(slopes) == 40
     assert sum(slope < 0 for slope in slopes) >= 0.95 * 40
 
@@ -153,12 +153,12 @@ def test_the_commands_write_their_pages(tmp_path):
         (lambda: Paired(t=float("inf")), "finite numbers above 0"),
         (lambda: Paired(eta=0.0), "finite numbers above 0"),
         (lambda: Orders(halvings=0), "halved at least once"),
-        (lambda: weak_errors(Orders(dimensions=(3,)), 0, Place()), "one or two dimensions"),
-        (lambda: weak_errors(Orders(t=float("inf")), 0, Place()), None),
+        (lambda: weak_errors(Orders(dimensions=(3,)), 0, Context()), "one or two dimensions"),
+        (lambda: weak_errors(Orders(t=float("inf")), 0, Context()), None),
         (lambda: LongRun(paths=2), "at least 8 paths"),
         (lambda: LongRun(relaxations=float("inf")), "relaxation times"),
         (lambda: LongRun(relaxations=1e30), "relaxation times"),
-        (lambda: find_minimum(LongRun(dimension=3), 0, Place()), "one or two dimensions"),
+        (lambda: find_minimum(LongRun(dimension=3), 0, Context()), "one or two dimensions"),
         (lambda: compare_schedules(Quadratic(t=1e30)), "shorter horizon"),
     ],
 )

@@ -12,7 +12,7 @@ from backpass.errors import BackpassError
 from backpass.experiments import digit_transfer
 from backpass.experiments.digit_sde import DigitSDE, relative_difference, run_digits
 from backpass.experiments.digit_transfer import DigitTransfer, attack_digits
-from backpass.experiments.experiment import Arm, Place, Runs
+from backpass.experiments.experiment import Arm, Context, Runs
 
 TRANSFER = DigitTransfer(source="mlp:widths=16", target="mlp:widths=8", epochs=1, eps=(0.1, 0.3), steps=3, images=40)
 SMALL = DigitSDE(process="adversarial", paths=6, samples=16, steps=6, records=3, eta=0.3)
@@ -21,7 +21,7 @@ SMALL = DigitSDE(process="adversarial", paths=6, samples=16, steps=6, records=3,
 @pytest.mark.parametrize("rule", ["bp", "linbp"])
 def test_success_is_that_of_the_librarys_transfer_between_the_two_networks(rule):
     state = torch.get_rng_state()
-    found = attack_digits(replace(TRANSFER, rule=rule), 1, Place())["fooled"]
+    found = attack_digits(replace(TRANSFER, rule=rule), 1, Context())["fooled"]
     assert torch.equal(state, torch.get_rng_state())
     source, target = digit_transfer._networks(TRANSFER, 1)
     test = load_digits().test
@@ -35,19 +35,19 @@ def test_success_is_that_of_the_librarys_transfer_between_the_two_networks(rule)
 def test_plain_training_and_the_sde_are_adversarial_training_where_there_is_no_noise_to_tell_them_apart():
     # All images in one batch and no attack: the chain is gradient descent, and every path is the same.
     whole = replace(SMALL, batch_size=16, attack_steps=0, paths=2)
-    plain, adversarial = (run_digits(replace(whole, process=name), 3, Place()) for name in ("plain", "adversarial"))
+    plain, adversarial = (run_digits(replace(whole, process=name), 3, Context()) for name in ("plain", "adversarial"))
     assert plain == adversarial
     assert plain["time"] == pytest.approx([0, 0.6, 1.2, 1.8])
     assert plain["loss"] == sorted(plain["loss"], reverse=True)
-    assert adversarial != run_digits(replace(whole, process="adversarial", attack_steps=3), 3, Place())
+    assert adversarial != run_digits(replace(whole, process="adversarial", attack_steps=3), 3, Context())
 
 
 def test_every_process_starts_at_the_weights_of_its_seed():
-    starts = [run_digits(replace(SMALL, process=name), 2, Place())["gradient"][0] for name in ("adversarial", "sde")]
+    starts = [run_digits(replace(SMALL, process=name), 2, Context())["gradient"][0] for name in ("adversarial", "sde")]
     assert starts[0] == pytest.approx(starts[1])
-    assert run_digits(SMALL, 3, Place())["gradient"][0] != starts[0]
+    assert run_digits(SMALL, 3, Context())["gradient"][0] != starts[0]
     with pytest.raises(BackpassError, match="plain, adversarial or sde"):
-        run_digits(replace(SMALL, process="none"), 0, Place())
+        run_digits(replace(SMALL, process="none"), 0, Context())
 
 
 def test_a_relative_difference_is_in_per_cent_of_the_second_arm():

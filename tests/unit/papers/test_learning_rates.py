@@ -9,7 +9,7 @@ from backpass.data import load_data
 from backpass.errors import BackpassError
 from backpass.experiments import adversarial_rates
 from backpass.experiments.adversarial_rates import Attacked, compare_rates
-from backpass.experiments.experiment import Arm, Place, Runs
+from backpass.experiments.experiment import Arm, Context, Runs
 from backpass.experiments.image_rates import Images, train_images
 from backpass.experiments.rate_ends import end
 from backpass.experiments.regression_problems import PROBLEMS
@@ -56,10 +56,10 @@ def test_the_minimum_and_the_field_are_those_of_many_samples(name):
 
 def test_the_largest_rate_is_stable_and_the_schedules_share_their_batches():
     settings = Regression(problem=PROBLEMS[0], steps=60)
-    found = regress(settings, 0, Place())
+    found = regress(settings, 0, Context())
     assert len(found["fixed"]) == len(found["Polyak"]) == RATES
     assert found["fixed"][0] < float(PROBLEMS[0].excess(torch.zeros(PROBLEMS[0].size)))
-    assert found == regress(settings, 0, Place())
+    assert found == regress(settings, 0, Context())
 
 
 @pytest.mark.parametrize("problem", adversarial_rates.PROBLEMS, ids=lambda problem: problem.name)
@@ -92,7 +92,7 @@ def test_the_comparison_on_regression_pools_the_problems(tmp_path):
     claims, result = judged(tmp_path, learning_rates.regression(30, 2))
     assert len(claims) == 7
     assert {claim.n for claim in claims.values()} == {len(PROBLEMS)}
-    found = [[regress(Regression(problem=one, steps=30), seed, Place()) for seed in (0, 1)] for one in PROBLEMS]
+    found = [[regress(Regression(problem=one, steps=30), seed, Context()) for seed in (0, 1)] for one in PROBLEMS]
     gaps = [sum(math.log(run["controlled"][0] / run["cosine"][0]) for run in runs) / 2 for runs in found]
     assert claims["below-cosine-from-the-largest-rate"].estimate == pytest.approx(sum(gaps) / len(gaps))
     assert [len(table.rows) for table in result.tables] == [10] * len(PROBLEMS)
@@ -101,7 +101,7 @@ def test_the_comparison_on_regression_pools_the_problems(tmp_path):
 def test_the_comparison_with_adversaries_judges_each_problem(tmp_path):
     claims, result = judged(tmp_path, learning_rates.adversarial(12, 2, 6))
     name = adversarial_rates.PROBLEMS[1].name
-    runs = [compare_rates(Attacked(problem=name, steps=12, every=6), seed, Place()) for seed in (0, 1)]
+    runs = [compare_rates(Attacked(problem=name, steps=12, every=6), seed, Context()) for seed in (0, 1)]
     best = min(range(10), key=lambda k: sum(run["fixed"][k] for run in runs))
     gaps = [math.log(run["controlled"][0] / run["fixed"][best]) for run in runs]
     assert claims["below-fixed-1"].estimate == pytest.approx(sum(gaps) / 2)
@@ -118,7 +118,7 @@ def test_the_comparison_on_images_has_every_schedule_from_the_same_weights(tmp_p
     claims, result = judged(tmp_path, learning_rates.images(1, ("mlp",), **sizes))
     assert len(claims) == 15
     assert [len(table.rows) for table in result.tables] == [7, 7]
-    found = train_images(Images(model="mlp", attack_steps=3, **sizes), 0, Place())
+    found = train_images(Images(model="mlp", attack_steps=3, **sizes), 0, Context())
     assert {len(found[name]) for name in ("fixed", "Polyak")} == {10}
     gap = found["controlled attacked"][0] - found["linear attacked"][0]
     slug = "adversary-mlp-adversarial-k-3-below-linear-decay-from-the-largest-rate"

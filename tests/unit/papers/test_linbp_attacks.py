@@ -22,7 +22,7 @@ from backpass.experiments.attack_success import (
     halving,
     transfer_images,
 )
-from backpass.experiments.experiment import Arm, Place, Runs
+from backpass.experiments.experiment import Arm, Context, Runs
 from backpass.experiments.input_gradients import Directions, compare_gradients, measure_steps
 from backpass.experiments.victims import Loaded, Victim, describe_victim, load_victim
 from backpass.lab.placements import parse_rule_for
@@ -49,20 +49,20 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def place(out):
-    return Place(folder=out / "shared")
+def context(out):
+    return Context(folder=out / "shared")
 
 
 @pytest.fixture
-def loaded(place):
+def loaded(context):
     """The network of seed 0, 40 images, their labels, and which of them are right."""
-    subject, _, test = load_victim(MLP, 0, place)
+    subject, _, test = load_victim(MLP, 0, context)
     x, y = test.first(40).images.x, test.first(40).images.y
     return subject.network, x, y, subject.network(x).argmax(1) == y
 
 
-def weights(victim, place, seed=0):
-    return torch.cat([p.flatten() for p in load_victim(victim, seed, place).subject.network.parameters()])
+def weights(victim, context, seed=0):
+    return torch.cat([p.flatten() for p in load_victim(victim, seed, context).subject.network.parameters()])
 
 
 def percent(true):
@@ -70,46 +70,46 @@ def percent(true):
 
 
 @pytest.mark.parametrize("rule", ["bp", "linbp:start=-1"])
-def test_an_outcome_is_the_attacks_own(place, loaded, rule):
+def test_an_outcome_is_the_attacks_own(context, loaded, rule):
     network, x, y, right = loaded
     with parse_rule(rule).attach(network):
         attack = PGD(eps=0.1, steps=4, restarts=1)
         fooled = attack(network, x[right], y[right], indices=right.nonzero().squeeze(1)).success
-    found = attack_images(replace(TRIAL, rule=rule), 0, place)
+    found = attack_images(replace(TRIAL, rule=rule), 0, context)
     assert [mark != "-" for mark in found["images"]] == right.tolist()
     assert [mark == "1" for mark in found["images"] if mark != "-"] == fooled.tolist()
     assert found["fooled"] == pytest.approx(percent(fooled))
     assert found["rule"] == rule
 
 
-def test_a_network_is_trained_once_and_described(place, monkeypatch):
-    before = weights(MLP, place)
+def test_a_network_is_trained_once_and_described(context, monkeypatch):
+    before = weights(MLP, context)
     monkeypatch.setattr(victims, "_train", lambda *arguments: pytest.fail("trained again"))
-    assert torch.equal(weights(MLP, place), before)
-    found = describe_victim(MLP, 0, place)
-    subject, _, test = load_victim(MLP, 0, place)
+    assert torch.equal(weights(MLP, context), before)
+    found = describe_victim(MLP, 0, context)
+    subject, _, test = load_victim(MLP, 0, context)
     images = test.first(1000).images
     assert found["test accuracy"] == pytest.approx(percent(subject.model(images.x).argmax(1) == images.y))
     with pytest.raises(pytest.fail.Exception):
-        load_victim(replace(MLP, epochs=2), 0, place)
+        load_victim(replace(MLP, epochs=2), 0, context)
 
 
-def test_weights_of_a_file_are_not_trained(place, tmp_path):
-    trained = load_victim(MLP, 1, place).subject.network
+def test_weights_of_a_file_are_not_trained(context, tmp_path):
+    trained = load_victim(MLP, 1, context).subject.network
     torch.save(trained.state_dict(), tmp_path / "net-1.pt")
     given = Victim(model=MLP.model, data="digits", weights=f"{tmp_path}/net-{{seed}}.pt")
-    assert torch.equal(weights(given, Place(), seed=1), weights(MLP, place, seed=1))
-    ours, theirs = (attack_images(replace(TRIAL, victim=one), 1, place) for one in (given, MLP))
+    assert torch.equal(weights(given, Context(), seed=1), weights(MLP, context, seed=1))
+    ours, theirs = (attack_images(replace(TRIAL, victim=one), 1, context) for one in (given, MLP))
     assert ours == theirs
 
 
 def test_a_network_that_has_learned_nothing_is_refused():
     with pytest.raises(BackpassError, match="has learned nothing"):
-        load_victim(replace(MLP, lr=1e-9), 0, Place())
+        load_victim(replace(MLP, lr=1e-9), 0, Context())
 
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    whole = weights(MLP, Place(folder=tmp_path / "whole"))
+    whole = weights(MLP, Context(folder=tmp_path / "whole"))
     epoch, calls = Loop._epoch, []
 
     def interrupted(loop):
@@ -119,7 +119,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypat
         return epoch(loop)
 
     monkeypatch.setattr(Loop, "_epoch", interrupted)
-    broken = Place(folder=tmp_path / "broken")
+    broken = Context(folder=tmp_path / "broken")
     with pytest.raises(KeyboardInterrupt):
         load_victim(MLP, 0, broken)
     assert torch.equal(weights(MLP, broken), whole)
@@ -128,8 +128,8 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
-def test_a_search_in_another_precision_ends_with_a_verdict_on_all_images(place, precision):
-    plain, other = (attack_images(one, 0, place) for one in (TRIAL, replace(TRIAL, precision=precision)))
+def test_a_search_in_another_precision_ends_with_a_verdict_on_all_images(context, precision):
+    plain, other = (attack_images(one, 0, context) for one in (TRIAL, replace(TRIAL, precision=precision)))
     assert [mark == "-" for mark in other["images"]] == [mark == "-" for mark in plain["images"]]
     assert abs(other["fooled"] - plain["fooled"]) < 15
 
@@ -161,48 +161,48 @@ def test_linbp_wins_where_a_sleeping_unit_decides_and_loses_to_one_that_never_wa
     subject = Subject(name="planted", network=network, model=network, weights="", digest="", trained=True)
     monkeypatch.setattr(attack_success, "load_victim", lambda *arguments: Loaded(subject, data, data))
     trial = replace(TRIAL, attack="pgd:steps=10,restarts=1,random_start=false,step=0.05", eps=0.3, images=None)
-    found = [attack_images(replace(trial, rule=rule), 0, Place())["fooled"] for rule in ("bp", "linbp")]
+    found = [attack_images(replace(trial, rule=rule), 0, Context())["fooled"] for rule in ("bp", "linbp")]
     assert found == [bp, linbp]
 
 
 @pytest.mark.parametrize("rule", ["bp", "linbp:start=-1"])
-def test_logits_so_large_that_the_loss_saturates_blind_both_gradients(place, rule):
+def test_logits_so_large_that_the_loss_saturates_blind_both_gradients(context, rule):
     trial = replace(TRIAL, attack="pgd:steps=4,restarts=1,random_start=false", eps=0.2, rule=rule)
-    plain, large = (attack_images(replace(trial, scale=scale), 0, place) for scale in (1.0, 1e4))
+    plain, large = (attack_images(replace(trial, scale=scale), 0, context) for scale in (1.0, 1e4))
     assert [mark == "-" for mark in large["images"]] == [mark == "-" for mark in plain["images"]]
     assert plain["fooled"] > large["fooled"]
 
 
-def test_start_auto_is_the_best_on_the_images_after_those_attacked(place):
-    _, _, test = load_victim(MLP, 0, place)
+def test_start_auto_is_the_best_on_the_images_after_those_attacked(context):
+    _, _, test = load_victim(MLP, 0, context)
     rest = replace(test, images=replace(test.images, pixels=test.images.pixels[40:], labels=test.images.labels[40:]))
     rates = {}
     for start in (-1, -2):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attack_success, "load_victim", lambda *a: load_victim(*a)._replace(test=rest))
-            rates[start] = attack_images(replace(TRIAL, rule=f"linbp:start={start}"), 0, place)["fooled"]
-    found = attack_images(replace(TRIAL, rule="linbp:start=auto"), 0, place)
+            rates[start] = attack_images(replace(TRIAL, rule=f"linbp:start={start}"), 0, context)["fooled"]
+    found = attack_images(replace(TRIAL, rule="linbp:start=auto"), 0, context)
     assert rates[int(found["rule"].partition("=")[2])] == max(rates.values())
     with pytest.raises(BackpassError, match="set images to fewer"):
-        attack_images(replace(TRIAL, rule="linbp:start=auto", images=None), 0, place)
+        attack_images(replace(TRIAL, rule="linbp:start=auto", images=None), 0, context)
 
 
 @pytest.mark.parametrize("rule", ["bp", "linbp:start=-1"])
-def test_halvings_are_those_of_apgd_without_an_early_end(place, loaded, rule):
+def test_halvings_are_those_of_apgd_without_an_early_end(context, loaded, rule):
     network, x, y, right = loaded
     with parse_rule(rule).attach(network):
         attack = APGD(eps=0.1, steps=20, early_stop=False)
         rows = attack(network, x[right], y[right], indices=right.nonzero().squeeze(1)).halvings
-    found = find_halvings(replace(TRIAL, rule=rule, attack="apgd:steps=20,restarts=1"), 0, place)
+    found = find_halvings(replace(TRIAL, rule=rule, attack="apgd:steps=20,restarts=1"), 0, context)
     assert found["halvings"] == [[at for at in row if at >= 0] for row in rows.tolist()]
     firsts = [row[0] for row in found["halvings"] if row]
     assert found["iterations"][0] == pytest.approx(sum(firsts) / len(firsts))
     assert found["shares"][0] == pytest.approx(100 * len(firsts) / len(found["halvings"]))
 
 
-def test_only_apgd_halves_its_step(place):
+def test_only_apgd_halves_its_step(context):
     with pytest.raises(BackpassError, match="only apgd"):
-        find_halvings(TRIAL, 0, place)
+        find_halvings(TRIAL, 0, context)
 
 
 def test_halvings_are_compared_over_the_images_that_have_them_under_both_rules():
@@ -214,14 +214,14 @@ def test_halvings_are_compared_over_the_images_that_have_them_under_both_rules()
     assert all(math.isnan(side[0]) for side in halving(2, "third").both(*runs))
 
 
-def test_transfer_shows_the_images_to_networks_of_the_next_seed(place):
+def test_transfer_shows_the_images_to_networks_of_the_next_seed(context):
     settings = Transfer(
         victim=RESNET, targets=(RESNET, MLP), networks=2, attack="ifgsm:step=0.05,steps=4", eps=0.2,
         protocol="standard", images=40,
     )  # fmt: skip
-    found = transfer_images(settings, 1, place)
-    source, target = (load_victim(RESNET, seed, place).subject.network for seed in (1, 0))
-    images = load_victim(RESNET, 0, place).test.first(40).images
+    found = transfer_images(settings, 1, context)
+    source, target = (load_victim(RESNET, seed, context).subject.network for seed in (1, 0))
+    images = load_victim(RESNET, 0, context).test.first(40).images
     x_adv = IFGSM(eps=0.2, step=0.05, steps=4, early_stop=False)(source, images.x, images.y).x_adv
     for name, judge in (("source", source), (RESNET.model, target)):
         right = judge(images.x).argmax(1) == images.y
@@ -229,14 +229,14 @@ def test_transfer_shows_the_images_to_networks_of_the_next_seed(place):
         assert found[name] == pytest.approx(percent(fooled[right]))
         assert [mark == "-" for mark in found[f"images of {name}"]] == (~right).tolist()
     with pytest.raises(BackpassError, match="at least two seeds"):
-        transfer_images(replace(settings, networks=1), 0, place)
+        transfer_images(replace(settings, networks=1), 0, context)
 
 
-def test_the_two_gradients_are_compared_as_defined(place, loaded):
+def test_the_two_gradients_are_compared_as_defined(context, loaded):
     network, x, y, right = loaded
     x, y = x[right].requires_grad_(), y[right]
     settings = Directions(victim=MLP, rule="linbp:start=-1", images=40, lengths=(0.01, 0.05))
-    found = compare_gradients(settings, 0, place)
+    found = compare_gradients(settings, 0, context)
     gradients = []
     for rule in (parse_rule("bp"), LinBP(start=-1)):
         with rule.attach(network):
@@ -254,10 +254,10 @@ def test_the_two_gradients_are_compared_as_defined(place, loaded):
     for rule, gradient in zip(("bp", "linbp:start=-1"), gradients, strict=True):
         moved = [(x + length * gradient.sign()).clamp(0, 1) for length in (0.01, 0.05)]
         rises = [(F.cross_entropy(network(one), y) - loss).item() for one in moved]
-        assert measure_steps(replace(settings, rule=rule), 0, place)["gain"] == pytest.approx(rises, rel=1e-4)
+        assert measure_steps(replace(settings, rule=rule), 0, context)["gain"] == pytest.approx(rises, rel=1e-4)
 
 
-def test_tables_compare_the_rates_network_by_network_and_quote_the_paper(out, place):
+def test_tables_compare_the_rates_network_by_network_and_quote_the_paper(out, context):
     contest = linbp_tables.Contest(victim=MLP, placements=("linbp:start=-1",), sweep=("-1", "-2"),
                                    counterpart="resnet50")  # fmt: skip
     scale = linbp_tables.success(
@@ -270,8 +270,8 @@ def test_tables_compare_the_rates_network_by_network_and_quote_the_paper(out, pl
     trial = scale.arms[0].candidates[""]
     assert (trial.rule, trial.protocol, trial.images) == ("bp", "paper", 40)
     differences = [
-        attack_images(replace(trial, rule="linbp:start=-1"), seed, place)["fooled"]
-        - attack_images(trial, seed, place)["fooled"]
+        attack_images(replace(trial, rule="linbp:start=-1"), seed, context)["fooled"]
+        - attack_images(trial, seed, context)["fooled"]
         for seed in (0, 1, 2)
     ]
     paper, standard = claims.values()
@@ -283,14 +283,14 @@ def test_tables_compare_the_rates_network_by_network_and_quote_the_paper(out, pl
     assert "digits of scikit-learn" in result.environment["data"]
 
 
-def test_one_network_is_compared_over_its_images(out, place):
+def test_one_network_is_compared_over_its_images(out, context):
     contest = linbp_tables.Contest(victim=MLP, placements=("linbp:start=-1",), counterpart="vgg16")
     scale = linbp_tables.success(
         [contest], ["pgd:steps=4,restarts=1"], where="Table I", seeds=(0,), radii=(0.1,), protocols=("standard",),
         images=60, fooled=FOOLED_IMAGES,
     )  # fmt: skip
     claims, _ = judged(out, scale)
-    marks = [attack_images(arm.candidates[""], 0, place)["images"] for arm in scale.arms[:2]]
+    marks = [attack_images(arm.candidates[""], 0, context)["images"] for arm in scale.arms[:2]]
     (claim,) = claims.values()
     assert claim.n == sum(mark != "-" for mark in marks[0])
     assert claim.estimate == pytest.approx(100 * (marks[1].count("1") - marks[0].count("1")) / claim.n)
@@ -322,6 +322,7 @@ def test_every_condition_has_a_claim_beside_the_base(out):
     rows = {table.title: [row[0] for row in table.rows] for table in result.tables}
     assert rows["placement: every arm"][:3] == ["small, BP", "small, LinBP", "all, BP"]
     assert rows["The two gradients at clean images: every arm"] == ["base: small", "placement: all", "depth: one"]
+    assert result.settings["attack"] == LINEAR.attack  # of all arms that attack
     assert len(result.series) == 3  # each network and placement once; a chosen placement has no plot of its own
 
 
@@ -342,7 +343,7 @@ def test_the_papers_rates_are_found_by_attack_radius_and_network(attack, eps, ne
 @pytest.mark.parametrize("scale", ["small", "paper"])
 @pytest.mark.parametrize("one", EXPERIMENTS, ids=lambda one: one.name)
 def test_every_arm_names_a_network_a_rule_and_an_attack_that_exist(one, scale):
-    table = one.settings(scale)
+    table = one.design(scale)
     assert len(table.seeds) >= 3
     trials = {arm.candidates[""] for arm in table.arms if isinstance(arm.candidates[""], Trial)}
     for trial in trials:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backpass.attacks import PGD
-from backpass.experiments.experiment import Place
+from backpass.experiments.experiment import Context
 from backpass.experiments.sleeping import Asleep, Sleeper, attack_sleepers
 from backpass.experiments.students import Attacked, Taught, attack_students, teach_students
 from backpass.papers import linbp_simulations as paper
@@ -33,7 +33,7 @@ REFERENCE = {
 
 @pytest.mark.parametrize(("rule", "norm", "step"), list(REFERENCE))
 def test_the_attacks_distances_are_those_of_an_independent_implementation(rule, norm, step):
-    found = attack_students(Attacked(rule=rule, norm=norm, step=step), 0, Place())
+    found = attack_students(Attacked(rule=rule, norm=norm, step=step), 0, Context())
     for place, expected in zip((10, 50, 100), REFERENCE[rule, norm, step], strict=True):
         mean, error = mean_and_error([row[place] for row in found["distance"]])
         assert abs(mean - expected) < 3 * math.hypot(error, 0.68)
@@ -48,7 +48,7 @@ def test_the_attack_is_descent_by_the_rules_gradient_inside_the_ball(rule):
         torch.randn(*shape, generator=draws, dtype=torch.float64) for shape in ((3, m, d), (3, k, m), (3, d), (3, d))
     )
     best = 1 + 2 * best
-    found = attack_students(settings, 7, Place())
+    found = attack_students(settings, 7, Context())
     for run_ in range(3):
         x, aim, norms = start[run_], v[run_] @ (w[run_] @ best[run_]).relu(), []
         for distance in found["distance"][run_]:
@@ -65,7 +65,7 @@ def test_the_attack_is_descent_by_the_rules_gradient_inside_the_ball(rule):
 
 def test_linbps_expected_weights_shrink_by_one_minus_half_the_step():
     settings = Taught(rule="linbp", runs=20, recorded=(0, 1000))
-    ratios = [after / before for before, after in teach_students(settings, 0, Place())["distance"]]
+    ratios = [after / before for before, after in teach_students(settings, 0, Context())["distance"]]
     mean, error = mean_and_error(ratios)
     assert abs(mean - (1 - settings.step / 2) ** 1000) < 4 * error + 1e-3
 
@@ -80,7 +80,7 @@ def test_training_is_sgd_with_the_rules_gradient(norm):
     last = {}
     for rule, slope in SLOPES.items():
         settings = Taught(rule=rule, norm=norm, step=0.1, runs=2, recorded=(0, 1, 2, 3), early=1)
-        found = teach_students(settings, 7, Place())
+        found = teach_students(settings, 7, Context())
         for run_ in range(2):
             w, lengths = start[run_], []
             for step in range(4):
@@ -118,7 +118,7 @@ def test_steps_of_one_length_gain_less_than_plain_ones(tmp_path):
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, 2.0])
 def test_units_are_awake_as_often_as_a_normal_number_exceeds_the_threshold(threshold):
-    found = attack_sleepers(Asleep(rule="bp", threshold=threshold, radii=(), images=2000), 0, Place())
+    found = attack_sleepers(Asleep(rule="bp", threshold=threshold, radii=(), images=2000), 0, Context())
     assert found["awake"] == pytest.approx(50 * math.erfc(threshold / math.sqrt(2)), abs=2)
 
 
@@ -133,12 +133,12 @@ def test_plain_gradients_are_blind_exactly_where_no_unit_is_awake():
     network, x = drawn(settings, 4)
     asleep = (x @ network.w.T <= 3.0).all(1).double().mean().item()
     assert 0 < asleep < 1
-    assert attack_sleepers(settings, 4, Place())["blind"] == pytest.approx(100 * asleep)
+    assert attack_sleepers(settings, 4, Context())["blind"] == pytest.approx(100 * asleep)
 
 
 def test_without_sleeping_units_both_gradients_are_one():
     plain, linear = (
-        attack_sleepers(Asleep(rule=rule, threshold=-100.0, radii=(0.1,), images=50), 0, Place()) for rule in SLOPES
+        attack_sleepers(Asleep(rule=rule, threshold=-100.0, radii=(0.1,), images=50), 0, Context()) for rule in SLOPES
     )
     assert plain["awake"] == 100
     assert plain == linear
@@ -149,7 +149,7 @@ def test_a_rate_is_that_of_pgd():
     network, x = drawn(settings, 0)
     attack = PGD(eps=0.2, step=0.05, steps=10, restarts=1, bounds=(-20, 20))
     expected = attack(network, x, network(x).argmax(1)).success.double().mean().item()
-    assert attack_sleepers(settings, 0, Place())["fooled"] == [pytest.approx(100 * expected)]
+    assert attack_sleepers(settings, 0, Context())["fooled"] == [pytest.approx(100 * expected)]
 
 
 def test_linbp_is_ahead_where_units_sleep_and_the_ball_is_wide_and_behind_where_neither(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backpass.experiments.adversarial_training import Adversarial, train_adversarially
-from backpass.experiments.experiment import Experiment, Place, Runs
+from backpass.experiments.experiment import Context, Experiment, Runs
 from backpass.experiments.images import Source
 from backpass.experiments.judging import judge_all
 from backpass.experiments.training_runs import train_run
@@ -90,7 +90,7 @@ def test_the_papers_scales_have_the_papers_networks_and_rates():
 
 @pytest.fixture(scope="module")
 def found():
-    return {name: train_adversarially(arm.candidates[""], 0, Place()) for name, arm in ARMS.items()}
+    return {name: train_adversarially(arm.candidates[""], 0, Context()) for name, arm in ARMS.items()}
 
 
 @pytest.mark.slow
@@ -104,11 +104,11 @@ def test_an_adversarial_run_gives_numbers_in_their_order_of_strength(found):
 @pytest.mark.slow
 def test_strategies_differ_and_runs_repeat(found):
     assert len({str(one) for one in found.values()}) == len(ARMS)
-    assert train_adversarially(ARMS["both"].candidates[""], 0, Place()) == found["both"]
+    assert train_adversarially(ARMS["both"].candidates[""], 0, Context()) == found["both"]
 
 
 def test_an_adversarial_run_that_diverges_is_nan():
-    one = train_adversarially(replace(TINY, rate=1e9), 0, Place())
+    one = train_adversarially(replace(TINY, rate=1e9), 0, Context())
     assert set(one) == {"robust", "clean", "train", "test", "autoattack", "autoattack far"}
     assert math.isnan(one["autoattack"])
     assert len(one["robust"]) == 2

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from backpass.experiments.directions import directions
-from backpass.experiments.experiment import Arm, Place, Runs
+from backpass.experiments.experiment import Arm, Context, Runs
 from backpass.experiments.images import Source
 from backpass.experiments.training import Training, at, at_equal_time, largest_usable_rate, train, training_arm
 from backpass.experiments.training_runs import Run
@@ -107,7 +107,7 @@ def test_after_a_divergence_there_is_no_loss():
 
 def test_an_arm_s_seed_is_that_of_its_run():
     (settings,) = training_arm("SGD", TRAINING, (0.1,), optimizer="sgd").candidates.values()
-    first, again, other = (train(settings, seed, Place())["train loss"] for seed in (3, 3, 4))
+    first, again, other = (train(settings, seed, Context())["train loss"] for seed in (3, 3, 4))
     assert first == again
     assert first[0] != other[0]
     assert at("train loss", 0).label == "training loss"

@@ -11,7 +11,7 @@ from backpass.cli.sde.group import group
 from backpass.cli.sde.showing import show
 
 if TYPE_CHECKING:
-    from backpass.experiments.experiment import Scale
+    from backpass.experiments.experiment import Design
 
 __all__ = ["compare"]
 
@@ -39,7 +39,7 @@ def compare(
     Recorded are the mean squared input gradient, the clean loss and the loss under the training attack.
     """
 
-    def table() -> Scale:
+    def table() -> Design:
         from backpass.experiments.robustness import Paired
         from backpass.papers.adversarial_sde import robustness
 

@@ -11,7 +11,7 @@ from backpass.cli.sde.group import group
 from backpass.cli.sde.showing import show
 
 if TYPE_CHECKING:
-    from backpass.experiments.experiment import Scale
+    from backpass.experiments.experiment import Design
 
 __all__ = ["long_run"]
 
@@ -40,7 +40,7 @@ def long_run(
     balance.
     """
 
-    def table() -> Scale:
+    def table() -> Design:
         from backpass.experiments.long_run import LongRun
         from backpass.papers import adversarial_sde
 

@@ -13,12 +13,12 @@ from backpass.cli.printing import print_claims, print_findings, print_table, pri
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from backpass.experiments.experiment import Scale
+    from backpass.experiments.experiment import Design
 
 __all__ = ["show"]
 
 
-def show(name: str, make: Callable[[], Scale], out: Path) -> None:
+def show(name: str, make: Callable[[], Design], out: Path) -> None:
     """Run one of the SDE's experiments and print its page.
 
     Args:

@@ -11,7 +11,7 @@ from backpass.cli.sde.group import group
 from backpass.cli.sde.showing import show
 
 if TYPE_CHECKING:
-    from backpass.experiments.experiment import Scale
+    from backpass.experiments.experiment import Design
 
 __all__ = ["weak_error"]
 
@@ -38,7 +38,7 @@ def weak_error(
     A linear regression on four points; the chain's transfer operator against the exponential of each SDE's generator.
     """
 
-    def table() -> Scale:
+    def table() -> Design:
         from backpass.experiments.weak_orders import Orders
         from backpass.papers.adversarial_sde import weak_orders
 
