@@ -218,7 +218,9 @@ def _row(data: Any, row: int, count: int) -> Any:
     try:
         return data[row]
     except IndexError as error:
-        raise BackpassError(f"the data says that it has {count} samples, but sample {row} is out of range.") from error
+        raise BackpassError(
+            f"the data says that it has {count} samples, but sample {row} is out of range: correct its __len__."
+        ) from error
 
 
 def _as_tensors(data: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the first call of a model shows: errors, and warnings that each model gives once."""
+"""Errors of a model's first call, and warnings that are given once for each model."""
 
 from __future__ import annotations
 

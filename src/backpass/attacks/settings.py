@@ -56,10 +56,10 @@ def _check(part: Field[Any], kind: str, value: Any) -> None:
         if not isinstance(value, bool):
             raise BackpassError(f"{part.name} must be True or False; got {value!r}.")
         return
-    interval = part.metadata.get("interval", "(-inf, inf)")
+    interval = part.metadata.get("interval", "[-inf, inf]")
     low, high = (float(end) for end in interval[1:-1].split(","))
-    fits = type(value) is int if kind == "int" else is_number(value)
     open_ends = [end for end, bracket in ((low, interval[0] == "("), (high, interval[-1] == ")")) if bracket]
+    fits = type(value) is int if kind == "int" else is_number(value) or value in (math.inf, -math.inf)
     if fits and low <= value <= high and value not in open_ends:
         return
     noun = "a whole number" if kind == "int" else "a finite number"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -69,11 +69,11 @@ def device_text(device: torch.device) -> str:
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def _wall(found: RunsByArm) -> Iterator[float]:
-    """Yield the wall-clock seconds of every run."""
-    for runs in found.values():
-        for outcomes in runs.by_candidate.values():
-            yield from (one["wall seconds"] for one in outcomes)
+def _wall(found: RunsByArm) -> set[float]:
+    """Return the wall-clock seconds of every run; a run that several arms share counts once."""
+    return {
+        one["wall seconds"] for runs in found.values() for outcomes in runs.by_candidate.values() for one in outcomes
+    }
 
 
 def _findings(design: Design, found: RunsByArm, claims: Sequence[Claim]) -> list[Finding]:

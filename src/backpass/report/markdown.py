@@ -41,9 +41,8 @@ def verdicts(results: Sequence[Result]) -> str:
     for result in results:
         run = {name: setting(value) for name, value in result.environment.items()}
         torch = result.environment["versions"].get("torch", "?")
-        about = (
-            f"{result.source}. Scale {result.scale}, {run.get('data', '?')}; {run.get('device', '?')}, torch {torch}, "
-        )
+        data = str(run.get("data", "?")).rstrip(".")
+        about = f"{result.source}. Scale {result.scale}, {data}; {run.get('device', '?')}, torch {torch}, "
         parts.append(f"\n## {_escaped(result.experiment)}: {_escaped(result.title)}\n")
         when = f", {run['date']}" if "date" in run else ""
         parts.append(_escaped(f"{about}{run.get('seconds', '?')} s{when}.") + "\n")

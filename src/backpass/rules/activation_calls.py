@@ -15,14 +15,15 @@ from backpass.rules import torch_internals
 from backpass.rules.activations import ACTIVATIONS, copied, read_call, writes_in_place
 from backpass.rules.attaching.interception import Interception, outer_interceptions
 from backpass.rules.attaching.override import TorchFunction
-from backpass.rules.attaching.run import Asked, ModuleCall, SiteCall
+from backpass.rules.attaching.run import Decision, ModuleCall, SiteCall
 from backpass.rules.compositions import (
-    BENT,
+    CHOICES,
     ELEMENTWISE,
     JOINS,
     LAYERS,
     MATRIX_PRODUCTS,
     MIXES,
+    NONLINEAR,
     POWERS,
     PRODUCTS,
     REDUCTIONS,
@@ -54,13 +55,13 @@ class _Watched:
         given: tensor that the module computes with: x, or a copy if the module may modify it in place.
         begin: number of calls that the run had recorded before.
         elementwise: True as long as it has called elementwise functions only.
-        bent: True if one of them is nonlinear.
+        nonlinear: True if one of them is nonlinear.
     """
 
     def __init__(self, call: ModuleCall, x: Tensor, given: Tensor, begin: int) -> None:
         self.call, self.x, self.given, self.begin = call, x, given, begin
         self.elementwise = True
-        self.bent = False
+        self.nonlinear = False
 
 
 class ActivationInterception(Interception):
@@ -81,11 +82,11 @@ class ActivationInterception(Interception):
         self.masked: set[Any] = set()
         self.compositions = self.rule.compositions
 
-    def _looks(self, caller: ModuleCall) -> bool:
+    def _analyses(self, caller: ModuleCall) -> bool:
         if is_dynamo_compiling():  # first, so that compiled code has no guard on the conditions below
             return False
-        if caller.looks or self.run.plan is not None or self.replayed is not None:
-            return caller.looks
+        if caller.analysed or self.run.plan is not None or self.replayed is not None:
+            return caller.analysed
         return bool(self.compositions)
 
     def _origins(self, call: ModuleCall) -> Origins:
@@ -96,25 +97,25 @@ class ActivationInterception(Interception):
 
     # --- Functions --------------------------------------------------------------------------------------------------
 
-    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_site(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an activation by the decision for its site, and record the origin of its output."""
         if self.partial and not self.rule.covers(func, args, kwargs):
             site.covered = site.counted = False
             return func(*args, **kwargs)
-        if not self._looks(self.running[-1]):
-            return super().at(site, func, args, kwargs)
+        if not self._analyses(self.running[-1]):
+            return super().call_site(site, func, args, kwargs)
         x = args[0] if args else kwargs["input"]
         origin = self._origins(self.running[-1]).of(x)
         if is_of_parameters(x, origin):
             site.counted = False
             return func(*args, **kwargs)
-        out = super().at(site, func, args, kwargs)
-        self._bend()
+        out = super().call_site(site, func, args, kwargs)
+        self._note_nonlinear()
         _adopt(out)
         direct = site if origin.base is x else None
-        bent, sites = site.function, (*origin.sites, site)
+        nonlinear, sites = site.function, (*origin.sites, site)
         self._origins(self.running[-1]).note(
-            out, Origin(origin.source, bent, sites, out.numel(), direct, learns=origin.learns, path=origin.path)
+            out, Origin(origin.source, nonlinear, sites, out.numel(), direct, learns=origin.learns, path=origin.path)
         )
         return out
 
@@ -125,7 +126,7 @@ class ActivationInterception(Interception):
         return self.rule.replace_call(func, args, kwargs, site)
 
     def replace_planned(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: Decision | None
     ) -> Any:
         """Call an activation with the rule's backward, where the plan predicts that the rule acts."""
         if site is None:
@@ -139,21 +140,21 @@ class ActivationInterception(Interception):
         activation, x, parameters, in_place = read_call(func, args, kwargs)
         return func(*args, **kwargs) if in_place else activation.compute(x, *parameters)
 
-    def hide(self, caller: ModuleCall, name: str) -> None:
+    def note_hidden(self, caller: ModuleCall, name: str) -> None:
         """Record an activation that is called without gradients."""
-        super().hide(caller, name)
-        self._bend()
+        super().note_hidden(caller, name)
+        self._note_nonlinear()
 
-    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no activation, but may be a part of one."""
-        if not self._looks(caller):
-            return super().other(caller, func, args, kwargs)
+        if not self._analyses(caller):
+            return super().call_other(caller, func, args, kwargs)
         if func not in ELEMENTWISE and func not in VIEWS and not is_query(func):
             for watched in self.watched:
                 watched.elementwise = False
         if caller.grad_enabled != torch.is_grad_enabled():
-            if func in BENT:
-                self.hide(caller, func.__name__)
+            if func in NONLINEAR:
+                self.note_hidden(caller, func.__name__)
             return func(*args, **kwargs)
         if func in VIEWS:
             out = func(*args, **kwargs)
@@ -162,7 +163,7 @@ class ActivationInterception(Interception):
         if func not in ELEMENTWISE and func not in MIXES:
             if func in REDUCTIONS and args and isinstance(args[0], Tensor):
                 _recount_power(self._origins(caller).of(args[0]))
-            out = super().other(caller, func, args, kwargs)
+            out = super().call_other(caller, func, args, kwargs)
             self._note_mask(func, args, kwargs, out)
             if func in LAYERS and isinstance(out, Tensor):
                 for site in self._origins(caller).of(args[0]).sites if args else ():
@@ -172,8 +173,8 @@ class ActivationInterception(Interception):
             elif func in JOINS:
                 self._joined(func, args, out)
             return out
-        if func in BENT:
-            self._bend()
+        if func in NONLINEAR:
+            self._note_nonlinear()
         operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         origins = [self._origins(caller).of(x) for x in operands]
         fixed = constants(func, operands, origins)
@@ -186,7 +187,7 @@ class ActivationInterception(Interception):
         source = origins[0].source if origins and all(one.source is origins[0].source for one in origins) else None
         if source is not None and not isinstance(source, nn.Parameter):
             between = limits(func, args, kwargs)
-            layer = len(origins) == 1 and not origins[0].bent and self._is_layer(origins[0])
+            layer = len(origins) == 1 and not origins[0].nonlinear and self._is_layer(origins[0])
             if composes(func, origins, bool(parameters)) or (layer and rectifies(between)):
                 return self._compose(caller, source, origins, learns, func, args, kwargs)
         out = func(*args, **kwargs)
@@ -235,12 +236,16 @@ class ActivationInterception(Interception):
         """Record the origin of the output of an elementwise function, or that it multiplies by a gate."""
         if func in ELEMENTWISE and (source is not None or len(origins) == 1):
             sites = tuple(site for origin in origins for site in origin.sites)
-            bent = func.__name__ if func in BENT else next((one.bent for one in origins if one.bent), "")
+            nonlinear = (
+                func.__name__
+                if func in NONLINEAR or func in CHOICES
+                else next((one.nonlinear for one in origins if one.nonlinear), "")
+            )
             learns = learns or any(origin.learns for origin in origins)
-            path = common_path(origins) if bent else (*common_path(origins), out)
-            layer = not bent and any(one.layer for one in origins)
+            path = common_path(origins) if nonlinear else (*common_path(origins), out)
+            layer = not nonlinear and any(one.layer for one in origins)
             numel = min(origins[0].numel, out.numel())
-            origin = Origin(source, bent, sites, numel, learns=learns, path=path, layer=layer)
+            origin = Origin(source, nonlinear, sites, numel, learns=learns, path=path, layer=layer)
             self._origins(self.running[-1]).note(out, origin)
         elif func not in PRODUCTS and func not in MIXES and any(origin.layer for origin in origins):
             self._origins(self.running[-1]).note(out, Origin(out, "", (), out.numel(), path=(out,), layer=True))
@@ -259,18 +264,18 @@ class ActivationInterception(Interception):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the product that completes an activation of ``source``, or scales one."""
-        bent = next((origin.bent for origin in origins if origin.bent), func.__name__)
+        nonlinear = next((origin.nonlinear for origin in origins if origin.nonlinear), func.__name__)
         path = common_path(origins)
         begin = path[-1] if path else source
         site = origins[0].direct if len(origins) == 1 and func not in POWERS else None
         if site is None:
             parts = [site for origin in origins for site in origin.sites]
             _discount(parts)
-            site = self.meet(caller, _name(func, bent), begin)
+            site = self.record(caller, _name(func, nonlinear), begin)
             if func in POWERS:
                 site.power_of = parts
-            site.by_hand = len(origins) == 1 and not origins[0].bent
-        self._bend()
+            site.by_hand = len(origins) == 1 and not origins[0].nonlinear
+        self._note_nonlinear()
         self.run.composing.update((caller.path, *(one.module for origin in origins for one in origin.sites)))
         learns = learns or any(origin.learns for origin in origins)
         if not writes_in_place(func, args, kwargs):
@@ -279,7 +284,7 @@ class ActivationInterception(Interception):
             before = copied(begin) if begin is args[0] else begin
             x = before if begin is args[0] else args[0]
             out = args[0].copy_(self.at_value(site, before, func(copied(x), *args[1:], **kwargs), learns))
-        self._origins(caller).note(out, Origin(source, bent, (site,), out.numel(), site, True, learns, path))
+        self._origins(caller).note(out, Origin(source, nonlinear, (site,), out.numel(), site, True, learns, path))
         return out
 
     def at_value(self, site: SiteCall, source: Tensor, plain: Tensor, learns: bool = False) -> Tensor:
@@ -306,7 +311,7 @@ class ActivationInterception(Interception):
                     if origin.layer:
                         one = Origin(leaf, "", (), numel, path=(leaf,), layer=True)
                     else:
-                        one = Origin(None, origin.bent, origin.sites, numel)
+                        one = Origin(None, origin.nonlinear, origin.sites, numel)
                     self._origins(self.running[-1]).note(leaf, one)
 
     def _joined(self, func: TorchFunction, args: tuple[Any, ...], out: Any) -> None:
@@ -319,9 +324,9 @@ class ActivationInterception(Interception):
                 one = Origin(out, "", (), out.numel(), path=(out,), layer=True)
             self._origins(self.running[-1]).note(out, one)
 
-    def _bend(self) -> None:
+    def _note_nonlinear(self) -> None:
         for watched in self.watched:
-            watched.bent = True
+            watched.nonlinear = True
 
     # --- Modules ----------------------------------------------------------------------------------------------------
 
@@ -334,7 +339,7 @@ class ActivationInterception(Interception):
                 call.plain, call.x = True, args[0]
             return None
         known = self.run if self.replayed is not None else self.run.plan
-        call.looks = self.compositions and (known is None or path in known.composing)
+        call.analysed = self.compositions and (known is None or path in known.composing)
         call.begin = torch_internals.next_sequence_number()
         if not activation or call.plain or len(args) != 1 or not isinstance(args[0], Tensor):
             return None
@@ -389,7 +394,7 @@ class ActivationInterception(Interception):
             call.hidden = ()
         call.plain = False
         name = type(module).__name__
-        site = self.meet(call, name, x, f"{call.key}:{name}")
+        site = self.record(call, name, x, f"{call.key}:{name}")
         output = self.at_value(site, x.clone() if wrote else x, output)
         output = x.copy_(output) if wrote else output
         self._origins(call).note(output, Origin(x, name, (site,), output.numel(), site, path=(x,)))
@@ -397,7 +402,7 @@ class ActivationInterception(Interception):
 
     def _is_activation(self, watched: _Watched, origin: Origin, output: Tensor) -> bool:
         """Return True if a module composed an elementwise activation, rather than calling an existing one."""
-        if not (watched.elementwise and watched.bent and output.shape == watched.x.shape):
+        if not (watched.elementwise and watched.nonlinear and output.shape == watched.x.shape):
             return False
         sites = [site for site in self.run.sites[watched.begin :] if site.counted]
         if len(self.running) == 1 and sites:
@@ -408,20 +413,20 @@ class ActivationInterception(Interception):
 
 def _is_mask(x: Tensor, origin: Origin) -> bool:
     weighs = x.is_floating_point() or x.dtype == torch.bool
-    return weighs and bool(origin.bent) and origin.source is not None and origin.source.requires_grad
+    return weighs and bool(origin.nonlinear) and origin.source is not None and origin.source.requires_grad
 
 
-def _name(func: TorchFunction, bent: str) -> str:
+def _name(func: TorchFunction, nonlinear: str) -> str:
     """Return the name of a composed activation in a table of sites."""
     if func in PRODUCTS:
-        return f"x*{bent}"
-    return f"{bent}**n" if func in POWERS else func.__name__.strip("_")
+        return f"x*{nonlinear}"
+    return f"{nonlinear}**n" if func in POWERS else func.__name__.strip("_")
 
 
 def _adopt(out: Any) -> None:
     """Pass the origin of a value on to outer rules, which recorded it before this rule replaced it."""
     for mode in outer_interceptions():
-        if isinstance(mode, ActivationInterception) and mode._looks(mode.running[-1]):
+        if isinstance(mode, ActivationInterception) and mode._analyses(mode.running[-1]):
             mode._origins(mode.running[-1]).adopt(out)
 
 

@@ -24,7 +24,7 @@ from backpass.rules.activations import (
 )
 from backpass.rules.attaching.attached import Attached
 from backpass.rules.attaching.interception import Interception
-from backpass.rules.attaching.run import Asked
+from backpass.rules.attaching.run import Decision
 from backpass.rules.kernels import computed, corrected, eager_kernel, replaced
 from backpass.rules.places import Place, check_places
 from backpass.rules.rule import Rule
@@ -117,7 +117,7 @@ class ActivationRule(Rule):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        site: Asked | None,
+        site: Decision | None,
     ) -> Any:
         """Return the activation's value with this rule's backward, or with the plain one if ``site`` is not active."""
         if len(args) == 1 and func in SIMPLE and not kwargs.get("inplace") and torch_internals.eager_without_modes():
@@ -134,7 +134,7 @@ class ActivationRule(Rule):
         return x.copy_(y) if in_place else y
 
     def replace_call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Decision | None
     ) -> Any:
         """Return the activation's value with the plain graph and this rule's backward; see `replace_value`."""
         if not args:
@@ -146,11 +146,11 @@ class ActivationRule(Rule):
         out = self.replace_value(before, plain, site, learned_value(func, before, args, kwargs))
         return x.copy_(out) if writes else out
 
-    def replace_value(self, x: Tensor, value: Tensor, site: Asked | None, learned: Tensor | None = None) -> Any:
+    def replace_value(self, x: Tensor, value: Tensor, site: Decision | None, learned: Tensor | None = None) -> Any:
         """Return ``value``, computed from x, with this rule's backward; see `kernels.replaced`."""
         return replaced(self, site, x, value, learned)
 
-    def replace_learned(self, x: Tensor, value: Tensor, site: Asked | None) -> Any:
+    def replace_learned(self, x: Tensor, value: Tensor, site: Decision | None) -> Any:
         """Return ``value``, computed from x and from parameters of the model; see `kernels.corrected`."""
         return corrected(self, site, x, value)
 

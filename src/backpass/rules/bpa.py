@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from backpass.errors import BackpassError
 from backpass.rules.activation_rule import ActivationRule
 from backpass.rules.activations import WITHOUT_ACTIVATION, activations, is_relu
-from backpass.rules.attaching.run import Asked
+from backpass.rules.attaching.run import Decision
 from backpass.rules.kernels import computed, replaced
 from backpass.rules.pooling import MAX_POOLS, OPAQUE_MAX_POOLS, read_pool
 
@@ -69,7 +69,7 @@ class BPA(ActivationRule):
         return grad * (s * (1 + x * (1 - s)))
 
     def replace_call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Decision | None
     ) -> Any:
         """Return the value with the plain graph and this rule's backward; see `ActivationRule.replace_call`."""
         if func in MAX_POOLS:
@@ -77,14 +77,16 @@ class BPA(ActivationRule):
         return super().replace_call(func, args, kwargs, site)
 
     def replace_planned(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Decision | None
     ) -> Any:
         """Return the value with this rule's backward, or with the plain one if ``site`` is not active."""
         if func in MAX_POOLS:
             return self._pool(func, args, kwargs, site)
         return super().replace_planned(func, args, kwargs, site)
 
-    def _pool(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None) -> Any:
+    def _pool(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Decision | None
+    ) -> Any:
         read = read_pool(func, args, kwargs, self.temperature)
         if read is None or not torch.is_grad_enabled():
             return func(*args, **kwargs)

@@ -78,7 +78,7 @@ def block_of_sum(a: Tensor, b: Tensor) -> tuple[int, Any] | None:
 
 def sites_between(branch: Tensor, begin: Any) -> list[SiteCall]:
     """Return the sites on the graph paths from the node ``begin`` to a tensor."""
-    age = _age(begin)
+    begins = _age(begin)
     nodes = [get_gradient_edge(branch).node]
     seen, sites = {begin, *nodes}, []
     while nodes:
@@ -86,9 +86,13 @@ def sites_between(branch: Tensor, begin: Any) -> list[SiteCall]:
         site = getattr(node, "site", None) if torch_internals.function_class(node) is not None else None
         if isinstance(site, SiteCall):
             sites.append(site)
-        following = {one for one, _ in node.next_functions if one is not None} - seen
-        seen |= following
-        nodes += [one for one in following if (of_one := _age(one)) is not None and (age is None or of_one < age)]
+        for following, _ in node.next_functions:
+            if following is None or following in seen:
+                continue
+            age = _age(following)
+            if age is not None and (begins is None or age < begins):
+                seen.add(following)
+                nodes.append(following)
     return sites
 
 

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from backpass.rules.attaching.run import SiteCall
 
 __all__ = [
-    "BENT",
+    "CHOICES",
     "ELEMENTWISE",
     "JOINS",
     "LAYERS",
     "MATRIX_PRODUCTS",
     "MIXES",
+    "NONLINEAR",
     "POWERS",
     "PRODUCTS",
     "REDUCTIONS",
@@ -59,9 +60,9 @@ PRODUCTS = _functions("mul mul_ multiply multiply_ __mul__ __rmul__ __imul__") |
 CHOICES = _functions("maximum minimum max min where masked_fill masked_fill_")
 """Functions that select between tensors. Applied to functions of one tensor they form another, such as a leaky ReLU."""
 
-BENT = _functions(
+NONLINEAR = _functions(
     "erf erfc ndtr exp exp_ exp2 expm1 log log1p log2 log10 sin sin_ cos cos_ tan sinc sinh cosh atan asinh acosh "
-    "abs abs_ absolute __abs__ sqrt rsqrt reciprocal sign sgn heaviside round floor ceil "
+    "abs abs_ absolute __abs__ sqrt rsqrt reciprocal sign sgn heaviside "
     "clamp clamp_ clip clip_ clamp_min clamp_max clamp_min_ clamp_max_ "
     "gt ge lt le greater greater_equal less less_equal __gt__ __ge__ __lt__ __le__ logical_not __invert__ bitwise_not"
 )
@@ -80,7 +81,7 @@ SUMS = _ADDITIONS | _functions("sub sub_ subtract rsub __sub__ __rsub__ __isub__
 
 _AFFINE = _functions("neg negative __neg__ clone contiguous to float half bfloat16 double type type_as detach")
 
-ELEMENTWISE = PRODUCTS | CHOICES | BENT | POWERS | SUMS | _AFFINE | _functions("fmax logaddexp")
+ELEMENTWISE = PRODUCTS | CHOICES | NONLINEAR | POWERS | SUMS | _AFFINE | _functions("fmax logaddexp")
 """Elementwise functions."""
 
 MATRIX_PRODUCTS = _functions("matmul __matmul__ __rmatmul__ bmm einsum")
@@ -132,7 +133,7 @@ class Origin:
 
     Attributes:
         source: that tensor; None for a rearrangement of its elements.
-        bent: name of the last nonlinear function on the path from the source, or an empty string.
+        nonlinear: name of the last nonlinear function on the path from the source, or an empty string.
         sites: activations on the path.
         numel: number of elements of the result, before it was expanded.
         direct: the activation of ``base`` whose output the result is, if any.
@@ -142,14 +143,14 @@ class Origin:
         layer: True if the linear part of the path starts at the output of a layer.
     """
 
-    __slots__ = ("bent", "direct", "layer", "learns", "numel", "path", "product", "sites", "source")
+    __slots__ = ("direct", "layer", "learns", "nonlinear", "numel", "path", "product", "sites", "source")
 
     _LIMIT = 8
 
     def __init__(
         self,
         source: Tensor | None,
-        bent: str,
+        nonlinear: str,
         sites: tuple[SiteCall, ...],
         numel: int,
         direct: SiteCall | None = None,
@@ -159,7 +160,7 @@ class Origin:
         layer: bool = False,
     ) -> None:
         self.source = source
-        self.bent = bent
+        self.nonlinear = nonlinear
         self.sites = sites
         self.numel = numel
         self.direct = direct
@@ -228,21 +229,21 @@ def composes(func: Callable[..., Any], origins: list[Origin], parametrised: bool
     if func in CHOICES:
         return len(origins) > 1
     if func in SOFTPLUS:
-        return origins[0].bent == "exp"
+        return origins[0].nonlinear == "exp"
     if func in SUMS or func in _MIXED_SUMS:
         residual = func in _ADDITIONS and len(origins) == 2 and _is_residual(*origins)
-        return len(origins) > 1 and any(origin.bent for origin in origins) and not residual
+        return len(origins) > 1 and any(origin.nonlinear for origin in origins) and not residual
     if func in POWERS:
         return len(origins) == 1 and origins[0].direct is not None
-    if func not in PRODUCTS or not any(origin.bent for origin in origins):
+    if func not in PRODUCTS or not any(origin.nonlinear for origin in origins):
         return False
     return len(origins) > 1 or (origins[0].product and not parametrised)
 
 
 def _is_residual(a: Origin, b: Origin) -> bool:
     """Return True if one summand is an activation of the other, which is no activation."""
-    straight, bent = (b, a) if a.bent else (a, b)
-    return not straight.bent and bent.direct is not None and bent.base is straight.base
+    straight, nonlinear = (b, a) if a.nonlinear else (a, b)
+    return not straight.nonlinear and nonlinear.direct is not None and nonlinear.base is straight.base
 
 
 def limits(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -318,16 +319,20 @@ def _is_sigmoid(site: SiteCall) -> bool:
 
 
 def constants(func: Callable[..., Any], operands: list[Tensor], origins: list[Origin]) -> list[bool]:
-    """Return a mask of the operands that are constants: single numbers, parameters of the model, and compared zeros.
+    """Return a mask of the constants: single numbers, parameters, compared zeros, and summands without a gradient.
 
     A tensor that another operand depends on is no constant, whatever its size.
     """
-    choice = func in CHOICES or func in _GREATER
+    compares = func in CHOICES or func in _GREATER or func in NONLINEAR
+    shifts = func in SUMS and any(x.requires_grad for x in operands)
     sources = [origin.source for x, origin in zip(operands, origins, strict=True) if origin.source is not x]
     found = [
-        origin.source is x
-        and (isinstance(x, nn.Parameter) or (x.numel() == 1 and x.grad_fn is None) or (choice and _is_zero(x)))
-        and not any(x is source for source in sources)
+        (shifts and not x.requires_grad)
+        or (
+            origin.source is x
+            and (isinstance(x, nn.Parameter) or (x.numel() == 1 and x.grad_fn is None) or (compares and _is_zero(x)))
+            and not any(x is source for source in sources)
+        )
         for x, origin in zip(operands, origins, strict=True)
     ]
     return [False] * len(found) if all(found) else found

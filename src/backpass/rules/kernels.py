@@ -11,12 +11,12 @@ from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError
 from backpass.rules import torch_internals
-from backpass.rules.attaching.run import Asked
+from backpass.rules.attaching.run import Decision
 
 __all__ = ["computed", "corrected", "eager_kernel", "replaced"]
 
 
-_Call = tuple[bool, Asked | None, Callable[..., Any] | None, tuple[Any, ...], Mapping[str, Any]]
+_Call = tuple[bool, Decision | None, Callable[..., Any] | None, tuple[Any, ...], Mapping[str, Any]]
 """True if the rule's backward uses x; the site that the backward pass asks whether the rule acts, or None; the function
 of x, or None if its value is given; its further arguments."""
 
@@ -25,7 +25,7 @@ _NONE: Mapping[str, Any] = {}
 
 def computed(
     override: Any,
-    site: Asked | None,
+    site: Decision | None,
     x: Tensor,
     compute: Callable[..., Any],
     args: tuple[Any, ...] = (),
@@ -35,7 +35,7 @@ def computed(
     return _apply(x, None, None, override.backward, (override.needs_input, site, compute, args, kwargs))
 
 
-def replaced(override: Any, site: Asked | None, x: Tensor, value: Tensor, learned: Tensor | None = None) -> Any:
+def replaced(override: Any, site: Decision | None, x: Tensor, value: Tensor, learned: Tensor | None = None) -> Any:
     """Return ``value``, computed from x, with the backward of ``override``.
 
     Args:
@@ -48,7 +48,7 @@ def replaced(override: Any, site: Asked | None, x: Tensor, value: Tensor, learne
     return _apply(x, value, learned, override.backward, (override.needs_input, site, None, (), _NONE))
 
 
-def corrected(override: Any, site: Asked | None, x: Tensor, value: Tensor) -> Any:
+def corrected(override: Any, site: Decision | None, x: Tensor, value: Tensor) -> Any:
     """Return ``value``, computed from x and parameters, with the backward of ``override`` for x only.
 
     The backward pass traverses the plain graph twice. ``override.adjusted(of_x, plain)`` is the gradient of x.
@@ -123,7 +123,7 @@ class _Corrected(torch.autograd.Function):
     """(x, value) -> value; backward adds to the gradient of x the difference between the rule's and the plain one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, override: Any, site: Asked | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor, override: Any, site: Decision | None) -> Tensor:
         ctx.override, ctx.site = override, site
         edge = torch.autograd.graph.get_gradient_edge
         ctx.way = ([edge(value)], [edge(x)]) if x.requires_grad and value.requires_grad else None

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from backpass.errors import BackpassError, UnknownNameError
 from backpass.rules.activation_rule import ActivationAttached, ActivationRule
 from backpass.rules.attaching.attached import Attached
-from backpass.rules.attaching.run import Asked
+from backpass.rules.attaching.run import Decision
 from backpass.rules.residual import ResidualInterception, ratio
 from backpass.rules.torch_internals import constant_while_tracing
 
@@ -94,14 +94,14 @@ class LinBP(ActivationRule):
         return self.slope
 
     def replace_planned(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: Decision | None
     ) -> Any:
         """Return the activation's value with a linear backward, or with the plain one if ``site`` is not active."""
         if self.residual == "per_activation":
             return self.replace_call(func, args, kwargs, site)
         return super().replace_planned(func, args, kwargs, site)
 
-    def replace_value(self, x: Tensor, value: Tensor, site: Asked | None, learned: Tensor | None = None) -> Any:
+    def replace_value(self, x: Tensor, value: Tensor, site: Decision | None, learned: Tensor | None = None) -> Any:
         """Return ``value``, computed from x, with a linear backward; see `ActivationRule.replace_value`."""
         if self.residual != "per_activation":
             return super().replace_value(x, value, site, learned)

@@ -9,7 +9,7 @@ nor is what enters that reduction.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -34,102 +34,18 @@ _NONLINEAR = re.compile(
 )
 _PRODUCT = re.compile("(mul|div)$")
 _ELEMENTWISE = re.compile("(add|sub|rsub|mul|div|neg|clone|tocopy|copy|where|maskedfill|lerp|addcmul|addcdiv)$")
-_PREFIX = re.compile("_|native|cudnn|mkldnn|miopen|adaptive|fused|special|thnn|slow")
-_HARMLESS = ("torch.nn.", "torch.utils.", "torch.distributed.", "backpass.")
-"""Packages whose autograd functions compute no activation that the rule does not know."""
-
+_PREFIX = re.compile("^(_|native|cudnn|mkldnn|miopen|adaptive|fused|special|thnn|slow)+")
+_WITH_BIAS = frozenset(("addmm", "addbmm", "baddbmm", "addmv"))
 _WEIGHTS = frozenset(("exp", "clamp", "clampmin", "clampmax", "maximum", "minimum"))
 """Operations that are not reported if they compute a factor of another value, such as a decay."""
 
-_GATE, _VALUE = 1, 2
-"""Uses of a value: as a factor of another value, or otherwise."""
+_HARMLESS = ("torch.nn.", "torch.utils.", "torch.distributed.", "backpass.")
+"""Packages whose autograd functions compute no activation that the rule does not know."""
+
+_UNUSED, _FACTOR, _VALUE = range(3)
+"""Uses of a value: in a reduction that normalizes, as a factor of another value, or otherwise."""
 
 _Sources = frozenset[tuple[Any, int]]
-
-
-class _Node:
-    """Node of the graph, with the origin of its value.
-
-    Attributes:
-        node: node of torch.
-        name: name of the operation in lower case.
-        inputs: nodes of the inputs, with the index of the output that they give; None for a constant.
-        is_data: True if the value depends on more than parameters.
-        sources: layers and rearrangements that the value is an elementwise function of; empty for a reduction.
-        factors: sources of the factors of a product of different values.
-        use: use of the value.
-    """
-
-    def __init__(self, node: Any, known: dict[Any, _Node]) -> None:
-        self.node, self.kind, self.use = node, function_class(node), 0
-        self.name = _name(node)
-        edges = node.next_functions
-        if self.kind is not None and self.kind.__module__ == "backpass.rules.kernels":
-            edges = edges[:1]  # the input of a site; the rest is its plain value
-        elif self.name in ("copy", "addmm", "addbmm", "baddbmm", "addmv") and len(edges) > 1:
-            edges = edges[1:]  # what is overwritten, or a bias
-        self.inputs = [(known.get(one), output) for one, output in edges]
-        given = [one for one, _ in self.inputs if one is not None]
-        self.is_data: bool = any(one.is_data for one in given)
-        self.sources = self.factors = frozenset[Any]()
-        each = [self._of(one, output) for one, output in self.inputs if one is not None]
-        if hasattr(node, "variable"):
-            self.is_data = not isinstance(node.variable, nn.Parameter)
-        elif _LAYER.match(self.name):
-            self.is_data |= self.name.startswith("embedding") or edges[0][0] is None
-            self.sources = frozenset([(node, 0)] * self.is_data)
-        elif any(each) and not _REDUCTION.match(self.name):
-            joined = frozenset().union(*each)
-            separate = _PRODUCT.match(self.name) and all(each) and len(each) > 1 and not each[0] & each[1]
-            if separate or len(each) == 1:
-                self.factors = frozenset().union(joined if separate else (), *(one.factors for one in given))
-            keeps = _ELEMENTWISE.match(self.name) or _NONLINEAR.match(self.name) or self.kind is not None
-            self.sources = joined if keeps and not separate else frozenset([(node, 0)])
-
-    @staticmethod
-    def _of(one: _Node, output: int) -> _Sources:
-        return frozenset([(one.node, output)]) if (one.node, 0) in one.sources else one.sources
-
-    def is_layer(self) -> bool:
-        return bool(_LAYER.match(self.name))
-
-    def operands(self) -> list[_Node]:
-        return [one for one, _ in self.inputs if one is not None]
-
-    def reason(self, masked: Collection[Any]) -> str:
-        """Return the reason why the operation may be an activation, or an empty string."""
-        if self.kind is not None:
-            harmless = self.kind.__module__.startswith(_HARMLESS)
-            return "" if harmless else f"the autograd function {self.kind.__name__} has its own backward"
-        if "jit" in self.node.name().lower():
-            return "it calls scripted code"
-        each = [self._of(one, output) | one.factors for one, output in self.inputs if one is not None]
-        of_one = _PRODUCT.match(self.name) and len(each) > 1 and each[0] & each[1]
-        inverse = self.name == "div" and self.inputs[0][0] is None
-        if _NONLINEAR.match(self.name) or of_one or inverse or self.node in masked:
-            return f"it calls {self.name} as an activation, or for another purpose"
-        return ""
-
-    def pass_on(self) -> None:
-        """Record the use of the inputs."""
-        operands = self.operands()
-        of_layers = [one for one in operands if one.sources]
-        use = self.use
-        if self.is_layer():
-            use = _GATE if len([one for one in operands if one.is_data]) > 1 else _VALUE
-        elif not self.use or (self.is_data and not self.sources and _NONLINEAR.match(self.name)):
-            return
-        elif _PRODUCT.match(self.name) and len(of_layers) > 1 and (self.node, 0) in self.sources:
-            use = _GATE
-        elif self.name == "div" and len(operands) > 1 and operands[1].sums(operands[0]):
-            return  # a softmax
-        for one in of_layers or operands:
-            one.use = max(one.use, use)
-
-    def sums(self, other: _Node) -> bool:
-        """Return True if the value is a reduction of another one, or that and a constant."""
-        operands = self.operands()
-        return len(operands) == 1 and (operands[0] is other if _REDUCTION.match(self.name) else operands[0].sums(other))
 
 
 def unexplained(outputs: Iterable[Any], masked: Collection[Any], gates: bool) -> list[tuple[int, str]]:
@@ -138,38 +54,136 @@ def unexplained(outputs: Iterable[Any], masked: Collection[Any], gates: bool) ->
     Args:
         outputs: graph nodes of the outputs.
         masked: graph nodes of calls that apply a mask computed from the output of a layer.
-        gates: True to report exponentials and GLUs that multiply other values.
+        gates: True to report gates, too.
     """
-    roots = list(outputs)
-    known: dict[Any, _Node] = {}
-    for one in _reachable(roots):
-        known[one] = _Node(one, known)
-    for root in roots:
-        known[root].use = _VALUE
+    known: dict[Any, _Operation] = {}
+    for node in _reachable(outputs):
+        known[node] = _Operation(node, known)
+    for node in outputs:
+        known[node].use = _VALUE
     found = []
-    for node in reversed(known.values()):
-        node.pass_on()
-        if node.sources and (node.use == _VALUE or (node.use and (gates or node.name not in _WEIGHTS))):
-            reason = node.reason(masked) or ("it calls glu" if gates and node.name == "glu" else "")
-            if reason:
-                found.append((sequence_number(node.node), reason))
+    for one in reversed(known.values()):
+        one.pass_use_on()
+        reason = one.reason(masked, gates) if one.use and one.sources else ""
+        if reason:
+            found.append((sequence_number(one.node), reason))
     return found[::-1]
 
 
-def _reachable(roots: list[Any]) -> list[Any]:
-    """Return the nodes that these depend on, each after those that it depends on itself."""
-    nodes, seen = list(roots), set(roots)
+class _Operation:
+    """Operation of the graph, with the origin and the use of its value.
+
+    Attributes:
+        node: its graph node.
+        kind: class of a custom autograd function, or None.
+        name: name in lower case.
+        inputs: operations that compute the inputs; None for a constant.
+        is_data: True if the value depends on more than parameters.
+        origins: sources of each input.
+        sources: layers and rearrangements that the value is an elementwise function of; empty for a reduction.
+        factors: sources of the factors of a product of different values.
+        use: use of the value.
+    """
+
+    def __init__(self, node: Any, known: Mapping[Any, _Operation]) -> None:
+        self.node, self.kind, self.name = node, function_class(node), _name(node)
+        self.use = _UNUSED
+        edges = node.next_functions
+        if self.kind is not None and self.kind.__module__ == "backpass.rules.kernels":
+            edges = edges[:1]  # the input of a site; the rest is its plain value
+        elif self.name in _WITH_BIAS or (self.name == "copy" and len(edges) > 1):
+            edges = edges[1:]  # without the bias, or what the copy overwrites
+        self.inputs = [known.get(one) for one, _ in edges]
+        self.origins = [one.sources_of(number) for one, (_, number) in zip(self.inputs, edges, strict=True) if one]
+        self.sources: _Sources = frozenset().union(*self.origins)
+        self.factors: _Sources = frozenset()
+        self.is_data: bool = any(one.is_data for one in self.inputs if one)
+        if hasattr(node, "variable"):
+            self.is_data = not isinstance(node.variable, nn.Parameter)
+        elif self.is_layer:
+            self.is_data = self.is_data or self.name.startswith("embedding") or self.inputs[0] is None
+            self.sources = frozenset([(node, 0)] * self.is_data)
+        elif _REDUCTION.match(self.name):
+            self.sources = frozenset()
+        elif self.sources:
+            if self.joins_different or len(self.origins) == 1:
+                factors = self.sources if self.joins_different else frozenset()
+                self.factors = factors.union(*(one.factors for one in self.inputs if one))
+            elementwise = _ELEMENTWISE.match(self.name) or _NONLINEAR.match(self.name) or self.kind is not None
+            if self.joins_different or not elementwise:
+                self.sources = frozenset([(node, 0)])
+
+    @property
+    def is_layer(self) -> bool:
+        """True if the value is the output of a layer."""
+        return bool(_LAYER.match(self.name))
+
+    @property
+    def joins_different(self) -> bool:
+        """True for a product of functions of different values."""
+        each = self.origins
+        return bool(_PRODUCT.match(self.name)) and len(each) == 2 and all(each) and not each[0] & each[1]
+
+    def sources_of(self, number: int) -> _Sources:
+        """Return the sources of one of the outputs."""
+        return frozenset([(self.node, number)]) if (self.node, 0) in self.sources else self.sources
+
+    def pass_use_on(self) -> None:
+        """Record the use of the inputs."""
+        inputs = [one for one in self.inputs if one]
+        of_layers = [one for one in inputs if one.sources]
+        use = self.use
+        if self.is_layer:
+            use = _FACTOR if sum(one.is_data for one in inputs) > 1 else _VALUE
+        elif self.is_data and not self.sources and _NONLINEAR.match(self.name):
+            use = _UNUSED  # a function of a reduction
+        elif self.name == "div" and len(inputs) == 2 and inputs[1].sums(inputs[0]):
+            use = _UNUSED  # a softmax
+        elif self.joins_different:
+            use = min(use, _FACTOR)
+        for one in of_layers or inputs:
+            one.use = max(one.use, use)
+
+    def sums(self, other: _Operation) -> bool:
+        """Return True if the value is the reduction of a value like the other one, up to a constant."""
+        inputs = [one for one in self.inputs if one]
+        if len(inputs) != 1:
+            return False
+        if _REDUCTION.match(self.name):
+            return (inputs[0].name, inputs[0].sources) == (other.name, other.sources)
+        return inputs[0].sums(other)
+
+    def reason(self, masked: Collection[Any], gates: bool) -> str:
+        """Return the reason to report the operation, or an empty string."""
+        if self.kind is not None:
+            harmless = self.kind.__module__.startswith(_HARMLESS)
+            return "" if harmless else f"the autograd function {self.kind.__name__} has its own backward"
+        if "jit" in self.node.name().lower():
+            return "it calls scripted code"
+        if self.use == _FACTOR and self.name in _WEIGHTS and not gates:
+            return ""
+        of_factors = [
+            origin.union(one.factors) for origin, one in zip(self.origins, filter(None, self.inputs), strict=True)
+        ]
+        of_one = _PRODUCT.match(self.name) and len(of_factors) == 2 and of_factors[0] & of_factors[1]
+        inverse = self.name == "div" and self.inputs[0] is None
+        gate = gates and self.name == "glu"
+        if _NONLINEAR.match(self.name) or of_one or inverse or gate or self.node in masked:
+            return f"it calls {self.name} as an activation, or for another purpose"
+        return ""
+
+
+def _reachable(outputs: Iterable[Any]) -> list[Any]:
+    """Return the nodes that the outputs depend on, each after those that it depends on itself."""
+    nodes = list(dict.fromkeys(outputs))
+    seen = set(nodes)
     for node in nodes:
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    leaves = [one for one in nodes if hasattr(one, "variable")]
-    return leaves + sorted((one for one in nodes if not hasattr(one, "variable")), key=sequence_number)
+        following = [one for one, _ in node.next_functions if one is not None and one not in seen]
+        seen.update(following)
+        nodes += dict.fromkeys(following)
+    leaves = [node for node in nodes if hasattr(node, "variable")]
+    return leaves + sorted((node for node in nodes if not hasattr(node, "variable")), key=sequence_number)
 
 
 def _name(node: Any) -> str:
-    name = re.sub(r"backwards?\d*$", "", node.name().lower().rpartition("::")[2])
-    while (short := _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name) != name:
-        name = short
-    return name
+    return _PREFIX.sub("", re.sub(r"backwards?\d*$", "", node.name().lower().rpartition("::")[2]))

@@ -56,7 +56,7 @@ class OperandInterception(Interception):
     def called(self, func: TorchFunction, args: tuple[Any, ...], out: Any) -> None:
         """Record the output of a call."""
 
-    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_site(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function by the decision for its site, if it is a site."""
         operands: dict[str, Operands] = self.attached.operands  # type: ignore[attr-defined]
         if self.replayed is None:
@@ -69,13 +69,13 @@ class OperandInterception(Interception):
         else:
             self.found = operands[site.key] if site.counted else ()
         self.site = site
-        out = super().at(site, func, args, kwargs) if self.found else func(*args, **kwargs)
+        out = super().call_site(site, func, args, kwargs) if self.found else func(*args, **kwargs)
         self.called(func, args, out)
         return out
 
-    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site of the rule."""
-        out = super().other(caller, func, args, kwargs)
+        out = super().call_other(caller, func, args, kwargs)
         self.called(func, args, out)
         return out
 

@@ -121,7 +121,7 @@ class AttentionInterception(OperandInterception):
     def _is_matrix(self, x: Any) -> bool:
         return isinstance(x, Tensor) and id(x) in self._matrices and self._matrices[id(x)]() is x
 
-    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site; run multi-head attention with its inner calls visible."""
         if func is _MULTI_HEAD:
             # Outer rules see only the functions that this one calls.
@@ -139,7 +139,7 @@ class AttentionInterception(OperandInterception):
             self.note_unreachable(
                 caller.path, f"it calls {func}; set the model's attention to \"eager\" or to PyTorch's own function"
             )
-        return super().other(caller, func, args, kwargs)
+        return super().call_other(caller, func, args, kwargs)
 
     def _traced(
         self, caller: ModuleCall, name: str | None, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -71,11 +71,11 @@ class ResidualInterception(ActivationInterception):
             )
         return output
 
-    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_site(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an activation with a decision in the backward pass; an activation of a block's sum stays plain."""
         x = args[0] if args else kwargs["input"]
         self._hold(site, x)
-        out = super().at(site, func, args, kwargs)
+        out = super().call_site(site, func, args, kwargs)
         self._note(out)
         return out
 
@@ -97,11 +97,11 @@ class ResidualInterception(ActivationInterception):
             if isinstance(x, Tensor) and x.requires_grad:
                 self._tensors[get_gradient_edge(x).node] = ref(x)
 
-    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no activation; a sum may end a block."""
         found = self._block(args) if func in SUMS and torch.is_grad_enabled() else None
         if found is None:
-            return super().other(caller, func, args, kwargs)
+            return super().call_other(caller, func, args, kwargs)
         index, z, sites = found
         scale: Callable[..., Tensor] = _Renormalized.apply
         operands = [scale(x, z, _Block(x, z, sites), self.rule.decay) if i == index else x for i, x in enumerate(args)]

@@ -47,11 +47,11 @@ class _BranchInterception(OperandInterception):
         block = block_of_sum(*pair)
         return () if block is None else ((places[block[0]],),)
 
-    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_site(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a sum or a concatenation by the decision for its site."""
         if func in _CATS and args and isinstance(args[0], list | tuple) and isinstance(args[0][0], Tensor):
             site.shape = args[0][0].shape
-        return super().at(site, func, args, kwargs)
+        return super().call_site(site, func, args, kwargs)
 
     def scaled(
         self,

@@ -41,10 +41,10 @@ class _TokenInterception(AttentionInterception):
         self._summed: set[int] = set()
         self._marked: list[SiteCall] = []
 
-    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_site(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an attention by the decision for its site, or a linear layer with its input marked."""
         if func is not F.linear:
-            return super().at(site, func, args, kwargs)
+            return super().call_site(site, func, args, kwargs)
         x = args[0] if args else kwargs["input"]
         if not isinstance(x, Tensor) or x.dim() < 3 or self._is_matrix(x):
             self._count(site, None)

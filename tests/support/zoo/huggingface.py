@@ -161,6 +161,58 @@ HUGGING_FACE: dict[str, Architecture] = {
         reference=squared_relus_rewritten,
         unreachable=frozenset(f"rwkv.blocks.{n}.attention" for n in range(2)),
     ),
+    # gelu in each block; the first layers compute functions of the embedding, a parameter.
+    "falcon": Architecture(
+        build=huggingface(
+            *("FalconForCausalLM", "FalconConfig"),
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=WORDS,
+        ),
+        inputs=words,
+        sites=2,
+    ),
+    # In each block silu after the convolution, whose value is expanded in one product and enters a layer; softplus of
+    # the step size, and silu of the gate.
+    "mamba": Architecture(
+        build=huggingface(
+            *("MambaForCausalLM", "MambaConfig"),
+            vocab_size=WORDS,
+            hidden_size=WIDTH,
+            state_size=4,
+            num_hidden_layers=2,
+            time_step_rank=2,
+            use_mambapy=False,
+        ),
+        inputs=sequence,
+        sites=2 * 3,
+    ),
+    # silu in the MLP of the first block, in the routed experts and in the shared one of the second; the router's
+    # sigmoids, which are gathered, weigh the experts.
+    "deepseek_v3": Architecture(
+        build=huggingface(
+            *("DeepseekV3ForCausalLM", "DeepseekV3Config"),
+            **SMALL,
+            **TEXT,
+            num_key_value_heads=2,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+            n_routed_experts=2,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=8,
+            first_k_dense_replace=1,
+            experts_implementation="eager",
+        ),
+        inputs=sequence,
+        sites=1 + 2 + 1,
+        gate_functions=("sigmoid",),
+    ),
     # In each block silu after the convolution, and in the gated normalization; the step sizes softplus(dt) are gates.
     "mamba2": Architecture(
         build=huggingface(

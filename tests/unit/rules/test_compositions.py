@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpass import LinBP
+from backpass import LinBP, NoSiteError, list_sites
 from support.straight_through import renormalized, straight_through
+from support.zoo.activations_by_hand import CubeFunction
+from support.zoo.by_hand import scripted_function
 
 
 def silu(x: Tensor) -> Tensor:
@@ -39,7 +41,6 @@ BEFORE = {
     "divided": lambda model, h: h / 3.0,
     "shifted": lambda model, h: 3 * h + 1,
     "a learned scale": lambda model, h: model.scale * h,
-    "a polynomial": lambda model, h: h + h * h,
     "in place": lambda model, h: h.mul_(2),
 }
 
@@ -155,14 +156,6 @@ def test_composed_activations_are_renormalized_in_every_call(activation):
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("operator", [torch.ops.aten.relu, torch.ops.aten.relu.default])
-def test_operators_called_past_torch_s_functions_are_named(operator):
-    network = Network(operator, BEFORE["as it is"])
-    with LinBP().attach(network) as attached, pytest.warns(UserWarning, match="aten.relu"):
-        network(torch.randn(4, 5).double())
-    assert list(attached.unreachable) == [""]
-
-
 def test_two_rules_share_a_composition():
     class Model(nn.Module):
         def forward(self, x):
@@ -179,6 +172,14 @@ def test_two_rules_share_a_composition():
 
 # Activations as other functions, in the forward of a module with layers
 
+
+def overwritten(x: Tensor, compute) -> Tensor:
+    y = 1 * x
+    negative = y < 0
+    y[negative] = compute(y[negative])
+    return y
+
+
 RECTIFIERS = {
     "clamp": lambda x: x.clamp(min=0),
     "torch.clamp": lambda x: torch.clamp(x, 0),
@@ -190,29 +191,115 @@ RECTIFIERS = {
     "max": lambda x: torch.max(x, torch.zeros_like(x)),
     "fmax": lambda x: torch.fmax(x, torch.zeros_like(x)),
     "threshold": lambda x: F.threshold(x, 0.0, 0.0),
-    "product": lambda x: x * (x > 0),
+    "a mask": lambda x: x * (x > 0),
+    "a mask as a number": lambda x: x * (x > 0).to(x),
+    "a negated mask": lambda x: x * ~(x < 0),
+    "a mask without a gradient": lambda x: (x.detach() > 0) * x,
+    "heaviside": lambda x: x * torch.heaviside(x.detach(), torch.zeros_like(x)),
+    "sign": lambda x: x * (torch.sign(x) + 1) / 2,
     "where": lambda x: torch.where(x > 0, x, 0.0),
     "where of zeros": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "where with zeros first": lambda x: torch.where(x <= 0, torch.zeros_like(x), x),
+    "Tensor.where": lambda x: x.where(x > 0, 0.0),
     "masked_fill": lambda x: x.masked_fill(x < 0, 0.0),
+    "masked_fill_": lambda x: (1 * x).masked_fill_(x < 0, 0.0),
+    "the absolute value": lambda x: (x + x.abs()) / 2,
+    "without the negative part": lambda x: x - x.clamp(max=0),
+    "without the minimum": lambda x: x - torch.minimum(x, torch.zeros_like(x)),
+    "with the negated": lambda x: x + F.relu(-x),
 }
-SOFTPLUS = {
-    "log1p": lambda x: torch.log1p(torch.exp(x)),
-    "log": lambda x: torch.log(1 + x.exp()),
-    "logaddexp": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+SMOOTH = {
+    "softplus": lambda x: torch.log1p(torch.exp(x)),
+    "softplus by log": lambda x: torch.log(1 + x.exp()),
+    "softplus by logaddexp": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "stable softplus": lambda x: torch.log1p(torch.exp(-x.abs())) + x.clamp(min=0),
+    "logsigmoid": lambda x: -torch.log(1 + torch.exp(-x)),
+    "sigmoid": lambda x: torch.exp(x) / (1 + torch.exp(x)),
+    "tanh": lambda x: (torch.exp(x) - torch.exp(-x)) / (torch.exp(x) + torch.exp(-x)),
+    "tanhshrink": lambda x: x - torch.tanh(x),
+    "softsign": lambda x: x / (1 + x.abs()),
+    "softsign by root": lambda x: x / torch.sqrt(1 + x**2),
+    "gelu by tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu by erf": gelu,
+    "gelu by erfc": lambda x: 0.5 * x * torch.erfc(-x / math.sqrt(2)),
+    "gelu by ndtr": lambda x: x * torch.special.ndtr(x),
+    "swish": lambda x: x / (1 + torch.exp(-x)),
+    "swish by addcmul": lambda x: torch.addcmul(0 * x, x, torch.sigmoid(x)),
+    "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
+    "snake": lambda x: x + torch.sin(x) ** 2,
+    "bent identity": lambda x: ((x**2 + 1).sqrt() - 1) / 2 + x,
+}
+PIECEWISE = {
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
+    "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+    "leaky by max": lambda x: torch.max(0.1 * x, x),
+    "leaky by where": lambda x: torch.where(x >= 0, x, x * 0.01),
+    "leaky by abs": lambda x: 0.55 * x + 0.45 * x.abs(),
+    "leaky by clamps": lambda x: x.clamp(min=0) + 0.1 * x.clamp(max=0),
+    "leaky by lerp": lambda x: torch.lerp(0.1 * x, x, (x > 0).to(x)),
+    "prelu": lambda x: F.relu(x) - 0.25 * F.relu(-x),
+    "elu by where": lambda x: torch.where(x > 0, x, torch.expm1(x)),
+    "elu by a sum": lambda x: F.relu(x) + (torch.exp(x) - 1).clamp(max=0),
+    "softshrink by sign": lambda x: torch.sign(x) * (x.abs() - 0.5).clamp(min=0),
+    "softshrink by relus": lambda x: F.relu(x - 0.5) - F.relu(-x - 0.5),
+    "hardshrink": lambda x: x * (x.abs() > 0.5),
+    "threshold by where": lambda x: torch.where(x > 0.1, x, 0.1),
+}
+ACTIVATIONS = {**RECTIFIERS, **SMOOTH, **PIECEWISE}
+
+NAMED = {
+    "minimum": lambda x: -torch.minimum(-x, torch.zeros_like(x)),
+    "sigmoid by exp": lambda x: 1 / (1 + torch.exp(-x)),
+    "reciprocal": lambda x: (1 + torch.exp(-x)).reciprocal(),
+    "clamp": lambda x: x.clamp(0, 1),
+    "clamp in two calls": lambda x: F.relu(x).clamp(max=6),
+    "another limit": lambda x: x.clamp(min=0.1),
+    "square": lambda x: x * x,
+    "power": lambda x: x**3,
+    "polynomial": lambda x: x + x * x,
+    "abs": torch.abs,
+    "sin": torch.sin,
+    "atan": torch.atan,
+    "erf": torch.erf,
+    "gaussian": lambda x: torch.exp(-(x**2)),
+    "two values": lambda x: torch.maximum(x, x.flip(-1)),
+    "an assignment": lambda x: overwritten(x, lambda negative: 0 * negative),
+    "a leaky assignment": lambda x: overwritten(x, lambda negative: 0.1 * negative),
+    "index_put": lambda x: x.index_put((x < 0,), torch.zeros((), dtype=x.dtype)),
+    "masked_scatter": lambda x: x.masked_scatter(x < 0, torch.zeros_like(x)),
+    "inside vmap": lambda x: torch.vmap(lambda row: row.clamp(min=0))(x),
+    "operator": torch.ops.aten.relu,
+    "another operator": lambda x: torch.ops.aten.clamp_min(x, 0),
+    "autograd function": CubeFunction.apply,
+    "scripted": scripted_function,
+    "swiglu of three factors": lambda x: (x.flip(-1) + 1) * x * torch.sigmoid(x),
 }
 
 
 @pytest.mark.parametrize("start", [0, -1, 1])
-@pytest.mark.parametrize("name", {**RECTIFIERS, **SOFTPLUS})
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_other_functions_that_compute_an_activation_are_one(name, start):
     torch.manual_seed(0)
-    network = Network({**RECTIFIERS, **SOFTPLUS}[name], BEFORE["as it is"])
+    network = Network(ACTIVATIONS[name], BEFORE["as it is"])
     assert_straight_through(network, torch.randn(4, 5).double().requires_grad_(), start)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", NAMED)
+def test_no_other_nonlinear_function_is_silently_plain(name):
+    network, x = Network(NAMED[name], BEFORE["doubled"]), torch.randn(4, 5).double().requires_grad_()
+    plain = network(x)
+    with LinBP().attach(network) as attached:
+        assert torch.equal(network(x), plain)
+    assert list(attached.unreachable) == list(list_sites(network, x).unreachable) == [""]
+    with pytest.raises(NoSiteError, match="cannot reach"), LinBP().attach(network, strict=True):
+        network(x)
 
 
 @pytest.mark.parametrize("size", [(), (1,)])
 def test_they_are_where_the_input_has_no_gradient(size):
-    network = Network(RECTIFIERS["clamp"], BEFORE["as it is"]).requires_grad_(False)
+    network = Network(ACTIVATIONS["clamp"], BEFORE["as it is"]).requires_grad_(False)
     with LinBP().attach(network) as attached:
         network(torch.randn(*size, 5).double())
     assert len(attached.seen) == 2
@@ -277,13 +364,27 @@ def test_a_sigmoid_that_weighs_other_values_is_a_gate_and_one_before_a_layer_is_
     assert functions_seen(before_a_layer) == ["sigmoid", "relu"]
 
 
-@pytest.mark.parametrize("function", [torch.sin, torch.atan, torch.erf, lambda x: x.clamp(0, 1)])
-def test_functions_that_may_be_activations_are_named_and_those_in_a_composition_are_not(function):
-    own, composed = Network(function, BEFORE["doubled"]), Network(gelu, BEFORE["doubled"])
-    x = torch.randn(4, 5).double().requires_grad_()
-    with LinBP().attach(own) as attached, pytest.warns(UserWarning, match="another purpose"):
-        own(x)
-    assert list(attached.unreachable) == [""]
-    with LinBP().attach(composed) as attached:
-        composed(x)
-    assert not attached.unreachable
+NORMALIZED = {
+    "root mean square": lambda model, h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "variance": lambda model, h: (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True) + 1e-6).sqrt(),
+    "unit length": lambda model, h: h / h.norm(dim=-1, keepdim=True).clamp(min=1e-6),
+    "mean absolute value": lambda model, h: h / (h.abs().mean(-1, keepdim=True) + 1e-6),
+    "softmax": lambda model, h: h.exp() / h.exp().sum(-1, keepdim=True),
+    "stable softmax": lambda model, h: (e := (h - h.amax(-1, keepdim=True)).exp()) / e.sum(-1, keepdim=True),
+    "a learned temperature": lambda model, h: h * model.scale.clamp(max=4.6).exp(),
+    "weights": lambda model, h: F.linear(h, model.second.weight / model.second.weight.norm(dim=1, keepdim=True)),
+    "a constant mask": lambda model, h: h.masked_fill(torch.arange(5) > 3, 0.0),
+    "rotation": lambda model, h: h * torch.arange(5).cos() + h.flip(-1) * torch.arange(5).sin(),
+    "dropout by hand": lambda model, h: h * (torch.rand_like(h) > 0.5),
+    "straight-through rounding": lambda model, h: h + (h.round() - h).detach(),
+    "a decay": lambda model, h: model.second(h) * torch.exp(-model.first(h)),
+    "a bilinear gate": lambda model, h: model.second(h) * model.first(h),
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_normalizations_masks_and_weights_are_not_named(name):
+    network, x = Network(F.relu, NORMALIZED[name]), torch.randn(4, 5).double()
+    with LinBP().attach(network, strict=True) as attached:
+        network(x)
+    assert len(attached.seen) == 2

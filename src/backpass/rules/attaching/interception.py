@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from backpass.errors import BackpassError
 from backpass.rules import torch_internals
 from backpass.rules.attaching.override import BackwardOverride, TorchFunction
-from backpass.rules.attaching.run import Asked, ModuleCall, PlannedSite, Run, SiteCall
+from backpass.rules.attaching.run import Decision, ModuleCall, PlannedSite, Run, SiteCall
 from backpass.rules.torch_internals import saved_tensor_hooks
 
 if TYPE_CHECKING:
@@ -85,19 +85,19 @@ class Interception(TorchFunctionMode):
             if planned.selected and caller.grad_enabled:
                 return self._call_selected(caller, name, func, args, kwargs)
             out = func(*args, **kwargs)
-            if planned.turns:
+            if planned.revisable:
                 run.nodes[position] = out.grad_fn
             return out
         if caller.plain or follows is not None:
             return func(*args, **kwargs)
         if name is None:
-            return self.other(caller, func, args, kwargs)
+            return self.call_other(caller, func, args, kwargs)
         if caller.grad_enabled != torch.is_grad_enabled():
             # No gradient reaches this call: it runs under no_grad or in the forward of a custom autograd function.
-            self.hide(caller, name)
+            self.note_hidden(caller, name)
             return func(*args, **kwargs)
         self._refuse_checkpointed(caller, name)
-        return self.at(self.meet(caller, name, args[0] if args else kwargs.get("input")), func, args, kwargs)
+        return self.call_site(self.record(caller, name, args[0] if args else kwargs.get("input")), func, args, kwargs)
 
     @staticmethod
     def _refuse_checkpointed(caller: ModuleCall, name: str) -> None:
@@ -113,7 +113,7 @@ class Interception(TorchFunctionMode):
         if saved_tensor_hooks(True) is not None:
             self._refuse_checkpointed(caller, name)
         if torch._C._len_torch_function_stack():
-            return self.at(run.last(), func, args, kwargs)
+            return self.call_site(run.last(), func, args, kwargs)
         return self.replace_planned(func, args, kwargs, PlannedSite(run, len(run) - 1) if run.revisable else None)
 
     def _call_unplanned(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -161,7 +161,7 @@ class Interception(TorchFunctionMode):
         for call in self.running:
             call.planned, call.calls = None, self.run.counts(call)
 
-    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no site of the rule."""
         if not is_dynamo_compiling() and self.run.plan is None:
             if func in self.rule.opaque:
@@ -170,16 +170,16 @@ class Interception(TorchFunctionMode):
                 self.note_unreachable(caller.path, f"it calls {func}, as exported code does")
         return func(*args, **kwargs)
 
-    def hide(self, caller: ModuleCall, name: str) -> None:
+    def note_hidden(self, caller: ModuleCall, name: str) -> None:
         """Record a function of the rule that is called without gradients."""
         caller.hidden = (*caller.hidden, name)
 
-    def meet(self, caller: ModuleCall, name: str, x: Any, key: str = "") -> SiteCall:
+    def record(self, caller: ModuleCall, name: str, x: Any, key: str = "") -> SiteCall:
         """Record a call that may be a site; in a recomputation, look it up."""
         key = key or f"{caller.key}:{name}#{caller.count(name + '()')}"
         if self.replayed is None:
             planned = self.run.plan
-            site = self.run.meet(key, caller.path, name, x.shape if isinstance(x, Tensor) else ())
+            site = self.run.record(key, caller.path, name, x.shape if isinstance(x, Tensor) else ())
             if planned is not self.run.plan:
                 self._leave_plan()
             return site
@@ -187,7 +187,7 @@ class Interception(TorchFunctionMode):
             raise BackpassError(f"site {key!r} was not in the last whole call of the model: call the model again.")
         return self.replayed[key]
 
-    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_site(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function by the decision for its site: plain, with the rule, or decided in the backward pass."""
         again = self.replayed is not None and site.kernel  # a recomputation saves what the first pass saved
         if site.selected is False and not again and (site.fixed or self.rule.acts_on_nodes):
@@ -199,7 +199,7 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         if site.selected is None and torch_internals.forward_mode():
             self.run.decide_early(site)
-            return self.at(site, func, args, kwargs)
+            return self.call_site(site, func, args, kwargs)
         site.kernel = True
         outer = outer_interceptions()
         if not outer:
@@ -235,7 +235,7 @@ class Interception(TorchFunctionMode):
         return choose(plain, replaced, site)
 
     def replace_planned(
-        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: Asked | None
+        self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: Decision | None
     ) -> Any:
         """Call a function with the rule's backward where the plan predicts that the rule acts; see `replace`."""
         return self.replace(func, args, kwargs, site)
@@ -244,7 +244,7 @@ class Interception(TorchFunctionMode):
         self, caller: ModuleCall, name: str | None, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if name is None:
-            return self.other(caller, func, args, kwargs)
+            return self.call_other(caller, func, args, kwargs)
         self.traced += 1
         key = f"{caller.key}:{name}#{caller.count(name + '()')}"
         if not self.attached.token or not self.attached.planned(key):

@@ -19,7 +19,7 @@ from backpass.rules.attaching.override import BackwardOverride, no_site
 from backpass.rules.places import Place, counts_from_end
 from backpass.rules.sites import Site, SiteTable
 
-__all__ = ["Asked", "ModuleCall", "Plan", "PlannedSite", "Run", "SiteCall"]
+__all__ = ["Decision", "ModuleCall", "Plan", "PlannedSite", "Run", "SiteCall"]
 
 
 class SiteCall:
@@ -98,7 +98,7 @@ class ModuleCall:
         planned: the planned call, if this one follows the plan.
         repeats: True if the next call of the model may follow the plan here without analysis.
         plain: True if its calls are not intercepted.
-        looks: True if all its calls are analysed, not only those of the rule's functions.
+        analysed: True if all its calls are analysed, not only those of the rule's functions.
         x: its input, if it may compute a single activation.
         hidden: functions of the rule that were called without gradients, as in a custom autograd function.
         origins: origins of the results of elementwise functions, if all calls are analysed; else None.
@@ -111,7 +111,7 @@ class ModuleCall:
     planned: ModuleCall | None = None
     repeats = False
     plain = False
-    looks = False
+    analysed = False
     x: Tensor | None = None
     hidden: tuple[str, ...] = ()
     origins: Any = None
@@ -150,7 +150,7 @@ class Planned:
         covered: as in `SiteCall`.
         counted: True if it is a site.
         selected: True if the rule acted.
-        turns: True if the decision may change when the call of the model ends differently from the plan.
+        revisable: True if the decision may change when the call of the model ends differently from the plan.
     """
 
     key: str
@@ -160,7 +160,7 @@ class Planned:
     covered: bool
     counted: bool
     selected: bool
-    turns: bool
+    revisable: bool
 
     @property
     def is_composed(self) -> bool:
@@ -248,7 +248,7 @@ class PlannedSite:
         return run.site(self.position).active()
 
 
-Asked = SiteCall | PlannedSite
+Decision = SiteCall | PlannedSite
 """Site with ``active()``, queried in the backward pass."""
 
 
@@ -332,7 +332,7 @@ class Run:
         """Return the last recorded call."""
         return self.site(len(self) - 1)
 
-    def meet(self, key: str, module: str, function: str, shape: tuple[int, ...]) -> SiteCall:
+    def record(self, key: str, module: str, function: str, shape: tuple[int, ...]) -> SiteCall:
         """Record a call, and decide its selection if possible."""
         if self.plan is None or not self.follow(key.rpartition(":")[0], function):
             self.made[len(self)] = SiteCall(self, key, module, function, shape)

@@ -68,7 +68,7 @@ class LayerInterception(Interception):
         """Return whether nothing learns in the call at hand."""
         return self._call is None or (isinstance(self._call, LinearCall) and not learns(self._call))
 
-    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_site(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a layer; where nothing in it learns, the rule does not act."""
         excluded = self.attached.excluded
         if self._is_plain():
@@ -80,7 +80,7 @@ class LayerInterception(Interception):
             self.run.plan, site.selected = None, site.selected if site.fixed else None
         if site.selected is None and not self.run.relative:
             self.run.decide_early(site)
-        return super().at(site, func, args, kwargs)
+        return super().call_site(site, func, args, kwargs)
 
     def replace(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any], site: SiteCall | None) -> Any:
         """Call a layer with the rule's backward."""

@@ -40,7 +40,7 @@ class SemiImplicitInterception(LayerInterception):
         self.outputs: list[tuple[Tensor, LinearCall, Any]] = []
         self.recomputed: list[tuple[ref[Tensor], Any]] = []
 
-    def other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_other(self, caller: ModuleCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no layer; an activation on a layer's output joins the backward of the layer."""
         if func in ACTIVATIONS and (self.outputs or self.recomputed) and not _is_overridden(func):
             found = elementwise(func, args, kwargs)
@@ -50,11 +50,11 @@ class SemiImplicitInterception(LayerInterception):
                     if z is found[1] and torch.is_grad_enabled():
                         self.outputs.pop(at)
                         return self._activate(layer, *found)
-        return super().other(caller, func, args, kwargs)
+        return super().call_other(caller, func, args, kwargs)
 
-    def at(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_site(self, site: SiteCall, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a layer; without gradients, record the checkpoint that will recompute it."""
-        z = super().at(site, func, args, kwargs)
+        z = super().call_site(site, func, args, kwargs)
         if not torch.is_grad_enabled() and site.selected:
             place = _checkpointed_without_gradients(self.running)
             if place is not None:
