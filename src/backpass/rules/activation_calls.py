@@ -220,7 +220,7 @@ class ActivationInterception(Interception):
         self.run.graphless = not given
         nodes = [x.grad_fn for x in [x for x in given if x.dim()] or given]  # without a loss beside the output
         known = {*self.attached.unreachable, *self.run.unreachable}
-        for number, reason in unexplained(nodes, self.masked, self.rule.gates):
+        for number, reason in unexplained(nodes, self.masked, self.left_plain, self.rule.gates):
             inside = [one for one in self.run.entered if one.begin <= number < one.end]
             path = max(inside, key=lambda one: one.depth, default=call).path
             if path not in known:
