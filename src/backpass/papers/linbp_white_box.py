@@ -161,7 +161,7 @@ def halvings(trial: Trial, seeds: Sequence[int] = SEEDS) -> Design:
 _MNIST_STD = 0.3081  # of a pixel: the length of one normalised unit
 
 
-class _From:
+class _Variants:
     """Trials that differ from one in a single thing."""
 
     def __init__(self, base: Trial) -> None:
@@ -186,7 +186,7 @@ def _small() -> Conditions:
         victim=Victim(model="mlp:widths=100-100-100", data="mnist", limit=4000, epochs=10), rule="linbp:start=-2",
         attack=_pgd(10, eps / 4), eps=eps, protocol="standard", images=200,
     )  # fmt: skip
-    a, model = _From(base), base.victim.model
+    a, model = _Variants(base), base.victim.model
     papers = replace(base, victim=SMALL_CNN, rule="linbp:start=-1", attack="pgd:steps=10,restarts=1", eps=8 / 255,
                      protocol="paper")  # fmt: skip
     return {
@@ -242,7 +242,7 @@ def _large() -> Conditions:
         victim=LARGE[1], rule="linbp:start=paper", attack=pgd, eps=8 / 255, protocol="paper", images=5000,
         precision="bfloat16",
     )  # fmt: skip
-    a = _From(base)
+    a = _Variants(base)
     return {
         "base": {"ResNet-50": base},
         "network": {"VGG-16": a.network(model="vgg16"), "MobileNetV2": a.network(model="mobilenetv2")},

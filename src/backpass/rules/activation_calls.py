@@ -215,9 +215,12 @@ class ActivationInterception(Interception):
         """Record the nonlinear operations of the finished call that are no sites."""
         if self.run.plan is not None or self.replayed is not None or torch_internals.transforms():
             return
-        nodes = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor) and x.grad_fn is not None and x.dim()]
+        leaves = [one for leaf in tree_leaves(output) for one in (leaf, *getattr(leaf, "__dict__", {}).values())]
+        given = [x for x in leaves if isinstance(x, Tensor) and x.grad_fn is not None]
+        self.run.graphless = not given
+        nodes = [x.grad_fn for x in [x for x in given if x.dim()] or given]  # without a loss beside the output
         known = {*self.attached.unreachable, *self.run.unreachable}
-        for number, reason in unexplained(nodes, self.masked, self.rule.gates):
+        for number, reason in unexplained(nodes, self.masked, self.left_plain, self.rule.gates):
             inside = [one for one in self.run.entered if one.begin <= number < one.end]
             path = max(inside, key=lambda one: one.depth, default=call).path
             if path not in known:
@@ -251,7 +254,8 @@ class ActivationInterception(Interception):
             self._origins(self.running[-1]).note(out, Origin(out, "", (), out.numel(), path=(out,), layer=True))
         elif (func in PRODUCTS or func in MIXES) and not self.rule.gates:
             for site in (site for origin in gates(func, origins, out) for site in origin.sites):
-                site.gates, site.counted = site.counted, site.counted and site.enters_layer
+                site.gates |= site.counted
+                site.counted &= site.enters_layer
 
     def _compose(
         self,

@@ -48,12 +48,15 @@ _UNUSED, _FACTOR, _VALUE = range(3)
 _Sources = frozenset[tuple[Any, int]]
 
 
-def unexplained(outputs: Iterable[Any], masked: Collection[Any], gates: bool) -> list[tuple[int, str]]:
+def unexplained(
+    outputs: Iterable[Any], masked: Collection[Any], left_plain: Collection[Any], gates: bool
+) -> list[tuple[int, str]]:
     """Return the sequence number of each nonlinear operation that no site computes, and the reason to report it.
 
     Args:
         outputs: graph nodes of the outputs.
         masked: graph nodes of calls that apply a mask computed from the output of a layer.
+        left_plain: graph nodes of sites that are not selected.
         gates: True to report gates, too.
     """
     known: dict[Any, _Operation] = {}
@@ -64,7 +67,7 @@ def unexplained(outputs: Iterable[Any], masked: Collection[Any], gates: bool) ->
     found = []
     for one in reversed(known.values()):
         one.pass_use_on()
-        reason = one.reason(masked, gates) if one.use and one.sources else ""
+        reason = one.reason(masked, gates) if one.use and one.sources and one.node not in left_plain else ""
         if reason:
             found.append((sequence_number(one.node), reason))
     return found[::-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -362,6 +363,26 @@ def test_a_sigmoid_that_weighs_other_values_is_a_gate_and_one_before_a_layer_is_
 
     assert functions_seen(weighs) == ["relu"]
     assert functions_seen(before_a_layer) == ["sigmoid", "relu"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("output", [lambda y: y, lambda y: y.sum(), lambda y: SimpleNamespace(logits=y)])
+def test_they_are_named_in_the_first_call_that_computes_gradients(output):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = Network(torch.sin, BEFORE["as it is"])
+
+        def forward(self, x):
+            return output(self.network(x))
+
+    model, x = Model().requires_grad_(False), torch.randn(4, 5).double()
+    with LinBP().attach(model) as attached:
+        for _ in range(2):
+            model(x)
+        assert attached.unreachable == {}
+        model(x.requires_grad_())
+    assert list(attached.unreachable) == ["network"]
 
 
 NORMALIZED = {

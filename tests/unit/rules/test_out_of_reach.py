@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backpass import SIBP, BackpassError, LinBP, NoSiteError, ProxProp, list_sites
+from backpass.models import build
 from support.zoo.by_hand import BY_HAND, CubeFunction
 
 OPAQUE = {name: row for name, row in BY_HAND.items() if row.unreachable}
@@ -202,3 +203,13 @@ def test_a_recurrent_layer_among_linear_ones_is_named_by_proxprop():
         except BackpassError:
             return
     assert set(attached.unreachable) == {"1.lstm"}
+
+
+@pytest.mark.parametrize("residual", ["plain", "renormalized", "per_activation"])
+@pytest.mark.parametrize("start", [0, "layer3", -1])
+def test_an_activation_that_is_not_selected_is_not_out_of_reach(residual, start):
+    model = build("resnet18", shape=(3, 8, 8), classes=2).eval()
+    with LinBP(start=start, residual=residual).attach(model, strict=True) as attached:
+        for _ in range(2):
+            model(torch.rand(1, 3, 8, 8)).sum().backward()
+    assert not attached.unreachable

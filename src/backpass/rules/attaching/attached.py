@@ -21,7 +21,7 @@ from backpass.preserved import preserved
 from backpass.rules import torch_internals
 from backpass.rules.attaching import hooks
 from backpass.rules.attaching.interception import Interception
-from backpass.rules.attaching.module_calls import FUSED, ModuleCalls, pop_interceptions
+from backpass.rules.attaching.module_calls import FUSED, ModuleCalls, asks_for_gradients, pop_interceptions
 from backpass.rules.attaching.override import BackwardOverride
 from backpass.rules.attaching.run import Plan, Run
 from backpass.rules.attaching.wrappers import named_modules, out_of_reach, unwrap
@@ -196,7 +196,10 @@ class Attached:
             torch_internals.show_to_modes((*self.rule.functions, *self.rule.observed))
             self._shown = True
         self._training, self._arguments = module.training, (args, kwargs)
-        return self.interception(self, Run(self.rule, self._plans.get((module.training, torch.is_grad_enabled()))))
+        plan = self._plans.get((module.training, torch.is_grad_enabled()))
+        if plan is not None and plan.graphless and asks_for_gradients(module, args, kwargs):
+            plan = None
+        return self.interception(self, Run(self.rule, plan))
 
     @constant_while_tracing
     def prepare(self, training: bool, /, *args: Any, **kwargs: Any) -> None:

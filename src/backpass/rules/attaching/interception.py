@@ -41,6 +41,7 @@ class Interception(TorchFunctionMode):
         running: chain of running module calls, the outermost first.
         replayed: in a recomputation, the calls of the last complete run by key; else None.
         traced: number of sites in compiled code so far.
+        left_plain: graph nodes of sites that are known not to be selected.
         handled: exception that was being handled when the call began.
     """
 
@@ -58,6 +59,7 @@ class Interception(TorchFunctionMode):
         self.running: list[ModuleCall] = []
         self.replayed = replayed
         self.traced = 0
+        self.left_plain: set[Any] = set()
         self.handled = None if is_dynamo_compiling() else sys.exception()
 
     def __torch_function__(
@@ -192,8 +194,11 @@ class Interception(TorchFunctionMode):
         again = self.replayed is not None and site.kernel  # a recomputation saves what the first pass saved
         if site.selected is False and not again and (site.fixed or self.rule.acts_on_nodes):
             out = func(*args, **kwargs)
-            if not site.fixed and isinstance(out, Tensor):
-                site.node = out.grad_fn
+            if isinstance(out, Tensor):
+                if not site.fixed:
+                    site.node = out.grad_fn
+                if self.run.plan is None:
+                    self.left_plain.add(out.grad_fn)
             return out
         if not torch.is_grad_enabled() or (self.replayed is not None and site.hooked):
             return func(*args, **kwargs)

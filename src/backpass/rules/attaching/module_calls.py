@@ -17,7 +17,7 @@ from backpass.rules.torch_internals import keep_out_of_frames
 if TYPE_CHECKING:
     from backpass.rules.attaching.attached import Attached
 
-__all__ = ["FUSED", "ModuleCalls", "pop_interceptions"]
+__all__ = ["FUSED", "ModuleCalls", "asks_for_gradients", "pop_interceptions"]
 
 FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 """Modules that take another code path under a mode if gradients are disabled."""
@@ -61,7 +61,7 @@ class ModuleCalls:
             torch_internals.push_mode(mode)
         else:
             changed = mode.enter(module, self.path, mode.key_of(self.path), args, self.activation)
-        if self.fused and not is_dynamo_compiling() and not _asks_for_gradients(module, args, kwargs):
+        if self.fused and not is_dynamo_compiling() and not asks_for_gradients(module, args, kwargs):
             self.attached.step_aside(mode)
         return changed if changed is None or kwargs is _NOTHING else (changed, kwargs)
 
@@ -110,7 +110,8 @@ def _calls_itself(module: nn.Module) -> bool:
     return torch_internals.called_through(module, nn.Module._call_impl.__code__) > 1
 
 
-def _asks_for_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def asks_for_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return True if a call of a module computes gradients."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     return torch.is_grad_enabled() and any(x.requires_grad for x in (*module.parameters(), *tensors))
 

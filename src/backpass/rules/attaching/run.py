@@ -180,10 +180,12 @@ class Plan:
         composing: paths of modules whose own forward composes an activation of several calls.
         writing: those of ``composed`` that modify their input in place.
         inner: True if the model computes gradients inside its forward.
+        graphless: True if the call built no graph, in which unreachable parts are found.
     """
 
     def __init__(self, run: Run) -> None:
         self.inner = run.inner
+        self.graphless = run.graphless
         self.composed = run.composed
         self.composing = run.composing
         self.writing = run.writing
@@ -271,6 +273,7 @@ class Run:
         plain: True while all sites are temporarily plain in the backward pass.
         finished: True if the call has ended.
         inner: True if the model computes gradients inside its forward.
+        graphless: as in `Plan`.
         steps: as in `Plan`.
         shapes: shapes of the inputs of the calls so far.
         made: `SiteCall` objects created so far, by position.
@@ -285,10 +288,11 @@ class Run:
         self.composed: set[str] = set(plan.composed) if plan else set()
         self.composing: set[str] = set(plan.composing) if plan else set()
         self.writing: set[str] = set(plan.writing) if plan else set()
-        self.relative = counts_from_end(rule.start) or counts_from_end(rule.stop)
+        self.relative: bool = counts_from_end(rule.start) or counts_from_end(rule.stop)
         self.plain = False
         self.finished = False
         self.inner: bool = plan.inner if plan else False
+        self.graphless: bool = False
         self.revisable = self.relative or self.inner
         self.steps = plan.steps if plan else []
         self.shapes: list[tuple[int, ...]] = []

@@ -147,5 +147,5 @@ class Memory:
         d, weights = layer.columns(one.wants[1]), torch.Size(layer.shape).numel()
         o, side = weights // layer.columns(False), d / layer.parts(self.step.max_side)
         build = rows * d * side + d * side**2
-        exact = 2 * rows**2 * (d + o) + rows**3 / 3 if one.has_rows else build + 2 * d * side * o
+        exact = 2 * rows * (rows * (d + o) + d * o) + rows**3 / 3 if one.has_rows else build + 2 * d * side * o
         return 2 * d * side * o + build / (self.refresh or LONGEST) < exact
