@@ -206,7 +206,7 @@ def test_a_recurrent_layer_among_linear_ones_is_named_by_proxprop():
 
 
 @pytest.mark.parametrize("residual", ["plain", "renormalized", "per_activation"])
-@pytest.mark.parametrize("start", [0, "layer3", -1])
+@pytest.mark.parametrize("start", [0, "layer3", -2])
 def test_an_activation_that_is_not_selected_is_not_out_of_reach(residual, start):
     model = build("resnet18", shape=(3, 8, 8), classes=2).eval()
     with LinBP(start=start, residual=residual).attach(model, strict=True) as attached:
