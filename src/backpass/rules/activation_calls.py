@@ -239,11 +239,8 @@ class ActivationInterception(Interception):
         """Record the origin of the output of an elementwise function, or that it multiplies by a gate."""
         if func in ELEMENTWISE and (source is not None or len(origins) == 1):
             sites = tuple(site for origin in origins for site in origin.sites)
-            nonlinear = (
-                func.__name__
-                if func in NONLINEAR or func in CHOICES
-                else next((one.nonlinear for one in origins if one.nonlinear), "")
-            )
+            names = [one.nonlinear for one in origins if one.nonlinear]
+            nonlinear = func.__name__ if func in NONLINEAR or func in CHOICES else (*names, "")[0]
             learns = learns or any(origin.learns for origin in origins)
             path = common_path(origins) if nonlinear else (*common_path(origins), out)
             layer = not nonlinear and any(one.layer for one in origins)
