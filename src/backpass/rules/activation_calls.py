@@ -244,8 +244,7 @@ class ActivationInterception(Interception):
             learns = learns or any(origin.learns for origin in origins)
             path = common_path(origins) if nonlinear else (*common_path(origins), out)
             layer = not nonlinear and any(one.layer for one in origins)
-            numel = min(origins[0].numel, out.numel())
-            origin = Origin(source, nonlinear, sites, numel, learns=learns, path=path, layer=layer)
+            origin = Origin(source, nonlinear, sites, origins[0].numel, learns=learns, path=path, layer=layer)
             self._origins(self.running[-1]).note(out, origin)
         elif func not in PRODUCTS and func not in MIXES and any(origin.layer for origin in origins):
             self._origins(self.running[-1]).note(out, Origin(out, "", (), out.numel(), path=(out,), layer=True))
