@@ -239,16 +239,12 @@ class ActivationInterception(Interception):
         """Record the origin of the output of an elementwise function, or that it multiplies by a gate."""
         if func in ELEMENTWISE and (source is not None or len(origins) == 1):
             sites = tuple(site for origin in origins for site in origin.sites)
-            nonlinear = (
-                func.__name__
-                if func in NONLINEAR or func in CHOICES
-                else next((one.nonlinear for one in origins if one.nonlinear), "")
-            )
+            names = [one.nonlinear for one in origins if one.nonlinear]
+            nonlinear = func.__name__ if func in NONLINEAR or func in CHOICES else (*names, "")[0]
             learns = learns or any(origin.learns for origin in origins)
             path = common_path(origins) if nonlinear else (*common_path(origins), out)
             layer = not nonlinear and any(one.layer for one in origins)
-            numel = min(origins[0].numel, out.numel())
-            origin = Origin(source, nonlinear, sites, numel, learns=learns, path=path, layer=layer)
+            origin = Origin(source, nonlinear, sites, origins[0].numel, learns=learns, path=path, layer=layer)
             self._origins(self.running[-1]).note(out, origin)
         elif func not in PRODUCTS and func not in MIXES and any(origin.layer for origin in origins):
             self._origins(self.running[-1]).note(out, Origin(out, "", (), out.numel(), path=(out,), layer=True))

@@ -35,7 +35,7 @@ class SiteCall:
         by_hand: True for a clamp that computes a ReLU.
         counted: True if it is a site; False for a gate, or for a part of a composed activation.
         gates: True if its value gates another one.
-        enters_layer: True if its value is the input of a layer, so that it is no mere gate.
+        enters_layer: True if its value is the input of a layer.
         excluded: True if the rule leaves the site plain although it is in its range.
         selected: True if the rule acts here; None while unknown.
         undecided: True if it was called before the selection was known.
@@ -102,8 +102,7 @@ class ModuleCall:
         x: its input, if it may compute a single activation.
         hidden: functions of the rule that were called without gradients, as in a custom autograd function.
         origins: origins of the results of elementwise functions, if all calls are analysed; else None.
-        begin: sequence number of the first graph node of the call, if all calls are analysed.
-        end: one past the last one.
+        begin, end: range of the sequence numbers of its graph nodes.
     """
 
     grad_enabled = True
@@ -273,7 +272,6 @@ class Run:
         plain: True while all sites are temporarily plain in the backward pass.
         finished: True if the call has ended.
         inner: True if the model computes gradients inside its forward.
-        graphless: as in `Plan`.
         steps: as in `Plan`.
         shapes: shapes of the inputs of the calls so far.
         made: `SiteCall` objects created so far, by position.
