@@ -53,7 +53,7 @@ class Rescaled(nn.Module):
 
 @dataclass(frozen=True)
 class Protocol(ABC):
-    """Where an attack moves, and what eps means there."""
+    """Space in which an attack moves, and the meaning of eps there."""
 
     name = ""
     restarts = 1
@@ -77,7 +77,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def explain(self, eps: Sequence[float], step: float | None) -> str:
-        """What eps and step mean in pixels, in a few sentences."""
+        """Return the meaning of eps and step in pixels, in a few sentences."""
 
 
 @dataclass(frozen=True)
