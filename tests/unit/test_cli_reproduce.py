@@ -74,6 +74,16 @@ def test_a_file_is_no_folder_for_results(tmp_path, command):
     assert "is a file: name a folder" in err
 
 
+@pytest.mark.parametrize("arguments", [["report"], ["reproduce", "one", "--out"]])
+def test_the_page_of_one_result_is_not_replaced_by_the_page_of_verdicts(results, command, arguments):
+    page = results / "one" / "report.html"
+    before = page.read_text()
+    code, _, err = command(*arguments, results / "one")
+    assert code == 2
+    assert "would be replaced: name another folder, such as the one above" in err
+    assert page.read_text() == before
+
+
 def test_an_interrupted_command_says_how_to_go_on(tmp_path, command, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt

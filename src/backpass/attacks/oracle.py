@@ -17,7 +17,7 @@ from backpass.attacks.losses import Objective, ce
 from backpass.attacks.threat import Threat, per_sample
 from backpass.errors import BackpassError
 
-__all__ = ["LogitsSelector", "Oracle", "Pass", "Verdict"]
+__all__ = ["LogitsSelector", "Oracle", "Pass", "Verdict", "select_logits"]
 
 LogitsSelector = str | int | Callable[[object], Tensor] | None
 
@@ -211,7 +211,7 @@ class Oracle:
                     "statistics: BatchNorm with track_running_stats=True, in eval mode."
                 ) from error
         outputs = output if isinstance(model, Ensemble) else [output]
-        found = [check_logits(_select(one, self.select), count).to(dtype) for one in outputs]
+        found = [check_logits(select_logits(one, self.select), count).to(dtype) for one in outputs]
         if len(classes := {one.shape[1] for one in found}) > 1:
             raise BackpassError(f"members of an ensemble must have the same classes; got {sorted(classes)} outputs.")
         return found[0] if len(found) == 1 else torch.stack(found).mean(0)
@@ -222,7 +222,12 @@ def _mean_size(gradient: Tensor) -> Tensor:
     return per_sample(size, gradient)
 
 
-def _select(output: object, selector: LogitsSelector) -> object:
+def select_logits(output: object, selector: LogitsSelector) -> object:
+    """Return the entry of a model's output that the selector names; the output itself for None.
+
+    Raises:
+        BackpassError: the output has no such entry.
+    """
     if selector is None:
         return output
     if callable(selector):

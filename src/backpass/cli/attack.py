@@ -106,7 +106,8 @@ def attack(
         for normalisation in filter(None, (in_front, getattr(space, "normalisation", None))):
             normalisation.check(images.images.pixels.shape[1])
         few = images.images.x[:2].to(where)
-        outputs = subject.try_on(few, given.data, None if given.classes else images.classes)
+        classes = None if given.classes or images.folders else images.classes
+        outputs = subject.try_on(few, given.data, classes, settings["logits"])
         images = match_classes(images, given.classes, outputs or images.classes, model)
         aside = aside and match_classes(aside, given.classes, outputs or images.classes, model)
         check_rules(subject, ordered, few, given.data)

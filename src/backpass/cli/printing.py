@@ -196,8 +196,8 @@ def print_overview(results: Sequence[Result]) -> None:
     from backpass.report.wording import interval_text
 
     rows: list[Sequence[str] | str] = []
-    for result in results:
-        rows.append(f"{result.experiment}  {result.source}")
+    for result in (result for result in results if result.claims):
+        rows.append(f"{result.experiment}  {result.source or result.title}")
         for claim in result.claims:
             measured = interval_text(estimate(claim), signed=True)
             rows.append((f"{claim.statement} ({claim.quantity})", measured, claim.verdict))

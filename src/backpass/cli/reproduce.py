@@ -56,6 +56,7 @@ def reproduce(
         raise BackpassError("name an experiment, or all; backpass reproduce --list names them.")
     if out.exists() and not out.is_dir():
         raise BackpassError(f"--out {out} is a file: name a folder, new or of an earlier run.")
+    _check_page(out)
     began = time.perf_counter()
     found: list[Done] = []
     failed: list[Failed] = []
@@ -104,12 +105,13 @@ def reproduce(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Where backpass reproduce has written.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="Folder whose folders hold results.", metavar="DIR")],
     markdown: Annotated[Path | None, typer.Option(help="Also write the verdicts to this Markdown file.")] = None,
 ) -> None:
     """Build one page of all results in a folder: every verdict on top, each leading to its experiment."""
     import time
 
+    _check_page(folder)
     began = time.perf_counter()
     damaged: list[BackpassError] = []
     with working("drawing"):
@@ -140,10 +142,26 @@ def verify(
     from backpass.papers.demo import DEMO
 
     found = check(path, (*EXPERIMENTS, DEMO))
-    basis = f"{found.outcomes} files of outcomes" if found.from_outcomes else "the numbers in the result alone"
+    files = f"{found.outcomes} files of outcomes"
+    basis = files if found.from_outcomes else "the numbers in the result"
+    if found.outcomes and not found.from_outcomes:
+        basis += f", SHA-256 of {files} compared"
     if found.problems:
         raise BackpassError(f"{len(found.problems)} of {path} do not agree: " + " ".join(found.problems))
     say(f"{found.claims} verdicts recomputed from {basis}: all agree.")
+
+
+def _check_page(folder: Path) -> None:
+    """Check that the page of verdicts would not replace the page of one result.
+
+    Raises:
+        BackpassError: the folder itself holds a result.
+    """
+    if (folder / "result.json").exists():
+        raise BackpassError(
+            f"{folder / 'report.html'} is the page of {folder / 'result.json'} and would be replaced: name another "
+            "folder, such as the one above."
+        )
 
 
 def _tell(damaged: Sequence[BackpassError]) -> None:

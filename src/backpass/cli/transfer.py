@@ -95,8 +95,8 @@ def transfer(
             normalisation.check(images.images.pixels.shape[1])
         networks = load_named([*sources, *targets], device=where, seed=given.seed, normalisation=in_front, data=images)
         few = images.images.x[:2].to(where)
-        classes = None if given.classes else images.classes
-        outputs = {s.name: s.try_on(few, given.data, classes) for s in networks.values()}
+        classes = None if given.classes or images.folders else images.classes
+        outputs = {s.name: s.try_on(few, given.data, classes, settings["logits"]) for s in networks.values()}
         if len(set(outputs.values())) > 1:
             raise BackpassError(f"the networks have different numbers of outputs: {outputs}. Their classes must agree.")
         some = next(iter(outputs.values()))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from backpass.attacks.oracle import LogitsSelector, select_logits
 from backpass.data import Labelled
 from backpass.data.normalisation import Normalisation, known_normalisation, measured_normalisation
 from backpass.errors import BackpassError
@@ -49,19 +50,25 @@ class Subject:
         """The number of parameters."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def try_on(self, x: Tensor, data: str, classes: int | None = None) -> int | None:
+    def try_on(self, x: Tensor, data: str, classes: int | None = None, logits: LogitsSelector = None) -> int | None:
         """Call the network on a few images (N, C, H, W) and return its number of outputs, None where it has no logits.
 
         More outputs than the data has classes are warned of.
 
+        Args:
+            x: the images.
+            data: name of the data, for messages.
+            classes: number of classes of the data; None: not compared.
+            logits: place of the logits in the network's output.
+
         Raises:
-            BackpassError: the network does not take them.
+            BackpassError: the network does not take the images, or its output has no such place.
         """
         was = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
-                output = self.model(x.clone())
+                output = select_logits(self.model(x.clone()), logits)
             if classes and isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > classes:
                 _LOG.warning("%s has %d outputs, and %s %d classes.", self.name, output.shape[1], data, classes)
             return output.shape[1] if isinstance(output, Tensor) and output.dim() == 2 else None

@@ -42,7 +42,8 @@ def verdicts(results: Sequence[Result]) -> str:
         run = {name: setting(value) for name, value in result.environment.items()}
         torch = result.environment["versions"].get("torch", "?")
         data = str(run.get("data", "?")).rstrip(".")
-        about = f"{result.source}. Scale {result.scale}, {data}; {run.get('device', '?')}, torch {torch}, "
+        source = f"{result.source}. " if result.source else ""
+        about = f"{source}Scale {result.scale}, {data}; {run.get('device', '?')}, torch {torch}, "
         parts.append(f"\n## {_escaped(result.experiment)}: {_escaped(result.title)}\n")
         when = f", {run['date']}" if "date" in run else ""
         parts.append(_escaped(f"{about}{run.get('seconds', '?')} s{when}.") + "\n")

@@ -24,7 +24,7 @@ def overview(results: Sequence[Result]) -> str:
 
     The filters are radio buttons that style sheets read, so that the page has no script.
     """
-    pages = [shown(result, f"{result.experiment}-{result.scale}-") for result in results]
+    pages = [shown(result, f"{place}-{result.experiment}-{result.scale}-") for place, result in enumerate(results, 1)]
     claims = [(result, claim) for result in results for claim in result.claims]
     filters: dict[str, Mapping[str, int]] = {
         "Paper": Counter(paper_of(result) for result, _ in claims),
@@ -62,7 +62,9 @@ def read_results(
     """
     paths = sorted({*folder.glob("result.json"), *folder.glob("*/result.json"), *folder.glob("*/*/result.json")})
     if not paths:
-        raise BackpassError(f"there is no result.json in {folder} or its folders: run backpass reproduce first.")
+        raise BackpassError(
+            f"there is no result.json in {folder} or its folders: name a folder in which results were written."
+        )
     results = []
     for path in paths:
         try:

@@ -12,7 +12,7 @@ from backpass.report.claims import Claim, count_verdicts
 from backpass.report.plots import inline_svg, interval_svg
 from backpass.report.result import Cell, Result, Series
 from backpass.report.statistics import Interval
-from backpass.report.wording import anchor, number, setting
+from backpass.report.wording import NO_IMAGE, anchor, number, setting
 from backpass.wording import visible
 
 __all__ = ["estimate", "page", "render", "shown", "write_report"]
@@ -110,6 +110,8 @@ def _cell(value: Cell, *, signed: bool = False) -> Any:
         return Markup('<data value="{}">{}</data>').format(value, f"{value:,}")
     if isinstance(value, float):
         return Markup('<data value="{}">{}</data>').format(repr(value), f"{value:g}")
+    if value.n == 0:
+        return NO_IMAGE
     if math.isnan(value.low):
         return datum(value.mean)
     return Markup('<span class="interval">{} <span class="ends">[{}, {}]</span></span>').format(

@@ -139,7 +139,8 @@ def _draw_svg(series: Sequence[Series], *, size: tuple[float, float], background
                 )
         for panel in panels:
             panel.set_axis_off()
-        if background != "none" and any(math.isnan(i.mean) for one in series for c in one.curves for i in c.intervals):
+        intervals = [interval for one in series for curve in one.curves for interval in curve.intervals]
+        if background != "none" and any(one.n and math.isnan(one.mean) for one in intervals):
             figure.supxlabel("\N{MULTIPLICATION SIGN}: a run diverged", fontsize=9)  # a page explains it below
         if len(series) == 1:
             labels = [_legend_label(curve.label) for curve in series[0].curves]
@@ -226,7 +227,7 @@ def _draw_curve(axes: Any, curve: Curve, index: int) -> None:
         linewidth=0,
     )
     band.set_gid(f"band-{index + 1}")
-    lost = [x for x, i in zip(curve.x, intervals, strict=True) if not math.isfinite(i.mean)]
+    lost = [x for x, i in zip(curve.x, intervals, strict=True) if i.n and not math.isfinite(i.mean)]
     if lost:
         crosses = axes.plot(
             lost if few else lost[:1],

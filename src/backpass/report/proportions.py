@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,15 +87,17 @@ def rate_of(text: str) -> Rate:
 
 
 def marks_difference(ours: str, theirs: str) -> PairedDifference:
-    """Compare the `marks` of two outcomes on the images that both count.
+    """Compare the `marks` of two outcomes on the images that both count; all ``nan`` without such an image.
 
     Raises:
-        BackpassError: the two differ in length, or count no common image.
+        BackpassError: the two differ in length.
     """
     if len(ours) != len(theirs):
         raise BackpassError(f"paired outcomes must be of the same images, got {len(ours)} and {len(theirs)}.")
     pairs = [(a == "1", b == "1") for a, b in zip(ours, theirs, strict=True) if "-" not in (a, b)]
-    both = torch.tensor(pairs, dtype=torch.bool).reshape(-1, 2)
+    if not pairs:
+        return PairedDifference(0, 0, Interval(math.nan, math.nan, math.nan, 0), 1.0)
+    both = torch.tensor(pairs, dtype=torch.bool)
     return paired_difference(both[:, 0], both[:, 1])
 
 
@@ -126,22 +128,16 @@ def judge_images(
         published: the source's own number.
         setting: where it was measured.
     """
-    told: dict[str, Any] = {
-        "setting": setting,
-        "id": id,
-        "statement": statement,
-        "quantity": quantity,
-        "reference": reference,
-        "published": published,
-    }
-    if all("-" in pair for pair in zip(ours, theirs, strict=True)):
-        none = (math.nan, math.nan)
-        return Claim(**told, verdict="undecided", estimate=math.nan, interval=none, n=0, p=1.0)
     found = marks_difference(ours, theirs)
     interval, p = found.interval, found.p if found.interval.n >= FEWEST_PAIRS else 1.0
     ahead = (interval.mean > 0) == (direction == "higher")
     return Claim(
-        **told,
+        setting=setting,
+        id=id,
+        statement=statement,
+        quantity=quantity,
+        reference=reference,
+        published=published,
         verdict=worded(ahead if p < 1 - LEVEL else None, setting),
         estimate=interval.mean,
         interval=(interval.low, interval.high),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read_result"]
 
-_AGAIN = "Delete it: backpass reproduce writes it again, from the pieces that are finished."
+_AGAIN = "Delete it, and run the command that wrote it again: finished parts are kept."
 
 
 def read_result(path: Path) -> Result:

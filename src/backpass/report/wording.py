@@ -7,7 +7,10 @@ import re
 
 from backpass.report.statistics import Interval
 
-__all__ = ["anchor", "interval_text", "number", "setting"]
+__all__ = ["NO_IMAGE", "anchor", "interval_text", "number", "setting"]
+
+NO_IMAGE = "no image"
+"""Text of a share or a difference where no image counts."""
 
 
 def anchor(text: str) -> str:
@@ -33,6 +36,8 @@ def number(value: float, *, signed: bool = False) -> str:
 
 def interval_text(interval: Interval, *, signed: bool = False) -> str:
     """Format an interval as ``mean [low, high]``, or as the mean if an end is not finite."""
+    if interval.n == 0:
+        return NO_IMAGE
     mean = number(interval.mean, signed=signed)
     if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
         return mean

@@ -118,11 +118,21 @@ def test_a_network_that_has_nothing_right_leaves_nothing_to_attack(tmp_path, hom
     assert limit > 3
     ended = run(
         "attack", "--model", "mymodel:Net", "--weights", str(tmp_path / "wrong.pt"), "--data", "digits", "--limit",
-        str(limit), "--eps", "0.1", "--rule", "bp", "--rule", "linbp", "--out", str(tmp_path / "run"),
+        str(limit), "--eps", "0.1", "--eps", "0.2", "--rule", "bp", "--rule", "linbp", "--out", str(tmp_path / "run"),
     )  # fmt: skip
     assert ended.exit_code == 0, ended.output
     assert "There is nothing to attack" in words(ended.output)
     assert "diverged" not in (tmp_path / "run" / "report.html").read_text()
+    ended = run(
+        "transfer", "--source", "mymodel:Net@net.pt", "--target", f"mymodel:Net@{tmp_path / 'wrong.pt'}", "--data",
+        "digits", "--limit", str(limit), "--eps", "0.1", "--rule", "bp", "--rule", "linbp",
+        "--out", str(tmp_path / "shown"),
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.output
+    assert "no image" in ended.output
+    assert "diverged" not in ended.output
+    confirmed = run("verify", str(tmp_path / "shown")).output
+    assert "from the numbers in the result, SHA-256 of 4 files of outcomes compared: all agree." in confirmed
 
 
 def test_normalisation_in_front_of_a_network_is_that_network_on_normalised_images(tmp_path):

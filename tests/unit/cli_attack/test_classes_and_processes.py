@@ -94,9 +94,10 @@ def test_other_outputs_than_folders_are_refused_and_empty_folders_allowed(tmp_pa
         "--out",
         str(tmp_path / "out"),
     ]
-    refused = run(*command)
-    assert "mymodel:Net has 10 outputs" in str(refused.exception)
-    assert "--classes FILE" in str(refused.exception)
+    for own in ([], ["--model", "mymodel:Pair", "--logits", "logits"]):
+        refused = run(*command, *own)
+        assert " has 10 outputs" in str(refused.exception)
+        assert "--classes FILE" in str(refused.exception)
     for i in range(4, 10):
         (tmp_path / "images" / str(i)).mkdir()
     assert run(*command).exit_code == 0

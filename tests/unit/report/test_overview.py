@@ -24,7 +24,8 @@ def claim(name, verdict, setting):
                  interval=(0.5, 1.5), n=7, setting=setting, published="there 2 %", reference="there")  # fmt: skip
 
 
-RESULTS = [
+RESULTS = [  # two of one experiment, as two attacks in one folder
+    replace(BASE, source=""),
     replace(BASE, claims=[claim("a", "replicated", "the claim's"), claim("b", "undecided", "elsewhere")]),
     replace(BASE, experiment="two", source="C, ICLR 2018", claims=[claim("c", "undecided", "elsewhere")]),
 ]
@@ -78,7 +79,9 @@ def test_every_link_has_its_target_and_the_page_runs_no_script():
     page = Rows(overview(RESULTS))
     assert len(page.ids) == len(set(page.ids))
     assert set(page.links) <= set(page.ids)
-    assert {"one-small-top", "one-small-a", "two-small-top", "two-small-c"} <= set(page.links)
+    assert {"1-one-small-top", "2-one-small-top", "2-one-small-a", "3-two-small-top", "3-two-small-c"} <= set(
+        page.links
+    )
     assert "script" not in page.tags
 
 
