@@ -47,8 +47,8 @@ def flat(tensors: dict[str, Tensor], names: Iterable[str]) -> Tensor:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|."""
-    return float((found - expected).norm() / expected.norm())
+    """|found - expected| / |expected|, and 0 where both are 0."""
+    return float((found - expected).norm() / expected.norm()) if found.any() or expected.any() else 0.0
 
 
 EXACT = ProxProp(tau=0.5, norms=True)
