@@ -174,7 +174,7 @@ FOOLED = Measurement(label="images fooled", unit="percentage points", key="foole
 """Measurement of `attack_images`, one number per network."""
 
 FOOLED_IMAGES = Measurement(label="images fooled", unit="percentage points", key="images", images=True)
-"""The same by image, for comparisons over the images of few networks."""
+"""Images fooled, image by image, for comparisons over the images of few networks."""
 
 
 def halving(nth: int, word: str) -> Measurement:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from backpass.experiments.experiment import Arm, Design, Experiment, Plot, Runs, Values
+from backpass.experiments.experiment import Arm, Design, Experiment, Outcome, Plot, Runs, Values
 from backpass.experiments.judging import RunsByArm, arm_label, judge_all, pairs_of
 from backpass.experiments.outcomes import Store, Task
 from backpass.report.claims import CORRECTED, Claim
@@ -23,7 +23,12 @@ __all__ = ["describe", "device_text"]
 
 
 def describe(
-    experiment: Experiment, scale: str, found: RunsByArm, tasks: Sequence[Task], store: Store, device: torch.device
+    experiment: Experiment,
+    scale: str,
+    found: RunsByArm,
+    read: Mapping[str, tuple[Task, Outcome]],
+    store: Store,
+    device: torch.device,
 ) -> Result:
     """Test the claims of an experiment and return the content of its report.
 
@@ -31,7 +36,7 @@ def describe(
         experiment: the experiment.
         scale: name of the scale, ``small`` or ``paper``.
         found: runs by group and arm.
-        tasks: tasks whose outcomes were read.
+        read: each task with its outcome, by file name.
         store: store of the outcomes.
         device: device that the runs used.
     """
@@ -48,7 +53,7 @@ def describe(
             **environment(
                 device=device_text(device), threads=torch.get_num_threads(), data=design.data(), seeds=design.seeds
             ),
-            "seconds": round(math.fsum(_wall(found)), 1),
+            "seconds": round(math.fsum(outcome["wall seconds"] for _, outcome in read.values()), 1),
         },
         settings={**_settings(design), **({"chosen": chosen} if chosen else {})},
         series=[series for plot in design.plots for series in _plots(plot, design, found)],
@@ -56,7 +61,7 @@ def describe(
         tables=[made for group, arms in design.groups() if (made := _table(group, arms, design, found)) is not None],
         numbers={
             "pairs": {one.id: pairs_of(one, found) for one in design.comparisons},
-            "outcomes": {name: digest for task in tasks for name, digest in store.hashes(task).items()},
+            "outcomes": {name: digest for task, _ in read.values() for name, digest in store.hashes(task).items()},
         },
         plots_note=experiment.plots_note,
         claims_note=f"{experiment.claims_note} {CORRECTED}",
@@ -67,13 +72,6 @@ def describe(
 def device_text(device: torch.device) -> str:
     """Return the device as text, with the name of the GPU for CUDA."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def _wall(found: RunsByArm) -> set[float]:
-    """Return the wall-clock seconds of every run; a run that several arms share counts once."""
-    return {
-        one["wall seconds"] for runs in found.values() for outcomes in runs.by_candidate.values() for one in outcomes
-    }
 
 
 def _findings(design: Design, found: RunsByArm, claims: Sequence[Claim]) -> list[Finding]:

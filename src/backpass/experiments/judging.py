@@ -18,26 +18,27 @@ RunsByArm = Mapping[tuple[str, str], Runs]
 """Runs by (group, name of the arm)."""
 
 
-def collect(design: Design, store: Store, device: str) -> tuple[RunsByArm, list[Task]]:
+def collect(design: Design, store: Store, device: str) -> tuple[RunsByArm, dict[str, tuple[Task, Outcome]]]:
     """Read every outcome of a scale and select the candidate of each arm.
 
     Returns:
-        The runs by group and arm, and the tasks whose outcomes were read.
+        The runs by group and arm, and each task with its outcome by file name; several arms may share one.
 
     Raises:
         BackpassError: an outcome is missing or damaged.
     """
     outcomes: dict[tuple[str, str], dict[str, list[Outcome]]] = {}
-    tasks = []
+    read: dict[str, tuple[Task, Outcome]] = {}
     for key, label, task in tasks_of(design, device):
-        outcome = store.read(task)
-        if outcome is None:
-            raise BackpassError(f"the outcome of {task.label} is not in {store.folder}, or damaged: run it again.")
-        outcomes.setdefault(key, {}).setdefault(label, []).append(outcome)
-        tasks.append(task)
+        if task.name not in read:
+            outcome = store.read(task)
+            if outcome is None:
+                raise BackpassError(f"the outcome of {task.label} is not in {store.folder}, or damaged: run it again.")
+            read[task.name] = task, outcome
+        outcomes.setdefault(key, {}).setdefault(label, []).append(read[task.name][1])
     arms = {(arm.group, arm.name): arm for arm in design.arms}
     found = {key: Runs(arm=arms[key], by_candidate=of, chosen=_choose(design, of)) for key, of in outcomes.items()}
-    return found, tasks
+    return found, read
 
 
 def _choose(design: Design, outcomes: Mapping[str, Sequence[Outcome]]) -> str:

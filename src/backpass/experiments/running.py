@@ -162,8 +162,8 @@ def run_here(
             kept.write(task, outcome)
     if not store:
         return None
-    found, tasks = collect(experiment.design(scale), kept, context.device.type)
-    return describe(experiment, scale, found, tasks, kept, context.device), found
+    found, read = collect(experiment.design(scale), kept, context.device.type)
+    return describe(experiment, scale, found, read, kept, context.device), found
 
 
 def _compute(
@@ -234,9 +234,9 @@ def _conclude(
 ) -> Done | Failed:
     """Test the claims of an experiment whose outcomes are complete, and write its report."""
     try:
-        found, tasks = collect(experiment.design(scale), store, device.type)
+        found, read = collect(experiment.design(scale), store, device.type)
         folder = out / experiment.name
-        result = describe(experiment, scale, found, tasks, store, device)
+        result = describe(experiment, scale, found, read, store, device)
         kept = None if computed else _kept(folder, result)
         if kept is not None:
             return Done(result=kept, paths=(folder / "report.html", folder / "result.json"), kept=True)

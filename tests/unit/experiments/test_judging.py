@@ -8,7 +8,7 @@ import torch
 from backpass.errors import BackpassError
 from backpass.experiments.experiment import Comparison, Measurement, Runs
 from backpass.experiments.judging import collect, judge_all, pairs_of
-from backpass.experiments.outcomes import Store
+from backpass.experiments.outcomes import Store, tasks_of
 from support.experiments import VALUE, arm, claim, constant, experiment, table
 
 
@@ -30,15 +30,22 @@ def test_an_impossible_table_is_refused(make, message):
 def test_the_candidate_with_fewest_diverged_runs_and_then_the_highest_mean_is_chosen(tmp_path):
     scale, store = table(arm("a", 1.0, 2.0, 3.0), seeds=2), Store(tmp_path)
     values = {1.0: [5.0, 5.0], 2.0: [6.0, 6.0], 3.0: [99.0, math.nan]}
-    from backpass.experiments.outcomes import tasks_of
-
     for _, _, task in tasks_of(scale, "cpu"):
         store.write(task, {"curve": [0.0, values[task.settings.shift][task.seed]], "seconds": 1.0})
-    found, tasks = collect(scale, store, "cpu")
+    found, read = collect(scale, store, "cpu")
     assert found["", "a"].chosen == "2"
-    assert len(tasks) == 6
+    assert len(read) == 6
     with pytest.raises(BackpassError, match=r"outcome of a 1, seed 0 is not in"):
         collect(scale, Store(tmp_path / "empty"), "cpu")
+
+
+def test_a_run_that_arms_share_is_read_once(tmp_path):
+    design, store = table(arm("a", 1.0), arm("b", 1.0), arm("c", 2.0)), Store(tmp_path)
+    for number, (_, _, task) in enumerate(tasks_of(design, "cpu")):
+        store.write(task, {"curve": [0.0], "wall seconds": float(number)})
+    found, read = collect(design, store, "cpu")
+    assert len(read) == 2 * len(design.seeds)
+    assert all(x is y for x, y in zip(*(found["", name].by_candidate["1"] for name in "ab"), strict=True))
 
 
 def test_measurements_read_numbers_curves_draws_and_pairs():
