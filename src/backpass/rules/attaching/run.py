@@ -403,6 +403,8 @@ class Run:
         self.nodes.clear()
         for site in self.made.values():
             site.node = None
+        for call in self.entered:
+            call.origins = call.x = None
 
     def _settle(self, site: SiteCall, chosen: bool) -> None:
         if site.selected is not None and site.selected != chosen:
