@@ -1,4 +1,4 @@
-"""The errors that backpass raises on purpose: each says what was expected, what came and what to do."""
+"""Errors of backpass: each message says what was expected, what was received and what to do."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ __all__ = ["BackpassError", "NoSiteError", "UnknownNameError"]
 
 
 class BackpassError(ValueError):
-    """Any mistake in the use of backpass; the message says what was expected, what came, what to do."""
+    """Invalid use of backpass; the message says what was expected, what was received and what to do."""
 
 
 class NoSiteError(BackpassError):
-    """A rule selects no operation of the model, so it would silently stay plain backpropagation."""
+    """A rule selects no operation of the model, so the backward pass would stay plain."""
 
 
 class UnknownNameError(BackpassError):
-    """A name that is not known; the message offers the nearest known one.
+    """An unknown name; the message offers the nearest known one.
 
     Args:
-        kind: what the name should have named, for instance ``"rule"``.
-        name: the name that came.
-        known: the names that there are.
+        kind: kind of thing named, for instance ``"rule"``.
+        name: the unknown name.
+        known: all known names.
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Numbers among settings, and as users write them: 8/255, 0.03, 1e-2."""
+"""Checks of numbers, and numbers as users write them: 8/255, 0.03, 1e-2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_DIGITS = 18  # no count or size here is longer, and Python reads no number
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether this is a finite int or float; a bool is none, nor is an int that no float can hold."""
+    """Return whether this is a finite int or float, no bool, within the range of floats."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -23,15 +23,15 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def is_whole(value: object, least: int) -> TypeGuard[int]:
-    """Return whether this is an int of at least ``least`` that 64 bits hold; a bool is none."""
+    """Return whether this is an int from ``least`` to 2**63 - 1, no bool."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def read_number(text: str, name: str = "a number") -> float:
-    """A finite number, also as a fraction such as ``8/255``.
+    """Read a finite number or a fraction such as ``8/255``.
 
     Raises:
-        BackpassError: the text is something else.
+        BackpassError: the text has another form.
     """
     top, slash, bottom = text.partition("/")
     try:
@@ -44,21 +44,21 @@ def read_number(text: str, name: str = "a number") -> float:
 
 
 def read_numbers(text: str, name: str) -> tuple[float, ...]:
-    """Numbers with commas between them.
+    """Read numbers separated by commas.
 
     Raises:
-        BackpassError: the text is something else.
+        BackpassError: the text has another form.
     """
     return tuple(read_number(part.strip(), name) for part in text.split(","))
 
 
 def is_whole_text(text: str) -> bool:
-    """Return whether a text is a whole number at least 0, in ASCII digits alone, of a length that can be meant."""
+    """Return whether a text is a whole number of 1 to 18 ASCII digits."""
     return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 
 
 def fraction_text(value: float) -> str:
-    """A length of the pixel range as people write it: a short decimal, or else 255ths."""
+    """Format a radius or step size in pixels: as a short decimal, or else in 255ths."""
     short = f"{value:.3g}"
     if float(short) == value:
         return short

@@ -1,8 +1,8 @@
-"""Augmentation: random crops and mirror images, the same for a sample and an epoch however samples are batched.
+"""Augmentation by random crops and mirroring that does not depend on how samples are batched.
 
-The draws of a sample are bits of one 64-bit hash of (seed, index, epoch), the finaliser of splitmix64 after each word;
-the arithmetic is that of wrapping 64-bit integers, hence the same on every device, and no generator has a state to
-disturb. Source: Steele, Lea, Flood, Fast splittable pseudorandom number generators (OOPSLA 2014).
+The random numbers of a sample are bits of a 64-bit hash of (seed, index, epoch), with the finaliser of splitmix64
+after each word. Wrapping 64-bit integers give the same numbers on every device, and no generator is used.
+Source: Steele, Lea, Flood, Fast splittable pseudorandom number generators (OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Augmentation", "draw"]
 
-_PURPOSE = 0x6175676D656E7421  # of these draws, so that they are not those of another use of the same words
+_PURPOSE = 0x6175676D656E7421  # separates these random numbers from other uses of the same seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """y = crop(pad(x, crop), size of x), then mirrored with probability 1/2; and from uint8 to [0, 1].
+    """Augment images: y = crop(pad(x, crop), size of x), mirrored with probability 1/2, from uint8 to [0, 1].
 
-    Offsets are uniform in 0..2 * crop, rows and columns apart; the border is 0, that is black. The draws depend on the
-    batch's seed and epoch and on the sample's index alone, not on the batch, its order, or the number of processes.
+    Row and column offsets are independent and uniform in 0..2 * crop; the border is 0 (black). The result depends on
+    the seed, the epoch and the sample's index alone, not on the batch, its order or the number of processes.
 
     Args:
-        crop: pixels of border on every side; 0 leaves images where they are.
-        flip: whether half of the images are mirrored.
-        white: the uint8 value that becomes 1.0; images that are floats already keep their values.
+        crop: pixels of border on every side; 0: no crop.
+        flip: mirror each image with probability 1/2.
+        white: uint8 value that becomes 1.0; float images keep their values.
 
     Raises:
         BackpassError: ``crop`` is below 0, or ``white`` below 1.
 
-    Source: the usual augmentation of CIFAR-10, after He et al., Deep residual learning (CVPR 2016), Section 4.2.
+    Source: He et al., Deep residual learning (CVPR 2016), Section 4.2.
     """
 
     crop: int = 4
@@ -53,11 +53,11 @@ class Augmentation:
 
     @classmethod
     def parse(cls, text: str) -> Augmentation:
-        """``crop``, ``crop=2`` and ``flip``, with commas between; without words, images stay as they are.
+        """Read ``crop``, ``crop=2`` and ``flip``, separated by commas; an empty text is no augmentation.
 
         Raises:
-            UnknownNameError: a word is another.
-            BackpassError: a word has no such value.
+            UnknownNameError: a word is unknown.
+            BackpassError: a value is invalid.
         """
         crop, flip = 0, False
         for part in filter(None, text.replace(" ", "").split(",")):
@@ -73,17 +73,17 @@ class Augmentation:
         return cls(crop=crop, flip=flip)
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """The images of a batch, augmented on their device.
+        """Return the augmented images of a batch.
 
         Args:
             x: (B, C, H, W), uint8 or float.
-            batch: whose ``index`` (B,), ``epoch`` and ``seed`` name the draws.
+            batch: its ``index`` (B,), ``epoch`` and ``seed`` determine the random numbers.
 
         Returns:
             (B, C, H, W), float.
 
         Raises:
-            BackpassError: x has another shape.
+            BackpassError: x has another shape, or another number of samples than the index.
         """
         if x.ndim != 4 or len(batch.index) != len(x):
             raise BackpassError(
@@ -99,13 +99,13 @@ class Augmentation:
 
 
 def draw(seed: int, index: Tensor, epoch: int, places: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uniform draws of samples: two whole numbers below ``places``, and a coin.
+    """Draw two whole numbers below ``places`` and a coin for each sample.
 
     Args:
         seed: any integer.
-        index: (B,) int64, of the samples.
+        index: (B,) int64, indices of the samples.
         epoch: any integer.
-        places: at least 1; a number's probability is off by less than 2**-31.
+        places: at least 1; probabilities are exact to 2**-31.
 
     Returns:
         (B,) int64, (B,) int64, (B,) bool.
@@ -118,7 +118,7 @@ def draw(seed: int, index: Tensor, epoch: int, places: int) -> tuple[Tensor, Ten
 
 
 def _crop(x: Tensor, border: int, rows: Tensor, columns: Tensor, mirrored: Tensor) -> Tensor:
-    """``x`` shifted by rows and columns inside its zero border, and mirrored: one gather for the whole batch."""
+    """Shift x inside its zero border and mirror it, by one gather for the whole batch."""
     count, channels, height, width = x.shape
     down, right = (torch.arange(side, device=x.device) for side in (height, width))
     row = rows[:, None] + down
@@ -129,7 +129,7 @@ def _crop(x: Tensor, border: int, rows: Tensor, columns: Tensor, mirrored: Tenso
 
 
 def _signed(word: int) -> int:
-    """The integer in [-2**63, 2**63) equal to `word` modulo 2**64."""
+    """Return the integer in [-2**63, 2**63) that equals `word` modulo 2**64."""
     return (word + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
@@ -139,7 +139,7 @@ _ROUNDS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)),
 
 
 def _mix(z: Tensor) -> Tensor:
-    """The finaliser of splitmix64, in place: three times z ^= z >>> shift, z *= factor."""
+    """Apply the finaliser of splitmix64 in place: three times z ^= z >>> shift, z *= factor."""
     for shift, factor in _ROUNDS:
         # `>>` on int64 repeats the sign bit; the mask makes the shift logical.
         z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)

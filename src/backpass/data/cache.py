@@ -1,4 +1,4 @@
-"""Decoded data sets on disk: mapped, not read; written whole or not at all; found again by what they were made from.
+"""Cache of decoded data sets: memory-mapped files, found by a hash of their source.
 
 A file is a line of JSON (shape, formats, digest) padded to 4096 bytes, then the pixels, then the labels: numbers only.
 Every byte is checked against the digest when the file has changed since it was checked last, by size or by its times.
@@ -25,12 +25,12 @@ from backpass.files import write_whole
 __all__ = ["cache_folder", "cached", "content_key"]
 
 _LOG = logging.getLogger(__name__)
-_LAYOUT = 3  # of the files below and of how images are decoded; another number makes other keys
+_LAYOUT = 3  # version of the files' layout and of the decoding; part of every key
 _HEADER = 4096
 
 
 def cache_folder() -> Path:
-    """``$BACKPASS_CACHE``, else ``$XDG_CACHE_HOME/backpass``, else ``backpass`` where the platform keeps caches."""
+    """Return ``$BACKPASS_CACHE``, else ``$XDG_CACHE_HOME/backpass``, else ``backpass`` in the platform's cache."""
     if own := os.environ.get("BACKPASS_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 
 def content_key(files: Iterable[Path], words: Iterable[str]) -> str:
-    """A hash of the bytes of files, in their order, and of words that say how they are read."""
+    """Return a hash of the bytes of files, in their order, and of the settings by which they are read."""
     key = hashlib.blake2b(f"{_LAYOUT}".encode(), digest_size=16)
     for word in words:
         key.update(b"\0" + word.encode(errors="surrogatepass"))
@@ -52,10 +52,10 @@ def content_key(files: Iterable[Path], words: Iterable[str]) -> str:
 
 
 def cached(key: str, make: Callable[[], Decoded]) -> Decoded:
-    """The data set of this key, mapped from the cache, or made and kept there.
+    """Return the data set of this key, mapped from the cache, or made and stored there.
 
-    The tensors are copy-on-write: what a caller writes into them stays in its process. A damaged file is made anew; a
-    cache that cannot be written costs only time.
+    The tensors are copy-on-write: changes stay in this process. A damaged file is made again. Where the cache cannot be
+    written, the data set is made each time.
     """
     path = cache_folder() / "data" / f"{key}.images"
     found = _read(path)
@@ -120,12 +120,12 @@ def _digest(head: dict[str, Any], pixels: memoryview, labels: memoryview) -> str
 
 
 def _padding(count: int) -> int:
-    """Bytes after the pixels, so that the labels are aligned."""
+    """Return the number of bytes after the pixels that align the labels."""
     return -count % torch.int64.itemsize
 
 
 def _stamp(path: Path) -> str:
-    """Changes whenever the file is written, cut, replaced, or its times are set."""
+    """Return a text that changes when the file is written, truncated, replaced or touched."""
     now = path.stat()
     return f"{now.st_size} {now.st_mtime_ns} {now.st_ctime_ns} {now.st_ino}"
 
@@ -138,7 +138,7 @@ def _was_checked(path: Path) -> bool:
 
 
 def _note_checked(path: Path) -> None:
-    """Best effort: without the note the file is checked again next time."""
+    """Store that the file was checked; if that fails, it is checked again next time."""
     try:
         write_whole(path.with_suffix(".checked"), _stamp(path))
     except OSError as error:

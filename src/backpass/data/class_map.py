@@ -73,7 +73,7 @@ def _read(file: Path) -> Any:
 
 
 def _indices(content: Any, names: tuple[str, ...], file: Path) -> list[int]:
-    """The output of each class."""
+    """Return the output of each class."""
     if isinstance(content, list) and content and all(type(one) is int for one in content):
         if len(content) != len(names):
             raise BackpassError(

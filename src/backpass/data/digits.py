@@ -1,4 +1,4 @@
-"""Scikit-learn's digits: 1,797 real handwritten digits of 8x8 pixels, on disk with scikit-learn itself."""
+"""Scikit-learn's 1,797 handwritten digits of 8x8 pixels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["load_digits"]
 
 
 def load_digits(*, test_fraction: float = 0.25, seed: int = 0) -> Split:
-    """The digits, split by class so that both parts hold every digit in the same proportion.
+    """Load the digits with a stratified split.
 
     Args:
-        test_fraction: the part of every class that is held out, in (0, 1).
-        seed: of the split; the global random state is not touched.
+        test_fraction: fraction of every class that is held out, in (0, 1).
+        seed: seed of the split; the global random state is not touched.
 
     Returns:
         Images (N, 1, 8, 8), uint8 in 0..16, with ten classes.

@@ -1,4 +1,4 @@
-"""A tenth of every class, always the same, for folders of images that have no parts of their own."""
+"""The held-out tenth of folders of images without a training and a test part."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from backpass.errors import BackpassError
 __all__ = ["HELD_OUT", "held_out_rows"]
 
 HELD_OUT = "held-out"
-"""The name of that part; training learns from the rest."""
+"""Name of the part; training uses the rest."""
 
 _PART = 0.1
 
 
 def held_out_rows(labels: Tensor, name: str) -> Tensor:
-    """Choose a tenth of each class to be held out: a mask (N,) bool for labels (N,).
+    """Return a mask (N,) of the held-out samples, a tenth of each class of labels (N,), always the same.
 
     Raises:
         BackpassError: nothing would be left to learn from.

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: their Parquet files, downloaded once, never any code."""
+"""Parquet files of the Hugging Face hub's data sets, downloaded once; no code of the hub is run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Fetched:
         repository: ``owner/name``.
         revision: the commit, 40 hexadecimal digits.
         names: the files' paths in the repository.
-        files: where they are on this machine, in the same order.
+        files: their paths on this machine, in the same order.
     """
 
     repository: str
@@ -104,7 +104,7 @@ def _look_up(name: DataName, repository: str, split: str) -> tuple[str, tuple[st
 
 
 def _list(name: DataName, repository: str, revision: str | None) -> tuple[str, list[str]] | None:
-    """The commit of a revision and its Parquet files; nothing where there is no such revision of its own making."""
+    """Return the commit of a revision and its Parquet files; None where the hub made no such revision."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -157,7 +157,7 @@ def _choose(repository: str, files: Sequence[str], config: str | None, split: st
 
 
 def _download(name: DataName, revision: str, files: Sequence[str], *, local: bool) -> tuple[Path, ...] | None:
-    """The files on this machine; nothing where only local ones are wanted and one is not there."""
+    """Return the files on this machine; None where one is missing, on this machine if ``local``, else on the hub."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

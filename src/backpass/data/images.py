@@ -1,4 +1,4 @@
-"""Labelled images as uint8 tensors, seen as floats in [0, 1]."""
+"""Labelled images as uint8 tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Images:
     Attributes:
         pixels: (N, C, H, W), uint8 in 0..``white``.
         labels: (N,), int64 in 0..classes-1.
-        white: the pixel value that is 1.0 as a float.
+        white: pixel value that becomes 1.0.
     """
 
     pixels: Tensor
@@ -28,24 +28,24 @@ class Images:
 
     @property
     def x(self) -> Tensor:
-        """The images as floats, (N, C, H, W) in [0, 1]."""
+        """Images as floats, (N, C, H, W) in [0, 1]."""
         return self.pixels.float() / self.white
 
     @property
     def y(self) -> Tensor:
-        """The labels, (N,)."""
+        """Labels, (N,)."""
         return self.labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Images to learn from, and images held out.
+    """Training and test images.
 
     Attributes:
-        description: one line for reports: which data, how many, how split.
-        classes: the number of classes.
-        train: what a network learns from.
-        test: what it never sees while it learns.
+        description: one line for reports.
+        classes: number of classes.
+        train: training images.
+        test: test images.
     """
 
     description: str

@@ -1,4 +1,4 @@
-"""From what a user names with ``--data`` to labelled images."""
+"""Labelled images by what a user names with ``--data``."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Labelled:
     """One part of a data set.
 
     Attributes:
-        name: as it was asked for.
-        split: which part.
+        name: as the user gave it.
+        split: name of the part.
         description: one line for reports.
         images: pixels and labels.
-        classes: how many there are, whether or not these images have them all.
-        class_names: by label, or ``None`` where the data does not say.
-        warning: what a reader of numbers measured on these images must know, or nothing.
-        folders: whether classes are folders, numbered by their names alone.
+        classes: number of classes, also of those without an image here.
+        class_names: names by label, or None where the data has none.
+        warning: caveat for accuracies on these images, or an empty text.
+        folders: whether the classes are folders, numbered in the order of their names.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Labelled:
     folders: bool = False
 
     def class_name(self, label: int) -> str:
-        """The name of a class, or its number."""
+        """Return the name of a class, or its number."""
         names = self.class_names
         return names[label] if names is not None and 0 <= label < len(names) else str(label)
 
     def first(self, count: int | None) -> Labelled:
-        """The first ``count`` images; all where it is ``None`` or larger than what there is.
+        """Return the first ``count`` images; all of them for None or a larger number.
 
         Raises:
             BackpassError: ``count`` is below 1.
@@ -65,28 +65,28 @@ class Labelled:
         return self.some(slice(count), f"the first {count:,} of them")
 
     def some(self, rows: Tensor | slice, words: str) -> Labelled:
-        """The images of some rows; ``words`` are added to the description."""
+        """Return the images of some rows; ``words`` are added to the description."""
         chosen = replace(self.images, pixels=self.images.pixels[rows], labels=self.images.labels[rows])
         return replace(self, images=chosen, description=f"{self.description}; {words}")
 
 
 def load_data(name: str, *, split: str = "test") -> Labelled:
-    """A data set by name, or from a folder.
+    """Load a data set by name, or from a folder.
 
     Args:
         name: ``digits``; a data set in the folder that the environment variable BACKPASS_DATA names, such as
             ``mnist`` and ``cifar10``; one of the Hugging Face hub as ``owner/name``, downloaded once (``mnist`` and
             ``cifar10`` too, where BACKPASS_DATA has them not); a folder of Parquet files; or a folder with a folder of
             images for each class. Settings may follow, as in ``uoft-cs/cifar100:label=fine_label``; see `DataName`.
-        split: the part, for instance ``train`` or ``test``. A folder of classes that has no parts is taken whole,
-            whatever is asked; but of it ``held-out`` is a tenth of every class, from which `load_parts` does not learn.
+        split: part, for instance ``train`` or ``test``. A folder of classes without parts gives all images for every
+            split but ``held-out``, a tenth of every class that `load_parts` keeps out of the training images.
 
     Returns:
-        The images, decoded at the first time and mapped from the cache later.
+        The images; they are decoded once and then mapped from the cache.
 
     Raises:
-        UnknownNameError: there is no data set of this name.
-        BackpassError: the data is not where it should be, or cannot be read.
+        UnknownNameError: the data set is unknown.
+        BackpassError: the data is missing or cannot be read.
     """
     wanted = read_name(name)
     if wanted.name == _DIGITS:

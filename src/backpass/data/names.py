@@ -1,4 +1,4 @@
-"""What ``--data`` names: a data set or a folder, and settings that say how it is read."""
+"""Text form of a data set: a name or a folder, and settings of how it is read."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from backpass.errors import BackpassError, UnknownNameError
 __all__ = ["HUB", "DataName", "base_name", "read_name"]
 
 HUB = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
-"""Short names, and where on the Hugging Face hub the data sets are."""
+"""Repositories on the Hugging Face hub by short name."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataName:
-    """A data set's name, and how it is read.
+    """Name of a data set and settings of how it is read.
 
     Attributes:
         name: ``digits``, a short name, ``owner/name`` on the hub, or a folder.
-        image: the column of images; ``None``: ``image`` or ``img``.
-        label: the column of labels; ``None``: ``label`` or ``labels``.
-        config: which of the configurations (folders) of a data set of the hub.
-        revision: a commit, branch or tag of the hub; ``None``: the newest when it was first downloaded.
+        image: column of images; None: ``image`` or ``img``.
+        label: column of labels; None: ``label`` or ``labels``.
+        config: configuration (folder) of a data set of the hub.
+        revision: commit, branch or tag of the hub; None: the newest at the first download.
     """
 
     name: str
@@ -35,17 +35,17 @@ class DataName:
 
     @property
     def repository(self) -> str | None:
-        """The data set of the hub that the name means, or ``None``."""
+        """Repository of the hub, or None."""
         if self.name in HUB:
             return HUB[self.name]
         return self.name if _REPOSITORY.fullmatch(self.name) else None
 
 
 def read_name(text: str) -> DataName:
-    """A name, or a name with settings: ``NAME:setting=value,...``.
+    """Read ``NAME`` or ``NAME:setting=value,...``.
 
     Raises:
-        UnknownNameError: there is no such setting.
+        UnknownNameError: the setting is unknown.
         BackpassError: there is no name, or the settings have another form.
     """
     if not text.partition(":")[0].strip():
@@ -68,6 +68,6 @@ def read_name(text: str) -> DataName:
 
 
 def base_name(text: str) -> str:
-    """The short name of a data set, however it was asked for: ``mnist`` for ``ylecun/mnist:revision=main``."""
+    """Return the short name of a data set, such as ``mnist`` for ``ylecun/mnist:revision=main``."""
     name = read_name(text)
     return next((short for short, long in HUB.items() if name.repository == long), name.name)

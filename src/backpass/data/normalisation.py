@@ -1,4 +1,4 @@
-"""The normalisation of a data set's images: mean and standard deviation by channel."""
+"""Normalisation of images: mean and standard deviation by channel."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PUBLISHED = {
 
 @dataclass(frozen=True)
 class Normalisation:
-    """The map x -> (x - mean) / std of every channel.
+    """Normalisation x -> (x - mean) / std of every channel.
 
     Attributes:
         mean: one number per channel, or one for all.
         std: likewise, each above 0.
 
     Raises:
-        BackpassError: there are none, their numbers differ, or a std is not above 0.
+        BackpassError: mean is empty, mean and std have different lengths, or a std is not above 0.
     """
 
     mean: tuple[float, ...]
@@ -43,10 +43,10 @@ class Normalisation:
             )
 
     def check(self, channels: int) -> None:
-        """The numbers are one per channel, or one for all.
+        """Check that there is one mean per channel, or one for all.
 
         Raises:
-            BackpassError: they are not.
+            BackpassError: there is not.
         """
         if len(self.mean) not in (1, channels):
             raise BackpassError(f"the images have {channels} channels, the normalisation {len(self.mean)}.")
@@ -62,7 +62,7 @@ class Normalisation:
 
 
 def known_normalisation(data: str) -> Normalisation | None:
-    """The usual normalisation of a data set: published, or of the digits measured on the part to learn from."""
+    """Return the published normalisation of a data set; that of digits is measured on the training images."""
     name = base_name(data)
     if name == "digits":
         return measured_normalisation(load_digits().train)
@@ -70,10 +70,10 @@ def known_normalisation(data: str) -> Normalisation | None:
 
 
 def measured_normalisation(images: Images) -> Normalisation:
-    """Mean and standard deviation of the pixels by channel, rounded to four digits.
+    """Return mean and standard deviation of the pixels by channel, rounded to four digits.
 
-    They come from counts of pixel values, so no copy of the images as floats is made. A channel that is the same
-    everywhere gets the standard deviation 1.
+    They are computed from counts of pixel values, without a float copy of the images. A constant channel has standard
+    deviation 1.
     """
     values = torch.arange(256, dtype=torch.float64) / images.white
     means, stds = [], []

@@ -56,12 +56,12 @@ def check_shards(place: str, names: Sequence[str]) -> None:
 def read_parquet(
     files: Sequence[Path], *, image: str | None = None, label: str | None = None
 ) -> tuple[Decoded, tuple[str, ...] | None]:
-    """Read the images of some files and, where the files know them, the classes' names.
+    """Read the images of some files, and the classes' names where the files hold them.
 
     Args:
         files: in order.
-        image: the column of images; ``None``: ``image`` or ``img``.
-        label: the column of labels, whole numbers; ``None``: ``label`` or ``labels``.
+        image: column of images; None: ``image`` or ``img``.
+        label: column of labels, whole numbers; None: ``label`` or ``labels``.
 
     Raises:
         BackpassError: a file is not Parquet, a column is missing, or a row cannot be read; the message says which.

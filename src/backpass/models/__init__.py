@@ -1,4 +1,4 @@
-"""Networks by name: images in [0, 1] in, logits out, the same weights for the same seed."""
+"""Networks by name: from images in [0, 1] to logits, with weights that a seed determines."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "wrn": wide_resnet,
     "wrn-28-10": wrn_28_10,
 }
-"""The networks by name; each is made from (shape, classes, generator) and keyword options."""
+"""Networks by name; each function takes (shape, classes, generator) and keyword options."""
 
 _SMALL, _MNIST, _CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
 
 INPUT_SHAPES: dict[str, Shape] = {
     name: {"cnn": _SMALL, "mlp": _SMALL, "lenet5": _MNIST}.get(name, _CIFAR) for name in MODELS
 }
-"""The shape (C, H, W) of one image that a network takes where `build` is not told another."""
+"""Default shape (C, H, W) of one image of a network."""
 
 
 def build(
@@ -60,20 +60,20 @@ def build(
     seed: int = 0,
     **options: Any,
 ) -> nn.Module:
-    """A network with seeded weights.
+    """Build a network with seeded weights.
 
     Args:
         name: one of `MODELS`, also with options: ``"resnet18:activation=silu"``.
-        shape: (C, H, W) of one image; ``None`` is that of `INPUT_SHAPES`.
-        classes: the number of logits.
-        normalisation: what its first layer, `Normalize`, does to images in [0, 1]; ``None``: nothing.
-        seed: of the weights; the global random state is not touched.
-        **options: of this network, for instance ``activation="silu"``; they go before those in ``name``.
+        shape: (C, H, W) of one image; None: that of `INPUT_SHAPES`.
+        classes: number of logits.
+        normalisation: normalisation by the first layer, `Normalize`; None: mean 0 and standard deviation 1.
+        seed: seed of the weights; the global random state is not touched.
+        **options: options of this network, such as ``activation="silu"``; they override those in ``name``.
 
     Raises:
-        UnknownNameError: no network, option or activation has this name.
-        BackpassError: an option is out of its range, the images are too small for the network, or the normalisation
-            is for another number of channels.
+        UnknownNameError: the network, option or activation is unknown.
+        BackpassError: an option is out of range, the images are too small for the network, or the normalisation has
+            another number of channels.
     """
     name, given = read_model(name, MODELS)
     for option in options:

@@ -24,10 +24,10 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def activation(name: str) -> nn.Module:
-    """A fresh activation module.
+    """Build an activation module.
 
     Raises:
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
     """
     if name not in _ACTIVATIONS:
         raise UnknownNameError("activation", name, _ACTIVATIONS)

@@ -28,18 +28,18 @@ def cnn(
 
     Args:
         shape: (C, H, W) of one image, at least 4x4.
-        classes: the number of logits.
-        generator: of the weights.
+        classes: number of logits.
+        generator: source of the initial weights.
         width: channels of the first two convolutions; the third has twice as many.
-        activation: the name of the activation.
-        batch_norm: batch normalisation before every activation.
+        activation: name of every activation.
+        batch_norm: put batch normalisation before every activation.
 
     Returns:
         A module from images (N, C, H, W) in [0, 1] to logits (N, classes).
 
     Raises:
         BackpassError: the images are too small.
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
     """
     require_side("cnn", shape, 4)
     channels, height, breadth = shape

@@ -20,16 +20,16 @@ def convnet(shape: Shape, classes: int, generator: torch.Generator, *, activatio
 
     Args:
         shape: (C, H, W) of one image, at least 4x4.
-        classes: the number of logits.
-        generator: of the weights.
-        activation: the name of the activation; there are three.
+        classes: number of logits.
+        generator: source of the initial weights.
+        activation: name of all three activations.
 
     Returns:
         A module from images (N, C, H, W) in [0, 1] to logits (N, classes).
 
     Raises:
         BackpassError: the images are too small.
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
 
     Source: Frerix, Moellenhoff, Moeller, Cremers (arXiv 1706.04638), Section 5.
     """

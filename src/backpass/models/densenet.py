@@ -35,15 +35,15 @@ class _Dense(nn.Module):
 class DenseNet(nn.Module):
     """Dense blocks ``features.denseblock1``, ... with transitions between them that halve channels and image.
 
-    Names of layers and weights are torchvision's; the first convolution is 3x3 with stride 1, as usual for small
-    images, and a maximum pooling follows it.
+    Layers and weights have torchvision's names. The first convolution is 3x3 with stride 1, as usual for small images,
+    and is followed by a max pooling.
 
     Args:
         shape: (C, H, W) of one image.
-        classes: the number of logits.
-        blocks: layers in each dense block.
-        growth: channels that a layer adds.
-        activation: the name of the activation.
+        classes: number of logits.
+        blocks: number of layers of each dense block.
+        growth: channels that each layer adds.
+        activation: name of every activation.
     """
 
     def __init__(self, shape: Shape, classes: int, *, blocks: tuple[int, ...], growth: int, activation: str) -> None:
@@ -73,7 +73,7 @@ class DenseNet(nn.Module):
         self.classifier = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] to logits (N, classes)."""
+        """Return the logits (N, classes) of images (N, C, H, W) in [0, 1]."""
         out: Tensor = self.classifier(self.avgpool(self.act(self.features(self.normalize(x)))).flatten(1))
         return out
 
@@ -93,13 +93,13 @@ def densenet161(shape: Shape, classes: int, generator: torch.Generator, *, activ
 
     Args:
         shape: (C, H, W) of one image, at least 16x16.
-        classes: the number of logits.
-        generator: of the weights.
-        activation: the name of the activation.
+        classes: number of logits.
+        generator: source of the initial weights.
+        activation: name of every activation.
 
     Raises:
         BackpassError: the images are too small.
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
     """
     require_side("densenet161", shape, 16)
     model = DenseNet(shape, classes, blocks=(6, 12, 36, 24), growth=48, activation=activation)

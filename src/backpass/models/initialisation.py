@@ -1,4 +1,4 @@
-"""Initial weights, drawn from a generator of their own."""
+"""Initial weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def initialise(
     fan: Literal["fan_in", "fan_out"] = "fan_in",
     linear: Literal["he", "small", "uniform"] = "he",
 ) -> None:
-    r"""Draws every weight anew; biases are 0, normalisation layers start as the identity.
+    r"""Draw the weights of linear layers and convolutions; set their biases to 0.
 
     Convolutions: :math:`W \sim N(0, 2/\mathrm{fan})`. Linear layers the same with ``"he"``, :math:`N(0, 0.01^2)` with
     ``"small"``, uniform in :math:`\pm 1/\sqrt{\mathrm{fan\_in}}` with ``"uniform"``.
 
     Args:
-        model: changed in place.
-        generator: the only source of randomness; layers draw from it in the order of ``model.modules()``.
-        fan: which fan the convolutions (and ``"he"``) count.
-        linear: how linear layers are drawn.
+        model: network, changed in place.
+        generator: source of randomness; layers draw from it in the order of ``model.modules()``.
+        fan: fan of the convolutions, and of linear layers with ``"he"``.
+        linear: distribution of the weights of linear layers.
 
     Source: He, Zhang, Ren, Sun, Delving deep into rectifiers (ICCV 2015), Eq. 10 and 14.
     """

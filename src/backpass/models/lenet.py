@@ -26,8 +26,8 @@ def lenet5(shape: Shape, classes: int, generator: torch.Generator, *, activation
 
     Args:
         shape: (C, H, W) of one image, at least 12x12.
-        classes: the number of logits.
-        generator: of the weights.
+        classes: number of logits.
+        generator: source of the initial weights.
         activation: the name of the activation; there are four.
 
     Returns:
@@ -35,7 +35,7 @@ def lenet5(shape: Shape, classes: int, generator: torch.Generator, *, activation
 
     Raises:
         BackpassError: the images are too small.
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
     """
     require_side("lenet5", shape, 12)
     padding = 2 if min(shape[1:]) < _PAPER_SIDE else 0

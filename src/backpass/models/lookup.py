@@ -1,4 +1,4 @@
-"""From what a user names on the command line to a network."""
+"""Networks by what a user names: the lab's, another library's, her own."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def find(
 ) -> tuple[nn.Module, tuple[int, ...] | None]:
     """Return a network of the lab, or a user's own as ``module:callable``, with its input's shape where that is known.
 
-    A user's module is looked up as Python does, and then in the current folder; it is imported, so it runs. The name
-    after the colon is a module instance, or is called without arguments and returns one.
+    A user's module is imported from Python's path, then from the current folder, so its code runs. The name after the
+    colon is an ``nn.Module``, or a function without arguments that returns one.
 
     Args:
         name: for instance ``mlp``, ``resnet18:activation=silu``, or ``my_package.nets:make_resnet``.
-        shape: of one image, for the lab's networks, as are the following; see `build`.
-        classes: the number of logits.
-        normalisation: of the first layer.
-        seed: of the weights.
+        shape: shape of one image; this and the following are for the lab's networks, see `build`.
+        classes: number of logits.
+        normalisation: normalisation by the first layer.
+        seed: seed of the weights.
 
     Returns:
-        The network, and the shape of one input without the batch axis, or ``None``.
+        The network, and the shape of one input without the batch axis, or None where it is not known.
 
     Raises:
-        UnknownNameError: the lab has no network of this name, or the user's module none of that name.
-        BackpassError: the user's module cannot be imported, or gives no ``nn.Module``; or as `build`.
+        UnknownNameError: the lab, or the user's module, has no network of this name.
+        BackpassError: the user's module cannot be imported or gives no ``nn.Module``; or as in `build`.
     """
     head, _, rest = name.strip().partition(":")
     if is_of_a_library(name):

@@ -28,24 +28,24 @@ def mlp(
     activation: str = "relu",
     batch_norm: bool = False,
 ) -> nn.Sequential:
-    r"""A perceptron :math:`W_L\,\sigma(W_{L-1} \cdots \sigma(W_1 x))` with biases.
+    r"""Perceptron :math:`W_L\,\sigma(W_{L-1} \cdots \sigma(W_1 x))` with biases.
 
     Args:
         shape: (C, H, W) of one image.
-        classes: the number of logits.
-        generator: of the weights.
-        widths: of the hidden layers, at least one; each has an activation.
-        activation: its name.
-        batch_norm: batch normalisation before every activation.
+        classes: number of logits.
+        generator: source of the initial weights.
+        widths: widths of the hidden layers, at least one.
+        activation: name of every activation.
+        batch_norm: put batch normalisation before every activation.
 
     Returns:
         A module from images (N, C, H, W) in [0, 1] to logits (N, classes).
 
     Raises:
         BackpassError: there is no hidden layer, or a width is below 1.
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
 
-    Source: Li et al. (arXiv 2112.11018), Section 4.2.2, has 784-400-200-100-10.
+    Source: Li et al. (arXiv 2112.11018), Section 4.2.2 (784-400-200-100-10).
     """
     if not widths or min(widths) < 1:
         raise BackpassError(f"an MLP needs at least one hidden width, all positive, got {tuple(widths)}.")

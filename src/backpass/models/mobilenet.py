@@ -45,7 +45,7 @@ class _InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """A convolution, seventeen inverted residuals ``features.1`` to ``features.17``, a convolution, a linear layer.
 
-    Names of layers and weights are torchvision's.
+    Layers and weights have torchvision's names.
     """
 
     def __init__(self, shape: Shape, classes: int, activation: str) -> None:
@@ -63,7 +63,7 @@ class MobileNetV2(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] to logits (N, classes)."""
+        """Return the logits (N, classes) of images (N, C, H, W) in [0, 1]."""
         out: Tensor = self.classifier(self.avgpool(self.features(self.normalize(x))).flatten(1))
         return out
 
@@ -73,12 +73,12 @@ def mobilenetv2(shape: Shape, classes: int, generator: torch.Generator, *, activ
 
     Args:
         shape: (C, H, W) of one image.
-        classes: the number of logits.
-        generator: of the weights.
-        activation: the name of the activation.
+        classes: number of logits.
+        generator: source of the initial weights.
+        activation: name of every activation.
 
     Raises:
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
     """
     model = MobileNetV2(shape, classes, activation)
     initialise(model, generator, fan="fan_out", linear="small")

@@ -1,4 +1,4 @@
-"""The first layer of every network of the lab: it takes images in [0, 1] and normalises them."""
+"""Normalisation of images, the first layer of every network of the lab."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["Normalize"]
 
 
 class Normalize(nn.Module):
-    """y = (x - mean) / std for every channel; x, y: (N, C, H, W).
+    """Normalise images: y = (x - mean) / std for every channel; x, y: (N, C, H, W).
 
-    Mean and std are buffers, hence part of the state dict: weights carry the normalisation they were learned with.
+    Mean and std are buffers: the state dict holds the normalisation that the weights were trained with.
 
     Args:
-        channels: C; until `use` says otherwise mean is 0 and std 1, which changes nothing.
+        channels: C; mean is 0 and std 1 until `use` sets them.
     """
 
     mean: Tensor
@@ -28,10 +28,10 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
     def use(self, normalisation: Normalisation) -> None:
-        """Takes another mean and std.
+        """Set mean and std.
 
         Raises:
-            BackpassError: they are not one per channel, or one for all.
+            BackpassError: there is neither one mean and std per channel nor one for all.
         """
         normalisation.check(len(self.mean))
         mean, std = normalisation.column
@@ -40,13 +40,13 @@ class Normalize(nn.Module):
 
     @property
     def changes_nothing(self) -> bool:
-        """True if mean is 0 and std 1."""
+        """Whether mean is 0 and std 1."""
         return not bool(self.mean.any()) and bool((self.std == 1).all())
 
     def forward(self, x: Tensor) -> Tensor:
-        """The images, normalised."""
+        """Return the normalised images."""
         return (x - self.mean) / self.std
 
     def extra_repr(self) -> str:
-        """Mean and std, where the model is shown."""
+        """Return mean and std."""
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"

@@ -73,20 +73,20 @@ class _Bottleneck(_Block):
 class ResNet(nn.Module):
     """A 3x3 convolution, stages ``layer1``, ``layer2``, ... of residual blocks, an average, a linear layer.
 
-    From stage to stage the width doubles and the image halves. Names of layers and weights are torchvision's.
+    Each further stage doubles the width and halves the image. Layers and weights have torchvision's names.
 
     Args:
         shape: (C, H, W) of one image.
-        classes: the number of logits.
-        bottleneck: which kind of block.
-        blocks: how many in each stage.
-        width: of the first stage.
-        pooled: halve the image by a maximum before the first stage.
-        activation: the name of the activation.
+        classes: number of logits.
+        bottleneck: use blocks of three convolutions instead of two.
+        blocks: number of blocks of each stage.
+        width: channels of the first stage.
+        pooled: put a max pooling before the first stage.
+        activation: name of every activation.
 
     Raises:
         BackpassError: a number of blocks, or the width, is below 1.
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] to logits (N, classes)."""
+        """Return the logits (N, classes) of images (N, C, H, W) in [0, 1]."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(self.normalize(x)))))
         for stage in range(1, self.stages + 1):
             x = getattr(self, f"layer{stage}")(x)
@@ -136,12 +136,12 @@ def resnet18(shape: Shape, classes: int, generator: torch.Generator, *, activati
 
     Args:
         shape: (C, H, W) of one image.
-        classes: the number of logits.
-        generator: of the weights.
-        activation: the name of the activation.
+        classes: number of logits.
+        generator: source of the initial weights.
+        activation: name of every activation.
 
     Raises:
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
     """
     return _large((2, 2, 2, 2), False, shape, classes, generator, activation)
 
@@ -165,16 +165,16 @@ def resnet(
 
     Args:
         shape: (C, H, W) of one image.
-        classes: the number of logits.
-        generator: of the weights.
-        blocks: how many residual blocks in each stage.
+        classes: number of logits.
+        generator: source of the initial weights.
+        blocks: number of residual blocks of each stage.
         width: channels of the first stage; each further stage has twice as many.
-        bottleneck: blocks of three convolutions, with four times as many channels outside, instead of two.
-        activation: the name of the activation.
+        bottleneck: use blocks of three convolutions, whose outputs have four times as many channels, instead of two.
+        activation: name of every activation.
 
     Raises:
         BackpassError: a number is below 1.
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
 
     Source: He et al., Section 4.2.
     """

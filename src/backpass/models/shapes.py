@@ -1,4 +1,4 @@
-"""The shape of one image, (C, H, W), and what a network asks of it."""
+"""Shapes of images and their checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shape = tuple[int, int, int]
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """The shape of one input without the batch axis, from ``3x224x224`` or ``3,224,224``.
+    """Read the shape of one input without the batch axis from ``3x224x224`` or ``3,224,224``.
 
     Raises:
         BackpassError: the text has another form, or a size is below 1.
@@ -27,7 +27,7 @@ def check_shape(shape: tuple[int, ...]) -> Shape:
     """Return the shape if it is (channels, height, width), all positive.
 
     Raises:
-        BackpassError: the shape is not.
+        BackpassError: it is not.
     """
     if len(shape) != 3 or min(shape) < 1:
         raise BackpassError(f"an image's shape is channels, height and width, as in (3, 32, 32); got {tuple(shape)}.")
@@ -35,7 +35,7 @@ def check_shape(shape: tuple[int, ...]) -> Shape:
 
 
 def require_side(name: str, shape: Shape, least: int) -> None:
-    """Refuse images from which nothing is left before the network's last layers.
+    """Check that images are large enough for all poolings of a network.
 
     Raises:
         BackpassError: height or width is below ``least``.

@@ -1,4 +1,4 @@
-"""The text form of a network, as the command line and recipes write it: ``mlp:widths=400-200-100,activation=tanh``."""
+"""Text form of a network on the command line and in recipes: ``mlp:widths=400-200-100,activation=tanh``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _WORDS = {"true": True, "false": False}
 
 
 def read_model(text: str, known: Mapping[str, Callable[..., nn.Module]]) -> tuple[str, dict[str, Any]]:
-    """Name and options of ``name`` or ``name:option=value,...``.
+    """Read the name and options of ``name`` or ``name:option=value,...``.
 
-    A value is a whole number, whole numbers with hyphens between (``400-200-100``), ``true``, ``false`` or a word:
-    what the option asks for.
+    A value is a whole number, whole numbers joined by hyphens (``400-200-100``), ``true``, ``false`` or a word, by the
+    option's type.
 
     Raises:
-        UnknownNameError: there is no such network, or the network has no such option; the nearest is named.
-        BackpassError: the text has another form, or a value is not of the option's kind.
+        UnknownNameError: the network or the option is unknown.
+        BackpassError: the text has another form, or a value is not of the option's type.
     """
     name, _, rest = text.strip().partition(":")
     if name not in known:
@@ -46,7 +46,7 @@ def read_model(text: str, known: Mapping[str, Callable[..., nn.Module]]) -> tupl
 
 
 def options_of(make: Callable[..., nn.Module]) -> dict[str, Any]:
-    """The options of a network, and the type of each: the keyword-only parameters of the function that makes it."""
+    """Return the options of a network and their types: the keyword-only parameters of the function that builds it."""
     hints = get_type_hints(make)
     parameters = inspect.signature(make).parameters.values()
     return {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -18,8 +18,8 @@ _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 51
 class VGG(nn.Module):
     """Thirteen 3x3 convolutions in five stages, each stage pooled, and linear layers of 4096, 4096 and ``classes``.
 
-    Names of layers and weights are those of torchvision's ``vgg16_bn``; from a 32x32 image one pixel of 512 channels
-    is left for the linear layers.
+    Layers and weights have the names of torchvision's ``vgg16_bn``. A 32x32 image becomes one pixel of 512 channels
+    before the linear layers.
     """
 
     def __init__(self, shape: Shape, classes: int, activation: str) -> None:
@@ -46,7 +46,7 @@ class VGG(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] to logits (N, classes)."""
+        """Return the logits (N, classes) of images (N, C, H, W) in [0, 1]."""
         out: Tensor = self.classifier(self.avgpool(self.features(self.normalize(x))).flatten(1))
         return out
 
@@ -56,13 +56,13 @@ def vgg16(shape: Shape, classes: int, generator: torch.Generator, *, activation:
 
     Args:
         shape: (C, H, W) of one image, at least 32x32.
-        classes: the number of logits.
-        generator: of the weights.
-        activation: the name of the activation.
+        classes: number of logits.
+        generator: source of the initial weights.
+        activation: name of every activation.
 
     Raises:
         BackpassError: the images are too small.
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
     """
     require_side("vgg16", shape, 32)
     model = VGG(shape, classes, activation)

@@ -1,4 +1,4 @@
-"""Weights of a model, from files that cannot run code."""
+"""Weights of a model in files, read without running code."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _SHOWN = 3
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Puts the weights of a file into a model, all of them or none.
+    """Load the weights of a file into a model, all of them or none.
 
-    A file without the normalisation that a lab network has in front, as other libraries write it, leaves that as it is.
+    A file without the normalisation of a lab network, as other libraries write it, leaves the normalisation as it is.
 
     Raises:
         BackpassError: the file holds no weights, or those of another model; the message names the first differences.
@@ -41,7 +41,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     for name, module in model.named_modules():
         buffers = (f"{name}.mean", f"{name}.std")
         if isinstance(module, Normalize) and not state.keys() & buffers:
-            _LOG.warning("%s says nothing of a normalisation; the network keeps its own: %s", path, module)
+            _LOG.warning("%s holds no normalisation; the network keeps its own: %s", path, module)
             state |= {key: own[key] for key in buffers}
     problems = _differences(own, state)
     if problems:
@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors or ``torch.save``, bare or under "state_dict", "model_state_dict" or "model".
+    """Read a state dict from safetensors or ``torch.save``, bare or under "state_dict", "model_state_dict" or "model".
 
     Raises:
         BackpassError: there is no such file, it cannot be read without running code, or it holds no state dict.
@@ -73,7 +73,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def save_weights(model: nn.Module, path: Path) -> Path:
-    """Writes a model's state dict as safetensors, whole or not at all; without the prefixes of DDP and torch.compile.
+    """Write a model's state dict as safetensors, whole or not at all, without the prefixes of DDP and torch.compile.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -90,7 +90,7 @@ def save_weights(model: nn.Module, path: Path) -> Path:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Twelve hexadecimal digits of a SHA-256 over the names, types, shapes and bytes of the state dict."""
+    """Return twelve hexadecimal digits of a SHA-256 over the names, types, shapes and bytes of the state dict."""
     words = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):

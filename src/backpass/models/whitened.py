@@ -77,11 +77,11 @@ def whitened(
         classes: number of logits.
         generator: generator of the weights.
         width: channels of the last two blocks; the first has a quarter.
-        activation: name of the activation; there are seven.
+        activation: name of all seven activations.
 
     Raises:
         BackpassError: the images are too small.
-        UnknownNameError: no activation has this name.
+        UnknownNameError: the activation is unknown.
 
     Source: after the ideas of Page, How to train your ResNet (2018), and Jordan, 94% on CIFAR-10 in 3.29 seconds on a
         single GPU (arXiv 2404.00498), Sections 3.1 to 3.3.

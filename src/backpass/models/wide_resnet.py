@@ -41,14 +41,14 @@ class WideResNet(nn.Module):
 
     Args:
         shape: (C, H, W) of one image.
-        classes: the number of logits.
+        classes: number of logits.
         depth: 6 n + 4, the number of convolutions.
-        width: the stages have 16, 32 and 64 times as many channels.
-        activation: the name of the activation.
+        width: factor of the stages' 16, 32 and 64 channels.
+        activation: name of every activation.
 
     Raises:
-        BackpassError: the depth is not of this form, or the width is below 1.
-        UnknownNameError: no activation has this name.
+        BackpassError: the depth is not 6 n + 4, or the width is below 1.
+        UnknownNameError: the activation is unknown.
     """
 
     def __init__(self, shape: Shape, classes: int, *, depth: int, width: int, activation: str) -> None:
@@ -74,7 +74,7 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] to logits (N, classes)."""
+        """Return the logits (N, classes) of images (N, C, H, W) in [0, 1]."""
         x = self.block3(self.block2(self.block1(self.conv1(self.normalize(x)))))
         out: Tensor = self.fc(self.avgpool(self.act(self.bn1(x))).flatten(1))
         return out
@@ -93,15 +93,15 @@ def wide_resnet(
 
     Args:
         shape: (C, H, W) of one image.
-        classes: the number of logits.
-        generator: of the weights.
+        classes: number of logits.
+        generator: source of the initial weights.
         depth: 10, 16, 22, 28, ...
-        width: the factor of the channels.
-        activation: the name of the activation.
+        width: factor of the channels.
+        activation: name of every activation.
 
     Raises:
-        BackpassError: depth or width is none that there is.
-        UnknownNameError: no activation has this name.
+        BackpassError: the depth is not 6 n + 4, or the width is below 1.
+        UnknownNameError: the activation is unknown.
     """
     model = WideResNet(shape, classes, depth=depth, width=width, activation=activation)
     initialise(model, generator, fan="fan_out", linear="uniform")
