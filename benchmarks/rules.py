@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from backpass import LinBP
+from backpass import PNA, SGM, LinBP
+from backpass.models import build
+from implicit_networks import ViT
 from side_by_side import Contestant, Figure, Options, Row, Section, milliseconds, ratio, side_by_side
 
 EACH = "us per activation, of least times"
@@ -67,8 +69,35 @@ def bare(model: nn.Module, x: Tensor) -> Contestant:
     return run
 
 
+def transfer_rules(options: Options) -> Section:
+    """Input gradients with and without the rules of transfer attacks."""
+    vit, resnet = ViT(width=192, depth=12).eval(), build("resnet18").eval()
+    x = torch.rand(8, 3, 32, 32, device=options.device, requires_grad=True)
+    rows = []
+    for name, rule, model in (
+        ("SGM, ViT-tiny", SGM(), vit),
+        ("PNA, ViT-tiny", PNA(), vit),
+        ("SGM, ResNet-18", SGM(), resnet),
+    ):
+        plain, ruled = model.to(options.device), copy.deepcopy(model).to(options.device)
+        with rule.attach(ruled):
+            runs = {"plain": input_gradient(plain, x), "rule": input_gradient(ruled, x)}
+            times = side_by_side(runs, device=options.device, rounds=options.rounds(30))
+        figures: dict[str, Figure | float] = {
+            "ratio": ratio(times["rule"], times["plain"]),
+            "plain, ms": milliseconds(times["plain"]),
+        }
+        rows.append(Row(name=name, figures=figures, asked=("ratio", 1.1)))
+    return Section(
+        title="Rules of transfer attacks",
+        text=f"An input gradient of {len(x)} images of 3x32x32 with a rule attached over the plain one. ViT-tiny has width "
+        "192, 12 blocks and 4x4 patches.",
+        rows=rows,
+    )
+
+
 def sections(options: Options) -> Iterator[Section]:
-    """Input gradients with and without LinBP."""
+    """Input gradients with and without rules."""
     chain = nn.Sequential(*[nn.ReLU() for _ in range(100)])
     cases = {
         "100 ReLU modules and nothing else": (chain, torch.randn(8, 8), 100, 5),
@@ -103,3 +132,4 @@ def sections(options: Options) -> Iterator[Section]:
         "seen where the operations are small.",
         rows=rows,
     )
+    yield transfer_rules(options)
