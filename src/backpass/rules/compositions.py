@@ -104,6 +104,7 @@ JOINS = _functions("cat concat concatenate stack hstack vstack dropout dropout1d
 SOFTPLUS = _functions("log log1p")
 """Functions that form a softplus from an exponential."""
 
+_LOGARITHMS = frozenset(("log", "log2", "log10"))
 _GREATER = _functions("maximum max fmax logaddexp")
 _CLAMPS = _functions("clamp clamp_ clip clip_ clamp_min clamp_min_")
 _DOMAINS = _functions("sqrt rsqrt log log1p log2 log10 reciprocal")
@@ -237,6 +238,8 @@ def composes(func: Callable[..., Any], origins: list[Origin], parametrised: bool
         return len(origins) == 1 and origins[0].direct is not None
     if func not in PRODUCTS or not any(origin.nonlinear for origin in origins):
         return False
+    if any(origin.nonlinear in _LOGARITHMS for origin in origins):
+        return False  # a term of an entropy
     return len(origins) > 1 or (origins[0].product and not parametrised)
 
 

@@ -22,6 +22,8 @@ _LAYER = re.compile(
     "addmm|addbmm|baddbmm|addmv|mm$|bmm|mv$|linear$|trilinear|embedding|dot$"
     "|.*(conv|batchnorm|layernorm|groupnorm|rmsnorm|attention|backpass)"
 )
+_RESHAPED = re.compile("(alias|expand|permute|reshapealias|squeeze|t|transpose|unsafeview|unsqueeze|view)$")
+_MATRIX_PRODUCT = re.compile("(bmm|mm|mv|dot)$")
 _REDUCTION = re.compile(
     "mean|nansum|sum$|var|std|norm|linalgvectornorm|amax|amin|max$|min$|median|logsumexp|prod|.*softmax|.*loss"
 )
@@ -38,6 +40,8 @@ _PREFIX = re.compile("^(_|native|cudnn|mkldnn|miopen|adaptive|fused|special|thnn
 _WITH_BIAS = frozenset(("addmm", "addbmm", "baddbmm", "addmv"))
 _WEIGHTS = frozenset(("exp", "clamp", "clampmin", "clampmax", "maximum", "minimum"))
 """Operations that are not reported if they compute a factor of another value, such as a decay."""
+
+_WIDE = 1e4  # no activation is flat beyond this; the range of float16 ends at 65,504
 
 _HARMLESS = ("torch.nn.", "torch.utils.", "torch.distributed.", "backpass.")
 """Packages whose autograd functions compute no activation that the rule does not know."""
@@ -103,6 +107,8 @@ class _Operation:
         self.is_data: bool = any(one.is_data for one in self.inputs if one)
         if hasattr(node, "variable"):
             self.is_data = not isinstance(node.variable, nn.Parameter)
+        elif self.multiplies_itself:
+            self.sources = frozenset()
         elif self.is_layer:
             self.is_data = self.is_data or self.name.startswith("embedding") or self.inputs[0] is None
             self.sources = frozenset([(node, 0)] * self.is_data)
@@ -120,6 +126,17 @@ class _Operation:
     def is_layer(self) -> bool:
         """True if the value is the output of a layer."""
         return bool(_LAYER.match(self.name))
+
+    @property
+    def multiplies_itself(self) -> bool:
+        """True for the matrix product of a value with itself, a norm or a Gram matrix."""
+        inputs = [one.whole() for one in self.inputs if one]
+        return bool(_MATRIX_PRODUCT.match(self.name)) and len(inputs) == 2 and inputs[0] is inputs[1]
+
+    def whole(self) -> _Operation:
+        """Return the operation whose value this one only reshapes or transposes."""
+        first = self.inputs[0] if self.inputs else None
+        return first.whole() if first and _RESHAPED.match(self.name) else self
 
     @property
     def joins_different(self) -> bool:
@@ -140,21 +157,33 @@ class _Operation:
             use = _FACTOR if sum(one.is_data for one in inputs) > 1 else _VALUE
         elif self.is_data and not self.sources and _NONLINEAR.match(self.name):
             use = _UNUSED  # a function of a reduction
-        elif self.name == "div" and len(inputs) == 2 and inputs[1].sums(inputs[0]):
+        elif len(inputs) == 2 and self.normalizes(*inputs):
             use = _UNUSED  # a softmax
         elif self.joins_different:
             use = min(use, _FACTOR)
         for one in of_layers or inputs:
             one.use = max(one.use, use)
 
-    def sums(self, other: _Operation) -> bool:
-        """Return True if the value is the reduction of a value like the other one, up to a constant."""
+    def normalizes(self, one: _Operation, other: _Operation) -> bool:
+        """Return True if this divides one value by the sum of such values, or multiplies by the reciprocal."""
+        if self.name == "mul":
+            return any(a.sums(b, inverted=True) for a, b in ((one, other), (other, one)))
+        return self.name == "div" and other.sums(one)
+
+    def sums(self, other: _Operation, inverted: bool = False) -> bool:
+        """Return True if the value, or its reciprocal, is the reduction of a value like the other, up to a constant."""
         inputs = [one for one in self.inputs if one]
         if len(inputs) != 1:
             return False
         if _REDUCTION.match(self.name):
-            return (inputs[0].name, inputs[0].sources) == (other.name, other.sources)
-        return inputs[0].sums(other)
+            return not inverted and (inputs[0].name, inputs[0].sources) == (other.name, other.sources)
+        return inputs[0].sums(other, inverted and self.name != "reciprocal")
+
+    @property
+    def guards_range(self) -> bool:
+        """True for a clamp to the range of a floating-point type."""
+        limits = [getattr(self.node, f"_saved_{name}", None) for name in ("min", "max")]
+        return self.name == "clamp" and all(isinstance(one, float | int) and abs(one) > _WIDE for one in limits)
 
     def reason(self, masked: Collection[Any], gates: bool) -> str:
         """Return the reason to report the operation, or an empty string."""
@@ -163,7 +192,7 @@ class _Operation:
             return "" if harmless else f"the autograd function {self.kind.__name__} has its own backward"
         if "jit" in self.node.name().lower():
             return "it calls scripted code"
-        if self.use == _FACTOR and self.name in _WEIGHTS and not gates:
+        if (self.use == _FACTOR and self.name in _WEIGHTS and not gates) or self.guards_range:
             return ""
         of_factors = [
             origin.union(one.factors) for origin, one in zip(self.origins, filter(None, self.inputs), strict=True)

@@ -115,7 +115,7 @@ class Interception(TorchFunctionMode):
         if saved_tensor_hooks(True) is not None:
             self._refuse_checkpointed(caller, name)
         if torch._C._len_torch_function_stack():
-            return self.call_site(run.last(), func, args, kwargs)
+            return self.call_site(run.site(len(run) - 1), func, args, kwargs)
         return self.replace_planned(func, args, kwargs, PlannedSite(run, len(run) - 1) if run.revisable else None)
 
     def _call_unplanned(self, func: TorchFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

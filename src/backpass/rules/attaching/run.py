@@ -330,16 +330,12 @@ class Run:
             self.plan = None
         return follows
 
-    def last(self) -> SiteCall:
-        """Return the last recorded call."""
-        return self.site(len(self) - 1)
-
     def record(self, key: str, module: str, function: str, shape: tuple[int, ...]) -> SiteCall:
         """Record a call, and decide its selection if possible."""
         if self.plan is None or not self.follow(key.rpartition(":")[0], function):
             self.made[len(self)] = SiteCall(self, key, module, function, shape)
         self.shapes.append(shape)
-        return self.last()
+        return self.site(len(self) - 1)
 
     def counts(self, call: ModuleCall) -> dict[str, int]:
         """Return the number of calls of each function and submodule in a running module call."""
