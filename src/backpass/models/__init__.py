@@ -41,7 +41,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "wrn": wide_resnet,
     "wrn-28-10": wrn_28_10,
 }
-"""Networks by name; each function takes (shape, classes, generator) and keyword options."""
+"""Networks by name.
+
+Each function takes the shape (C, H, W) of one image, the number of classes, a generator for the initial weights and
+keyword options, among them ``activation``, the name of every activation. The network maps images (N, C, H, W) in [0, 1]
+to logits (N, classes). Too small images raise `BackpassError`, unknown activations `UnknownNameError`.
+"""
 
 _SMALL, _MNIST, _CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
 

@@ -18,19 +18,6 @@ __all__ = ["convnet"]
 def convnet(shape: Shape, classes: int, generator: torch.Generator, *, activation: str = "relu") -> nn.Sequential:
     """Three 5x5 convolutions of 16, 20 and 20 channels, the first two pooled, and a linear layer.
 
-    Args:
-        shape: (C, H, W) of one image, at least 4x4.
-        classes: number of logits.
-        generator: source of the initial weights.
-        activation: name of all three activations.
-
-    Returns:
-        A module from images (N, C, H, W) in [0, 1] to logits (N, classes).
-
-    Raises:
-        BackpassError: the images are too small.
-        UnknownNameError: the activation is unknown.
-
     Source: Frerix, Moellenhoff, Moeller, Cremers (arXiv 1706.04638), Section 5.
     """
     require_side("convnet", shape, 4)

@@ -89,18 +89,7 @@ def _transition(channels: int, activation: str) -> nn.Sequential:
 
 
 def densenet161(shape: Shape, classes: int, generator: torch.Generator, *, activation: str = "relu") -> DenseNet:
-    """Dense blocks of 6, 12, 36 and 24 layers that add 48 channels each: 161 activations.
-
-    Args:
-        shape: (C, H, W) of one image, at least 16x16.
-        classes: number of logits.
-        generator: source of the initial weights.
-        activation: name of every activation.
-
-    Raises:
-        BackpassError: the images are too small.
-        UnknownNameError: the activation is unknown.
-    """
+    """Dense blocks of 6, 12, 36 and 24 layers that add 48 channels each: 161 activations."""
     require_side("densenet161", shape, 16)
     model = DenseNet(shape, classes, blocks=(6, 12, 36, 24), growth=48, activation=activation)
     initialise(model, generator, fan="fan_in", linear="uniform")

@@ -23,19 +23,6 @@ def lenet5(shape: Shape, classes: int, generator: torch.Generator, *, activation
     Images below 32x32 pixels are padded by two zeros on every side in the first convolution, which makes 32x32 of
     MNIST's 28x28. As is usual now it has ReLU, max pooling, and a linear output layer, where the paper has tanh,
     trained averages, and radial basis functions.
-
-    Args:
-        shape: (C, H, W) of one image, at least 12x12.
-        classes: number of logits.
-        generator: source of the initial weights.
-        activation: the name of the activation; there are four.
-
-    Returns:
-        A module from images (N, C, H, W) in [0, 1] to logits (N, classes).
-
-    Raises:
-        BackpassError: the images are too small.
-        UnknownNameError: the activation is unknown.
     """
     require_side("lenet5", shape, 12)
     padding = 2 if min(shape[1:]) < _PAPER_SIDE else 0

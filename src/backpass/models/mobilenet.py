@@ -69,17 +69,7 @@ class MobileNetV2(nn.Module):
 
 
 def mobilenetv2(shape: Shape, classes: int, generator: torch.Generator, *, activation: str = "relu6") -> MobileNetV2:
-    """`MobileNetV2`, 35 activations, with He-normal convolutions and linear weights N(0, 0.01^2).
-
-    Args:
-        shape: (C, H, W) of one image.
-        classes: number of logits.
-        generator: source of the initial weights.
-        activation: name of every activation.
-
-    Raises:
-        UnknownNameError: the activation is unknown.
-    """
+    """`MobileNetV2`, 35 activations, with He-normal convolutions and linear weights N(0, 0.01^2)."""
     model = MobileNetV2(shape, classes, activation)
     initialise(model, generator, fan="fan_out", linear="small")
     return model

@@ -132,17 +132,7 @@ class ResNet(nn.Module):
 
 
 def resnet18(shape: Shape, classes: int, generator: torch.Generator, *, activation: str = "relu") -> ResNet:
-    """Four stages of two basic blocks, 17 activations; 3x3 instead of 7x7 at the front, as usual for 32x32 images.
-
-    Args:
-        shape: (C, H, W) of one image.
-        classes: number of logits.
-        generator: source of the initial weights.
-        activation: name of every activation.
-
-    Raises:
-        UnknownNameError: the activation is unknown.
-    """
+    """Four stages of two basic blocks, 17 activations; 3x3 instead of 7x7 at the front, as usual for 32x32 images."""
     return _large((2, 2, 2, 2), False, shape, classes, generator, activation)
 
 
@@ -174,7 +164,6 @@ def resnet(
 
     Raises:
         BackpassError: a number is below 1.
-        UnknownNameError: the activation is unknown.
 
     Source: He et al., Section 4.2.
     """

@@ -52,18 +52,7 @@ class VGG(nn.Module):
 
 
 def vgg16(shape: Shape, classes: int, generator: torch.Generator, *, activation: str = "relu") -> VGG:
-    """`VGG`, 15 activations, with He-normal convolutions and linear weights N(0, 0.01^2).
-
-    Args:
-        shape: (C, H, W) of one image, at least 32x32.
-        classes: number of logits.
-        generator: source of the initial weights.
-        activation: name of every activation.
-
-    Raises:
-        BackpassError: the images are too small.
-        UnknownNameError: the activation is unknown.
-    """
+    """`VGG`, 15 activations, with He-normal convolutions and linear weights N(0, 0.01^2)."""
     require_side("vgg16", shape, 32)
     model = VGG(shape, classes, activation)
     initialise(model, generator, fan="fan_out", linear="small")
