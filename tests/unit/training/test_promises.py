@@ -14,9 +14,8 @@ from backpass.attacks import PGD
 from backpass.training import AdversarialTraining, Batch, Interrupted, PerSample, RobustEvaluation, Trainer
 from backpass.training.adversary import AdversarialExamples
 from backpass.training.averaging import Averaging
-from backpass.training.batches import Batches, Order, to_unit_interval
+from backpass.training.batches import Batches
 from backpass.training.meter import Meter
-from backpass.training.sources import Source
 from backpass.training.update import Update
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -204,10 +203,10 @@ def test_workers_of_two_processes_draw_other_numbers():
     """Each rank reads its own part; were the seeds equal, the first sample of each would have the same noise."""
 
     def first(rank: int) -> torch.Tensor:
-        source = Source(DataLoader(Noise(), num_workers=1))
-        names = {"processes": 2, "parts": 1, "device": torch.device("cpu"), "prepare": to_unit_interval}
-        made = Batches(source=source, order=Order(source, 8, 0, True), seed=0, rank=rank, **names)
-        return next(made.epoch(0))[0][0].x
+        model = nn.Linear(3, 16)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        trainer = Trainer(model, optimizer, DataLoader(Noise(), num_workers=1), epochs=1, batch_size=8)
+        return next(Batches(trainer, rank, 2).epoch(0))[0][0].x
 
     assert torch.equal(first(0), first(0))
     assert not torch.equal(first(0), first(1))

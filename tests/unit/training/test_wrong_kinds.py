@@ -95,6 +95,8 @@ class Metered:
         ({"model": nn.Linear(4, 3, device="meta")}, "device meta"),
         ({"model": nn.Linear(4, 3).requires_grad_(False)}, "frozen"),
         ({"evaluation": {}}, "a dict without a data set"),
+        ({"evaluation": {"": (X, Y)}}, "without a name"),
+        ({"objective": nn.functional.cross_entropy}, r"PerSample\(loss\) makes one"),
         ({"model": nn.LazyLinear(3)}, "lazy modules without a shape"),
         ({"scheduler": Metered()}, r"step\(\) takes no argument"),
     ],
@@ -222,9 +224,10 @@ def test_an_objective_gives_a_scalar_loss_and_metrics_of_other_names(objective, 
         (lambda i: {"x": X[i], "y": Y[i]}, "dict of 2"),
         (lambda i: ("a", "b"), "pair"),
         (lambda i: (X[i], 9), "number the classes from 0"),
+        (lambda i: (X[i], -100), "number the classes from 0"),
         (lambda i: (X[i], 1.5), "int64 or uint8"),
     ],
-    ids=["three", "one", "dict", "words", "range", "float"],
+    ids=["three", "one", "dict", "words", "range", "ignored by torch", "float"],
 )
 def test_a_dataset_of_other_than_labelled_samples(sample, message):
     with pytest.raises(BackpassError, match=message):
