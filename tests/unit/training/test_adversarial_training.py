@@ -115,6 +115,7 @@ def test_kl_has_the_reference_first():
 
 def test_trades_is_clean_cross_entropy_and_beta_times_the_divergence():
     model, some = network().eval(), batch()
+    model[-1].weight.data *= 5  # far from symmetric, so that KL(p || q) is not KL(q || p)
     objective = AdversarialTraining(PGD5, trades=6.0)
     evaluated = objective(model, some, nullcontext)
     # The inner maximum, written out: ascent of KL(p(x) || p(z)) from the start that the attack draws.
@@ -158,13 +159,6 @@ def test_examples_depend_on_seed_sample_and_epoch_and_on_nothing_else():
     assert not torch.equal(examples(objective, model, batch(epoch=6)), whole)
     assert not torch.equal(examples(objective, model, batch(seed=8)), whole)
     assert not torch.equal(examples(AdversarialTraining(replace(PGD5, seed=1)), model, some), whole)
-
-
-def test_warmup_widens_the_ball_epoch_by_epoch():
-    model = network()
-    objective = AdversarialTraining(PGD(eps=EPS, step=EPS, steps=1), warmup=4)
-    reached = [(examples(objective, model, batch(epoch=e)) - batch().x).abs().max().item() for e in range(6)]
-    assert reached == pytest.approx([EPS * min(1, (e + 1) / 5) for e in range(6)], rel=1e-4)
 
 
 class Counting(nn.Module):
