@@ -49,7 +49,8 @@ class ProxProp(Rule):
             on the batch size if the loss is a mean. ``"mean"``: A^T A / rows (FOOF), rows are samples, tokens or
             output pixels. ``"sample_mean"``: A^T A / samples (K-FAC's convention for convolutions). ``"relative"``:
             the mean eigenvalue lambda of the smaller of A^T A and A A^T (of the average with memory), so that
-            D = (lambda/tau) (A^T A + (lambda/tau) I)^{-1} A^T g, which has the scale of the gradient. None: ``"relative"`` without tau, ``"sum"`` with one.
+            D = (lambda/tau) (A^T A + (lambda/tau) I)^{-1} A^T g, which has the scale of the gradient. None:
+            ``"relative"`` without tau, ``"sum"`` with one.
         solver: ``"exact"``; ``"cg"``, a few conjugate-gradient steps on the same system as in the paper, in linear
             layers with one step length per output; or ``"toeplitz"``, exact but for convolutions where it is cheaper
             to replace A^T A by the larger block-Toeplitz matrix that ignores the border.
