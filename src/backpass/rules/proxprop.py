@@ -94,7 +94,7 @@ class ProxProp(Rule):
     where: Callable[[Site], bool] | None = None
 
     def __post_init__(self) -> None:
-        for name, kind, valid in (
+        checks: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
             ("tau", "positive and finite", lambda v: v is None or (is_number(v) and v > 0)),
             ("memory", "in [0, 1)", lambda v: v is None or (is_number(v) and 0 <= v < 1)),
             ("cg_steps", "an int of at least 1", lambda v: is_whole(v, 1)),
@@ -102,7 +102,8 @@ class ProxProp(Rule):
             ("max_side", "an int of at least 1", lambda v: v is None or is_whole(v, 1)),
             ("embeddings", "True or False", lambda v: isinstance(v, bool)),
             ("norms", "True or False", lambda v: isinstance(v, bool)),
-        ):
+        )
+        for name, kind, valid in checks:
             if not valid(getattr(self, name)):
                 raise BackpassError(f"{name} must be {kind}, got {getattr(self, name)!r}.")
         for name, value, known in (
