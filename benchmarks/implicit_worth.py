@@ -77,7 +77,7 @@ METHODS = {
     "SGD": Method(partial(one, SGD, momentum=0.9), 0.03),
     "SOAP": Method(soap, 3e-3),
 }
-TAUS = (0.3, 1.0, 10.0, 30.0)
+TAUS = (0.1, 0.3, 3.0, 10.0)
 
 # The networks of `implicit_cost`, with smaller batches where a step is long, and their steps.
 WORTH: dict[str, tuple[Setting, int]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from backpass.errors import BackpassError, UnknownNameError
+from backpass.numbers import is_number, is_whole
 from backpass.rules.activations import WITHOUT_ACTIVATION
 from backpass.rules.attaching.override import TorchFunction
 from backpass.rules.implicit.calls import LINEAR, NORMALIZATIONS, OPAQUE, PRODUCTS
@@ -21,7 +21,7 @@ from backpass.rules.sites import Site
 
 __all__ = ["ProxProp", "ProximalAttached"]
 
-_TAU, _MEMORY_TAU = 3.0, 30.0
+_TAU, _MEMORY_TAU = 1.0, 30.0
 _MEMORY = 0.9
 _SIDE, _MEMORY_SIDE = 4096, 128
 
@@ -43,13 +43,14 @@ class ProxProp(Rule):
     and einsum with a parameter, with their biases. Embeddings and the weights of normalizations are optional.
 
     Args:
-        tau: step size of the proximal step, positive; None takes 3 with ``damping="relative"``, and 30 in layers with
+        tau: step size of the proximal step, positive; None takes 1 with ``damping="relative"``, and 30 in layers with
             memory. tau -> 0 gives tau times the gradient, tau -> inf the least-squares solution of A T = A Theta - g.
         damping: what 1/tau is relative to. ``"sum"``: A^T A as above (the paper), where the effect of tau depends
             on the batch size if the loss is a mean. ``"mean"``: A^T A / rows (FOOF), rows are samples, tokens or
             output pixels. ``"sample_mean"``: A^T A / samples (K-FAC's convention for convolutions). ``"relative"``:
-            the mean eigenvalue lambda of A^T A, so that D = (lambda/tau) (A^T A + (lambda/tau) I)^{-1} A^T g, which
-            has the scale of the gradient. None: ``"relative"`` without tau, ``"sum"`` with one.
+            the mean eigenvalue lambda of the smaller of A^T A and A A^T (of the average with memory), so that
+            D = (lambda/tau) (A^T A + (lambda/tau) I)^{-1} A^T g, which has the scale of the gradient. None:
+            ``"relative"`` without tau, ``"sum"`` with one.
         solver: ``"exact"``; ``"cg"``, a few conjugate-gradient steps on the same system as in the paper, in linear
             layers with one step length per output; or ``"toeplitz"``, exact but for convolutions where it is cheaper
             to replace A^T A by the larger block-Toeplitz matrix that ignores the border.
@@ -93,7 +94,18 @@ class ProxProp(Rule):
     where: Callable[[Site], bool] | None = None
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        checks: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+            ("tau", "positive and finite", lambda v: v is None or (is_number(v) and v > 0)),
+            ("memory", "in [0, 1)", lambda v: v is None or (is_number(v) and 0 <= v < 1)),
+            ("cg_steps", "an int of at least 1", lambda v: is_whole(v, 1)),
+            ("refresh", "an int of at least 1", lambda v: v is None or is_whole(v, 1)),
+            ("max_side", "an int of at least 1", lambda v: v is None or is_whole(v, 1)),
+            ("embeddings", "True or False", lambda v: isinstance(v, bool)),
+            ("norms", "True or False", lambda v: isinstance(v, bool)),
+        )
+        for name, kind, valid in checks:
+            if not valid(getattr(self, name)):
+                raise BackpassError(f"{name} must be {kind}, got {getattr(self, name)!r}.")
         for name, value, known in (
             ("solver", self.solver, ("exact", "cg", "toeplitz")),
             ("damping", self.damping, (None, "relative", "sum", "mean", "sample_mean")),
@@ -101,9 +113,6 @@ class ProxProp(Rule):
         ):
             if value not in known:
                 raise UnknownNameError(name, str(value), [one for one in known if one])
-        for name in ("embeddings", "norms"):
-            if not isinstance(getattr(self, name), bool):
-                raise BackpassError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if self.solve == "backward" and (self.memory or (self.refresh or 1) > 1):
             raise BackpassError(
                 'memory and refresh need the solve at the optimizer\'s step: set solve="step" and attach the rule with '
@@ -117,22 +126,6 @@ class ProxProp(Rule):
         check_places(self.start, self.stop)
         if self.where is not None and not callable(self.where):
             raise BackpassError(f"where must be a function of a Site that returns a bool, got {self.where!r}.")
-
-    def _check_numbers(self) -> None:
-        for name, least, below, whole in (
-            ("tau", 0, math.inf, False),
-            ("memory", 0, 1, False),
-            ("cg_steps", 1, math.inf, True),
-            ("refresh", 1, math.inf, True),
-            ("max_side", 1, math.inf, True),
-        ):
-            value = getattr(self, name)
-            if value is None and name != "cg_steps":
-                continue
-            right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-            if not right or not least <= value < below or (name == "tau" and value == 0):
-                kind = "an int of at least 1" if whole else "in [0, 1)" if name == "memory" else "positive and finite"
-                raise BackpassError(f"{name} must be {kind}, got {value!r}.")
 
     def attach(self, model: nn.Module, optimizer: Any = None, *, strict: bool = False) -> ProximalAttached:
         """Override the backward of ``model``; see `Rule.attach`.

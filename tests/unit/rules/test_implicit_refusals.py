@@ -165,6 +165,13 @@ def test_complex_weights(rule: Rule) -> None:
 
 
 @both
+def test_sparse_inputs(rule: Rule) -> None:
+    model = nn.Linear(3, 2)
+    with rule.attach(model), pytest.raises(BackpassError, match=r"dense inputs, got torch\.sparse_coo.*to_dense"):
+        model(torch.eye(3).to_sparse())
+
+
+@both
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
@@ -223,19 +230,50 @@ def test_an_equal_rule_attached_twice(rule: Rule) -> None:
         pass
 
 
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
 @both
-def test_frozen_layers_are_no_sites_of_the_rule(rule: Rule) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    model[0].requires_grad_(False)
+def test_frozen_layers_are_no_sites_also_where_they_freeze_and_thaw_while_the_rule_is_attached(rule: Rule) -> None:
+    model, x = network(), torch.randn(5, 3).double()
     with rule.attach(model) as attached:
-        model(torch.randn(5, 3)).sum().backward()
-    assert [site.module for site in attached.sites] == ["2"]
-    assert model[0].weight.grad is None
+        for frozen in ([0], [0], [], [], [2], [0], []):
+            expected = network()
+            for one in (model, expected):
+                for at in (0, 2):
+                    one[at].requires_grad_(at not in frozen)
+            model.zero_grad()
+            model(x).square().sum().backward()
+            with rule.attach(expected) as anew:
+                expected(x).square().sum().backward()
+            assert attached.sites == anew.sites
+            assert [site.module for site in attached.sites] == [str(at) for at in (0, 2) if at not in frozen]
+            for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [*RULES, ProxProp(solve="step"), ProxProp(solve="step", memory=0.9)],
+    ids=["proxprop", "sibp", "step", "memory"],
+)
+def test_parameters_that_are_pieces_of_one_vector(rule: Rule) -> None:
+    found, x = [], torch.randn(5, 3).double()
+    for model in (network(), network()):
+        if found:
+            nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        with rule.attach(model, *([optimizer] if getattr(rule, "solve", "") == "step" else [])):
+            model(x).square().sum().backward()
+            optimizer.step()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
 def test_frozen_layers_do_not_count_in_sibp_s_eta() -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+    model, x = network(), torch.randn(5, 3).double()
     model[0].requires_grad_(False)
     found = []
     for rule in (SIBP(eta=None), SIBP(eta=1.0)):
@@ -248,8 +286,7 @@ def test_frozen_layers_do_not_count_in_sibp_s_eta() -> None:
 
 @pytest.mark.parametrize("how", ["loss_scale", "scaler"])
 def test_sibp_knows_the_scale_of_the_loss(how: str) -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+    model, x = network(), torch.randn(5, 3).double()
     with SIBP(eta=2.0).attach(model):
         model(x).square().sum().backward()
     expected = [p.grad for p in model.parameters()]

@@ -61,6 +61,14 @@ def test_the_proximal_energy_falls_by_half_the_inner_product(layer, tau):
     torch.testing.assert_close(before - after, d @ (a.T @ g.flatten()) / 2, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("tau", TAUS)
+def test_relative_damping_is_over_the_mean_eigenvalue_of_the_smaller_gram_matrix(layer, tau):
+    model, x, g, a = layer
+    added = a.square().sum() / min(a.shape) / tau
+    expected = added * torch.linalg.solve(a.T @ a + added * torch.eye(a.shape[1]).double(), a.T @ g.flatten())
+    assert relative(direction(model, x, g, tau, damping="relative"), expected) < 1e-10
+
+
 def test_a_small_tau_gives_the_gradient(layer):
     model, x, g, a = layer
     gradient, largest = a.T @ g.flatten(), torch.linalg.matrix_norm(a, 2) ** 2

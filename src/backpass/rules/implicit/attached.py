@@ -61,7 +61,7 @@ class LayerAttached(Attached):
 
     def start(self) -> None:
         """Initialise the state, also in a copy of the model."""
-        self._named: dict[int, Named] = {}
+        self._named: dict[int, list[Named]] = {}
         self._uses: dict[int, tuple[int, list[tuple[int, int]]]] = {}
         self._early: list[Any] = []
         register(self.token, self)
@@ -98,12 +98,17 @@ class LayerAttached(Attached):
     def parameter(self, tensor: Tensor) -> Named | None:
         """Return the parameter in whose memory this tensor lies: compiled code knows no other identity."""
         key = tensor.untyped_storage().data_ptr()
-        found = self._named.get(key)
-        if found is None or found.parameter.untyped_storage().data_ptr() != key:
-            named = [Named(name, p) for name, p in self.model.named_parameters() if not is_lazy(p)]
-            self._named = {one.parameter.untyped_storage().data_ptr(): one for one in named}
-            found = self._named.get(key)
-        return found
+        found = self._named.get(key, [])
+        if not found or any(one.parameter.untyped_storage().data_ptr() != key for one in found):
+            self._named = {}
+            for name, p in self.model.named_parameters():
+                if not is_lazy(p):
+                    self._named.setdefault(p.untyped_storage().data_ptr(), []).append(Named(name, p))
+            found = self._named.get(key, [])
+        if len(found) > 1:  # parameters that are pieces of one vector
+            begin = tensor.storage_offset()
+            found = [one for one in found if _extent(one.parameter)[0] <= begin < _extent(one.parameter)[1]]
+        return found[0] if found else None
 
     def describe(self, weight: Tensor) -> str:
         """Return the weight's name, for errors."""

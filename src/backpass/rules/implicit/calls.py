@@ -137,7 +137,8 @@ def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     """Return a call of `LINEAR` or `NORMALIZATIONS` as a layer; None for a normalization without weights.
 
     Raises:
-        BackpassError: an embedding's gradient is sparse or scaled by frequency; the weight is complex or computed.
+        BackpassError: the input or an embedding's gradient is sparse, or that scaled by frequency; the weight is
+            complex or computed.
     """
     if func is F.linear:
         x, weight, bias = args if len(args) == 3 else _settings("linear", args, kwargs).values()
@@ -360,9 +361,14 @@ def _transposed_parent(weight: Tensor) -> Tensor | None:
 
 
 def _checked(call: LinearCall) -> LinearCall:
-    """Refuse weights for which a step would not be that of a parameter."""
+    """Refuse sparse inputs, and weights for which a step would not be that of a parameter."""
     if not learns(call):
         return call
+    if call.x.layout != torch.strided:
+        raise BackpassError(
+            f"implicit steps need dense inputs, got {call.x.layout}: call to_dense() first, or leave the layer out by "
+            "`where`."
+        )
     if call.weight.is_complex():
         raise BackpassError(
             f"implicit steps need real weights, got {call.weight.dtype}: leave the layer out by `where`, or store real "

@@ -77,7 +77,7 @@ class LayerInterception(Interception):
             return func(*args, **kwargs)
         if site.key in excluded:  # the plan knows it as frozen
             excluded.discard(site.key)
-            self.run.plan, site.selected = None, site.selected if site.fixed else None
+            self.run.plan, site.selected, site.fixed = None, None, False
         if site.selected is None and not self.run.relative:
             self.run.decide_early(site)
         return super().call_site(site, func, args, kwargs)

@@ -8,6 +8,7 @@ The increment D is solved for itself: an argmin minus Theta would lose it in the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -60,14 +61,17 @@ class ProximalStep:
     cg_steps: int
     max_side: int
 
-    def added(self, count: float, samples: float, columns: int = 0) -> Callable[[Tensor], float]:
-        """Return the damping added to the diagonal of A^T A, or of A A^T if ``columns`` of A are given."""
+    def added(self, count: float, samples: float, rank: float = math.inf) -> Callable[[Tensor], float]:
+        """Return the damping added to the diagonal of a Gram matrix, as a function of it.
+
+        Relative damping counts no more eigenvalues than the ``rank``, so that A^T A and A A^T get the same damping.
+        """
         if self.damping != "relative":
             number = {"sum": 1, "mean": count, "sample_mean": samples}[self.damping] / self.tau
             return lambda gram: number
 
         def relative(gram: Tensor) -> float:
-            eigenvalues = gram.shape[0] * (columns or gram.shape[-1])
+            eigenvalues = gram.shape[0] * min(gram.shape[-1], rank)
             trace = float(gram.diagonal(dim1=-2, dim2=-1).sum())
             return trace / (eigenvalues * self.tau) or 1.0  # a layer whose inputs are zero
 
@@ -129,7 +133,7 @@ def from_rows(layer: LinearLayer, rows: Rows, ones: bool, step: ProximalStep, ou
     """
     a, g = rows.a, rows.g
     count, columns = a.shape[1:]
-    added = step.added(count, rows.samples, columns + ones)
+    added = step.added(count, rows.samples)
     if step.solver == "cg":
         kernel = row_gram(a.to(g.dtype), ones)
         damping = added(kernel)
@@ -173,7 +177,7 @@ def from_gradient(
         kernel, gradients = system(dtype)
         return kernel, as_matrix(layer, gradients, kernel.shape[-1])
 
-    added = step.added(*counts)
+    added = step.added(*counts, rank=counts[0])
     if step.solver == "cg":
         kernel, right = joined(dtype)
         damping = added(kernel)
