@@ -43,7 +43,7 @@ def make_adversary(text: str, what: str) -> Attack:
             raise UnknownNameError(f"setting of {name}", setting, defaults)
         settings[setting] = _typed(value, defaults[setting], f"{setting} of {what} {text!r}")
     if "eps" not in settings:
-        raise BackpassError(f"{what} {text!r} has no eps: add it, as in {name}:eps=8/255.")
+        raise BackpassError(f"{what} {text!r} has no limit: add eps, as in {name}:eps=8/255.")
     if not settings["eps"] > 0:
         raise BackpassError(f"eps of {what} {text!r} must be above 0.")
     if "restarts" in defaults:
