@@ -49,7 +49,8 @@ class ProxProp(Rule):
             on the batch size if the loss is a mean. ``"mean"``: A^T A / rows (FOOF), rows are samples, tokens or
             output pixels. ``"sample_mean"``: A^T A / samples (K-FAC's convention for convolutions). ``"relative"``:
             the mean eigenvalue lambda of the smaller of A^T A and A A^T (of the average with memory), so that
-            D = (lambda/tau) (A^T A + (lambda/tau) I)^{-1} A^T g, which has the scale of the gradient. None: ``"relative"`` without tau, ``"sum"`` with one.
+            D = (lambda/tau) (A^T A + (lambda/tau) I)^{-1} A^T g, which has the scale of the gradient. None:
+            ``"relative"`` without tau, ``"sum"`` with one.
         solver: ``"exact"``; ``"cg"``, a few conjugate-gradient steps on the same system as in the paper, in linear
             layers with one step length per output; or ``"toeplitz"``, exact but for convolutions where it is cheaper
             to replace A^T A by the larger block-Toeplitz matrix that ignores the border.
@@ -93,7 +94,7 @@ class ProxProp(Rule):
     where: Callable[[Site], bool] | None = None
 
     def __post_init__(self) -> None:
-        for name, kind, valid in (
+        checks: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
             ("tau", "positive and finite", lambda v: v is None or (is_number(v) and v > 0)),
             ("memory", "in [0, 1)", lambda v: v is None or (is_number(v) and 0 <= v < 1)),
             ("cg_steps", "an int of at least 1", lambda v: is_whole(v, 1)),
@@ -101,7 +102,8 @@ class ProxProp(Rule):
             ("max_side", "an int of at least 1", lambda v: v is None or is_whole(v, 1)),
             ("embeddings", "True or False", lambda v: isinstance(v, bool)),
             ("norms", "True or False", lambda v: isinstance(v, bool)),
-        ):
+        )
+        for name, kind, valid in checks:
             if not valid(getattr(self, name)):
                 raise BackpassError(f"{name} must be {kind}, got {getattr(self, name)!r}.")
         for name, value, known in (
