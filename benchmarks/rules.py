@@ -90,8 +90,8 @@ def transfer_rules(options: Options) -> Section:
         rows.append(Row(name=name, figures=figures, asked=("ratio", 1.1)))
     return Section(
         title="Rules of transfer attacks",
-        text=f"An input gradient of {len(x)} images of 3x32x32 with a rule attached over the plain one. ViT-tiny has width "
-        "192, 12 blocks and 4x4 patches.",
+        text=f"An input gradient of {len(x)} images of 3x32x32 with a rule attached over the plain one. ViT-tiny has "
+        "width 192, 12 blocks and 4x4 patches.",
         rows=rows,
     )
 

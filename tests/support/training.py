@@ -16,7 +16,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "BP": {},
     "LinBP": {"rules": (LinBP(start=-1),)},
     "ProxProp union": {"rules": (ProxProp(tau=0.5, solve="step"),)},
-    "adversarial": {"objective": AdversarialTraining(PGD(eps=0.1, step=0.05, steps=2, random_start=True))},
+    "adversarial": {"objective": AdversarialTraining(PGD(eps=0.1, step=0.05, steps=2), rule=LinBP(start=-1), warmup=1)},
     "controlled": {"accumulate": 1},
 }
 

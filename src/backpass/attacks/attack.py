@@ -142,6 +142,7 @@ class Attack(ABC):
                 distance = -best.score
         return Result(
             x_adv=best.z,
+            ahead=best.ahead,
             success=best.verdict.success,
             loss=-best.verdict.value if self.targeted else best.verdict.value,
             prediction=best.verdict.prediction,

@@ -102,4 +102,4 @@ class AutoAttack(Attack):
         oracle.objective = make_objective(self.loss, targeted=False)
         z = best.z[padded.row]
         verdict = oracle.judge(z, padded)
-        return Best(z, verdict, verdict.value)[: len(jobs)]
+        return Best(z, z, verdict, verdict.value)[: len(jobs)]

@@ -66,9 +66,9 @@ def run_radii(
     """Attack samples (B, ...) at ascending radii and return the columns of `run`, (B, R) each.
 
     A sample is attacked at the largest radius, then at the next smaller one, until an attack fails. It counts as robust
-    at this and all smaller radii. Each attack has its full steps and restarts; the first restart starts from the image
-    found at the larger radius, scaled to the smaller ball. A sample thus costs one failed attack, and successful ones,
-    which are short.
+    at this and all smaller radii. Each attack has its full steps and restarts; the first restart starts one step after
+    the image found at the larger radius (the gradient there is known), scaled to the smaller ball. A start that is a
+    success already costs a forward pass. A sample thus costs one failed attack, and successful ones, which are short.
 
     At radii of success the columns are those of the nearest image found. At the radius of failure they are those of the
     failed attack; at smaller radii the loss is NaN, the prediction y and the distance inf.
@@ -93,7 +93,8 @@ def run_radii(
             table[name][rows, level] = value.to(table[name].dtype)
             fallen = rows[result.success]  # a nearer image is valid at the larger radii too
             table[name][fallen, level:] = value[result.success, None].to(table[name].dtype)
-        rows, image, before = rows[result.success], result.x_adv[result.success], radius
+        image = torch.where(result.ahead.isfinite(), result.ahead, result.x_adv)[result.success]
+        rows, before = rows[result.success], radius
     return table | {"gradients": torch.tensor(gradients)}
 
 

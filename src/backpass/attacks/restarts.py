@@ -15,16 +15,17 @@ __all__ = ["Best", "further_restarts"]
 
 @dataclass(eq=False)
 class Best:
-    """The best image of each sample so far: z (N, ...), its verdict, and its search's record (N, K)."""
+    """The best image of each sample so far: z (N, ...), the search's next image, its verdict, and its record (N, K)."""
 
     z: Tensor
+    ahead: Tensor
     verdict: Verdict
     score: Tensor
     record: Tensor | None = None
 
     def __getitem__(self, keep: Tensor | slice) -> Best:
         record = None if self.record is None else self.record[keep]
-        return Best(self.z[keep], Verdict(*(t[keep] for t in self.verdict)), self.score[keep], record)
+        return Best(self.z[keep], self.ahead[keep], Verdict(*(t[keep] for t in self.verdict)), self.score[keep], record)
 
     def improve(self, row: Tensor, other: Best, keep_first: bool) -> None:
         """Take other (B) at row (B,), all different, wherever it is better.
@@ -38,6 +39,7 @@ class Best:
             better &= ~was
         at = row[better]
         self.z = self.z.index_copy(0, at, other.z[better])
+        self.ahead = self.ahead.index_copy(0, at, other.ahead[better])
         self.score = self.score.index_copy(0, at, other.score[better].to(self.score.dtype))
         self.verdict = Verdict(*(a.index_copy(0, at, b[better]) for a, b in zip(mine, theirs, strict=True)))
         if self.record is not None and other.record is not None:
@@ -49,6 +51,7 @@ class Best:
         record = [part.record for part in parts if part.record is not None]
         return cls(
             torch.cat([part.z for part in parts]),
+            torch.cat([part.ahead for part in parts]),
             Verdict(*(torch.cat(columns) for columns in zip(*(part.verdict for part in parts), strict=True))),
             torch.cat([part.score for part in parts]),
             torch.cat(record) if record else None,

@@ -24,8 +24,10 @@ class Result:
             (targeted: is y), also beyond eps; inf elsewhere.
         gradients: sample gradients computed, of all restarts together: one pass over a batch of B counts B.
         forwards: sample forward passes without a gradient, the final verdict included.
+        ahead: (N, ...) the image after the step whose gradient was computed at `x_adv`; `x_adv` where there is none.
         halvings: APGD only, (N, K) int64: for each of its K checkpoints, the iteration at which the sample's step
-            was halved there, or -1 where it was not (also when the sample had left, already fooled).
+            was halved there, or -1 where it was not (also when the sample had left, already fooled). None where
+            the attack was given a start.
     """
 
     x_adv: Tensor
@@ -35,6 +37,7 @@ class Result:
     distance: Tensor
     gradients: int
     forwards: int
+    ahead: Tensor
     halvings: Tensor | None = None
 
     def __repr__(self) -> str:

@@ -105,12 +105,26 @@ class SearchAttack(Attack):
 
     def _attack(self, oracle: Oracle, jobs: Jobs, capacity: int) -> Best:
         sizes = batch_sizes(capacity, compiled=oracle.fixed_sizes)
-        best = self._run(oracle, jobs, sizes)
+        best = self._first(oracle, jobs, sizes)
         for row, restart in further_restarts(best, self.searches, capacity, self.stops_early):
             found = self._run(oracle, jobs.at(row, restart), sizes)
             for r in torch.unique(restart):
                 same = restart == r
                 best.improve(row[same], found[same], keep_first=self.stops_early)
+        return best
+
+    def _first(self, oracle: Oracle, jobs: Jobs, sizes: list[int]) -> Best:
+        """Run the first restart. A given start that is a success already needs no gradient."""
+        if jobs.start is None or not self.stops_early or self.loss == "dlr-targeted":
+            return self._run(oracle, jobs, sizes)
+        rows = torch.arange(len(jobs), device=jobs.y.device)
+        padded = jobs[pad(rows, sizes if oracle.fixed_sizes else None)]
+        z = self.first_images(padded, padded.x)
+        verdict = oracle.judge(z, padded)
+        best = Best(z, z, verdict, self.score(oracle, z, padded, verdict, {}))[: len(jobs)]
+        standing = rows[~best.verdict.success]
+        if len(standing):
+            best.improve(standing, self._run(oracle, jobs[standing], sizes), keep_first=True)
         return best
 
     def _run(self, oracle: Oracle, jobs: Jobs, sizes: list[int]) -> Best:
@@ -121,7 +135,7 @@ class SearchAttack(Attack):
         found = self._drive(oracle, jobs, ActiveSet(jobs, real, sizes, fixed=fixed, early_stop=self.stops_early))
         z = keep_finite(found["z"].detach(), jobs)
         verdict = oracle.judge(z, jobs.with_targets(found.get("target")))
-        return Best(z, verdict, self.score(oracle, z, jobs, verdict, found), found.get("record"))[:real]
+        return Best(z, found["ahead"], verdict, self.score(oracle, z, jobs, verdict, found), found.get("record"))[:real]
 
     def _drive(self, oracle: Oracle, jobs: Jobs, active: ActiveSet) -> dict[str, Tensor]:
         state = self.begin(oracle, jobs)

@@ -46,7 +46,7 @@ class State:
 
     def results(self, images: Tensor) -> dict[str, Tensor]:
         """Return the tensors (B, ...) that outlive the search."""
-        parts = {"z": images, "target": self.jobs.target, "record": self.record}
+        parts = {"z": images, "ahead": self.z, "target": self.jobs.target, "record": self.record}
         return {name: part for name, part in parts.items() if part is not None}
 
 

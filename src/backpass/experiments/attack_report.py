@@ -165,7 +165,7 @@ def _masking(study: Study, runs: Mapping[tuple[str, str], Outcome]) -> list[Find
         found.append(
             Finding(
                 f"Random search, eps {fraction_text(eps)}",
-                f"{count:,} images are fooled by random search and by no attack that uses gradients. {advice}",
+                f"Images fooled by random search and by no attack that uses gradients: {count:,}. {advice}",
             )
         )
     return found

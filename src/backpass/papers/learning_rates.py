@@ -96,7 +96,7 @@ def images(runs: int, models: tuple[str, ...] = ("mlp", "cnn"), **sizes: int) ->
 
 
 def adversarial(steps: int, runs: int, every: int) -> Design:
-    """Return the table of six convex losses; a claim is about one of them."""
+    """Return the table of seven convex losses; a claim is about one of them."""
     names = [problem.name for problem in adversarial_rates.PROBLEMS]
     log = end("log of the excess", log=True)
     return Design(
@@ -149,9 +149,9 @@ EXPERIMENTS = (
     Experiment(
         name="sde-learning-rate-adversarial",
         title="Does the controlled learning rate need the curvature through the attack?",
-        question="ControlledLR in adversarial training of six convex losses, with the curvature through the attack and "
-        "at frozen perturbations, beside ten fixed rates of which the best is chosen in hindsight. The excess is that "
-        "of the loss that adversarial training descends, to second order at its minimum.",
+        question="ControlledLR in adversarial training of seven convex losses, with the curvature through the attack "
+        "and at frozen perturbations, beside ten fixed rates of which the best is chosen in hindsight. The excess is "
+        "that of the loss that adversarial training descends, to second order at its minimum.",
         source="derived for this project",
         scales={"small": adversarial(1500, 6, 10), "paper": adversarial(10_000, 20, 1)},
     ),

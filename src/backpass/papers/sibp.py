@@ -96,7 +96,8 @@ _MLP: Rates = {
 }  # fmt: skip
 _CONVNET: Rates = {"sibp": (0.3, 1.0), "sgd": (0.03, 0.1, 0.3), "proxprop": (10.0, 30.0), "adamw": (1e-3, 3e-3)}
 _DEEP: Rates = {
-    "sibp": (0.1, 0.25, 0.5), "sgd": (0.1, 0.5, 1.0, 2.0), "proxprop": (3.0, 10.0, 30.0), "adamw": (1e-3, 3e-3, 1e-2)
+    "sibp": (0.05, 0.1, 0.25, 0.5), "sgd": (0.1, 0.5, 1.0, 2.0),
+    "proxprop": (3.0, 10.0, 30.0), "adamw": (1e-3, 3e-3, 1e-2),
 }  # fmt: skip
 
 

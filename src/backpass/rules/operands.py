@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from backpass.errors import BackpassError
 from backpass.rules.attaching.attached import Attached
@@ -17,7 +18,7 @@ from backpass.rules.attaching.run import ModuleCall, SiteCall
 from backpass.rules.places import Place, check_places
 from backpass.rules.rule import Rule
 from backpass.rules.sites import Site
-from backpass.rules.torch_internals import constant_while_tracing
+from backpass.rules.torch_internals import bare_apply, constant_while_tracing, transforms
 
 __all__ = ["OperandAttached", "OperandInterception", "OperandRule", "Operands", "positions"]
 
@@ -86,7 +87,8 @@ class OperandInterception(Interception):
 
     def scale(self, x: Tensor, site: SiteCall | None) -> Tensor:
         """Return x with its gradient scaled if the site is active."""
-        apply: Callable[..., Tensor] = _Scaled.apply
+        transformed = is_dynamo_compiling() or transforms()
+        apply: Callable[..., Tensor] = _Scaled.apply if transformed else _scale_eagerly
         return apply(x, self.rule.factor, site)
 
     def scaled(
@@ -181,6 +183,9 @@ class _Scaled(torch.autograd.Function):
         if ctx.asked is not None and not ctx.asked.active():
             return grad, None, None
         return grad * ctx.factor if ctx.factor else torch.zeros_like(grad), None, None
+
+
+_scale_eagerly = bare_apply(_Scaled)
 
 
 def positions(

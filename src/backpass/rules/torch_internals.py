@@ -99,8 +99,17 @@ def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def function_class(node: Any) -> type | None:
-    """Return the ``torch.autograd.Function`` that made a graph node, or None for an operator of torch."""
-    return getattr(node, "_forward_cls", None) if isinstance(node, FUNCTION_NODE) else None
+    """Return the ``torch.autograd.Function`` that made a graph node, or None for an operator of torch.
+
+    `torch.func.vmap` replaces a function by a generated one, which shares the name alone with it.
+    """
+    kind: type | None = getattr(node, "_forward_cls", None) if isinstance(node, FUNCTION_NODE) else None
+    if kind is None or not kind.__name__.startswith("Vmapped"):
+        return kind
+    name, kinds = kind.__name__.rpartition("Vmapped")[2], [torch.autograd.Function]
+    for one in kinds:
+        kinds += one.__subclasses__()
+    return next((one for one in kinds if one.__name__ == name and one.__module__.startswith("backpass.")), kind)
 
 
 def custom_functions(output: Any) -> list[type]:

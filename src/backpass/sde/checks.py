@@ -88,7 +88,7 @@ def check_stability(eta: float, local: Local) -> Check:
         name="eta times curvature",
         estimate=Estimate(value, value, value),
         limit=f"at most {_STABLE:g}; unstable above 2",
-        verdict="failed" if value > _STABLE else "passed",
+        verdict="passed" if value <= _STABLE else "failed",  # a curvature that is not finite fails
     )
 
 
@@ -111,7 +111,7 @@ def check_tails(local: Local) -> Check:
     """Check Hill's tail index of the gradient noise against the limit of finite variance, with a margin."""
     value, error = local.tail
     low, high = value - _LEVEL * error, value + _LEVEL * error
-    estimate = Estimate(*(1 / one if one > 0 else math.inf for one in (value, high, low)))
+    estimate = Estimate(*(math.inf if one <= 0 else 1 / one for one in (value, high, low)))
     return Check(
         name="tail index of the noise",
         estimate=estimate,

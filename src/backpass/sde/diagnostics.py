@@ -82,14 +82,14 @@ def local_numbers(
 
 
 def largest_curvature(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> float:
-    """Return the largest |eigenvalue| of a linear map v -> product(v) by power iteration from a start."""
-    vector, value = start / start.norm().clamp(min=torch.finfo(start.dtype).tiny), 0.0
+    """Return the largest |eigenvalue| of a linear map by power iteration; not finite if a product is not."""
+    vector = start / start.abs().max().clamp(min=torch.finfo(start.dtype).tiny)
+    value = float(vector.norm())
     for _ in range(iterations):
-        image = product(vector)
-        value = float(image.norm())
-        if not value > 0:
-            return 0.0
-        vector = image / value
+        if value == 0 or not math.isfinite(value):
+            return value
+        vector = product(vector / value)
+        value = float(vector.norm())
     return value
 
 

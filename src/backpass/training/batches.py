@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from backpass.errors import BackpassError
 from backpass.training.randomness import mixed, seeded
 from backpass.training.sources import Source
+
+if TYPE_CHECKING:
+    from backpass.training.trainer import Trainer
 
 _LOG = logging.getLogger(__name__)
 
@@ -232,7 +235,6 @@ def _digest(batches: Sequence[Tensor]) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Batches:
     """Batches of a run, independent of the number of processes and of accumulated parts.
 
@@ -240,36 +242,17 @@ class Batches:
     the slices are the batch.
 
     Args:
-        source: training data.
-        order: order of the samples.
-        seed: the run's seed.
+        settings: settings of the run.
         rank: rank of this process.
         processes: number of processes.
-        parts: number of parts in which a process computes its slice.
-        device: the model's device.
-        prepare: applied to x on the device.
-        channels_last: convert images (B, C, H, W) to this memory format.
 
     Raises:
         BackpassError: a batch has fewer samples than there are processes.
     """
 
-    source: Source
-    order: Order
-    seed: int
-    rank: int
-    processes: int
-    parts: int
-    device: torch.device
-    prepare: Prepare
-    channels_last: bool = False
-
-    def __post_init__(self) -> None:
-        self._check(self.order.sizes)
-
-    def __len__(self) -> int:
-        """Optimizer steps per epoch."""
-        return len(self.order)
+    def __init__(self, settings: Trainer, rank: int, processes: int) -> None:
+        self._settings, self._rank, self._processes = settings, rank, processes
+        self._check(settings.order.sizes)
 
     def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[list[Batch], int, bool]]:
         """Yield the steps of an epoch: this process's parts, the number of samples of all processes, True if last.
@@ -282,39 +265,40 @@ class Batches:
         Raises:
             BackpassError: a batch of the sampler has fewer samples than there are processes.
         """
-        drawn = self.order.draw(epoch)
+        settings = self._settings
+        drawn = settings.order.draw(epoch)
         self._check(list(map(len, drawn)))
         steps = [self._parts(batch) for batch in drawn]
         rows = [part for parts in steps for part in parts]
         before = sum(map(len, steps[:start]))
         # One transfer per epoch: a transfer per step would synchronise with the device.
-        placed = iter(torch.split(torch.cat(rows).to(self.device), list(map(len, rows)))[before:])
-        reader = self.source.read(rows, before, self.device, mixed(self.seed, epoch, self.rank))
+        placed = iter(torch.split(torch.cat(rows).to(settings.device), list(map(len, rows)))[before:])
+        reader = settings.source.read(rows, before, settings.device, mixed(settings.seed, epoch, self._rank))
         for place in range(start, len(drawn)):
-            numbers = {"epoch": epoch, "step": step + place - start, "seed": self.seed}
+            numbers = {"epoch": epoch, "step": step + place - start, "seed": settings.seed}
             parts = [self._batch(*next(reader), next(placed), numbers) for _ in steps[place]]
             yield parts, len(drawn[place]), place + 1 == len(drawn)
 
     def _check(self, sizes: Sequence[int]) -> None:
-        least = min(sizes, default=self.processes)
-        if least < self.processes:
+        least = min(sizes, default=self._processes)
+        if least < self._processes:
             last = ", or drop_last=True" if least < sizes[0] else ""
             raise BackpassError(
-                f"a batch of {least} samples cannot be shared by {self.processes} processes: use a larger "
+                f"a batch of {least} samples cannot be shared by {self._processes} processes: use a larger "
                 f"batch_size{last}."
             )
 
     def _parts(self, batch: Tensor) -> Sequence[Tensor]:
         """Return the parts of a batch that this process computes."""
-        if self.processes == self.parts == 1:
+        if self._processes == self._settings.accumulate == 1:
             return [batch]
-        own = batch.tensor_split(self.processes)[self.rank]
-        return own.tensor_split(min(self.parts, len(own)))
+        own = batch.tensor_split(self._processes)[self._rank]
+        return own.tensor_split(min(self._settings.accumulate, len(own)))
 
     def _batch(self, x: Any, y: Tensor, index: Tensor, numbers: dict[str, Any]) -> Batch:
-        prepared = self.prepare(x, Batch(x=x, y=y, index=index, **numbers))
+        prepared = self._settings.prepare(x, Batch(x=x, y=y, index=index, **numbers))
         if not isinstance(prepared, Tensor | Mapping):
             raise BackpassError(f"prepare must return the inputs of the model, got {type(prepared).__name__}.")
-        if self.channels_last and isinstance(prepared, Tensor) and prepared.dim() == 4:
+        if self._settings.channels_last and isinstance(prepared, Tensor) and prepared.dim() == 4:
             prepared = prepared.contiguous(memory_format=torch.channels_last)
         return Batch(x=prepared, y=y, index=index, **numbers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from backpass.training.sources import Source
 
 if TYPE_CHECKING:
     from backpass.training.trainer import Trainer
+    from backpass.training.update import Update
 
 __all__ = ["Evaluation", "Metric", "check_targets"]
 
@@ -34,18 +34,11 @@ class Evaluation:
     Args:
         settings: settings of the run.
         model: model without a DDP wrapper, or the sharded model.
-        plain: returns a context without the rules.
-        autocast: returns the autocast context.
+        update: has the contexts without rules and of autocast.
     """
 
-    def __init__(
-        self,
-        settings: Trainer,
-        model: nn.Module,
-        plain: Callable[[], AbstractContextManager[object]],
-        autocast: Callable[[], AbstractContextManager[object]],
-    ) -> None:
-        self._settings, self._model, self._plain, self._autocast = settings, model, plain, autocast
+    def __init__(self, settings: Trainer, model: nn.Module, update: Update) -> None:
+        self._settings, self._model, self._plain, self._autocast = settings, model, update.plain, update.autocast
         objective = getattr(settings.objective, "evaluation", settings.objective)
         self._loss = getattr(objective, "losses", CrossEntropy().losses)
         self._correct = getattr(objective, "correct", correct)
@@ -78,10 +71,7 @@ class Evaluation:
         return {**means, **self._metrics(outputs)} if self._settings.metrics else means
 
     def _metrics(self, outputs: list[tuple[Any, Tensor]]) -> dict[str, float]:
-        everything = [one for part in from_all(outputs) for one in part]
-        output, y = tree_map(
-            lambda *parts: torch.cat([one[None] if not one.dim() else one for one in parts]), *everything
-        )
+        output, y = tree_map(_joined, *(one for part in from_all(outputs) for one in part))
         found = {name: function(output, y) for name, function in self._settings.metrics.items()}
         return _numbers(found, "a function of metrics returns a number")
 
@@ -175,7 +165,18 @@ def _rows(source: Source, size: int) -> Iterator[Tensor]:
 
 
 def _on_cpu(value: Any) -> Any:
-    return value.detach().float().cpu() if isinstance(value, Tensor) and value.is_floating_point() else value.cpu()
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise BackpassError(
+            "metrics are given outputs of tensors, in dicts and tuples too; the model returns a "
+            f"{type(value).__name__}: return a dict, or select the logits by objective=CrossEntropy(logits=...)."
+        )
+    return value.detach().float().cpu() if value.is_floating_point() else value.cpu()
+
+
+def _joined(*parts: Any) -> Any:
+    return None if parts[0] is None else torch.cat([one[None] if not one.dim() else one for one in parts])
 
 
 def _numbers(measured: object, expected: str) -> dict[str, float]:

@@ -4,44 +4,36 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
-__all__ = ["Interrupted", "Interruption"]
+__all__ = ["Interrupted", "recorded_signals"]
 
 
 class Interrupted(KeyboardInterrupt):
     """Raised when a run was stopped by Ctrl-C or SIGTERM; the message explains how to resume."""
 
 
-class Interruption:
-    """Context that records the first signal; the second one has its usual effect.
+@contextmanager
+def recorded_signals() -> Iterator[list[str]]:
+    """Yield the names of the signals received: of the first one, the second has its usual effect."""
+    received: list[str] = []
+    before: dict[signal.Signals, Any] = {}
 
-    Attributes:
-        received: name of the signal that was received, or None.
-    """
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
 
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._before: dict[signal.Signals, Any] = {}
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        restore()
 
-    def __enter__(self) -> Self:
-        # Python allows signal handlers only in the main thread.
-        if threading.current_thread() is threading.main_thread():
-            for one in (signal.SIGINT, signal.SIGTERM):
-                self._before[one] = signal.signal(one, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
-        self._before.clear()
+    if threading.current_thread() is threading.main_thread():  # Python allows signal handlers nowhere else
+        for one in (signal.SIGINT, signal.SIGTERM):
+            before[one] = signal.signal(one, note)
+    try:
+        yield received
+    finally:
+        restore()

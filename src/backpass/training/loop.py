@@ -20,7 +20,7 @@ from backpass.training.averaging import Averaging
 from backpass.training.batches import Batches
 from backpass.training.checkpoint import Checkpoints
 from backpass.training.evaluation import Evaluation
-from backpass.training.interruption import Interrupted, Interruption
+from backpass.training.interruption import Interrupted
 from backpass.training.logs import Logs, Status
 from backpass.training.meter import Divergence, Meter
 from backpass.training.processes import any_process, distributed, from_first, is_sharded, rank, whole, world
@@ -45,25 +45,15 @@ class Loop:
     Args:
         settings: settings of the run.
         attached: rules attached to the model.
-        interruption: received stop signals.
+        signals: names of the stop signals received.
     """
 
-    def __init__(self, settings: Trainer, attached: Sequence[Attached], interruption: Interruption) -> None:
-        self._settings, self._interruption, self._begun = settings, interruption, time.perf_counter()
+    def __init__(self, settings: Trainer, attached: Sequence[Attached], signals: Sequence[str]) -> None:
+        self._settings, self._signals, self._begun = settings, signals, time.perf_counter()
         self._attached = attached
         self._device, self._alone = settings.device, world() == 1
-        self._batches = Batches(
-            source=settings.source,
-            order=settings.order,
-            seed=settings.seed,
-            rank=rank(),
-            processes=world(),
-            parts=settings.accumulate,
-            device=self._device,
-            prepare=settings.prepare,
-            channels_last=settings.channels_last,
-        )
-        self._steps = min(settings.epochs * len(self._batches), settings.max_steps or 2**62)
+        self._batches = Batches(settings, rank(), world())
+        self._steps = settings.steps
         called = settings.model
         if settings.compile:
             if is_sharded(called):
@@ -71,7 +61,7 @@ class Loop:
             called = cast(nn.Module, torch.compile(called, **({} if settings.compile is True else settings.compile)))
         meter = Meter(self._device)
         self._update = Update(settings, distributed(called, self._device), attached, meter)
-        self._evaluate = Evaluation(settings, called, self._update.plain, self._update.autocast)
+        self._evaluate = Evaluation(settings, called, self._update)
         average = settings.average
         self._averaging = None if average is None else Averaging(average, unwrap(called), self._steps)
         self._scheduler = cast(LRScheduler | None, settings.scheduler)
@@ -310,7 +300,7 @@ class Loop:
         self._saved = time.monotonic()
 
     def _stop_if_asked(self) -> None:
-        name = self._interruption.received
+        name = next(iter(self._signals), None)
         if not (name is not None if self._alone else any_process(name is not None, self._device)):
             return
         self._save()

@@ -31,6 +31,8 @@ __all__ = [
 Loss = Callable[[Any, Tensor], Tensor]
 """A loss per sample: (output, y) -> (B,)."""
 
+_NO_LABEL = -(2**31)  # torch would leave samples of label -100 out without a word
+
 Plain = Callable[[], AbstractContextManager[object]]
 """Return a context in which the trainer's rules are suspended, so that the backward pass is plain."""
 
@@ -266,7 +268,9 @@ class CrossEntropy(_OfOutput):
         if y.dim() == 1 and y.dtype not in (torch.int64, torch.uint8):
             raise BackpassError(f"labels are int64 or uint8, got {y.dtype}: convert them (y.long()).")
         try:
-            return F.cross_entropy(output, y, reduction=reduction, label_smoothing=self.label_smoothing)
+            return F.cross_entropy(
+                output, y, reduction=reduction, label_smoothing=self.label_smoothing, ignore_index=_NO_LABEL
+            )
         except IndexError as error:  # labels of a Dataset are not validated beforehand
             raise _out_of_range(y, output.shape[1], "") from error
 

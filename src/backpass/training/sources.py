@@ -72,6 +72,11 @@ class Source:
             self._read_order(data)
 
     def _read_order(self, loader: DataLoader[Any]) -> None:
+        if type(loader).__iter__ is not DataLoader.__iter__:
+            raise BackpassError(
+                f"{type(loader).__name__} has an __iter__ of its own, which the trainer, reading samples by position, "
+                "would ignore: give a plain DataLoader of its data set, with a sampler and collate_fn."
+            )
         if loader.batch_sampler is None:
             raise BackpassError("the DataLoader has batch_size=None: the trainer needs batches; give it a batch_size.")
         if type(loader.batch_sampler) is BatchSampler and loader.batch_size is not None:

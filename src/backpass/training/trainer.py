@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
@@ -23,7 +24,7 @@ from backpass.training.batches import Order, Prepare, to_unit_interval
 from backpass.training.evaluation import Metric, check_targets
 from backpass.training.fingerprint import describe, describe_model, describe_optimizer
 from backpass.training.half_batches import Measuring
-from backpass.training.interruption import Interruption
+from backpass.training.interruption import recorded_signals
 from backpass.training.loop import Loop, Resume
 from backpass.training.objective import CrossEntropy, Objective
 from backpass.training.processes import from_first, joined, rank
@@ -150,8 +151,7 @@ class Trainer(Settings):
             raise BackpassError("robust needs the evaluation set as tensors: evaluation=(x, y).")
         self._set(source=source, evaluated=evaluated, order=self._ordered(source))
         if isinstance(self.scheduler, str):
-            steps = min(self.epochs * len(self.order), self.max_steps or 2**62)
-            scheduler, when = make_schedule(self.scheduler, self.optimizer, steps)
+            scheduler, when = make_schedule(self.scheduler, self.optimizer, self.steps)
             self._set(scheduler=scheduler, step_scheduler=when)
         self._check_scheduler()
         self._set(description=self._describe())  # before a run changes rates and weights
@@ -164,6 +164,11 @@ class Trainer(Settings):
     def device(self) -> torch.device:
         """Device of the model."""
         return next(self.model.parameters()).device
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return min(self.epochs * len(self.order), self.max_steps or 2**62)
 
     @property
     def path(self) -> Path | None:
@@ -196,7 +201,7 @@ class Trainer(Settings):
             if self.path is not None:
                 path = self.path
                 from_first(lambda: stack.enter_context(locked(path)))
-            interruption = stack.enter_context(Interruption())
+            signals = stack.enter_context(recorded_signals())
             gpu = [self.device] if self.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices=gpu))
             stack.enter_context(seeded(mixed(self.seed, rank())))
@@ -211,7 +216,7 @@ class Trainer(Settings):
             if hasattr(self.objective, "close"):
                 stack.callback(self.objective.close)
             attached = [stack.enter_context(attach(rule, self.model, self.optimizer)) for rule in self.rules]
-            return Loop(self, attached, interruption).run(resume)
+            return Loop(self, attached, signals).run(resume)
 
     def _ordered(self, source: Source) -> Order:
         size, its = self.batch_size, source.batch_size
@@ -259,8 +264,8 @@ class Trainer(Settings):
             raise UnknownNameError("step_scheduler", str(self.step_scheduler), ("step", "epoch"))
         if not isinstance(self.rules, Sequence) or not all(isinstance(rule, Rule) for rule in self.rules):
             yield f"rules must be a sequence of rules, such as (LinBP(start=-2),); got {self.rules!r}."
-        if isinstance(self.evaluation, Mapping) and not self.evaluation:
-            yield "evaluation is a dict without a data set: leave it out, or give {name: (x, y)}."
+        if isinstance(self.evaluation, Mapping) and (not self.evaluation or "" in self.evaluation):
+            yield "evaluation is a dict without a data set, or without a name of one: give {name: (x, y)}."
         for name in ("robust", "metrics", "evaluate_at"):
             if self.evaluation is None and getattr(self, name):
                 yield f"{name} is measured on the evaluation set: give evaluation=(x, y) too."
@@ -269,7 +274,7 @@ class Trainer(Settings):
         if self.folder is None and "tensorboard" in self.loggers:
             yield "TensorBoard's events need a place: give folder=... too."
         called = self.objective.forward if isinstance(self.objective, nn.Module) else self.objective
-        if not _takes(called, self.model, None, None):
+        if not _takes(called, self.model, None, None) or getattr(called, "__module__", None) == F.__name__:
             yield (
                 "an objective is called as objective(model, batch, plain); of a loss of (output, y), one number per "
                 f"sample, PerSample(loss) makes one. Got {self.objective!r}."

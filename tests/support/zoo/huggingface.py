@@ -254,6 +254,32 @@ HUGGING_FACE: dict[str, Architecture] = {
         sites=3 + 2 * 3,
         gate_functions=("sigmoid",),
     ),
+    # gelu in each MLP, and beside the recurrence of two blocks, which has sigmoids as gates and a root whose derivative
+    # is limited by an autograd function.
+    "recurrent_gemma": Architecture(
+        build=huggingface(
+            *("RecurrentGemmaModel", "RecurrentGemmaConfig"),
+            vocab_size=WORDS,
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            lru_width=WIDTH,
+            attention_window_size=16,
+        ),
+        inputs=sequence,
+        sites=2 * 2 + 1,
+        gate_functions=("sigmoid", "softplus"),
+        unreachable=frozenset(f"layers.{layer}.temporal_block.rg_lru" for layer in range(2)),
+    ),
+    "bloom": Architecture(
+        build=huggingface("BloomModel", "BloomConfig", vocab_size=WORDS, hidden_size=WIDTH, n_layer=2, n_head=2),
+        inputs=sequence,
+        sites=2,
+        elementwise=("BloomGelu",),
+    ),
     # gelu after two convolutions, after that of the positions, whose value is a part of a tensor, and in each block.
     "wavlm": Architecture(
         build=huggingface(

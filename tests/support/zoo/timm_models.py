@@ -163,6 +163,14 @@ TIMM: dict[str, Architecture] = {
     "caformer": Architecture(build=caformer, sites=4 + 4, shape=(2, 3, 64, 64), reference=star_relus_rewritten),
     # Stem, two in the head; two in the first half of each of 16 blocks; one in each of 7 squeeze-and-excitations.
     "ghostnet": Architecture(build=timm("ghostnet_050"), sites=3 + 16 * 2 + 7, gates=SE),
+    # The same, and a gate in all but two blocks: the sigmoid of an image of half the size, which is then enlarged.
+    "ghostnetv2": Architecture(
+        build=timm("ghostnetv2_100"), sites=3 + 16 * 2 + 7, gates=(*SE, "*.gate_fn"), shape=(2, 3, 64, 64), slow=True
+    ),
+    # Stem; three in each of eight blocks, and one in its squeeze-and-excitation.
+    "legacy_seresnet": Architecture(
+        build=timm("legacy_seresnet18"), sites=1 + 8 * 4, gates=("*.se_module.sigmoid",), slow=True
+    ),
     # Two in the stem; two blocks with one in the local interaction and one in the MLP; two class-attention blocks.
     "xcit": Architecture(
         build=timm("xcit_nano_12_p8_224", img_size=32, embed_dim=16, depth=2, num_heads=2), sites=2 + 2 * 2 + 2

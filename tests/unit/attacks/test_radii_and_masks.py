@@ -197,10 +197,28 @@ def test_a_curve_is_that_of_searches_from_the_largest_radius_down_until_one_fail
             result = now(cnn, one, y[i : i + 1], indices=torch.tensor([i]), start=begin)
             if not result.success:
                 break
-            start, least = result.x_adv, radius
+            start, least = result.ahead, radius
         for radius in radii:
             standing[radius] += radius < least
     assert {radius: rate.hits for radius, rate in report.curve().items()} == standing
+
+
+def test_a_start_that_is_a_success_costs_one_forward_pass_and_the_others_are_searched(cnn, held_out):
+    x, y = held_out.x[:40], held_out.y[:40]
+    attack = PGD(eps=0.1, step=0.025, steps=8, restarts=1, random_start=False)
+    first = attack(cnn, x, y)
+    fallen = first.success & (cnn(x).argmax(1) == y)
+    assert 0 < fallen.sum() < 40
+    leaf = first.x_adv.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(cnn(leaf), y, reduction="sum"), leaf)
+    step = (first.x_adv + 0.025 * gradient.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)
+    assert torch.equal(first.ahead[fallen], step[fallen])
+    again = attack(cnn, x, y, start=first.x_adv)
+    assert torch.equal(again.x_adv[first.success], first.x_adv[first.success])
+    standing = int((~first.success).sum())
+    assert again.forwards == 40 + standing
+    assert again.gradients <= 8 * standing
+    assert bool((again.loss >= first.loss)[~first.success].all())
 
 
 def test_a_curve_of_radii_falls_and_meets_the_single_radii(cnn, held_out):

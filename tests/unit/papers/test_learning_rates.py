@@ -106,7 +106,7 @@ def test_the_comparison_with_adversaries_judges_each_problem(tmp_path):
     gaps = [math.log(run["controlled"][0] / run["fixed"][best]) for run in runs]
     assert claims["below-fixed-1"].estimate == pytest.approx(sum(gaps) / 2)
     assert {claim.verdict for claim in claims.values()} == {"undecided"}  # two runs are too few
-    assert [len(table.rows) for table in result.tables] == [3] * 6
+    assert [len(table.rows) for table in result.tables] == [3] * len(adversarial_rates.PROBLEMS)
 
 
 def test_the_comparison_on_images_has_every_schedule_from_the_same_weights(tmp_path):

@@ -85,7 +85,7 @@ def test_activations_of_members_mapped_inside_the_model_are_linear(kind):
     model, x = kind().double(), torch.randn(4, 4, dtype=torch.float64)
     plain = model(x)
     expected = gradients(model, Rewritten(Loop(model), 0), x)
-    with LinBP().attach(model) as attached:
+    with LinBP().attach(model, strict=True) as attached:
         found = gradients(model, model, x)
         assert torch.equal(model(x), plain)
     assert len(attached.sites) == 2  # one call each serves all members
@@ -97,7 +97,7 @@ def test_activations_of_a_model_mapped_over_samples_are_linear(start):
     torch.manual_seed(0)
     model, x = OverSamples().double(), torch.randn(4, 4, dtype=torch.float64)
     expected = gradients(model, Rewritten(model.member, start % 2), x)
-    with LinBP(start=start).attach(model):
+    with LinBP(start=start).attach(model, strict=True):
         found = gradients(model, model, x)
     assert close(found, expected)
 

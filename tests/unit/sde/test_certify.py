@@ -1,6 +1,7 @@
 """Certificates of processes whose truth is known; SVAG; predictions."""
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -203,6 +204,25 @@ def test_a_model_without_input_gradient_agrees_with_itself():
     )
     check = next(one for one in found.checks if one.name.startswith("input gradient"))
     assert (check.verdict, check.estimate.value) == ("passed", 0.0)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        pytest.param(lambda output, y: quadratic(output, y) + (0 * output[:, 0]).sqrt(), id="gradients are NaN"),
+        pytest.param(lambda output, y: 1e200 * 1e200 * quadratic(output, y), id="loss is infinite"),
+        pytest.param(lambda output, y: 1e200 * quadratic(output, y), id="squares overflow"),
+    ],
+)
+def test_a_check_that_is_not_finite_does_not_pass(criterion):
+    x = torch.randn(40, 4, dtype=D, generator=torch.Generator().manual_seed(0))
+    adversary = InnerLoop(steps=1, eta=0.05)
+    settings = {"steps": 2, "replicas": 4, "amplifications": (1, 2), "sampling": "iid"}
+    found = certify(nn.Linear(4, 1).double(), (x, x[:, :1]), 0.05, 4, adversary, criterion=criterion, **settings)
+    unclear = {check.name: check.verdict for check in found.checks if not math.isfinite(check.estimate.value)}
+    assert not found.valid
+    assert unclear["eta times curvature"] == "failed"
+    assert "passed" not in unclear.values()
 
 
 def test_the_model_stays_as_it_was():

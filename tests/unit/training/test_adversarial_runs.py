@@ -1,4 +1,4 @@
-"""Adversarial training through the trainer: it makes networks robust, by every strategy, and can be resumed."""
+"""Adversarial training through the trainer: it makes networks robust, by every strategy."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from backpass import LinBP, ProxProp
+from backpass import LinBP
 from backpass.attacks import FGSM, PGD, evaluate
 from backpass.data import load_digits
 from backpass.rules import attachments
@@ -77,18 +77,6 @@ def test_it_makes_a_network_robust(plainly_trained, settings, rules):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_run_in_two_pieces_meets_the_same_examples(tmp_path):
-    objective = AdversarialTraining(INNER, rule=LIN, warmup=1)
-    whole, trainer = train(objective, epochs=2, folder=tmp_path / "whole")
-    trainer.fit()
-    _, trainer = train(objective, epochs=1, folder=tmp_path / "pieces")
-    trainer.fit()
-    second, trainer = train(objective, epochs=2, folder=tmp_path / "pieces")
-    trainer.fit(resume=True)
-    ours, theirs = whole.state_dict(), second.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 def test_robust_accuracy_is_recorded_and_the_rules_rest_meanwhile():
     judge = RobustEvaluation(PGD(eps=0.1, step=0.04, steps=4), images=200)
     model, trainer = train(CrossEntropy(), epochs=2, rules=(LinBP(start=0),), robust=judge, robust_every=2)
@@ -138,11 +126,3 @@ def test_a_run_whose_network_is_no_longer_finite_has_diverged(trades):
     )
     assert "is nan" in trainer.fit().diverged
     assert trainer.robust(model, *evaluation) == {"robust_accuracy": 0.0}
-
-
-def test_examples_compose_with_proximal_steps():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    objective = AdversarialTraining(INNER, rule=LIN)
-    model, trainer = train(objective, model, epochs=3, rules=(ProxProp(tau=1.0, solve="step"), LIN))
-    result = trainer.fit()
-    assert result.history[-1]["loss"] < result.history[0]["loss"]

@@ -13,7 +13,7 @@ from torch import nn
 from backpass import BackpassError, LinBP, ProxProp
 from backpass.attacks import APGD, FAB, FGSM, PGD, AutoAttack, Square
 from backpass.rules import attachments
-from backpass.training.adversary import AdversarialTraining, divergence
+from backpass.training.adversary import AdversarialTraining
 from backpass.training.batches import Batch
 from backpass.training.processes import local_model
 
@@ -106,15 +106,9 @@ def test_an_output_without_logits_is_refused(trades):
     assert evaluated.loss.requires_grad
 
 
-def test_kl_has_the_reference_first():
-    torch.manual_seed(2)
-    p, q = torch.randn(6, 4), torch.randn(6, 4)
-    assert torch.allclose(divergence(p, q), kl(p, q), rtol=0, atol=1e-6)
-    assert not torch.allclose(divergence(p, q), kl(q, p), rtol=0, atol=1e-3)
-
-
 def test_trades_is_clean_cross_entropy_and_beta_times_the_divergence():
     model, some = network().eval(), batch()
+    model[-1].weight.data *= 5  # far from symmetric, so that KL(p || q) is not KL(q || p)
     objective = AdversarialTraining(PGD5, trades=6.0)
     evaluated = objective(model, some, nullcontext)
     # The inner maximum, written out: ascent of KL(p(x) || p(z)) from the start that the attack draws.
@@ -158,13 +152,6 @@ def test_examples_depend_on_seed_sample_and_epoch_and_on_nothing_else():
     assert not torch.equal(examples(objective, model, batch(epoch=6)), whole)
     assert not torch.equal(examples(objective, model, batch(seed=8)), whole)
     assert not torch.equal(examples(AdversarialTraining(replace(PGD5, seed=1)), model, some), whole)
-
-
-def test_warmup_widens_the_ball_epoch_by_epoch():
-    model = network()
-    objective = AdversarialTraining(PGD(eps=EPS, step=EPS, steps=1), warmup=4)
-    reached = [(examples(objective, model, batch(epoch=e)) - batch().x).abs().max().item() for e in range(6)]
-    assert reached == pytest.approx([EPS * min(1, (e + 1) / 5) for e in range(6)], rel=1e-4)
 
 
 class Counting(nn.Module):

@@ -1,6 +1,9 @@
 """Checkpoints are whole or refused."""
 
+import hashlib
+import io
 import logging
+import pickle
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ DAMAGES = {
     "emptied": lambda path: path.write_bytes(b""),
     "a bit flipped": flip_a_bit,
     "without its sum": lambda path: path.with_name(f"{path.name}.sha256").unlink(),
+    "with a damaged sum": lambda path: path.with_name(f"{path.name}.sha256").write_bytes(b"\xff\xfe\x00"),
 }
 
 
@@ -47,20 +51,62 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
         trainer("BP", tmp_path).fit(resume=True)
 
 
-def test_a_checkpoint_never_runs_code(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return print, ("code",)
+class Touch:
+    """Writes a file when it is unpickled."""
 
-    for value in (Code(), lambda: 1):
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def saved(content):
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def test_a_checkpoint_with_code_is_not_written(tmp_path):
+    for value in (Touch(tmp_path / "written"), lambda: 1):
         with pytest.raises(BackpassError, match="tensors, numbers, strings"):
-            Checkpoints(tmp_path, 1).save(0, {"x": value})
-    assert not list(tmp_path.glob("*.pt"))
+            Checkpoints(tmp_path / "run", 1).save(0, {"x": value})
+    assert not list(tmp_path.rglob("*.pt"))
+    assert not (tmp_path / "written").exists()
+
+
+CONTENTS = {
+    "pickled code": (lambda path: pickle.dumps(Touch(path)), "without running code"),
+    "code": (lambda path: saved({"model": Touch(path)}), "without running code"),
+    "words": (lambda path: b"words", "start anew"),
+    "another dict": (lambda path: saved({"x": 1}), "Start anew"),
+    "a list": (lambda path: saved([1]), "Start anew"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_a_checkpoint_of_something_else_is_refused_and_not_run(kind, tmp_path):
+    trainer("BP", tmp_path).fit()
+    make, message = CONTENTS[kind]
+    content = make(tmp_path / "written")
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        path.write_bytes(content)
+        path.with_name(path.name + ".sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+    with pytest.raises(BackpassError, match=message):
+        trainer("BP", tmp_path).fit(resume=True)
+    assert not (tmp_path / "written").exists()
+
+
+def test_a_log_that_was_lost_is_not_filled_with_zeros(tmp_path, caplog):
+    trainer("BP", tmp_path, epochs=2).fit()
+    (tmp_path / "log.jsonl").unlink()
+    trainer("BP", tmp_path).fit(resume=True)
+    assert b"\0" not in (tmp_path / "log.jsonl").read_bytes()
+    assert "records are missing" in caplog.text
 
 
 def test_the_sum_is_that_of_sha256sum_and_the_last_ones_are_kept(tmp_path):
-    import hashlib
-
     checkpoints = Checkpoints(tmp_path, 2)
     for step in (1, 5, 10):
         path = checkpoints.save(step, {"step": step})

@@ -131,11 +131,3 @@ def test_the_trainer_refuses_examples_that_move_with_the_parameters_unless_froze
 
 def test_sign_steps_do_not_move_so_the_trainer_measures_them():
     assert fit(FGSM(eps=0.1)).measurements == 2
-
-
-def test_mistakes_are_named():
-    model, (x, y) = network("tanh"), batch()
-    with pytest.raises(BackpassError, match="must be an InnerLoop"):
-        half_losses(model, F.cross_entropy, x, y, adversary=PGD(eps=0.1))
-    with pytest.raises(BackpassError, match="frozen_curvature must be True or False"):
-        ControlledLR(torch.optim.SGD(model.parameters(), lr=0.1), frozen_curvature=1)

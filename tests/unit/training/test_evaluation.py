@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backpass import BackpassError, LinBP
+from backpass import LinBP
 from backpass.training import CrossEntropy, Evaluated, Trainer
 
 X, Y = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 3
@@ -104,19 +104,3 @@ def test_uint8_images_and_a_preparation_of_ones_own():
     )
     record = trainer.fit().history[-1]["evaluation"]
     assert record["loss"] == pytest.approx(float(F.cross_entropy(model(x.float()), y).detach()), rel=1e-4)
-
-
-def test_robust_needs_tensors():
-    class Pairs(torch.utils.data.Dataset):
-        def __len__(self):
-            return 8
-
-        def __getitem__(self, place):
-            return X[place], int(Y[place])
-
-    with pytest.raises(BackpassError, match="tensors"):
-        train(network(), evaluation=Pairs(), robust=lambda *_: {})
-    assert train(network(), Pairs(), evaluation=Pairs(), batch_size=4).history[-1]["evaluation"].keys() == {
-        "loss",
-        "accuracy",
-    }

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import SGD
 
 from backpass import BackpassError, LinBP, ProxProp
+from backpass.attacks import PGD
 from backpass.training.half_batches import half_losses
 from backpass.training.learning_rate import ControlledLR
 from support.quadratics import normal, quadratic, symmetric
@@ -139,23 +141,46 @@ def test_it_starts_at_the_largest_rate_and_measures_when_due():
     assert due == [True, False, False, True, False, False, True]
 
 
-def test_mistakes_are_named():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
-    for setting, says in (
-        ({"every": 0}, "whole number of steps"),
-        ({"window": 0.0}, "part of all measurements"),
-        ({"slope": -1.0}, "slope is a finite number above 0"),
-        ({"lr_max": math.inf}, "lr_max"),
-    ):
-        with pytest.raises(BackpassError, match=says):
-            ControlledLR(optimizer, **setting)
-    scheduler = ControlledLR(optimizer)
-    with pytest.raises(BackpassError, match="two halves of a batch.*got 1 losses"):
-        scheduler.measure([lambda: torch.ones(())])
-    theta = optimizer.param_groups[0]["params"][0]
-    with pytest.raises(BackpassError, match="a scalar"):
-        scheduler.measure([lambda: theta * 2, lambda: theta * 2])
-    with pytest.raises(BackpassError, match="at least 2 samples"):
-        half_losses(nn.Identity(), F.mse_loss, torch.ones(1, 2), torch.ones(1, 2))
-    with pytest.raises(BackpassError, match="one device"):
-        ControlledLR(torch.optim.SGD([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))], lr=0.1))
+def linear(*devices):
+    return SGD([nn.Parameter(torch.ones(2, device=device)) for device in devices], lr=0.1)
+
+
+ONE, TWO = torch.ones(1, 2), torch.ones(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ControlledLR("sgd"), "optimizer is one of torch's"),
+        (lambda: ControlledLR(linear("cpu", "meta")), "one device"),
+        *(
+            (lambda name=name, value=value: ControlledLR(linear("cpu"), **{name: value}), name)
+            for name, values in (("every", (0, "x")), ("window", (0.0, math.nan)), ("slope", (-1.0, [])))
+            for value in values
+        ),
+        (lambda: ControlledLR(linear("cpu"), lr_max=math.inf), "lr_max"),
+        (lambda: ControlledLR(linear("cpu"), frozen_curvature=1), "frozen_curvature must be True or False"),
+        (lambda: half_losses(nn.Identity(), F.mse_loss, ONE, ONE), "at least 2 samples"),
+        (lambda: half_losses(nn.Identity(), F.mse_loss, None, None), "NoneType"),
+        (lambda: half_losses(nn.Identity(), F.mse_loss, TWO, TWO, adversary=PGD(eps=0.1)), "must be an InnerLoop"),
+    ],
+)
+def test_invalid_settings(make, message):
+    with pytest.raises(BackpassError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (None, "two halves of a batch"),
+        ([lambda: torch.ones(())], "two halves of a batch.*got 1 losses"),
+        ([torch.ones(())] * 2, "two halves of a batch"),
+        ([lambda: 1.0] * 2, "must be a scalar.*got float"),
+        ([lambda: torch.ones(2)] * 2, "must be a scalar"),
+        ([lambda: torch.ones(())] * 2, "has no graph"),
+    ],
+)
+def test_measure_takes_two_functions_with_graph(losses, message):
+    with pytest.raises(BackpassError, match=message):
+        ControlledLR(linear("cpu")).measure(losses)

@@ -62,12 +62,3 @@ def test_tensorboard_has_the_same_numbers(folder):
     assert found == {
         (one["step"], round(one["evaluation"]["accuracy"], 5)) for one in lines(folder) if one["kind"] == "epoch"
     }
-
-
-def test_a_run_that_an_error_ended_was_interrupted(tmp_path):
-    def stop(progress):
-        raise RuntimeError("the disk of a callback is full")
-
-    with pytest.raises(RuntimeError, match="disk"):
-        trainer("BP", tmp_path, on_progress=stop).fit()
-    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"

@@ -20,6 +20,7 @@ from backpass.training import (
     RobustEvaluation,
     Trainer,
 )
+from backpass.training.batches import Batches
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(200, 4, generator=GENERATOR)
@@ -144,8 +145,12 @@ def test_adversarial_training_selects_logits_as_its_attack_does(trades):
 def test_a_loss_of_ones_own_gets_the_output_as_it_is():
     loss = PerSample(lambda output, y: F.cross_entropy(output["logits"], y, reduction="none"))
     metrics = {"accuracy": lambda output, y: (output["logits"].argmax(1) == y).float().mean()}
-    record = fit(Wrapped(CONTAINERS["dict"][0]), BINARY, objective=loss, metrics=metrics)
+    model = Wrapped(lambda z, x: {"logits": z, "attentions": None})
+    record = fit(model, BINARY, objective=loss, metrics=metrics)
     assert record["evaluation"]["accuracy"] > 0.9
+    loss = PerSample(lambda output, y: F.cross_entropy(output.logits, y, reduction="none"))
+    with pytest.raises(BackpassError, match="the model returns a SimpleNamespace"):
+        fit(Wrapped(CONTAINERS["attribute"][0]), BINARY, objective=loss, metrics=metrics)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,7 @@ def test_mixup_is_its_definition():
     )
     loss = trainer.fit().history[-1]["loss"]
     mixed = seen[-1]
-    order = torch.cat([batch.index for parts, _, _ in _epoch(trainer) for batch in parts])
+    order = torch.cat([batch.index for parts, _, _ in Batches(trainer, 0, 1).epoch(0) for batch in parts])
     weight = float(mixed.gather(1, order[:, None]).min())
     assert 0 < weight < 1
     # A row that is its own partner stays a unit vector; every other one has w at itself and 1 - w at its partner.
@@ -204,13 +209,6 @@ def test_mixup_is_its_definition():
     output = model(mixed)
     parts = [F.cross_entropy(output, labels[rows], label_smoothing=0.1) for rows in (order, partner)]
     assert loss == pytest.approx(float((weight * parts[0] + (1 - weight) * parts[1]).detach()), abs=1e-6)
-
-
-def _epoch(trainer):
-    from backpass.training.batches import Batches
-
-    names = {"rank": 0, "processes": 1, "parts": 1, "device": trainer.device, "prepare": trainer.prepare}
-    return Batches(source=trainer.source, order=trainer.order, seed=trainer.seed, **names).epoch(0)
 
 
 class Named(nn.Module):

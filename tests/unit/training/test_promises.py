@@ -11,12 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from backpass import BackpassError
 from backpass.attacks import PGD
-from backpass.training import AdversarialTraining, Batch, Interrupted, PerSample, RobustEvaluation, Trainer
+from backpass.training import Batch, Interrupted, PerSample, RobustEvaluation, Trainer
 from backpass.training.adversary import AdversarialExamples
 from backpass.training.averaging import Averaging
-from backpass.training.batches import Batches, Order, to_unit_interval
+from backpass.training.batches import Batches
 from backpass.training.meter import Meter
-from backpass.training.sources import Source
 from backpass.training.update import Update
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -31,68 +30,6 @@ def network(seed=0):
 def make(model, **settings):
     optimizer = settings.pop("optimizer", None) or torch.optim.SGD(model.parameters(), 0.5)
     return Trainer(model, optimizer, (X, Y), **{"epochs": 2, "batch_size": 10, **settings})
-
-
-def kl(p_logits, q_logits):
-    """Sum over classes of p log(p / q), one row and one class after the other."""
-    p, q = p_logits.softmax(1), q_logits.softmax(1)
-    rows = [sum(p[i, k] * (p[i, k] / q[i, k]).log() for k in range(p.shape[1])) for i in range(len(p))]
-    return torch.stack(rows)
-
-
-class TestTrades:
-    beta = 3.0
-    attack = PGD(eps=0.3, step=0.1, steps=3, restarts=1, random_start=True, start_eps=0.05)
-
-    def batch(self):
-        return Batch(x=X[:8], y=Y[:8], index=torch.arange(8), epoch=0, step=0, seed=0)
-
-    def evaluated(self, model, recorded):
-        objective = AdversarialTraining(self.attack, trades=self.beta)
-        found = AdversarialExamples.__call__
-
-        def record(self, *args, **kwargs):
-            recorded.append(found(self, *args, **kwargs))
-            return recorded[-1]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(AdversarialExamples, "__call__", record)
-            return objective(model, self.batch(), lambda: torch.enable_grad())
-
-    def test_the_loss_and_its_gradient_are_those_of_the_paper(self):
-        model, recorded = network(), []
-        model[2].weight.data *= 5  # far from symmetric, so that KL(p || q) is not KL(q || p)
-        loss = self.evaluated(model, recorded).loss
-        (x_adv,) = recorded
-        clean, near = model(X[:8]), model(x_adv)
-        expected = F.cross_entropy(clean, Y[:8]) + self.beta * kl(clean, near).mean()
-        assert float(kl(near, clean).mean().detach()) != pytest.approx(float(kl(clean, near).mean().detach()), rel=0.01)
-        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-        parameters = list(model.parameters())
-        pairs = zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True)
-        for ours, theirs in pairs:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-
-    def test_the_examples_maximise_that_divergence_and_not_its_mirror_image(self):
-        """One step of ascent from x itself, by the sign of the gradient of KL(p(x) || p(x'))."""
-        model = network()
-        model[2].weight.data *= 5
-        start = X[:8].flip(0)
-        attack = PGD(eps=0.3, step=0.1, steps=1, restarts=1, random_start=False)
-        objective = AdversarialTraining(attack, trades=self.beta)
-        batch = Batch(x=X[:8], y=Y[:8], index=torch.arange(8), epoch=0, step=0, seed=0)
-        seen = []
-
-        def record(inner, model, batch, plain, value=None):
-            seen.append(value)
-            return start
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(AdversarialExamples, "__call__", record)
-            objective(model, batch, lambda: torch.enable_grad())
-        (value,) = seen
-        near = model(start).detach()
-        torch.testing.assert_close(value(near, torch.arange(8)), kl(model(X[:8]), near).detach(), rtol=1e-4, atol=1e-6)
 
 
 class Counting(nn.Module):
@@ -204,10 +141,10 @@ def test_workers_of_two_processes_draw_other_numbers():
     """Each rank reads its own part; were the seeds equal, the first sample of each would have the same noise."""
 
     def first(rank: int) -> torch.Tensor:
-        source = Source(DataLoader(Noise(), num_workers=1))
-        names = {"processes": 2, "parts": 1, "device": torch.device("cpu"), "prepare": to_unit_interval}
-        made = Batches(source=source, order=Order(source, 8, 0, True), seed=0, rank=rank, **names)
-        return next(made.epoch(0))[0][0].x
+        model = nn.Linear(3, 16)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        trainer = Trainer(model, optimizer, DataLoader(Noise(), num_workers=1), epochs=1, batch_size=8)
+        return next(Batches(trainer, rank, 2).epoch(0))[0][0].x
 
     assert torch.equal(first(0), first(0))
     assert not torch.equal(first(0), first(1))

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from backpass import BackpassError
 from backpass.attacks import FGSM, PGD, evaluate
 from backpass.training.robust_evaluation import RobustEvaluation
 
@@ -89,17 +88,3 @@ def test_a_network_that_withstands_nothing_yet_has_not_collapsed(trained):
     assert 0 < metrics["training_attack_accuracy"] < 0.2
     assert metrics["robust_accuracy"] == 0
     assert metrics["catastrophic_overfitting"] == 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"attack": "pgd"}, "untargeted attack"),
-        ({"training_attack": PGD(targeted=True)}, "untargeted attack"),
-        ({"images": 0}, "images must be a whole number"),
-        ({"collapse": 1.0}, "collapse must be a part"),
-    ],
-)
-def test_what_cannot_be_meant_is_refused(settings, message):
-    with pytest.raises(BackpassError, match=message):
-        RobustEvaluation(**{"attack": PGD10, **settings})

@@ -22,8 +22,7 @@ from torch.utils.data import (
 
 from backpass import BackpassError
 from backpass.training import CrossEntropy, Interrupted, Trainer
-from backpass.training.batches import Batches, Order, to_unit_interval
-from backpass.training.sources import Source
+from backpass.training.batches import Batches
 
 X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(100) % 3
@@ -252,6 +251,11 @@ def test_a_sampler_that_yields_other_numbers_than_it_announces_is_told_or_refuse
         positions(DataLoader(DATA, batch_size=10, sampler=Shrinking(5), drop_last=True))
 
 
+class Skipping(DataLoader):
+    def __iter__(self):
+        return iter([*super().__iter__()][::2])
+
+
 def incomplete(samples):
     return torch.utils.data.default_collate(samples[:-1])
 
@@ -270,11 +274,12 @@ def broken(samples):
         ({"batch_size": 5, "sampler": DistributedSampler(DATA, 2, 0)}, {}, "leave the DistributedSampler out"),
         ({"batch_size": 5, "sampler": Endless()}, {}, "no __len__"),
         ({"batch_size": 200}, {}, "batch_size=200 is more than the 100 samples"),
+        ({"batch_size": 5, "kind": Skipping}, {}, "Skipping has an __iter__ of its own"),
     ],
 )
 def test_loaders_that_are_refused(loader, settings, message):
     with pytest.raises(BackpassError, match=message):
-        make(DataLoader(DATA, **loader), **settings)
+        make(loader.pop("kind", DataLoader)(DATA, **loader), **settings)
 
 
 @pytest.mark.parametrize(
@@ -300,10 +305,8 @@ def test_a_batch_size_is_needed_for_tensors():
 
 def test_processes_share_the_batches_of_a_sampler():
     def seen(rank: int, processes: int) -> list[list[int]]:
-        source = Source(DataLoader(DATA, batch_size=11, sampler=WeightedRandomSampler(WEIGHTS, 60)))
-        names = {"parts": 1, "device": torch.device("cpu"), "prepare": to_unit_interval, "seed": 5}
-        made = Batches(source=source, order=Order(source, 11, 5, False), rank=rank, processes=processes, **names)
-        return [batch.index.tolist() for (batch,), _, _ in made.epoch(1)]
+        trainer = make(DataLoader(DATA, batch_size=11, sampler=WeightedRandomSampler(WEIGHTS, 60)), seed=5)
+        return [batch.index.tolist() for (batch,), _, _ in Batches(trainer, rank, processes).epoch(1)]
 
     parts = [seen(rank, 3) for rank in range(3)]
     assert [list(chain(*step)) for step in zip(*parts, strict=True)] == seen(0, 1)

@@ -54,10 +54,6 @@ def test_the_rate_of_every_step(name):
     assert rates(name) == pytest.approx(FORMULAS[name], rel=1e-9, abs=1e-12)
 
 
-def test_the_peak_of_one_cycle_is_the_optimizers_rate():
-    assert max(rates("one-cycle")) == 2.0
-
-
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_channels_last_is_the_format_of_model_and_images_and_the_same_steps(dtype):
     seen = []

@@ -9,7 +9,7 @@ from torch import nn
 
 from backpass import LinBP, ProxProp
 from backpass.rules import attachments
-from backpass.training import CrossEntropy, PerSample, Trainer
+from backpass.training import CrossEntropy, Trainer
 from backpass.training.batches import epoch_order
 
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -134,19 +134,6 @@ def test_averages_are_their_definitions():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     path, found = weights("polyak:0.3")
     torch.testing.assert_close(found, torch.stack(path[-3:]).mean(0), rtol=0, atol=1e-12)
-
-
-def test_any_loss_per_sample():
-    target = X @ torch.ones(6, 3, dtype=torch.float64)
-    model = nn.Linear(6, 3).double()
-    loss = PerSample(lambda output, y: (output - y).square().mean(1))
-    optimizer = torch.optim.SGD(model.parameters(), 0.3)
-    result = Trainer(
-        model, optimizer, (X, target), epochs=60, batch_size=10, objective=loss, evaluation=(X, target)
-    ).fit()
-    assert result.history[-1]["evaluation"].keys() == {"loss"}
-    assert result.history[-1]["evaluation"]["loss"] < 1e-6
-    torch.testing.assert_close(model.weight, torch.ones(3, 6, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
 def test_label_smoothing_is_that_of_torch():

@@ -1,1 +1,1 @@
-"""Training runs: from names on a command line or in a recipe to a trained network in a folder."""
+"""Training runs from text forms on the command line or in a recipe."""

@@ -1,4 +1,4 @@
-"""Attacks with everything in their text form, as training names them: ``pgd:eps=8/255,steps=10``."""
+"""Text forms of the attacks in training: ``pgd:eps=8/255,steps=10``."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _STEPS = 20  # of the attack that judges where none is named
 
 
 def make_adversary(text: str, what: str) -> Attack:
-    """The attack of a text form that gives its eps, for pixels in [0, 1].
+    """Return the attack of a text form, for pixels in [0, 1].
 
-    Where the length of a step is not given it is 2.5 eps / steps, so that the search reaches the ball's edge and goes
-    along it (Madry et al. 2018); of a single step 1.25 eps (Wong, Rice, Kolter 2020). `restarts` is 1.
+    By default the step is 2.5 eps / steps, so that the iterates reach the boundary of the ball and move along it
+    (Madry et al. 2018); for a single step it is 1.25 eps (Wong, Rice, Kolter 2020). `restarts` is 1.
 
     Args:
-        text: name and settings.
-        what: the option that it came by, for messages.
+        text: name and settings, among them eps.
+        what: name of the option, for messages.
 
     Raises:
         UnknownNameError: no attack, or no setting of the attack, has that name.
@@ -43,7 +43,7 @@ def make_adversary(text: str, what: str) -> Attack:
             raise UnknownNameError(f"setting of {name}", setting, defaults)
         settings[setting] = _typed(value, defaults[setting], f"{setting} of {what} {text!r}")
     if "eps" not in settings:
-        raise BackpassError(f"{what} {text!r} does not say how far it may go: add eps, as in {name}:eps=8/255.")
+        raise BackpassError(f"{what} {text!r} has no limit: add eps, as in {name}:eps=8/255.")
     if not settings["eps"] > 0:
         raise BackpassError(f"eps of {what} {text!r} must be above 0.")
     if "restarts" in defaults:
@@ -55,7 +55,7 @@ def make_adversary(text: str, what: str) -> Attack:
 
 
 def adversary_text(attack: Attack) -> str:
-    """The text form from which `make_adversary` makes this attack again."""
+    """Return the text form of an attack, the inverse of `make_adversary`."""
     values = {field.name: getattr(attack, field.name) for field in fields(attack) if field.name not in _NOT_IN_TEXT}
     changed = [
         f"{field.name}={values[field.name]!r}".replace("'", "").replace("True", "true").replace("False", "false")
@@ -66,12 +66,12 @@ def adversary_text(attack: Attack) -> str:
 
 
 def default_judge(attack: Attack) -> Attack:
-    """The attack that measures robustness where none is named: PGD with 20 steps in the same ball."""
+    """Return the default attack that measures robustness: PGD with 20 steps in the same ball."""
     return make_adversary(f"pgd:eps={attack.eps!r},norm={attack.norm},steps={_STEPS}", "--robust")
 
 
 def _typed(value: Any, default: Any, what: str) -> Any:
-    """The value in the type of the default; fractions become numbers."""
+    """Convert the value to the type of the default; fractions become numbers."""
     if isinstance(value, str) and (default is None or isinstance(default, float)):
         return read_number(value, what)
     if isinstance(value, int) and not isinstance(value, bool) and isinstance(default, float):

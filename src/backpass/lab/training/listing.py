@@ -1,4 +1,4 @@
-"""What the folders of training runs say: their settings, how far they came, how well they do."""
+"""Training runs read from their folders: settings, progress, accuracy."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Run:
     """One training run.
 
     Attributes:
-        folder: where it is.
-        status: ``running``, ``finished``, ``diverged`` or ``interrupted``; of a run that was killed still ``running``.
-        data: the data set; empty where the folder has no recipe.
-        model: the network.
-        rule: for the weights' gradients.
-        adversary: the attack trained against, with its rule; empty for none.
-        epoch: epochs that are finished.
-        epochs: epochs that are wanted.
-        loss: of the last epoch's training images.
-        accuracy: on the test images, in [0, 1]; of the averaged weights where there are such.
-        robust_accuracy: under the attack of the recipe's ``robust``.
-        seconds: of training, without pauses.
+        folder: folder of the run.
+        status: ``running``, ``finished``, ``stopped``, ``diverged`` or ``interrupted``; of a killed run ``running``.
+        data: data set; empty if the folder has no recipe.
+        model: network.
+        rule: backward rules for the gradients of the weights.
+        adversary: attack of adversarial training, with its rule; empty for none.
+        epoch: finished epochs.
+        epochs: epochs of the whole run.
+        loss: mean loss of the last epoch on the training images.
+        accuracy: accuracy on the test images, in [0, 1]; of the averaged weights if there are any.
+        robust_accuracy: accuracy under the attack of the recipe's ``robust``.
+        seconds: seconds of training, without pauses.
     """
 
     folder: str
@@ -57,11 +57,11 @@ SORTED_BY: dict[str, Callable[[Run], Any]] = {
     "loss": lambda run: (run.loss is None, run.loss),
     "seconds": lambda run: run.seconds,
 }
-"""By what runs can be sorted, each the best, or the quickest, first."""
+"""Sort keys; the best or fastest run comes first."""
 
 
 def find_runs(places: Iterable[Path]) -> list[Run]:
-    """The runs in some folders and below them, each once.
+    """Return the runs in folders and below them, each once.
 
     Raises:
         BackpassError: there is no such folder, or no run in it.
@@ -84,7 +84,7 @@ def find_runs(places: Iterable[Path]) -> list[Run]:
 
 
 def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
-    """The runs in the order of one of `SORTED_BY`.
+    """Sort the runs by one of `SORTED_BY`.
 
     Raises:
         UnknownNameError: there is no such order.
@@ -128,7 +128,7 @@ def _number(value: Any) -> float | None:
 
 
 def _seconds(file: Path) -> float:
-    """The sum over the run's starts; at each start the clock begins at 0."""
+    """Sum the seconds over the starts of the run; the clock begins at 0 at each start."""
     total = last = 0.0
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:

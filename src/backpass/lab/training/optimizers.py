@@ -1,4 +1,4 @@
-"""Optimizers by name, as the command line and recipes write them: ``sgd:momentum=0.9,weight_decay=5e-4``."""
+"""Text forms of optimizers: ``sgd:momentum=0.9,weight_decay=5e-4``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RATES = {"sgd": 0.01, "adagrad": 0.01}
 
 
 def default_rate(text: str) -> float:
-    """The learning rate where none was given.
+    """Return the default learning rate of an optimizer.
 
     Raises:
         UnknownNameError: there is no such optimizer or setting.
@@ -33,7 +33,7 @@ def default_rate(text: str) -> float:
 
 
 def make_optimizer(text: str, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
-    """The optimizer of a text form; its settings are torch's own.
+    """Return the optimizer of a text form; its settings are those of torch.
 
     Raises:
         UnknownNameError: there is no such optimizer or setting.

@@ -1,4 +1,4 @@
-"""The two parts of a data set: images to learn from, and images held out."""
+"""Training and test images of a data set."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["Parts", "load_parts"]
 
 
 class Parts(NamedTuple):
-    """Images to learn from, and images to judge by."""
+    """Training and test images."""
 
     train: Labelled
     test: Labelled
 
 
 def load_parts(name: str, *, test_split: str = "test", limit: int | None = None) -> Parts:
-    """Both parts of a data set.
+    """Load both parts of a data set.
 
-    Of a folder that has no parts, only folders of classes, a tenth of every class is held out, always the same; its
-    name is then ``held-out``, also for `load_data`.
+    In a folder without parts, which has folders of classes only, a fixed tenth of every class is held out; `load_data`
+    calls it ``held-out``.
 
     Args:
-        name: as `load_data` takes it.
-        test_split: the part that is held out.
-        limit: learn from so many images only, drawn from all, always the same.
+        name: name of the data set for `load_data`.
+        test_split: split of the test images.
+        limit: number of training images, a fixed random choice; None for all.
 
     Raises:
         UnknownNameError: there is no such data set or part.

@@ -1,4 +1,4 @@
-"""One training run in its folder: recipe, checkpoints and logs, and in the end the weights."""
+"""Training run of a recipe in a folder: recipe, checkpoints, logs and weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def train(
     report: Callable[[str, float], None] = lambda what, part: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Trained:
-    """Carry out a recipe; of several processes each calls this.
+    """Train by a recipe; with several processes, each calls this.
 
     Args:
         recipe: settings of the run.
@@ -68,7 +68,7 @@ def train(
         device: device to train on.
         resume: continue from the last checkpoint in the folder.
         report: called with the present activity and the part done.
-        tell: called with one line about the data, and one about each epoch.
+        tell: called with a line about the data, and a line per epoch.
 
     Raises:
         BackpassError: the recipe is invalid, or the folder holds another run or is in use.
@@ -110,7 +110,7 @@ def _reporter(report: Callable[[str, float], None], tell: Callable[[str], None])
 
 
 def _line(record: dict[str, Any]) -> str:
-    """An epoch in words."""
+    """Describe an epoch in one line."""
     words = [f"epoch {record['epoch']}: loss {record['loss']:.4f}"]
     if record.get("accuracy") is not None:
         words.append(f"training accuracy {record['accuracy']:.2%}")

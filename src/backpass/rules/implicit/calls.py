@@ -137,8 +137,8 @@ def linear_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     """Return a call of `LINEAR` or `NORMALIZATIONS` as a layer; None for a normalization without weights.
 
     Raises:
-        BackpassError: the input or an embedding's gradient is sparse, or the latter scaled by frequency; the weight
-            is complex or computed.
+        BackpassError: the input or an embedding's gradient is sparse, or that scaled by frequency; the weight is
+            complex or computed.
     """
     if func is F.linear:
         x, weight, bias = args if len(args) == 3 else _settings("linear", args, kwargs).values()
