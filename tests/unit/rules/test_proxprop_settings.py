@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import backpass
 from backpass import BackpassError, NoSiteError, UnknownNameError, list_sites, parse_rule
 from backpass.rules import SIBP, LinBP, ProxProp, attachments
 from support.proximal import EXACT, directions, relative
@@ -25,10 +24,6 @@ def small() -> tuple[nn.Sequential, torch.Tensor]:
 )
 def test_the_text_form_reads_back(text):
     assert str(parse_rule(text)) == text
-
-
-def test_the_rule_is_a_public_name():
-    assert backpass.ProxProp is ProxProp
 
 
 @pytest.mark.parametrize(

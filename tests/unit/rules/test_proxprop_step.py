@@ -228,33 +228,6 @@ def test_a_closure_s_gradients_are_solved_for_after_it(by_keyword):
     assert relative(seen[0], model[0].weight.grad) > 0.1
 
 
-def test_weights_that_no_step_would_reach_are_an_error():
-    model, (x, y) = network(), batch()
-    optimizer = torch.optim.SGD(model[4].parameters(), 0.1)
-    with (
-        ProxProp(tau=1.0, solve="step").attach(model, optimizer),
-        pytest.raises(BackpassError, match=r"does not have '6.weight'"),
-    ):
-        F.cross_entropy(model(x), y).backward()
-
-
-def test_a_copy_of_the_model_needs_an_optimizer_of_its_own():
-    model, (x, y) = network(), batch()
-    ProxProp(tau=1.0, solve="step").attach(model, frozen_sgd(model))
-    twin = copy.deepcopy(model)
-    with pytest.raises(BackpassError, match="copy"):
-        F.cross_entropy(twin(x), y).backward()
-
-
-def test_computed_weights_are_an_error():
-    model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
-    with (
-        ProxProp(tau=1.0, solve="step").attach(model, frozen_sgd(model)),
-        pytest.raises(BackpassError, match="computed"),
-    ):
-        model(torch.randn(4, 3)).sum().backward()
-
-
 @pytest.mark.parametrize("settings", [{"tau": 1.0, "memory": 0}, {}])
 def test_gradients_by_torch_func_reach_no_step(settings):
     model = nn.Linear(3, 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backpass.errors import BackpassError
+from backpass.rules import torch_internals
 from backpass.rules.attaching.run import SiteCall
 from backpass.rules.implicit.convolution import Convolution
 from backpass.rules.implicit.layers import Einsum, Embedding, Linear, LinearLayer, Sizes
@@ -225,6 +226,9 @@ class _Eager(torch.autograd.Function):
         return *_take(ctx.call.key, use), *[None] * 3
 
 
+_apply_eager = torch_internals.bare_apply(_Eager)
+
+
 class _UnderTransforms(_Eager):
     """`_Eager` with a separate `setup_context`, which torch.func and torch.compile need; slower in eager calls."""
 
@@ -277,6 +281,6 @@ def implicit_layer(
 
     The value is ``compute(x, weight, bias)``, or ``compute(z)`` with the layer's output z without its graph.
     """
-    function = _UnderTransforms if call.functional or torch.compiler.is_dynamo_compiling() else _Eager
-    apply: Callable[..., Tensor] = function.apply
+    special = call.functional or torch.compiler.is_dynamo_compiling()
+    apply: Callable[..., Tensor] = _UnderTransforms.apply if special else _apply_eager
     return apply(x, weight, bias, z, compute, call)
