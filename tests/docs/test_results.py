@@ -9,6 +9,7 @@ import pytest
 from backpass.papers import experiment_names
 from backpass.report.markdown import verdicts
 from backpass.report.overview import read_results
+from backpass.report.result import checksum
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "docs" / "results" / "small"
@@ -27,6 +28,12 @@ def test_every_committed_result_is_of_an_experiment_in_its_own_folder(results):
     names = [result.experiment for result in results]
     assert set(names) <= set(experiment_names())
     assert sorted(names) == sorted(path.name for path in SMALL.iterdir())
+
+
+@pytest.mark.parametrize("path", sorted(SMALL.glob("*/result.json")), ids=lambda path: path.parent.name)
+def test_a_committed_result_has_the_checksum_that_it_states(path):
+    content = json.loads(path.read_text())
+    assert content.pop("sha256", None) in (None, checksum(content))  # results of the former format state none
 
 
 def test_no_verdict_rests_on_fewer_than_three_runs(results):
