@@ -139,6 +139,9 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
     write_whole(path, content.getvalue())
 
 
+_FOLDER = 0x10  # flag of an entry, of which torch reads nothing
+
+
 def read_tensors(path: Path) -> dict[str, Any]:
     """Read what `write_tensors` wrote; never runs code from the file.
 
@@ -149,7 +152,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     stream = io.BytesIO(path.read_bytes())
     try:
         with zipfile.ZipFile(stream) as archive:  # torch writes checksums, but does not look at them when it reads
-            damaged = archive.testzip()
+            damaged = archive.testzip() or any(one.external_attr & _FOLDER for one in archive.infolist())
         stream.seek(0)
         content = None if damaged else torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever zipfile and torch make of bytes that torch has not written

@@ -9,6 +9,7 @@ import sys
 from typing import Annotated, NoReturn
 
 from backpass.allocator import keep_freed_memory
+from backpass.cli.processes import leave
 from backpass.errors import BackpassError
 from backpass.version import __version__
 from backpass.wording import visible
@@ -115,6 +116,10 @@ def main() -> None:
     _prepare_streams()
     try:
         app()
+    except SystemExit as ended:
+        if not ended.code:
+            leave()
+        raise
     except KeyboardInterrupt:
         raise SystemExit(_INTERRUPTED) from None
     except BackpassError as error:
