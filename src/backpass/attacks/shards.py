@@ -26,6 +26,7 @@ from backpass.version import __version__
 __all__ = ["Shards", "describe", "fingerprint", "read_tensors", "write_tensors"]
 
 _LOG = logging.getLogger(__name__)
+_FOLDER = 0x10  # flag of a folder in an archive; torch reads nothing of such an entry
 
 
 def describe(attack: Attack, *, strict: bool) -> dict[str, Any]:
@@ -137,9 +138,6 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
     content = io.BytesIO()
     torch.save(tensors, content)
     write_whole(path, content.getvalue())
-
-
-_FOLDER = 0x10  # flag of an entry, of which torch reads nothing
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

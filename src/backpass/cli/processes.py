@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ _joined = False
 def processes(device: torch.device) -> Iterator[tuple[torch.device, bool]]:
     """Join the other processes; yield this one's device, and True in the first, which writes and prints.
 
-    Without torchrun there is one process. On CUDA each process has the device of its local rank. The processes leave
-    together: gloo's threads, which `DistributedDataParallel` keeps alive, may still release tensors of the last
-    exchange, which can abort a process that is already ending.
+    Without torchrun there is one process. On CUDA each process has the device of its local rank.
     """
     import torch
     import torch.distributed as dist
@@ -42,8 +40,6 @@ def processes(device: torch.device) -> Iterator[tuple[torch.device, bool]]:
         else:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123
                 yield device, False
-        with suppress(RuntimeError):  # a process that failed tells it itself
-            dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -40,7 +40,7 @@ class Normalize(nn.Module):
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether mean is 0 and std 1."""
+        """True if mean is 0 and std 1."""
         return not bool(self.mean.any()) and bool((self.std == 1).all())
 
     def forward(self, x: Tensor) -> Tensor:

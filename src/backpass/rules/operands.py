@@ -176,7 +176,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.factor, ctx.asked = inputs  # named differently from "site", which `blocks` reads to find activations
+        _, ctx.factor, ctx.asked = inputs  # named differently from "site", which `branches` reads to find activations
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -73,8 +73,6 @@ def joined(device: torch.device) -> Iterator[None]:
     try:
         with _telling_others():
             yield
-            if own:
-                dist.barrier()  # ending while gloo releases its last tensors can abort a process
     finally:
         if own:
             dist.destroy_process_group()
